@@ -1,0 +1,48 @@
+"""Refuses, in one sentence, to load the compiled extension where it cannot work.
+
+torch's C++ interface changes with every release, so ``awq_ext._C`` fits only the torch it was compiled against. Loaded beside
+another one it fails with an undefined symbol, or worse, does not fail. ``check()`` runs before ``_C`` is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def public_version(version: str) -> str:
+    """``2.13.0+cpu`` -> ``2.13.0``: builds of one release for different devices share the interface."""
+    return version.partition("+")[0]
+
+
+def built_version() -> str | None:
+    """The torch that the extension was compiled against; None where nothing was built (a bare source tree)."""
+    try:
+        from awq_ext._build import TORCH_VERSION  # type: ignore[import-not-found]
+    except ModuleNotFoundError:
+        return None
+    return TORCH_VERSION
+
+
+def check(built: str | None = None, running: str | None = None, *, installed: bool | None = None) -> None:
+    """Raise ImportError, saying what to do, unless the extension exists and was built against the running torch.
+
+    built, running: torch versions, by default those found. installed: whether the compiled module exists, by default looked up.
+    """
+    built = built_version() if built is None else built
+    if installed is None:
+        installed = built is not None and importlib.util.find_spec("awq_ext._C") is not None
+    if built is None or not installed:
+        raise ImportError(
+            "awq_ext was imported from a source tree in which the C++ extension has not been built: run `pip install -e .` "
+            "there, or, if awq_ext is installed, leave that directory or use the `awq-ext` command."
+        )
+    running = torch.__version__ if running is None else running
+    if public_version(built) != public_version(running):
+        raise ImportError(
+            f"awq_ext was built against torch {public_version(built)} but torch {running} is installed: "
+            f"run `pip install torch=={public_version(built)}`, or rebuild from the source with `{REBUILD}`."
+        )

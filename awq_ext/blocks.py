@@ -1,0 +1,203 @@
+"""The repeated blocks of a model, and calibration forwards that go through them in lockstep.
+
+Each batch's own ``model(*args, **kwargs)`` runs in a greenlet and stops at the entry of every block, so only the hidden
+states of one block boundary exist at a time, and the model's own code decides what every block is called with. Greenlets
+share the thread: no OpenMP team per batch, and exactly one forward runs at any time. Grad mode, inference mode and
+autocast belong to the thread, so they are swapped at every stop (``threadstate.py``).
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import greenlet
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .batches import Call
+from .threadstate import ThreadState, other_state
+
+T = TypeVar("T")
+
+
+class CalibrationError(RuntimeError):
+    """The model could not run a calibration batch, or ran its blocks in a way that cannot be calibrated."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the model that is calibrated and quantized as one."""
+
+    name: str
+    module: nn.Module
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The outermost repeated blocks, in module order: children of ModuleLists, or of Sequentials of one class.
+
+    A list counts when it has at least two children, all of them more than a Linear and each with a Linear inside.
+    Nothing found: the whole model is one block, named "".
+    """
+    found: list[Block] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(block.name + ".") or name == block.name for block in found)
+        if inside or not _repeats(module):
+            continue
+        prefix = f"{name}." if name else ""
+        found.extend(Block(prefix + leaf, child) for leaf, child in module.named_children())
+    return found or [Block("", model)]
+
+
+def _repeats(module: nn.Module) -> bool:
+    children = list(module.children())
+    if len(children) < 2 or not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    if isinstance(module, nn.Sequential) and len({type(child) for child in children}) > 1:
+        return False
+    return all(
+        not isinstance(child, nn.Linear) and any(isinstance(m, nn.Linear) for m in child.modules()) for child in children
+    )
+
+
+def copy_inputs(value: Any) -> Any:
+    """Arguments for a rehearsal: tensors cloned (one clone per tensor), so that in-place code cannot reach the real ones."""
+    clones: dict[int, Tensor] = {}
+
+    def clone(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return clones.setdefault(id(leaf), leaf.clone())
+
+    return tree_map(clone, value)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested arguments."""
+    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+class Stop:
+    """A batch that waits at the entry of a block, with the very arguments of that call."""
+
+    def __init__(self, worker: _Worker, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._worker = worker
+        self.block = block
+        self.call = worker.call
+        self._args = args
+        self._kwargs = kwargs
+
+    def rehearse(self) -> Any:
+        """Run the block on copies of its arguments, in the state of this batch's forward; returns the block's output.
+
+        Hooks on the block itself do not run (its submodules' do), and the forward stays where it is.
+        """
+        return self._worker.do(lambda: self.block.module.forward(*copy_inputs(self._args), **copy_inputs(self._kwargs)))
+
+    def advance(self) -> None:
+        """Let the forward run on, to the next block or to its end."""
+        self._worker.advance()
+
+
+class _Worker(greenlet.greenlet):
+    """One batch's forward. Talks to the hub (the greenlet that made it) by switching values back and forth."""
+
+    def __init__(self, model: nn.Module, index: int, call: Call, home: ThreadState) -> None:
+        super().__init__(self._forward)
+        # greenlets start with empty context variables; the forward must see those of the caller
+        self.gr_context = contextvars.copy_context()
+        self._model = model
+        self._index = index
+        self._home = home
+        self.call = call
+        self.stop: Stop | None = None
+
+    def _forward(self) -> None:
+        with torch.no_grad():
+            run_call(self._model, self.call, self._index)
+        self.stop = None
+
+    def pause(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called from inside the forward: wait here, doing what the hub asks, until it says go on (None)."""
+        self.stop = Stop(self, block, args, kwargs)
+        reply: Any = None
+        while True:
+            with other_state(self._home):
+                errand = self.parent.switch(reply)
+            if errand is None:
+                break
+            reply = errand()
+        self.stop = None
+
+    def advance(self) -> None:
+        self.switch() if not self else self.switch(None)
+
+    def do(self, errand: Callable[[], T]) -> T:
+        return self.switch(errand)
+
+
+def run_call(model: nn.Module, call: Call, index: int) -> Any:
+    """``model(*args, **kwargs)``; an exception of the model is re-raised as CalibrationError with the batch's number."""
+    try:
+        return model(*call.args, **call.kwargs)
+    except Exception as error:
+        shapes = [tuple(v.shape) for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor)]
+        hint = ' For a loader of (input, label) pairs pass inputs="first".' if len(call.args) > 1 else ""
+        raise CalibrationError(
+            f"the model rejected calibration batch {index} (tensor shapes {shapes}): "
+            f"{type(error).__name__}: {error}.{hint}"
+        ) from error
+
+
+@contextmanager
+def lockstep(model: nn.Module, blocks: Sequence[Block], calls: Sequence[Call]) -> Iterator[Iterator[tuple[Block, list[Stop]]]]:
+    """Iterate over ``blocks`` (in calling order) with the batches that wait at each one's entry.
+
+    The body of the loop may rehearse stops and advance them; those that it left are advanced before the next block. Leaving
+    the context ends all forwards where they are (what follows the last block never runs) and removes every hook.
+    """
+    home = ThreadState.capture()
+    workers = [_Worker(model, i, call, home) for i, call in enumerate(calls)]
+    hooks = [_stop_hook(block) for block in blocks]
+    try:
+        yield _visits(blocks, workers)
+    finally:
+        for worker in workers:
+            if not worker.dead and worker:
+                worker.throw(greenlet.GreenletExit)
+        for hook in hooks:
+            hook.remove()
+
+
+def _stop_hook(block: Block) -> torch.utils.hooks.RemovableHandle:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        worker = greenlet.getcurrent()
+        if isinstance(worker, _Worker):
+            worker.pause(block, args, kwargs)
+
+    return block.module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _visits(blocks: Sequence[Block], workers: Sequence[_Worker]) -> Iterator[tuple[Block, list[Stop]]]:
+    for worker in workers:
+        worker.advance()
+    for position, block in enumerate(blocks):
+        _refuse_returns(blocks[:position], workers)
+        stops = [worker.stop for worker in workers if worker.stop is not None and worker.stop.block is block]
+        yield block, stops
+        for stop in stops:
+            if stop._worker.stop is stop and block is not blocks[-1]:
+                stop.advance()
+
+
+def _refuse_returns(done: Sequence[Block], workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        if worker.stop is not None and worker.stop.block in done:
+            raise CalibrationError(
+                f"calibration batch {worker._index} came back to block {worker.stop.block.name!r}, which was finished "
+                "before: blocks are not called in one order by all batches; pass blocks=[] to calibrate the model as a whole"
+            )

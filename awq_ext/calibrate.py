@@ -1,0 +1,147 @@
+"""Watching calibration forwards: a survey of the first batch, then statistics of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Call
+from .blocks import Block, Stop, run_call, tensor_bytes
+from .groups import ScaleGroup, Watch, norm_candidates
+
+
+@dataclass(frozen=True)
+class BlockSurvey:
+    """A block as the first batch saw it."""
+
+    block: Block
+    linears: Mapping[str, nn.Linear]
+    groups: Sequence[ScaleGroup]
+    input_bytes: int
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of the block's second moments (fp32 [K, K]) and sums of |x| (fp64 [K]), one of each a scale group."""
+        widths = [self.linears[group.linears[0]].in_features for group in self.groups]
+        return sum(4 * k * k + 8 * k for k in widths)
+
+
+def survey(model: nn.Module, blocks: Sequence[Block], linears: Mapping[str, nn.Linear], call: Call) -> list[BlockSurvey]:
+    """Run the first batch through the whole model: the blocks in calling order, each with its scale groups.
+
+    A block that is called twice in one forward cannot be finished after its first call: then the whole model counts as one
+    block. Raises CalibrationError when the model rejects the batch.
+    """
+    order: list[Block] = []
+    sizes: dict[str, int] = {}
+    watches = {block.name: Watch() for block in blocks}
+    with ExitStack() as stack:
+        for block in blocks:
+            inside = linears_of(block, linears)
+            norms = {f"{block.name}.{n}" if block.name else n: m for n, m in norm_candidates(block.module).items()}
+            stack.enter_context(watches[block.name].on(inside, norms))
+            stack.enter_context(_entry_hook(block, order, sizes))
+            stack.enter_context(_exit_hook(block, watches[block.name]))
+        with torch.no_grad():
+            run_call(model, call, 0)
+    if len({block.name for block in order}) < len(order):
+        return survey(model, [Block("", model)], linears, call)
+    found = []
+    for block in order:
+        inside = linears_of(block, linears)
+        found.append(BlockSurvey(block, inside, watches[block.name].groups(inside), sizes[block.name]))
+    return found
+
+
+def linears_of(block: Block, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Those of ``linears`` that are the block or lie below it."""
+    prefix = f"{block.name}." if block.name else ""
+    return {name: module for name, module in linears.items() if name == block.name or name.startswith(prefix)}
+
+
+@contextmanager
+def _entry_hook(block: Block, order: list[Block], sizes: dict[str, int]) -> Iterator[None]:
+    def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        order.append(block)
+        sizes[block.name] = tensor_bytes((args, kwargs))
+
+    hook = block.module.register_forward_pre_hook(entered, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _exit_hook(block: Block, watch: Watch) -> Iterator[None]:
+    hook = block.module.register_forward_hook(lambda *_: watch.release())
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@dataclass
+class GroupStatistics:
+    """What a group's input was over all batches."""
+
+    stats: Any
+    rows_seen: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that counted: seen and not masked out."""
+        return int(self.stats.rows)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no NaN or Inf was among them."""
+        return bool(torch.isfinite(self.stats.abs_sum()).all())
+
+    @property
+    def x_mean(self) -> Tensor:
+        """Mean of |x| per channel: fp32 [K]."""
+        return (self.stats.abs_sum() / max(self.rows, 1)).float()
+
+
+def collect(
+    surveyed: BlockSurvey, stops: Sequence[Stop], kernels: ModuleType, device: torch.device, hold: bool
+) -> list[GroupStatistics]:
+    """Stream every batch through the block into statistics, one for each of its groups.
+
+    The first batch stays at the block's entry for later probes; with ``hold`` all of them do (they rehearse the block and run
+    it again later, on other weights), otherwise they move on to the next block, and the block runs once.
+    """
+    call = stops[0].call
+    books = []
+
+    def feed(book: GroupStatistics, x: Tensor) -> None:
+        book.rows_seen += x.numel() // x.shape[-1]
+        book.stats.update(x, call.row_mask(x))
+
+    with ExitStack() as stack:
+        for group in surveyed.groups:
+            leader = surveyed.linears[group.linears[0]]
+            book = GroupStatistics(_new_statistics(kernels, leader.in_features, device))
+            books.append(book)
+            hook = leader.register_forward_pre_hook(lambda _, args, book=book: feed(book, args[0]))
+            stack.callback(hook.remove)
+        for index, stop in enumerate(stops):
+            call = stop.call
+            if hold or index == 0:
+                stop.rehearse()
+            else:
+                stop.advance()
+    return books
+
+
+def _new_statistics(kernels: ModuleType, in_features: int, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return kernels.ActivationStats(in_features)
+    return kernels.ActivationStats(in_features, device=device)

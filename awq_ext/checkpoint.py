@@ -1,0 +1,250 @@
+"""Save and load quantized models: safetensors for the tensors, JSON for the structure. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import GROUP_SIZES, SCALE_DTYPES
+from .qlinear import QuantLinear
+from .report import AwqReport
+
+INDEX_NAME = "awq_ext.json"
+FORMAT_VERSION = 1
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the model; the model is as it was."""
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+    """Write ``model`` (quantized) to ``directory``: ``awq_ext.json`` and one safetensors file. Returns the directory.
+
+    All parameters and buffers are stored, those outside ``state_dict`` too (rotary tables), tied ones once. The JSON is renamed
+    into place last and names the tensor file, so a reader sees the old checkpoint or the new one, never a mixture.
+    Raises CheckpointError when the model holds no QuantLinear or tensors on the meta device.
+    """
+    layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    if not layers:
+        raise CheckpointError(
+            f"{type(model).__name__} holds no QuantLinear: quantize it first (fake-quantized models, packed=False, "
+            "are ordinary float models: use torch.save or save_pretrained)"
+        )
+    tensors, tied = _unique_tensors(model)
+    if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = _tensor_files(folder)
+    tensor_file = f"model-{uuid.uuid4().hex[:12]}.safetensors"
+    report = getattr(model, "awq_report", None)
+    index = {
+        "format": "awq_ext",
+        "version": FORMAT_VERSION,
+        "tensors": tensor_file,
+        "layers": layers,
+        "tied": tied,
+        "report": report.to_dict() if isinstance(report, AwqReport) else None,
+    }
+    _write(folder / tensor_file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _write(folder / INDEX_NAME, lambda path: path.write_text(json.dumps(index, indent=1)))
+    for old in before:
+        old.unlink(missing_ok=True)
+    return folder
+
+
+def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLike[str]) -> nn.Module:
+    """Give ``model`` the quantized layers and all tensors of a checkpoint that :func:`save` wrote; returns it.
+
+    model: the float model's structure (its values do not matter; ``torch.device("meta")`` is fine), or a function that builds
+    it. Tensors land on the device of what they replace (meta: the CPU), with the bits and dtypes that were saved.
+    Raises CheckpointError, before anything is changed, for a damaged or foreign checkpoint or one of another model.
+    """
+    folder = Path(directory)
+    index = _read_index(folder)
+    target = model if isinstance(model, nn.Module) else model()
+    tensors = _read_tensors(folder / index["tensors"])
+    skeleton = {name: _empty_layer(target, name, entry, tensors) for name, entry in index["layers"].items()}
+    plan = _match(target, skeleton, tensors, index["tied"])
+    values = _placed(target, plan, tensors)
+    for name, layer in skeleton.items():
+        target.set_submodule(name, layer)
+    for name, value in values.items():
+        parent_name, _, leaf = name.rpartition(".")
+        parent = target.get_submodule(parent_name)
+        (parent._parameters if leaf in parent._parameters else parent._buffers)[leaf] = value
+    if index["report"] is not None:
+        target.awq_report = AwqReport.from_dict(index["report"])
+    return target
+
+
+def _describe(layer: QuantLinear) -> dict[str, Any]:
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "group_size": layer.group_size,
+        "bias": layer.bias is not None,
+        "pre_quant_scale": layer.pre_quant_scale is not None,
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "scale_dtype": str(layer.scales.dtype).removeprefix("torch."),
+    }
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under every name it has, buffers outside state_dict included."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store (contiguous, on the CPU) and name -> stored name for those that share them."""
+    first: dict[int, str] = {}
+    storages: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in _named_tensors(model):
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        stored = tensor.detach().cpu().contiguous()
+        storage = stored.untyped_storage()
+        # safetensors refuses tensors that overlap, and would write the whole base of a view
+        if storage.data_ptr() in storages or storage.nbytes() != stored.nbytes:
+            stored = stored.clone()
+        storages.add(stored.untyped_storage().data_ptr())
+        tensors[name] = stored
+    return tensors, tied
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    """The tensor file of the checkpoint that is in ``folder`` now, and leftovers of interrupted saves."""
+    return [*folder.glob("model-????????????.safetensors"), *folder.glob(".*.partial")]
+
+
+def _write(path: Path, writer: Callable[[Path], Any]) -> None:
+    """Write to a temporary name, flush to disk, rename: the file appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        writer(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if os.name == "posix":
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_NAME
+    try:
+        index = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {INDEX_NAME}: it is no checkpoint of awq_ext.save") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(index, dict) or index.get("format") != "awq_ext":
+        raise CheckpointError(f"{path} does not describe an awq_ext checkpoint")
+    if index.get("version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has version {index.get('version')!r}; this awq_ext reads version {FORMAT_VERSION}")
+    name = index.get("tensors")
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        raise CheckpointError(f"{path} names {name!r} as its tensors: a .safetensors file beside it is needed")
+    if not isinstance(index.get("layers"), dict) or not isinstance(index.get("tied"), dict):
+        raise CheckpointError(f"{path} is damaged: layers or tied is missing")
+    return {"report": None} | index
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+
+
+def _empty_layer(model: nn.Module, name: str, entry: Any, tensors: dict[str, Tensor]) -> QuantLinear:
+    """A QuantLinear on the meta device for one entry of the index, checked against the module it will replace."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"the checkpoint has a layer {name!r}, the model has no such module") from None
+    try:
+        sizes = (entry["in_features"], entry["out_features"], entry["group_size"])
+        flags = (entry["bias"], entry["pre_quant_scale"])
+        dtypes = (_DTYPES[entry["dtype"]], SCALE_DTYPES[entry["scale_dtype"]])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}") from None
+    known = all(type(size) is int for size in sizes) and sizes[2] in GROUP_SIZES and all(type(f) is bool for f in flags)
+    if not known or min(sizes[:2]) < 1:
+        raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}")
+    if not isinstance(old, (nn.Linear, QuantLinear)) or (old.in_features, old.out_features) != sizes[:2]:
+        raise CheckpointError(
+            f"layer {name!r} is {sizes[0]} -> {sizes[1]} features in the checkpoint, in the model it is {old!r}"
+        )
+    return QuantLinear(*sizes, *flags, *dtypes, device="meta").train(old.training)
+
+
+def _match(
+    model: nn.Module, layers: dict[str, QuantLinear], tensors: dict[str, Tensor], tied: dict[str, str]
+) -> dict[str, str]:
+    """Name in the model -> name in the file, for every tensor the loaded model will have; all shapes and dtypes checked."""
+    wanted: dict[str, Tensor] = {}
+    for name, tensor in _named_tensors(model):
+        if name.rpartition(".")[0] not in layers:
+            wanted[name] = tensor
+    for prefix, layer in layers.items():
+        wanted |= {f"{prefix}.{leaf}": tensor for leaf, tensor in _named_tensors(layer)}
+    stored = {name: name for name in tensors} | tied
+    if missing := sorted(set(wanted) - set(stored)):
+        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors of the model, among them {missing[0]}")
+    if extra := sorted(set(stored) - set(wanted)):
+        raise CheckpointError(f"the checkpoint has {len(extra)} tensors that the model lacks, among them {extra[0]}")
+    for name, source in stored.items():
+        if source not in tensors:
+            raise CheckpointError(f"{name} is tied to {source!r}, which the file does not hold")
+        if wanted[name].shape != tensors[source].shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(tensors[source].shape)} in the file, {tuple(wanted[name].shape)} in the model"
+            )
+        quantized = name.rpartition(".")[0] in layers
+        if quantized and wanted[name].dtype != tensors[source].dtype:
+            raise CheckpointError(f"{name} has dtype {tensors[source].dtype} in the file, not {wanted[name].dtype}")
+    return stored
+
+
+def _placed(model: nn.Module, plan: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The objects to put in the model, on the device of what they replace; tied names get one and the same object."""
+    made: dict[str, Tensor] = {}
+    placed: dict[str, Tensor] = {}
+    for name, source in plan.items():
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        old = parent._parameters.get(leaf, parent._buffers.get(leaf))
+        # tensors that only the quantized layer has go where the Linear's weight is
+        near = old if old is not None else next(parent.parameters(), None)
+        if source not in made:
+            tensor = tensors[source]
+            if near is not None and not near.is_meta:
+                tensor = tensor.to(near.device)
+            trained = leaf in parent._parameters
+            made[source] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad) if trained else tensor
+        placed[name] = made[source]
+    return placed

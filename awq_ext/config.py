@@ -1,0 +1,115 @@
+"""AwqConfig: what to do with a model, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "method": ("awq", "rtn"),
+    "group_size": GROUP_SIZES,
+    "symmetric": (False, True),
+    "scale_dtype": tuple(SCALE_DTYPES),
+    "clip": ("auto", True, False),
+    "fold": ("auto", "never"),
+    "propagate": ("float", "quantized"),
+    "packed": (True, False),
+}
+
+
+@dataclass(frozen=True)
+class AwqConfig:
+    """Settings of :func:`awq_ext.quantize`. Frozen; a bad value raises TypeError or ValueError naming field, value and choices.
+
+    method: "awq" searches scales and clips; "rtn" rounds to nearest.
+    bits: 4, or 2 to 8 with ``packed=False``.
+    group_size: input channels that share one scale and zero, -1 for the whole row; a short last group is fine.
+    symmetric: zero fixed at the middle code instead of one zero per group.
+    scale_dtype: storage type of the scales, "float16" or "bfloat16".
+    n_grid: steps of alpha in [0, 1] (AWQ, arXiv 2306.00978, equation 5).
+    search_rows: output rows per scale group on which the candidates are ranked, 0 for all. RTN's and the final loss
+        always use every row.
+    clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
+        block's output (scores of queries and keys suffer from it).
+    fold: "auto" folds scales into a norm where a numeric proof succeeds and divides at run time elsewhere; "never" always
+        divides at run time.
+    propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
+    packed: True makes QuantLinear modules (int4); False leaves nn.Linear with fake-quantized weights, for experiments.
+    skip: fnmatch patterns of module names that stay as they are.
+    seq_len: window length in tokens when calibration samples are texts.
+    """
+
+    method: str = "awq"
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    scale_dtype: str = "float16"
+    n_grid: int = 20
+    search_rows: int = 512
+    clip: bool | str = "auto"
+    fold: str = "auto"
+    propagate: str = "float"
+    packed: bool = True
+    skip: tuple[str, ...] = ("lm_head", "*.lm_head")
+    seq_len: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "group_size", "n_grid", "search_rows", "seq_len"):
+            self._check_int(name)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            # 1 == True in Python; a flag must be a real bool, a number must not be one
+            if not any(value == choice and type(value) is type(choice) for choice in choices):
+                raise ValueError(f"AwqConfig.{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+        self._check_ranges()
+        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+            raise TypeError(f"AwqConfig.skip={self.skip!r}: give a tuple of name patterns, such as ('*.router',)")
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    def _check_int(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"AwqConfig.{name}={value!r}: an int is needed, not {type(value).__name__}")
+
+    def _check_ranges(self) -> None:
+        if self.packed and self.bits != 4:
+            raise ValueError(
+                f"AwqConfig.bits={self.bits}: packed layers hold 4 bits; use bits=4, or packed=False to try 2 to 8 bits"
+            )
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"AwqConfig.bits={self.bits}: 2 to 8 are possible")
+        for name, smallest in (("n_grid", 1), ("search_rows", 0), ("seq_len", 2)):
+            if getattr(self, name) < smallest:
+                raise ValueError(f"AwqConfig.{name}={getattr(self, name)}: at least {smallest} is needed")
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """scale_dtype as a torch dtype."""
+        return SCALE_DTYPES[self.scale_dtype]
+
+    @property
+    def quantizer(self) -> dict[str, Any]:
+        """The arguments that every quantizing kernel takes."""
+        return {
+            "group_size": self.group_size,
+            "bits": self.bits,
+            "symmetric": self.symmetric,
+            "scale_dtype": self.torch_scale_dtype,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self) | {"skip": list(self.skip)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AwqConfig:
+        """Inverse of :meth:`to_dict`; an unknown field raises ValueError."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"AwqConfig has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+        return cls(**values)

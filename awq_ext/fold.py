@@ -1,0 +1,114 @@
+"""Folding 1/s into the norm that produces a group's input, accepted only after a numeric proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+# Parameters by (module, name) that a rehearsal sees instead of the real ones.
+Substitutes = Mapping[tuple[nn.Module, str], Tensor]
+
+# What exact arithmetic may still differ by: products that underflow in half precision.
+_EXACT = 2.0**-20
+
+
+@contextmanager
+def substituted(substitutes: Substitutes) -> Iterator[None]:
+    """Let modules see other parameters while the body runs. The real Parameter objects are set aside, never written."""
+    real = {(module, name): module._parameters[name] for module, name in substitutes}
+    try:
+        for (module, name), tensor in substitutes.items():
+            module._parameters[name] = tensor
+        yield
+    finally:
+        for (module, name), parameter in real.items():
+            module._parameters[name] = parameter
+
+
+class Probe:
+    """A block's output on one calibration batch, under substituted parameters."""
+
+    def __init__(self, rehearse: Callable[[], Any]) -> None:
+        self._rehearse = rehearse
+        self.reference = self.output({})
+
+    def output(self, substitutes: Substitutes) -> list[Tensor]:
+        """The floating-point tensors that the block returns."""
+        with substituted(substitutes):
+            leaves = tree_leaves(self._rehearse())
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    def distance(self, substitutes: Substitutes) -> float:
+        """||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
+        total = 0.0
+        for now, before in zip(self.output(substitutes), self.reference, strict=True):
+            total += float((now.double() - before.double()).square().sum()) if now.shape == before.shape else float("inf")
+        return total**0.5 if total == total else float("inf")
+
+    @property
+    def norm(self) -> float:
+        """||float output||."""
+        return sum(float(tensor.double().square().sum()) for tensor in self.reference) ** 0.5
+
+
+@dataclass(frozen=True)
+class NormFold:
+    """A norm that takes over 1/s: "plain" multiplies by its weight w, "offset" by 1 + w."""
+
+    module: nn.Module
+    kind: str
+
+    def divided(self, scale: Tensor) -> dict[tuple[nn.Module, str], Tensor]:
+        """The norm's parameters with 1/scale folded in, in their own dtype. scale fp32 [K]."""
+        weight = self.module.weight.detach().float()
+        new = weight / scale if self.kind == "plain" else (1 + weight) / scale - 1
+        parameters = {(self.module, "weight"): new.to(self.module.weight.dtype)}
+        bias = self.module._parameters.get("bias")
+        if bias is not None:
+            parameters[(self.module, "bias")] = (bias.detach().float() / scale).to(bias.dtype)
+        return parameters
+
+    def effective_scale(self, scale: Tensor) -> Tensor:
+        """What the norm really divides by once its new weight is rounded to its dtype: the columns then compensate exactly.
+
+        Where that is no usable number (weight 0, underflow) the wanted scale stays.
+        """
+        offset = 0.0 if self.kind == "plain" else 1.0
+        old = self.module.weight.detach().float() + offset
+        new = self.divided(scale)[self.module, "weight"].float() + offset
+        effective = old / new
+        # a rounded weight is off by half an ulp; more means that it left the normal range of its dtype
+        usable = effective.isfinite() & ((effective / scale - 1).abs() < 2.0**-5)
+        return torch.where(usable, effective, scale)
+
+
+def prove_norm_fold(probe: Probe, norm: nn.Module, linears: list[nn.Linear], seed: int = 0) -> NormFold | None:
+    """The kind of fold that leaves the block's output unchanged for random factors, or None.
+
+    The factors are powers of two, so dividing the norm's weight and bias and multiplying the Linears' columns is exact in
+    binary floating point: each product keeps its bits, every sum its order, and the plain kind must reproduce the output to
+    2^-20. For the offset kind (1 + w)/s - 1 is rounded to w's dtype, a relative error of a few eps; it is measured against
+    what the same factors do when nothing compensates them. Anything else that reads the norm's output (a residual tap,
+    another branch, a router) is not compensated, which shows at once.
+    """
+    weight = norm.weight
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-2, 3, weight.shape, generator=generator)
+    factors = (2.0**exponents).to(weight.device)
+    columns = {(m, "weight"): (m.weight.detach() * factors.to(m.weight.dtype)) for m in linears}
+    for kind in ("plain", "offset"):
+        fold = NormFold(norm, kind)
+        divided = fold.divided(factors)
+        broken = probe.distance(divided)
+        if not broken > _EXACT * probe.norm:
+            return None  # the factors have no effect: nothing could be proven
+        slack = 0.0 if kind == "plain" else max(4 * torch.finfo(weight.dtype).eps, 2.0**-16)
+        if probe.distance(divided | columns) <= _EXACT * probe.norm + slack * broken:
+            return fold
+    return None

@@ -1,0 +1,153 @@
+"""Scale groups: which Linears read the very same input, and which module produced it. Found by watching one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .qlinear import QuantLinear
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """Linears that share one input scale, and the module (by name) whose output is their input, if one was seen."""
+
+    linears: tuple[str, ...]
+    producer: str | None
+
+
+@dataclass
+class Eligible:
+    """The Linears of a model that can be quantized, and why the others stay as they are."""
+
+    linears: dict[str, nn.Linear] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def eligible_linears(model: nn.Module, skipped: Callable[[str], bool]) -> Eligible:
+    """Sort the Linears of ``model``. Left out: names for which ``skipped`` is true, forwards of their own, shared weights.
+
+    Raises ValueError, naming the layer, for a model without Linears, one that is quantized already, integer or meta weights.
+    """
+    owners = _parameter_owners(model)
+    found = Eligible()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantLinear):
+            raise ValueError(f"{name} is a QuantLinear already: quantize the float model, a quantized one cannot be again")
+        if not isinstance(module, nn.Linear):
+            continue
+        if reason := _reason_to_leave(name, module, owners, skipped):
+            found.reasons[name] = reason
+        else:
+            found.linears[name] = module
+    if not found.linears and not found.reasons:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear: there is nothing to quantize")
+    return found
+
+
+def _reason_to_leave(
+    name: str, module: nn.Linear, owners: Mapping[int, list[str]], skipped: Callable[[str], bool]
+) -> str | None:
+    if skipped(name):
+        return "skipped by pattern"
+    if type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or torch.nn.utils.parametrize.is_parametrized(module, "weight"):
+        return "its weight is computed by a parametrization"
+    if others := [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]:
+        return f"its weight is shared with {', '.join(others)}"
+    if weight.is_meta:
+        raise ValueError(f"{name}.weight is on the meta device: load the weights before quantizing")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name}.weight is {weight.dtype}: float32, bfloat16 or float16 is needed")
+    if not torch.isfinite(weight).all():
+        return "its weight holds NaN or Inf"
+    return None
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> all names under which the model holds it."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{leaf}" if prefix else leaf)
+    return owners
+
+
+def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors exactly when they are the same memory, seen the same way, at the same moment of its history."""
+    version = None if tensor.is_inference() else tensor._version
+    storage = tensor.untyped_storage().data_ptr()
+    return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version)
+
+
+class Watch:
+    """What one forward of a block shows: the inputs of its Linears, the outputs of its norms, as identities.
+
+    The tensors are kept alive while watching, else a freed one's memory could be taken for it by another.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[tuple[Any, ...]]] = {}
+        self.outputs: dict[str, list[tuple[Any, ...]]] = {}
+        self._alive: list[Tensor] = []
+
+    def _see(self, book: dict[str, list[tuple[Any, ...]]], name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self._alive.append(value)
+            book.setdefault(name, []).append(tensor_identity(value))
+
+    @contextmanager
+    def on(self, linears: Mapping[str, nn.Linear], producers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Watch while the body runs a forward."""
+        hooks = [
+            module.register_forward_pre_hook(lambda _, args, name=name: self._see(self.inputs, name, args[0]))
+            for name, module in linears.items()
+        ]
+        hooks += [
+            module.register_forward_hook(lambda _, __, output, name=name: self._see(self.outputs, name, output))
+            for name, module in producers.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.release()
+
+    def release(self) -> None:
+        """Let go of the tensors: the forward has left the block."""
+        self._alive.clear()
+
+    def groups(self, linears: Mapping[str, nn.Linear]) -> list[ScaleGroup]:
+        """Linears that were called with the same tensors, call by call, in the order they were first called."""
+        members: dict[tuple[Any, ...], list[str]] = {}
+        for name, identities in self.inputs.items():
+            members.setdefault((linears[name].in_features, *identities), []).append(name)
+        return [ScaleGroup(tuple(names), self._producer(key[1:])) for key, names in members.items()]
+
+    def _producer(self, identities: tuple[Any, ...]) -> str | None:
+        for name, outputs in self.outputs.items():
+            if tuple(outputs) == identities:
+                return name
+        return None
+
+
+def norm_candidates(block: nn.Module) -> dict[str, nn.Module]:
+    """Modules below ``block`` that may be norms: no children, a 1-D weight, at most a bias of the same length beside it."""
+    found = {}
+    for name, module in block.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        weight = parameters.get("weight")
+        if weight is None or weight.dim() != 1 or any(module.children()):
+            continue
+        if set(parameters) <= {"weight", "bias"} and all(p.shape == weight.shape for p in parameters.values()):
+            found[name] = module
+    return found

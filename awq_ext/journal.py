@@ -1,0 +1,60 @@
+"""Journal: every change made to a user's model, so that all of it can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Journal:
+    """Records how to undo a change *before* making it; as a context manager it undoes all on any exception.
+
+    Undoing twice is harmless, and an interrupt between record and change undoes to the same state. Restored tensors keep
+    their identity and bits.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def set_module(self, root: nn.Module, name: str, module: nn.Module) -> None:
+        """Put ``module`` at the dotted ``name`` below ``root``."""
+        parent_name, _, leaf = name.rpartition(".")
+        parent = root.get_submodule(parent_name)
+        old = parent._modules[leaf]
+        self._undo.append(lambda: parent._modules.__setitem__(leaf, old))
+        parent._modules[leaf] = module
+
+    @torch.no_grad()
+    def write_tensor(self, tensor: Tensor, values: Tensor) -> None:
+        """Overwrite a parameter or buffer in place."""
+        saved = tensor.detach().clone()
+
+        def restore() -> None:
+            with torch.no_grad():
+                tensor.copy_(saved)
+
+        self._undo.append(restore)
+        tensor.copy_(values)
+
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """``setattr`` that can be taken back."""
+        old = getattr(owner, name)
+        self._undo.append(lambda: setattr(owner, name, old))
+        setattr(owner, name, value)
+
+    def rollback(self) -> None:
+        """Take back every change, last one first."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.rollback()

@@ -1,0 +1,246 @@
+"""Every kernel again in plain torch: the executable specification, the test oracle, and what runs where no C++ kernel does.
+
+The functions here and those of the compiled ``awq_ext._C`` have the same names, arguments and results, so a caller holds
+one or the other (see ``backend.py``). Symbols: N = out_features, K = in_features, g = group length along K,
+G = ceil(K / g) groups a row (the last may be short). ``group_size = -1`` means one group a row.
+
+Sources: AWQ, arXiv 2306.00978, section 3.2 (scales, clip); the quantizer is the usual group-wise affine one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The smallest positive number each storage type of a scale can hold, and the largest: a scale is kept inside.
+SCALE_RANGE = {
+    torch.float16: (2.0**-24, 65504.0),
+    torch.bfloat16: (2.0**-126, torch.finfo(torch.bfloat16).max),
+}
+
+
+def group_length(in_features: int, group_size: int) -> int:
+    """Channels in a full group: ``group_size``, or the whole row for -1 or a row shorter than a group."""
+    return in_features if group_size == -1 else min(group_size, in_features)
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Groups in a row, the short last one included."""
+    return -(-in_features // group_length(in_features, group_size))
+
+
+def expand_groups(values: Tensor, in_features: int, group_size: int) -> Tensor:
+    """[..., G] -> [..., K]: every channel gets its group's value."""
+    return values.repeat_interleave(group_length(in_features, group_size), dim=-1)[..., :in_features]
+
+
+def _grouped(weight: Tensor, group_size: int) -> Tensor:
+    """[N, K] -> [N, G, g], a short last group filled with zeros (a zero never widens a range that includes 0)."""
+    g = group_length(weight.shape[1], group_size)
+    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % g)).view(weight.shape[0], -1, g)
+
+
+def quantize_weight(
+    weight: Tensor,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
+    channel_scale: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros of a weight, group by group: ``w ~ (code - zero) * scale``.
+
+    weight [N, K] fp32/bf16/fp16; channel_scale [K] fp32 multiplies the columns first (in fp32); clip [N, G] fp32 in
+    (0, 1] shrinks the range of each group. Returns codes uint8 [N, K], scales ``scale_dtype`` [N, G], zeros uint8 [N, G].
+
+    asymmetric: lo = clip*min(0, min w), hi = clip*max(0, max w), scale = (hi - lo) / (2^bits - 1),
+    zero = clamp(round(-lo / scale)); symmetric: scale = clip*max|w| / (2^bits - 1) * 2, zero = 2^(bits - 1).
+    The scale is rounded to its storage type *before* codes are computed, so what is searched is what runs; rounding is
+    half to even. A group whose weights are all equal is stored exactly (up to the storage type): scale = |w|, code = zero +- 1.
+    """
+    w = weight.float()
+    if channel_scale is not None:
+        w = w * channel_scale
+    top = 2**bits - 1
+    grouped = _grouped(w, group_size)
+    ratio = torch.ones_like(grouped[..., 0]) if clip is None else clip
+    lo = grouped.amin(-1).clamp(max=0) * ratio
+    hi = grouped.amax(-1).clamp(min=0) * ratio
+    smallest, largest = SCALE_RANGE[scale_dtype]
+    if symmetric:
+        step = torch.maximum(-lo, hi) * 2 / top
+    else:
+        step = (hi - lo) / top
+    # min == max over the real (unpadded) channels; a padded group is compared against its own first channel
+    first = grouped[..., :1]
+    inside = expand_groups(torch.arange(grouped.shape[1], device=w.device), w.shape[1], group_size)
+    constant = torch.ones_like(lo, dtype=torch.bool)
+    differs = w != first[..., 0].gather(1, inside.expand(w.shape[0], -1))
+    constant = ~torch.zeros_like(lo).index_add_(1, inside, differs.float()).bool() & (first[..., 0] != 0)
+    step = torch.where(constant, first[..., 0].abs(), step).clamp(smallest, largest)
+    scales = step.to(scale_dtype)
+    step = scales.float()
+    if symmetric:
+        zeros = torch.full_like(step, 2.0 ** (bits - 1))
+    else:
+        zeros = torch.where(constant, (first[..., 0] < 0).float(), torch.round(-lo / step)).clamp(0, top)
+    per_channel = lambda v: expand_groups(v, w.shape[1], group_size)  # noqa: E731
+    codes = (torch.round(w / per_channel(step)) + per_channel(zeros)).clamp(0, top)
+    return codes.to(torch.uint8), scales, zeros.to(torch.uint8)
+
+
+def dequantize_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
+    """(code - zero) * scale in fp32: [N, K]."""
+    k = codes.shape[1]
+    return (codes.float() - expand_groups(zeros.float(), k, group_size)) * expand_groups(scales.float(), k, group_size)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """uint8 [N, K] codes below 16 -> uint8 [N, ceil(K / 2)]: even channel in the low nibble, odd in the high one, padded with 0."""
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def unpack_int4(packed: Tensor, in_features: int) -> Tensor:
+    """Inverse of pack_int4: uint8 [N, ceil(K / 2)] -> uint8 [N, K]."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :in_features].contiguous()
+
+
+def quadratic_loss(error: Tensor, second_moment: Tensor) -> Tensor:
+    """e G e^T of every row: error fp32 [N, K], second_moment fp32 [K, K] symmetric -> fp64 [N].
+
+    With G = X^T X this is the squared output error summed over the calibration rows (algorithm: objective from second moments).
+    """
+    return ((error @ second_moment).double() * error.double()).sum(1)
+
+
+def scale_losses(
+    weight: Tensor,
+    candidates: Tensor,
+    second_moment: Tensor,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
+    max_rows: int = 0,
+) -> Tensor:
+    """Output error of a Linear for each candidate of its input scale: ||(Q(W diag s) diag(1/s) - W) X^T||^2.
+
+    weight [N, K]; candidates fp32 [C, K], all > 0; second_moment fp32 [K, K] = X^T X. Returns fp64 [C].
+    max_rows > 0 evaluates that many evenly spaced rows (n = floor(i * N / max_rows)) instead of all N.
+    """
+    if 0 < max_rows < weight.shape[0]:
+        weight = weight[torch.arange(max_rows, device=weight.device) * weight.shape[0] // max_rows]
+    losses = []
+    for s in candidates:
+        parts = quantize_weight(weight, group_size, bits, symmetric, scale_dtype, channel_scale=s)
+        error = dequantize_weight(*parts, group_size) / s - weight.float()
+        losses.append(quadratic_loss(error, second_moment).sum())
+    return torch.stack(losses)
+
+
+def search_clip(
+    weight: Tensor,
+    second_moment: Tensor,
+    ratios: Tensor,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
+    channel_scale: Tensor | None = None,
+) -> Tensor:
+    """The range ratio of each group with the least e_g G_gg e_g^T, e_g the error in the group: fp32 [N, G].
+
+    G_gg is the diagonal block of second_moment that belongs to the group. Errors are taken in the original space: (Q(W diag s)
+    diag(1/s) - W). ratios fp32 [R], tried in order; the first of equal losses wins, so put 1.0 first.
+    """
+    n, k = weight.shape
+    g = group_length(k, group_size)
+    s = torch.ones(k, device=weight.device) if channel_scale is None else channel_scale
+    best = torch.full((n, group_count(k, group_size)), float("inf"), dtype=torch.float64, device=weight.device)
+    chosen = torch.ones_like(best, dtype=torch.float32)
+    for ratio in ratios.tolist():
+        clip = torch.full_like(chosen, ratio)
+        parts = quantize_weight(weight, group_size, bits, symmetric, scale_dtype, s, clip)
+        error = dequantize_weight(*parts, group_size) / s - weight.float()
+        loss = torch.stack(
+            [quadratic_loss(error[:, a : a + g], second_moment[a : a + g, a : a + g]) for a in range(0, k, g)], dim=1
+        )
+        better = loss < best
+        best = torch.where(better, loss, best)
+        chosen = torch.where(better, clip, chosen)
+    return chosen
+
+
+def int4_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    pre_quant_scale: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """x [..., K] @ W^T + bias with W int4: qweight uint8 [N, ceil(K/2)], scales [N, G], zeros uint8 [N, G] -> [..., N].
+
+    pre_quant_scale fp32 [K] multiplies x first (1/s where the scale could not be folded). Computed in fp32, returned in
+    x's dtype.
+    """
+    x32 = x.float() if pre_quant_scale is None else x.float() * pre_quant_scale
+    weight = dequantize_weight(unpack_int4(qweight, x.shape[-1]), scales, zeros, group_size)
+    return torch.nn.functional.linear(x32, weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+class ActivationStats:
+    """Streaming statistics of the rows that enter a Linear: sum of |x|, X^T X, row count.
+
+    abs_sum fp64 [K]; second_moment fp32 [K, K], un-normalized; rows int. Rows where ``mask`` is False do not count.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.in_features = in_features
+        self.rows = 0
+        self._abs_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._second_moment = torch.zeros(in_features, in_features, device=device)
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add the rows of x [..., K] (fp32/bf16/fp16, any strides); mask bool with one element a row."""
+        flat = x.detach().reshape(-1, self.in_features)
+        if mask is not None:
+            flat = flat[mask.reshape(-1).to(flat.device)]
+        flat = flat.float()
+        self._abs_sum += flat.double().abs().sum(0)
+        self._second_moment += flat.T @ flat
+        self.rows += flat.shape[0]
+
+    def merge(self, other: ActivationStats) -> None:
+        """Add everything that ``other`` has seen."""
+        self._abs_sum += other._abs_sum
+        self._second_moment += other._second_moment
+        self.rows += other.rows
+
+    def abs_sum(self) -> Tensor:
+        """Sum over rows of |x|: fp64 [K]."""
+        return self._abs_sum
+
+    def second_moment(self) -> Tensor:
+        """X^T X, full and symmetric: fp32 [K, K]."""
+        return self._second_moment
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything as tensors: abs_sum fp64 [K], second_moment fp32 [K, K], rows int64 []."""
+        return {
+            "abs_sum": self._abs_sum.clone(),
+            "second_moment": self._second_moment.clone(),
+            "rows": torch.tensor(self.rows),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> ActivationStats:
+        """The instance that ``state()`` described."""
+        stats = cls(state["abs_sum"].shape[0], device=state["abs_sum"].device)
+        stats._abs_sum.copy_(state["abs_sum"])
+        stats._second_moment.copy_(state["second_moment"])
+        stats.rows = int(state["rows"])
+        return stats

@@ -1,0 +1,107 @@
+"""AwqReport: what was done to each layer, and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .memory import format_bytes
+
+
+@dataclass
+class LayerReport:
+    """One nn.Linear. Losses are mean squared output errors per calibration row, summed over outputs; None if not measured.
+
+    status: "int4", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
+    scale: "identity", "plain" or "duo"; alpha its exponent; applied: "norm" (folded), "run time" or "" (nothing to apply).
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    status: str
+    method: str = ""
+    scale: str = ""
+    alpha: float | None = None
+    applied: str = ""
+    clipped: bool = False
+    loss_rtn: float | None = None
+    loss: float | None = None
+    tokens: int = 0
+    note: str = ""
+
+
+@dataclass
+class BlockReport:
+    """One block: relative error of its float output once folds were applied, of its quantized output, on the first batch."""
+
+    name: str
+    fold_error: float | None = None
+    output_error: float | None = None
+
+
+@dataclass
+class AwqReport:
+    """The record of one :func:`awq_ext.quantize` call; ``print(model.awq_report)`` shows it as a table."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    parameters: int = 0
+    quantized_parameters: int = 0
+    seconds: float = 0.0
+    planned_memory_bytes: int = 0
+    peak_memory_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def share_quantized(self) -> float:
+        """Weights quantized / all parameters of the model, in [0, 1]."""
+        return self.quantized_parameters / max(self.parameters, 1)
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """The row of the layer called ``name``; KeyError if there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AwqReport:
+        """Inverse of :meth:`to_dict`."""
+        parts = dict(values)
+        parts["layers"] = [LayerReport(**row) for row in parts.get("layers", [])]
+        parts["blocks"] = [BlockReport(**row) for row in parts.get("blocks", [])]
+        return cls(**parts)
+
+    def summary(self) -> str:
+        """One line: what became of the model."""
+        done = [layer for layer in self.layers if layer.status != "float"]
+        improved = sum(1 for r in done if r.loss is not None and r.loss_rtn is not None and r.loss < r.loss_rtn)
+        return (
+            f"{len(done)} of {len(self.layers)} Linears quantized ({self.share_quantized:.1%} of all parameters), "
+            f"{improved} with less output error than RTN, in {self.seconds:.1f} s, "
+            f"peak memory {format_bytes(self.peak_memory_bytes)} (planned {format_bytes(self.planned_memory_bytes)})"
+        )
+
+    def __str__(self) -> str:
+        header = ("layer", "status", "scale", "alpha", "applied", "clip", "loss / RTN's", "tokens", "note")
+        rows = [header, *(_cells(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, self.summary(), *(f"warning: {text}" for text in self.warnings)])
+
+
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    alpha = "" if layer.alpha is None else f"{layer.alpha:.2f}"
+    ratio = ""
+    if layer.loss is not None and layer.loss_rtn is not None:
+        ratio = f"{layer.loss / layer.loss_rtn:.3f}" if layer.loss_rtn > 0 else "0 / 0"
+    clip = "yes" if layer.clipped else ""
+    tokens = str(layer.tokens) if layer.tokens else ""
+    return (layer.name, layer.status, layer.scale, alpha, layer.applied, clip, ratio, tokens, layer.note)

@@ -1,0 +1,135 @@
+"""Search on second moments: the input scale of a group of Linears, then the range of every weight group.
+
+No activation and no forward is needed here: with G = X^T X the squared output error of a Linear is tr(E G E^T), whatever the
+number of calibration rows (AWQ, arXiv 2306.00978, equation 4, rewritten).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .config import AwqConfig
+
+# Tried in this order; 1.0 first, so that equal losses keep the full range.
+CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(11))
+_ROWS_AT_ONCE = 2048
+_SMALLEST_SCALE = 1e-4
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """The scale of a group: s fp32 [K], or None for the identity; its family and alpha."""
+
+    scale: Tensor | None
+    kind: str = "identity"
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One quantized weight: codes uint8 [N, K], scales [N, G], zeros uint8 [N, G]."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def dequantize(self, group_size: int, channel_scale: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """fp32 weight in the original space (columns divided by ``channel_scale``)."""
+        weight = reference.dequantize_weight(self.codes[rows], self.scales[rows], self.zeros[rows], group_size)
+        return weight if channel_scale is None else weight / channel_scale
+
+
+def weight_mean(weights: Sequence[Tensor], group_size: int) -> Tensor:
+    """w_mean fp32 [K]: mean over all rows of |W[:, k]| / (largest |W| of its weight group)."""
+    total = torch.zeros(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
+    for weight in weights:
+        for rows in weight.split(_ROWS_AT_ONCE):
+            magnitude = rows.float().abs()
+            g = reference.group_length(magnitude.shape[1], group_size)
+            padded = torch.nn.functional.pad(magnitude, (0, -magnitude.shape[1] % g))
+            largest = padded.view(len(rows), -1, g).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            total += (magnitude / reference.expand_groups(largest, magnitude.shape[1], group_size)).double().sum(0)
+    return (total / sum(len(weight) for weight in weights)).float()
+
+
+def candidate_scales(x_mean: Tensor, w_mean: Tensor, n_grid: int) -> tuple[Tensor, list[ScaleChoice]]:
+    """All scales to try: fp32 [C, K] and their labels (``scale`` unset); the identity first.
+
+    plain: s = x_mean^alpha; duo: s = x_mean^alpha / (w_mean^(1 - alpha) + 1e-4); alpha on a grid of n_grid steps in [0, 1].
+    Each is clamped to >= 1e-4 and divided by sqrt(max s * min s); dead channels (x_mean = 0) and non-finite values get 1.
+    """
+    alive = x_mean > 0
+    rows, labels = [torch.ones_like(x_mean)], [ScaleChoice(None)]
+    for step in range(n_grid + 1):
+        alpha = step / n_grid
+        plain = x_mean**alpha
+        families = {"plain": plain, "duo": plain / (w_mean ** (1 - alpha) + _SMALLEST_SCALE)}
+        for kind, scale in families.items():
+            if kind == "plain" and step == 0:
+                continue  # x_mean^0 is the identity
+            rows.append(_normalized(scale, alive))
+            labels.append(ScaleChoice(None, kind, alpha))
+    return torch.stack(rows), labels
+
+
+def _normalized(scale: Tensor, alive: Tensor) -> Tensor:
+    scale = scale.clamp_min(_SMALLEST_SCALE)
+    live = scale[alive & scale.isfinite()]
+    if live.numel() == 0:
+        return torch.ones_like(scale)
+    scale = scale / (live.max() * live.min()).sqrt()
+    return torch.where(alive & scale.isfinite() & (scale > 0), scale, 1.0)
+
+
+def search_scale(
+    kernels: ModuleType, weights: Sequence[Tensor], x_mean: Tensor, second_moment: Tensor, config: AwqConfig
+) -> ScaleChoice:
+    """The candidate with the least output error summed over the group's Linears that makes no single one worse than RTN.
+
+    weights: each [N_i, K]; x_mean fp32 [K]; second_moment fp32 [K, K]. Ranked on ``config.search_rows`` evenly spaced rows.
+    """
+    candidates, labels = candidate_scales(x_mean, weight_mean(weights, config.group_size), config.n_grid)
+    total_rows = sum(len(weight) for weight in weights)
+    losses = []
+    for weight in weights:
+        # rows in proportion to the Linear's height, none below 64: a thin Linear is still judged on enough rows
+        rows = min(len(weight), max(64, config.search_rows * len(weight) // total_rows)) if config.search_rows else 0
+        sampled = kernels.scale_losses(weight, candidates, second_moment, max_rows=rows, **config.quantizer)
+        losses.append(sampled * (len(weight) / (rows or len(weight))))
+    per_linear = torch.stack(losses)
+    worse = (per_linear > per_linear[:, :1]).any(0)
+    best = int(per_linear.sum(0).masked_fill(worse, float("inf")).argmin())
+    if best == 0:
+        return ScaleChoice(None)
+    return ScaleChoice(candidates[best].clone(), labels[best].kind, labels[best].alpha)
+
+
+def quantize(kernels: ModuleType, weight: Tensor, config: AwqConfig, scale: Tensor | None, clip: Tensor | None) -> Codes:
+    """Round ``weight`` * scale to codes, ranges shrunk by ``clip`` [N, G]."""
+    return Codes(*kernels.quantize_weight(weight, channel_scale=scale, clip=clip, **config.quantizer))
+
+
+def search_clip(
+    kernels: ModuleType, weight: Tensor, second_moment: Tensor, config: AwqConfig, scale: Tensor | None
+) -> Tensor:
+    """Range ratio of every weight group: fp32 [N, G]."""
+    ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
+    return kernels.search_clip(weight, second_moment, ratios, channel_scale=scale, **config.quantizer)
+
+
+def output_loss(
+    kernels: ModuleType, weight: Tensor, codes: Codes, scale: Tensor | None, second_moment: Tensor, group_size: int
+) -> float:
+    """tr(E G E^T) over every row, E in the original space: the squared output error summed over the calibration rows."""
+    total = 0.0
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        error = codes.dequantize(group_size, scale, rows) - weight[rows].float()
+        total += float(kernels.quadratic_loss(error, second_moment).sum())
+    return total

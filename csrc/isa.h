@@ -1,0 +1,28 @@
+// Which set of kernels runs.
+//
+// The choice is made once, at first use, by asking the processor, and is one pointer from then on: a call through a table
+// costs nothing beside the loops behind it, every level can be tested in one process (set_isa), and the build needs no
+// -march. The alternative, target_clones, would leave the choice to the loader, out of the tests' reach.
+// The environment variable AWQ_EXT_ISA names a level to use instead, e.g. to reproduce another machine's floats.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+namespace awq {
+
+enum class Isa { scalar, avx2, avx512, avx512_bf16, neon };
+
+const char* isa_name(Isa isa);
+// Levels that this build has and this processor runs, the least first, the one chosen by default last.
+std::vector<Isa> available_isas();
+// The level in use. The first call reads AWQ_EXT_ISA; std::invalid_argument if that is not an available level.
+Isa current_isa();
+// Throws std::invalid_argument, naming the choices, if the level is unknown or not available here.
+void set_isa(const std::string& name);
+// The kernels of current_isa().
+const KernelTable& kernels();
+
+}  // namespace awq

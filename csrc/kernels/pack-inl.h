@@ -1,0 +1,40 @@
+// Copies into the panels that gemm-inl.h reads, and the column sums that run over the same data.
+
+void pack_columns(const float* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width, float* out) {
+  for (int64_t r = 0; r < rows; ++r, x += ldx, out += width) {
+    for (int64_t c = 0; c < cols; ++c) out[c] = x[c];
+    for (int64_t c = cols; c < width; ++c) out[c] = 0.0f;
+  }
+}
+
+void pack_column_pairs(const uint16_t* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width, uint16_t* out) {
+  for (int64_t r = 0; r < rows; r += 2, x += 2 * ldx, out += 2 * width) {
+    const bool whole = r + 1 < rows;
+    const uint16_t* next = whole ? x + ldx : x;
+    const uint32_t keep = whole ? 0xffffffffu : 0x0000ffffu;  // an odd last row is paired with zeros
+    for (int64_t c = 0; c < cols; ++c) {
+      const uint32_t pair = (x[c] | static_cast<uint32_t>(next[c]) << 16) & keep;
+      __builtin_memcpy(out + 2 * c, &pair, 4);
+    }
+    for (int64_t c = 2 * cols; c < 2 * width; ++c) out[c] = 0;
+  }
+}
+
+void pack_rows(const float* x, int64_t ldx, int64_t k, float* out) {
+  for (int64_t i = 0; i < k; ++i, out += kRows)
+    for (int m = 0; m < kRows; ++m) out[m] = x[m * ldx + i];
+}
+
+void pack_row_pairs(const float* x, int64_t ldx, int64_t k, uint16_t* out) {
+  for (int64_t i = 0; i < k; i += 2, out += 2 * kRows)
+    for (int m = 0; m < kRows; ++m) {
+      const float* row = x + m * ldx + i;
+      const uint32_t pair = to_bits(row[0]) >> 16 | (to_bits(row[1]) & 0xffff0000u);
+      __builtin_memcpy(out + 2 * m, &pair, 4);
+    }
+}
+
+void add_abs(const float* x, int64_t n, double* sum) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(__builtin_fabsf(x[i]));
+}

@@ -1,0 +1,43 @@
+// Every body once, inside the anonymous namespace of the level's file, and the table that names them. Nothing here may have
+// external linkage: of two copies of an inline function the linker keeps one, perhaps the one older processors cannot run.
+
+namespace awq {
+namespace {
+
+#include "simd-inl.h"  // first: the others use its vectors
+//
+#include "convert-inl.h"
+#include "gemm-inl.h"
+#include "int4-inl.h"
+#include "pack-inl.h"
+#include "quantize-inl.h"
+
+constexpr KernelTable make_table() {
+  KernelTable table{};
+  table.to_float = to_float;
+  table.from_float = from_float;
+  table.multiply = multiply;
+  table.group_range = group_range;
+  table.quantize_group = quantize_group;
+  table.dequantize_group = dequantize_group;
+  table.group_error = group_error;
+  table.round_to_bf16 = round_to_bf16;
+  table.pack_int4 = pack_int4;
+  table.unpack_int4 = unpack_int4;
+  table.int4_dot = int4_dot;
+  table.add_abs = add_abs;
+  table.tile_rows = kRows;
+  table.tile_cols = kWidth;
+  table.gemm_tile = gemm_tile;
+  table.quadratic_tile = quadratic_tile;
+  table.gemm_tile_bf16 = gemm_tile_bf16;
+  table.quadratic_tile_bf16 = quadratic_tile_bf16;
+  table.pack_columns = pack_columns;
+  table.pack_column_pairs = pack_column_pairs;
+  table.pack_rows = pack_rows;
+  table.pack_row_pairs = pack_row_pairs;
+  return table;
+}
+
+}  // namespace
+}  // namespace awq

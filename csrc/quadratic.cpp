@@ -1,0 +1,92 @@
+#include "quadratic.h"
+
+#include <algorithm>
+
+#include "layout.h"
+
+namespace awq {
+namespace {
+
+// Channels of the first factor in a block: 256 fp32 or 512 bf16, so that a panel's block (tile_cols wide) is 32 KiB at the
+// widest level and stays in the first-level cache while the row panels stream past it.
+int64_t block_channels(Precision precision) { return precision == Precision::bf16 ? 512 : 256; }
+
+constexpr int64_t kMaxWidth = 32;  // the largest tile_cols
+
+int64_t value_bytes(Precision precision) { return precision == Precision::bf16 ? 2 : 4; }
+
+}  // namespace
+
+Precision ranking_precision(const KernelTable& table) {
+  return table.quadratic_tile_bf16 != nullptr ? Precision::bf16 : Precision::f32;
+}
+
+MomentPanels::MomentPanels(const KernelTable& table, Precision precision, int64_t k)
+    : table_(&table), precision_(precision), channels_(k), padded_(round_up(k, table.tile_cols)) {
+  data_ = Buffer<char>(offset(count()) * value_bytes(precision));
+}
+
+// Panel j holds (j + 1) * tile_cols rows of tile_cols values.
+int64_t MomentPanels::offset(int64_t panel) const {
+  const int64_t width = table_->tile_cols;
+  return panel * (panel + 1) / 2 * width * width;
+}
+
+int64_t MomentPanels::block_count() const { return ceil_div(padded_, block_channels(precision_)); }
+
+void MomentPanels::fill(int64_t panel, const float* g, int64_t ld) {
+  const int64_t width = table_->tile_cols, first = panel * width, cols = std::min(width, channels_ - first);
+  const int64_t length = first + width;
+  // A strip of rows at a time: doubled, rounded, packed while in the cache.
+  float strip[kMaxWidth * kMaxWidth];
+  uint16_t halves[kMaxWidth * kMaxWidth];
+  for (int64_t row = 0; row < length; row += width) {
+    const float factor = row < first ? 2.0f : 1.0f;
+    for (int64_t r = 0; r < width; ++r)
+      for (int64_t c = 0; c < width; ++c)
+        strip[r * width + c] = row + r < channels_ && c < cols ? factor * g[(row + r) * ld + first + c] : 0.0f;
+    const int64_t at = offset(panel) + row * width;
+    if (precision_ == Precision::f32) {
+      std::copy_n(strip, width * width, reinterpret_cast<float*>(data_.get()) + at);
+    } else {
+      table_->from_float(strip, Dtype::bf16, width * width, halves);
+      table_->pack_column_pairs(halves, width, width, width, width, reinterpret_cast<uint16_t*>(data_.get()) + at);
+    }
+  }
+}
+
+void MomentPanels::add_block(int64_t block, const void* row_panels, const float* rows, int64_t panels,
+                             double* out) const {
+  const int64_t width = table_->tile_cols, mr = table_->tile_rows, size = block_channels(precision_), begin = block * size;
+  for (int64_t j = begin / width; j < count(); ++j) {
+    const int64_t length = std::min((j + 1) * width, begin + size) - begin;
+    const int64_t at = offset(j) + begin * width;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t a = (p * padded_ + begin) * mr;
+      const float* e = rows + p * mr * padded_ + j * width;
+      if (precision_ == Precision::f32) {
+        table_->quadratic_tile(static_cast<const float*>(row_panels) + a, reinterpret_cast<const float*>(data_.get()) + at,
+                               length, e, padded_, out + p * mr);
+      } else {
+        table_->quadratic_tile_bf16(static_cast<const uint16_t*>(row_panels) + a,
+                                    reinterpret_cast<const uint16_t*>(data_.get()) + at, length, e, padded_, out + p * mr);
+      }
+    }
+  }
+}
+
+int64_t row_panel_bytes(const MomentPanels& g) {
+  return g.table().tile_rows * g.padded_channels() * value_bytes(g.precision());
+}
+
+void pack_row_panel(const MomentPanels& g, float* rows, void* panel) {
+  const int64_t k = g.padded_channels();
+  if (g.precision() == Precision::f32) {
+    g.table().pack_rows(rows, k, k, static_cast<float*>(panel));
+  } else {
+    g.table().round_to_bf16(rows, g.table().tile_rows * k);
+    g.table().pack_row_pairs(rows, k, k, static_cast<uint16_t*>(panel));
+  }
+}
+
+}  // namespace awq

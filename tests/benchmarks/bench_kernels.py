@@ -1,0 +1,171 @@
+"""Times the kernels beside what torch alone offers for the same job, interleaved in one run, and prints the ratio.
+
+    python tests/benchmarks/bench_kernels.py [--json FILE] [--only stats,quadratic,...] [--repeat N] [--threads N] [--small]
+
+The shapes are those of one block of a Llama with hidden size 2048: (out_features, in_features) of each group of Linears that
+share an input. `total` adds them up as one block's quantization does. Not a test: nothing here passes or fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awq_ext import _C, ops, reference
+
+SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
+CALIBRATION_ROWS, BATCH_ROWS, GROUP = 4096, 512, 128
+Row = dict[str, Any]
+
+
+def interleaved(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
+    """Best seconds of each function over `repeat` rounds, one of each per round, so that a busy machine hits all alike."""
+    # One thread is timed by its processor time, which other processes on the machine hardly disturb.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    best = dict.fromkeys(functions, float("inf"))
+    for _ in range(repeat):
+        for name, function in functions.items():
+            start = clock()
+            function()
+            best[name] = min(best[name], clock() - start)
+    return best
+
+
+def row(name: str, times: dict[str, float], flops: float = 0.0) -> Row:
+    result: Row = {"name": name, **times}
+    text = f"{name:28s}" + "".join(f"  {key} {seconds * 1e3:9.2f} ms" for key, seconds in times.items())
+    if "torch" in times:
+        result["torch_over_ours"] = times["torch"] / times["ours"]
+        text += f"  torch/ours {result['torch_over_ours']:6.2f}"
+    if flops:
+        result["gflops"] = flops / times["ours"] / 1e9
+        text += f"  {result['gflops']:7.0f} GFLOP/s"
+    print(text, flush=True)
+    return result
+
+
+def moment(k: int) -> torch.Tensor:
+    x = torch.randn(256, k) * torch.rand(k).add(0.1)
+    return x.T @ x + torch.eye(k)
+
+
+def bench_stats(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    batches = [torch.randn(BATCH_ROWS, k).bfloat16() for _ in range(CALIBRATION_ROWS // BATCH_ROWS)]
+    peer = torch.zeros(k, k)
+
+    def ours() -> None:
+        stats = _C.ActivationStats(k)
+        for x in batches:
+            stats.update(x)
+        stats.second_moment()
+
+    def torch_alone() -> None:
+        for x in batches:
+            x32 = x.float()
+            peer.addmm_(x32.T, x32)
+            x32.double().abs().sum(0)
+
+    return interleaved({"ours": ours, "torch": torch_alone}, repeat), CALIBRATION_ROWS * k * k
+
+
+def bench_quadratic(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    error, g = torch.randn(n, k), moment(k)
+    functions = {
+        "ours": lambda: _C.quadratic_loss(error, g),
+        "torch": lambda: ((error @ g) * error).double().sum(1),
+    }
+    return interleaved(functions, repeat), n * k * k
+
+
+def bench_scales(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    weight, g, candidates = torch.randn(n, k).bfloat16(), moment(k), torch.rand(41, k) + 0.5
+    error = torch.randn(512, k)
+
+    def torch_product_only() -> None:  # a lower bound for torch: the products of 41 candidates without the rounding
+        for _ in range(41):
+            ((error @ g) * error).sum(1)
+
+    functions = {
+        "ours": lambda: _C.scale_losses(weight, candidates, g, GROUP, max_rows=512),
+        "torch": torch_product_only,
+    }
+    return interleaved(functions, repeat), 41 * 512 * k * k
+
+
+def bench_clip(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    weight, g, ratios = torch.randn(n, k).bfloat16(), moment(k), torch.linspace(1, 0.5, 11)
+    functions = {"ours": lambda: _C.search_clip(weight, g, ratios, GROUP)}
+    return interleaved(functions, repeat), 11 * n * k * GROUP
+
+
+def bench_quantize(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    weight, s = torch.randn(n, k).bfloat16(), torch.rand(k) + 0.5
+    functions = {"ours": lambda: _C.pack_int4(_C.quantize_weight(weight, GROUP, channel_scale=s)[0])}
+    if n * k <= SHAPES["qkv"][0] * SHAPES["qkv"][1]:
+        functions["torch"] = lambda: reference.pack_int4(reference.quantize_weight(weight, GROUP, channel_scale=s)[0])
+    return interleaved(functions, repeat), 0.0
+
+
+def bench_linear(repeat: int, shapes: dict[str, tuple[int, int]]) -> list[Row]:
+    results = []
+    for name, (n, k) in shapes.items():
+        weight = (torch.randn(n, k) / k**0.5).bfloat16()
+        codes, scales, zeros = _C.quantize_weight(weight, GROUP, scale_dtype=torch.bfloat16)
+        packed = _C.pack_int4(codes)
+        for rows in (1, 4, 8, 16, 32, 128):
+            x = torch.randn(rows, k).bfloat16()
+
+            def ours(x=x, packed=packed, scales=scales, zeros=zeros) -> object:
+                return ops.int4_linear(x, packed, scales, zeros, None, None, GROUP)
+
+            def torch_bf16(x=x, weight=weight) -> object:
+                return torch.nn.functional.linear(x, weight)
+
+            times = interleaved({"ours": ours, "torch": torch_bf16}, repeat * 5)
+            results.append(row(f"int4_linear {name} rows={rows}", times, 2 * rows * n * k))
+    return results
+
+
+KERNELS = {
+    "stats": bench_stats,
+    "quadratic": bench_quadratic,
+    "scales": bench_scales,
+    "clip": bench_clip,
+    "quantize": bench_quantize,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--only", default=",".join([*KERNELS, "linear"]), help="comma-separated part of the list")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--small", action="store_true", help="a quarter of each dimension")
+    args = parser.parse_args()
+    shapes = {name: (n // 4, k // 4) if args.small else (n, k) for name, (n, k) in SHAPES.items()}
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    results = []
+    for kernel in (name for name in args.only.split(",") if name in KERNELS):
+        total = 0.0
+        for name, (n, k) in shapes.items():
+            times, flops = KERNELS[kernel](n, k, args.repeat)
+            results.append(row(f"{kernel} {name} {n}x{k}", times, flops))
+            total += times["ours"]
+        results.append(row(f"{kernel} total", {"ours": total}))
+    if "linear" in args.only:
+        results += bench_linear(args.repeat, shapes)
+    if args.json:
+        facts = {"isa": _C.isa(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        args.json.write_text(json.dumps({**facts, "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The command line: what it teaches, what it refuses, what it returns."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import awq_ext
+from awq_ext import _C, cli, ops
+from awq_ext.demo import run
+
+runner = CliRunner()
+
+
+def test_help_teaches() -> None:
+    shown = runner.invoke(cli.app, ["--help"])
+    assert shown.exit_code == 0
+    for word in ("demo", "doctor", "quantize(model, calib_loader)"):
+        assert word in shown.output
+
+
+def test_no_command_shows_help() -> None:
+    shown = runner.invoke(cli.app, [])
+    assert shown.exit_code == 2 and "Commands" in shown.output
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor"])
+def test_each_command_has_help(command: str) -> None:
+    shown = runner.invoke(cli.app, [command, "--help"])
+    assert shown.exit_code == 0 and len(shown.output) > 200
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["demo", "--nonsense"],
+        ["demo", "--tokens", "many"],
+        ["demo", "--tokens", "10"],
+        ["demo", "--group-size", "5"],
+        ["demo", "--threads", "0"],
+        ["demo", "--json", "/no such folder/figures.json"],
+        ["doctor", "extra"],
+    ],
+)
+def test_a_bad_option_is_a_usage_error(arguments: list[str]) -> None:
+    shown = runner.invoke(cli.app, arguments)
+    assert shown.exit_code == 2
+
+
+def test_a_bad_group_size_names_the_choices() -> None:
+    shown = runner.invoke(cli.app, ["demo", "--group-size", "5"], env={"COLUMNS": "200"})
+    assert "-1, 16, 32, 64, 128, 256" in shown.output
+
+
+def test_json_into_a_folder_is_refused(tmp_path) -> None:
+    assert runner.invoke(cli.app, ["demo", "--json", str(tmp_path)]).exit_code == 2
+
+
+def test_defaults_are_those_of_the_demo() -> None:
+    parameters = inspect.signature(cli.demo).parameters
+    assert parameters["tokens"].default == run.TOKENS
+    assert parameters["group_size"].default == run.GROUP_SIZE
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    from awq_ext.demo import display
+
+    seen = []
+    monkeypatch.setattr(display, "run_and_show", lambda *arguments: seen.append(arguments[:3]))
+    threads = torch.get_num_threads()
+    try:
+        path = tmp_path / "f.json"
+        options = ["--tokens", "512", "--group-size", "64", "--json", str(path), "--threads", "1"]
+        shown = runner.invoke(cli.app, ["demo", *options])
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert shown.exit_code == 0 and seen == [(512, 64, path)]
+
+
+def test_demo_without_text_fails_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from awq_ext.demo import data, display
+
+    def no_text(*_: object) -> None:
+        raise data.NoSourceError("no Python source files under /nowhere")
+
+    monkeypatch.setattr(display, "run_and_show", no_text)
+    shown = runner.invoke(cli.app, ["demo"])
+    assert shown.exit_code == 1
+    assert "no Python source files under /nowhere" in shown.output and "Traceback" not in shown.output
+
+
+def test_doctor() -> None:
+    shown = runner.invoke(cli.app, ["doctor"])
+    assert shown.exit_code == 0, shown.output
+    for fact in (
+        awq_ext.__version__,
+        torch.__version__,
+        _C.isa(),
+        "scalar",
+        f"threads              {torch.get_num_threads()}",
+    ):
+        assert fact in shown.output
+
+
+def test_doctor_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One level of kernels that is off by a thousandth is named, and the level in use stays what it was."""
+    right, before = ops.int4_linear, _C.isa()
+    monkeypatch.setattr(ops, "int4_linear", lambda *a: right(*a) * (1.001 if _C.isa() == "scalar" else 1))
+    shown = runner.invoke(cli.app, ["doctor"])
+    assert shown.exit_code == 1
+    assert "the scalar kernels are off by 0.001" in shown.output and shown.output.count("are off by") == 1
+    assert _C.isa() == before
+
+
+def test_module_can_be_run() -> None:
+    command = [sys.executable, "-m", "awq_ext", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "demo" in done.stdout
