@@ -28,3 +28,15 @@ __all__ = [
     "quantize",
     "save",
 ]
+
+_AUTOAWQ_KERNELS = ("dequantize_weights_cuda", "gemm_forward_cuda", "gemmv2_forward_cuda", "gemv_forward_cuda")
+
+
+def __getattr__(name: str) -> object:
+    # AutoAWQ looks for its own CUDA extension under this very name and takes any `awq_ext` for it.
+    if name in _AUTOAWQ_KERNELS:
+        raise AttributeError(
+            f"awq_ext.{name} belongs to AutoAWQ's CUDA kernels (autoawq-kernels), which install under the name awq_ext too; "
+            "this is the awq_ext quantizer, it has no such function: use the two packages in separate environments"
+        )
+    raise AttributeError(f"module 'awq_ext' has no attribute {name!r}")

@@ -60,7 +60,8 @@ def _repeats(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential) and len({type(child) for child in children}) > 1:
         return False
     return all(
-        not isinstance(child, nn.Linear) and any(isinstance(m, nn.Linear) for m in child.modules()) for child in children
+        not isinstance(child, nn.Linear) and any(isinstance(m, nn.Linear) for m in child.modules())
+        for child in children
     )
 
 
@@ -154,7 +155,9 @@ def run_call(model: nn.Module, call: Call, index: int) -> Any:
 
 
 @contextmanager
-def lockstep(model: nn.Module, blocks: Sequence[Block], calls: Sequence[Call]) -> Iterator[Iterator[tuple[Block, list[Stop]]]]:
+def lockstep(
+    model: nn.Module, blocks: Sequence[Block], calls: Sequence[Call]
+) -> Iterator[Iterator[tuple[Block, list[Stop]]]]:
     """Iterate over ``blocks`` (in calling order) with the batches that wait at each one's entry.
 
     The body of the loop may rehearse stops and advance them; those that it left are advanced before the next block. Leaving

@@ -32,7 +32,9 @@ class BlockSurvey:
         return sum(4 * k * k + 8 * k for k in widths)
 
 
-def survey(model: nn.Module, blocks: Sequence[Block], linears: Mapping[str, nn.Linear], call: Call) -> list[BlockSurvey]:
+def survey(
+    model: nn.Module, blocks: Sequence[Block], linears: Mapping[str, nn.Linear], call: Call
+) -> list[BlockSurvey]:
     """Run the first batch through the whole model: the blocks in calling order, each with its scale groups.
 
     A block that is called twice in one forward cannot be finished after its first call: then the whole model counts as one

@@ -161,7 +161,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != "awq_ext":
         raise CheckpointError(f"{path} does not describe an awq_ext checkpoint")
     if index.get("version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has version {index.get('version')!r}; this awq_ext reads version {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} has version {index.get('version')!r}; this awq_ext reads version {FORMAT_VERSION}"
+        )
     name = index.get("tensors")
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
         raise CheckpointError(f"{path} names {name!r} as its tensors: a .safetensors file beside it is needed")

@@ -48,7 +48,9 @@ class Probe:
         """||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
         total = 0.0
         for now, before in zip(self.output(substitutes), self.reference, strict=True):
-            total += float((now.double() - before.double()).square().sum()) if now.shape == before.shape else float("inf")
+            total += (
+                float((now.double() - before.double()).square().sum()) if now.shape == before.shape else float("inf")
+            )
         return total**0.5 if total == total else float("inf")
 
     @property

@@ -38,7 +38,9 @@ def eligible_linears(model: nn.Module, skipped: Callable[[str], bool]) -> Eligib
     found = Eligible()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantLinear):
-            raise ValueError(f"{name} is a QuantLinear already: quantize the float model, a quantized one cannot be again")
+            raise ValueError(
+                f"{name} is a QuantLinear already: quantize the float model, a quantized one cannot be again"
+            )
         if not isinstance(module, nn.Linear):
             continue
         if reason := _reason_to_leave(name, module, owners, skipped):

@@ -86,9 +86,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        return int4_linear(
-            x, self.qweight, self.scales, self.zeros, self.bias, self.pre_quant_scale, self.group_size
-        )
+        return int4_linear(x, self.qweight, self.scales, self.zeros, self.bias, self.pre_quant_scale, self.group_size)
 
     @property
     def weight(self) -> Tensor:

@@ -56,7 +56,9 @@ def quantize(
     started = time.perf_counter()
     eligible = eligible_linears(model, lambda name: any(fnmatchcase(name, pattern) for pattern in config.skip))
     if not eligible.linears:
-        raise ValueError(f"no Linear is left to quantize: {'; '.join(f'{n}: {r}' for n, r in eligible.reasons.items())}")
+        raise ValueError(
+            f"no Linear is left to quantize: {'; '.join(f'{n}: {r}' for n, r in eligible.reasons.items())}"
+        )
     device = next(iter(eligible.linears.values())).weight.device
     calls = read_calls(calib_loader, device, tokenizer, inputs, config.seq_len)
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
@@ -124,19 +126,21 @@ class _Run:
         solver = BlockSolver(surveyed, books, Probe(stops[0].rehearse), self.kernels, self.config, self.foldable)
         groups, block_report = solver.solve()
         self.report.blocks.append(block_report)
-        self.report.warnings.extend(solver.warnings)
         if not hold:
             stops[0].advance()
         self._swap(groups)
 
     def _swap(self, groups: Sequence[GroupSolution]) -> None:
         for group in groups:
+            self.report.layers.extend(group.reports(self.config))
+            if group.problem:
+                names = ", ".join(layer.name for layer in group.layers)
+                self.report.warnings.append(f"{names}: {group.problem}; rounded to nearest instead")
             if group.fold is not None and group.choice.scale is not None:
                 for (module, name), values in group.fold.divided(group.choice.scale).items():
                     self.journal.write_tensor(module._parameters[name], values)
             for layer in group.layers:
                 self.journal.set_module(self.model, layer.name, build_layer(layer, group.fold, self.config))
-                self.report.layers.append(layer.report)
                 self.report.quantized_parameters += layer.linear.weight.numel()
 
 

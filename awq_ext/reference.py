@@ -68,10 +68,7 @@ def quantize_weight(
     lo = grouped.amin(-1).clamp(max=0) * ratio
     hi = grouped.amax(-1).clamp(min=0) * ratio
     smallest, largest = SCALE_RANGE[scale_dtype]
-    if symmetric:
-        step = torch.maximum(-lo, hi) * 2 / top
-    else:
-        step = (hi - lo) / top
+    step = torch.maximum(-lo, hi) * 2 / top if symmetric else (hi - lo) / top
     # min == max over the real (unpadded) channels; a padded group is compared against its own first channel
     first = grouped[..., :1]
     inside = expand_groups(torch.arange(grouped.shape[1], device=w.device), w.shape[1], group_size)

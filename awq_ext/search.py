@@ -39,10 +39,14 @@ class Codes:
     scales: Tensor
     zeros: Tensor
 
-    def dequantize(self, group_size: int, channel_scale: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+    def dequantize(self, kernels: ModuleType, group_size: int, channel_scale: Tensor | None = None) -> Tensor:
         """fp32 weight in the original space (columns divided by ``channel_scale``)."""
-        weight = reference.dequantize_weight(self.codes[rows], self.scales[rows], self.zeros[rows], group_size)
-        return weight if channel_scale is None else weight / channel_scale
+        weight = kernels.dequantize_weight(self.codes, self.scales, self.zeros, group_size)
+        return weight if channel_scale is None else weight.div_(channel_scale)
+
+    def rows(self, index: slice | Tensor) -> Codes:
+        """The codes of some output rows."""
+        return Codes(self.codes[index], self.scales[index], self.zeros[index])
 
 
 def weight_mean(weights: Sequence[Tensor], group_size: int) -> Tensor:
@@ -110,7 +114,9 @@ def search_scale(
     return ScaleChoice(candidates[best].clone(), labels[best].kind, labels[best].alpha)
 
 
-def quantize(kernels: ModuleType, weight: Tensor, config: AwqConfig, scale: Tensor | None, clip: Tensor | None) -> Codes:
+def quantize(
+    kernels: ModuleType, weight: Tensor, config: AwqConfig, scale: Tensor | None, clip: Tensor | None
+) -> Codes:
     """Round ``weight`` * scale to codes, ranges shrunk by ``clip`` [N, G]."""
     return Codes(*kernels.quantize_weight(weight, channel_scale=scale, clip=clip, **config.quantizer))
 
@@ -130,6 +136,12 @@ def output_loss(
     total = 0.0
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        error = codes.dequantize(group_size, scale, rows) - weight[rows].float()
+        error = codes.rows(rows).dequantize(kernels, group_size, scale).sub_(weight[rows])
         total += float(kernels.quadratic_loss(error, second_moment).sum())
     return total
+
+
+def spread_rows(count: int, wanted: int, device: torch.device) -> Tensor:
+    """``wanted`` evenly spaced row numbers below ``count``; all of them for 0 or where there are no more."""
+    wanted = count if wanted == 0 else min(wanted, count)
+    return torch.arange(wanted, device=device) * count // wanted

@@ -10,36 +10,70 @@ import torch
 from torch import Tensor, nn
 
 from . import search
+from .backend import kernels_for
 from .calibrate import BlockSurvey, GroupStatistics
 from .config import AwqConfig
 from .fold import NormFold, Probe, Substitutes, prove_norm_fold
 from .groups import ScaleGroup
+from .qlinear import QuantLinear
 from .report import BlockReport, LayerReport
 from .search import Codes, ScaleChoice
 
 
 @dataclass
 class LayerSolution:
-    """A Linear and the codes that replace its weight; ``scale`` fp32 [K] multiplied the columns before rounding."""
+    """A Linear and the codes that replace its weight; ``scale`` fp32 [K] multiplied the columns before rounding.
+
+    unclipped: the codes without clipping, where there is a choice.
+    """
 
     name: str
     linear: nn.Linear
     codes: Codes
-    scale: Tensor | None
-    report: LayerReport
+    scale: Tensor | None = None
+    unclipped: Codes | None = None
+    loss_rtn: float | None = None
+    loss: float | None = None
 
-    def weight(self, group_size: int) -> Tensor:
-        """The quantized weight in the original space and dtype [N, K]."""
-        return self.codes.dequantize(group_size, self.scale).to(self.linear.weight.dtype)
+    @property
+    def clipped(self) -> bool:
+        """Whether ``codes`` come from clipped ranges."""
+        return self.unclipped is not None
 
 
 @dataclass
 class GroupSolution:
-    """A scale group: its choice, and the norm that takes 1/s (None: division at run time)."""
+    """A scale group: its statistics, its choice, and the norm that takes 1/s (None: division at run time)."""
 
-    choice: ScaleChoice
+    book: GroupStatistics
+    choice: ScaleChoice = field(default_factory=lambda: ScaleChoice(None))
     fold: NormFold | None = None
     layers: list[LayerSolution] = field(default_factory=list)
+    problem: str = ""
+
+    def reports(self, config: AwqConfig) -> list[LayerReport]:
+        """The rows of the report."""
+        applied = ""
+        if self.choice.scale is not None:
+            applied = "norm" if self.fold else "run time" if config.packed else "weights"
+        return [
+            LayerReport(
+                name=layer.name,
+                in_features=layer.linear.in_features,
+                out_features=layer.linear.out_features,
+                status="int4" if config.packed else "fake",
+                method="rtn" if self.problem else config.method,
+                scale=self.choice.kind,
+                alpha=self.choice.alpha,
+                applied=applied,
+                clipped=layer.clipped,
+                loss_rtn=layer.loss_rtn,
+                loss=layer.loss,
+                tokens=self.book.rows,
+                note=self.problem,
+            )
+            for layer in self.layers
+        ]
 
 
 class BlockSolver:
@@ -60,80 +94,53 @@ class BlockSolver:
         self.kernels = kernels
         self.config = config
         self.foldable = foldable
-        self.warnings: list[str] = []
 
     def solve(self) -> tuple[list[GroupSolution], BlockReport]:
         """All groups of the block, and how far its output moved."""
         groups = [self._solve_group(g, b) for g, b in zip(self.surveyed.groups, self.books, strict=True)]
-        if self.config.clip == "auto" and self.config.method == "awq":
-            self._keep_helpful_clips(groups)
         size = self.probe.norm or 1.0
         fold_error = self.probe.distance(_folded_float(groups)) / size
-        report = BlockReport(self.surveyed.block.name, fold_error, self.probe.distance(self._quantized(groups)) / size)
-        return groups, report
+        return groups, BlockReport(self.surveyed.block.name, fold_error, self._settle_clips(groups) / size)
 
     def _solve_group(self, group: ScaleGroup, book: GroupStatistics) -> GroupSolution:
         linears = {name: self.surveyed.linears[name] for name in group.linears}
-        if problem := self._unusable(group, book):
-            self.warnings.append(f"{', '.join(group.linears)}: {problem}; rounded to nearest instead")
-            return self._rounded(linears, book, None, problem)
-        second_moment = book.stats.second_moment()
+        if problem := _unusable(group, book):
+            return self._rounded(linears, book, problem)
         if self.config.method == "rtn":
-            return self._rounded(linears, book, second_moment)
+            return self._rounded(linears, book)
         weights = [linear.weight.detach() for linear in linears.values()]
-        choice = search.search_scale(self.kernels, weights, book.x_mean, second_moment, self.config)
-        solution = self._scaled(group, linears, choice, book, second_moment)
-        if any(layer.report.loss > layer.report.loss_rtn for layer in solution.layers):
+        choice = search.search_scale(self.kernels, weights, book.x_mean, book.stats.second_moment(), self.config)
+        solution = self._scaled(group, linears, choice, book)
+        if any(layer.loss > layer.loss_rtn for layer in solution.layers):
             # Ranking saw a sample of the rows, this loss all of them: a group that fails here keeps the identity
-            solution = self._scaled(group, linears, ScaleChoice(None), book, second_moment)
+            solution = self._scaled(group, linears, ScaleChoice(None), book)
         return solution
 
-    def _unusable(self, group: ScaleGroup, book: GroupStatistics) -> str:
-        if book.rows == 0 and book.rows_seen > 0:
-            raise ValueError(
-                f"{', '.join(group.linears)}: all {book.rows_seen} calibration rows are masked out; "
-                "check the attention_mask of the calibration batches"
-            )
-        if book.rows == 0:
-            return "no calibration row reached it"
-        return "" if book.finite else "its calibration input holds NaN or Inf"
-
-    def _rounded(
-        self, linears: Mapping[str, nn.Linear], book: GroupStatistics, second_moment: Tensor | None, note: str = ""
-    ) -> GroupSolution:
-        layers = []
+    def _rounded(self, linears: Mapping[str, nn.Linear], book: GroupStatistics, problem: str = "") -> GroupSolution:
+        solution = GroupSolution(book, problem=problem)
         for name, linear in linears.items():
-            codes = search.quantize(self.kernels, linear.weight.detach(), self.config, None, None)
-            loss = None if second_moment is None else self._loss(linear, codes, None, second_moment) / book.rows
-            report = LayerReport(
-                name, linear.in_features, linear.out_features, self._status, "rtn", "identity",
-                loss_rtn=loss, loss=loss, tokens=book.rows, note=note,
-            )  # fmt: skip
-            layers.append(LayerSolution(name, linear, codes, None, report))
-        return GroupSolution(ScaleChoice(None), None, layers)
+            layer = LayerSolution(name, linear, self._quantize(linear))
+            if not problem:
+                layer.loss = layer.loss_rtn = self._loss(layer, layer.codes, book)
+            solution.layers.append(layer)
+        return solution
 
     def _scaled(
-        self,
-        group: ScaleGroup,
-        linears: Mapping[str, nn.Linear],
-        choice: ScaleChoice,
-        book: GroupStatistics,
-        second_moment: Tensor,
+        self, group: ScaleGroup, linears: Mapping[str, nn.Linear], choice: ScaleChoice, book: GroupStatistics
     ) -> GroupSolution:
         fold, scale = self._fold(group, linears, choice)
-        solution = GroupSolution(choice, fold)
-        applied = "" if choice.scale is None else "norm" if fold else "run time" if self.config.packed else "weights"
+        solution = GroupSolution(book, choice, fold)
         for name, linear in linears.items():
-            rtn = search.quantize(self.kernels, linear.weight.detach(), self.config, None, None)
-            loss_rtn = self._loss(linear, rtn, None, second_moment)
-            codes, loss, clipped = self._clipped(linear, scale, second_moment)
-            if loss > loss_rtn and choice.scale is None:
-                codes, loss, clipped = rtn, loss_rtn, False
-            report = LayerReport(
-                name, linear.in_features, linear.out_features, self._status, "awq", choice.kind, choice.alpha, applied,
-                clipped, loss_rtn / book.rows, loss / book.rows, book.rows,
-            )  # fmt: skip
-            solution.layers.append(LayerSolution(name, linear, codes, scale, report))
+            rtn = self._quantize(linear)
+            full = rtn if scale is None else self._quantize(linear, scale)
+            clipped = self._clipped(linear, scale, full, book)
+            layer = LayerSolution(name, linear, clipped or full, scale, unclipped=full if clipped else None)
+            layer.loss_rtn = self._loss(LayerSolution(name, linear, rtn), rtn, book)
+            layer.loss = layer.loss_rtn if layer.codes is rtn else self._loss(layer, layer.codes, book)
+            if layer.clipped and layer.loss > layer.loss_rtn:
+                layer.codes, layer.unclipped = full, None
+                layer.loss = self._loss(layer, full, book)
+            solution.layers.append(layer)
         return solution
 
     def _fold(
@@ -146,34 +153,70 @@ class BlockSolver:
         fold = prove_norm_fold(self.probe, norm, list(linears.values()))
         return fold, choice.scale if fold is None else fold.effective_scale(choice.scale)
 
-    def _clipped(self, linear: nn.Linear, scale: Tensor | None, second_moment: Tensor) -> tuple[Codes, float, bool]:
-        """Codes with or without clipped ranges, whichever has less output error over the full second moment."""
-        weight = linear.weight.detach()
-        full = search.quantize(self.kernels, weight, self.config, scale, None)
-        full_loss = self._loss(linear, full, scale, second_moment)
+    def _quantize(self, linear: nn.Linear, scale: Tensor | None = None, clip: Tensor | None = None) -> Codes:
+        return search.quantize(self.kernels, linear.weight.detach(), self.config, scale, clip)
+
+    def _clipped(self, linear: nn.Linear, scale: Tensor | None, full: Codes, book: GroupStatistics) -> Codes | None:
+        """Codes of clipped ranges, if their output error is below that of the full ranges (on the rows of the search).
+
+        The ranges were searched on diagonal blocks of the second moment; here all of it counts.
+        """
         if self.config.clip is False:
-            return full, full_loss, False
-        clip = search.search_clip(self.kernels, weight, second_moment, self.config, scale)
-        codes = search.quantize(self.kernels, weight, self.config, scale, clip)
-        loss = self._loss(linear, codes, scale, second_moment)
-        return (codes, loss, True) if loss < full_loss else (full, full_loss, False)
+            return None
+        weight, second_moment = linear.weight.detach(), book.stats.second_moment()
+        codes = self._quantize(
+            linear, scale, search.search_clip(self.kernels, weight, second_moment, self.config, scale)
+        )
+        rows = search.spread_rows(len(weight), self.config.search_rows, weight.device)
+        full_loss, loss = (
+            search.output_loss(self.kernels, weight[rows], c.rows(rows), scale, second_moment, self.config.group_size)
+            for c in (full, codes)
+        )
+        return codes if loss < full_loss else None
 
-    def _loss(self, linear: nn.Linear, codes: Codes, scale: Tensor | None, second_moment: Tensor) -> float:
-        weight = linear.weight.detach()
-        return search.output_loss(self.kernels, weight, codes, scale, second_moment, self.config.group_size)
+    def _loss(self, layer: LayerSolution, codes: Codes, book: GroupStatistics) -> float:
+        """Mean squared output error a calibration row, over all output rows."""
+        weight, second_moment = layer.linear.weight.detach(), book.stats.second_moment()
+        loss = search.output_loss(self.kernels, weight, codes, layer.scale, second_moment, self.config.group_size)
+        return loss / book.rows
 
-    @property
-    def _status(self) -> str:
-        return "int4" if self.config.packed else "fake"
+    def _settle_clips(self, groups: Sequence[GroupSolution]) -> float:
+        """Distance of the quantized block's output from the float one, clips that raise it taken back.
 
-    def _quantized(self, groups: Sequence[GroupSolution]) -> dict[tuple[nn.Module, str], Tensor]:
-        """Substitutes that make the block compute with the quantized weights (scales undone, so no fold is needed)."""
-        return {
-            (layer.linear, "weight"): layer.weight(self.config.group_size) for group in groups for layer in group.layers
-        }
+        Only with clip="auto": a clip lowers its own Linear's error, but may raise what the block makes of it (scores of
+        queries and keys). Each layer in turn is tried without its clip, all others as they stand.
+        """
+        layers = [(group.book, layer) for group in groups for layer in group.layers]
+        substitutes = {(layer.linear, "weight"): self._weight(layer, layer.codes) for _, layer in layers}
+        best = self.probe.distance(substitutes)
+        for book, layer in layers:
+            if self.config.clip != "auto" or not layer.clipped:
+                continue
+            trial = substitutes | {(layer.linear, "weight"): self._weight(layer, layer.unclipped)}
+            distance = self.probe.distance(trial)
+            if distance >= best:
+                continue
+            loss = self._loss(layer, layer.unclipped, book)
+            if loss <= layer.loss_rtn:
+                best, substitutes = distance, trial
+                layer.codes, layer.unclipped, layer.loss = layer.unclipped, None, loss
+        return best
 
-    def _keep_helpful_clips(self, groups: list[GroupSolution]) -> None:
-        pass
+    def _weight(self, layer: LayerSolution, codes: Codes) -> Tensor:
+        """What ``codes`` stand for in the original space (scales undone, so no fold is needed) and dtype: [N, K]."""
+        return codes.dequantize(self.kernels, self.config.group_size, layer.scale).to(layer.linear.weight.dtype)
+
+
+def _unusable(group: ScaleGroup, book: GroupStatistics) -> str:
+    """Why the statistics cannot guide a search, or ""; rows that are all masked out are the caller's mistake."""
+    if book.rows == 0 and book.rows_seen > 0:
+        raise ValueError(
+            f"{', '.join(group.linears)}: all {book.rows_seen} calibration rows are masked out; "
+            "check the attention_mask of the calibration batches"
+        )
+    if book.rows == 0:
+        return "no calibration row reached it"
+    return "" if book.finite else "its calibration input holds NaN or Inf"
 
 
 def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:
@@ -192,11 +235,11 @@ def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:
 @torch.no_grad()
 def build_layer(layer: LayerSolution, fold: NormFold | None, config: AwqConfig) -> nn.Module:
     """The module that takes the Linear's place: a QuantLinear, or for ``packed=False`` a Linear of the same class."""
-    from .qlinear import QuantLinear
-
     if not config.packed:
         linear = nn.Linear(layer.linear.in_features, layer.linear.out_features, device="meta")
-        linear.weight = nn.Parameter(layer.weight(config.group_size), requires_grad=layer.linear.weight.requires_grad)
+        kernels = kernels_for(layer.linear.weight.device)
+        weight = layer.codes.dequantize(kernels, config.group_size, layer.scale).to(layer.linear.weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=layer.linear.weight.requires_grad)
         linear.bias = layer.linear.bias
         return linear.train(layer.linear.training)
     pre_quant_scale = 1 / layer.scale if layer.scale is not None and fold is None else None

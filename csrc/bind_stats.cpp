@@ -36,8 +36,8 @@ class ActivationStats {
     const Dtype dtype = float_dtype(kUpdate, "x", x.scalar_type());
     const Tensor rows = select_rows(x.detach(), mask);
     const std::lock_guard<std::mutex> lock(mutex_);
-    add_abs_sum(kernels(), rows.const_data_ptr(), dtype, rows.size(0), in_features_, abs_sum_.mutable_data_ptr<double>(),
-                at::get_num_threads());
+    add_abs_sum(kernels(), rows.const_data_ptr(), dtype, rows.size(0), in_features_,
+                abs_sum_.mutable_data_ptr<double>(), at::get_num_threads());
     add_second_moment(kernels(), rows.const_data_ptr(), dtype, rows.size(0), in_features_,
                       second_moment_.mutable_data_ptr<float>(), at::get_num_threads());
     rows_ += rows.size(0);
@@ -48,8 +48,10 @@ class ActivationStats {
     AWQ_CHECK(other.in_features_ == in_features_, kMerge, "other", "in_features " + std::to_string(in_features_),
               other.in_features_);
     std::unique_lock<std::mutex> mine(mutex_, std::defer_lock), theirs(other.mutex_, std::defer_lock);
-    if (&other == this) mine.lock();
-    else std::lock(mine, theirs);
+    if (&other == this)
+      mine.lock();
+    else
+      std::lock(mine, theirs);
     abs_sum_.add_(other.abs_sum_);
     second_moment_.add_(other.second_moment_);
     rows_ += other.rows_;
@@ -113,6 +115,13 @@ Tensor state_entry(const py::dict& state, const char* key) {
   return state[key].cast<Tensor>();
 }
 
+// `device` is there for the sake of one constructor for both implementations: only the CPU is served here.
+std::unique_ptr<ActivationStats> make_stats(int64_t in_features, const py::object& device) {
+  const std::string name = py::str(device);
+  AWQ_CHECK(at::Device(name).is_cpu(), kInit, "device", "cpu", name);
+  return std::make_unique<ActivationStats>(in_features);
+}
+
 std::unique_ptr<ActivationStats> from_state(const py::dict& state) {
   const Tensor abs_sum = state_entry(state, "abs_sum"), rows = state_entry(state, "rows");
   check_shape(kFromState, "state['abs_sum']", abs_sum, {-1});
@@ -128,9 +137,10 @@ void bind_stats(py::module_& m) {
   py::class_<ActivationStats>(m, "ActivationStats",
                               "Streaming statistics of the rows that enter a Linear: sum of |x|, X^T X, row count.\n\n"
                               "NaN and infinity in a row show up in the sums: check those.")
-      .def(py::init<int64_t>(), py::arg("in_features"))
+      .def(py::init(&make_stats), py::arg("in_features"), py::arg("device") = "cpu")
       .def("update", &ActivationStats::update, py::arg("x"), py::arg("mask") = py::none(), Release(),
-           "Add the rows of x [..., K] fp32/fp16/bf16; mask bool, one element a row: rows where it is False do not count.")
+           "Add the rows of x [..., K] fp32/fp16/bf16; mask bool, one element a row: rows where it is False do not "
+           "count.")
       .def("merge", &ActivationStats::merge, py::arg("other"), Release(), "Add everything that `other` has seen.")
       .def("abs_sum", &ActivationStats::abs_sum, "Sum over rows of |x|: fp64 [K]. The accumulator itself, no copy.")
       .def("second_moment", &ActivationStats::second_moment, Release(),

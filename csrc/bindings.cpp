@@ -1,4 +1,5 @@
-// The Python face of the drivers: checks, tensors to pointers, the GIL. awq_ext/reference.py says what each function computes.
+// The Python face of the drivers: checks, tensors to pointers, the GIL. awq_ext/reference.py says what each function
+// computes.
 #include "bindings.h"
 
 #include <ATen/Parallel.h>
@@ -17,7 +18,8 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 py::tuple py_quantize_weight(const Tensor& weight, int64_t group_size, int64_t bits, bool symmetric,
-                             at::ScalarType scale_dtype, const OptionalTensor& channel_scale, const OptionalTensor& clip) {
+                             at::ScalarType scale_dtype, const OptionalTensor& channel_scale,
+                             const OptionalTensor& clip) {
   constexpr const char* kName = "quantize_weight";
   Tensor holder;
   const WeightView view = view_weight(kName, weight, holder);
@@ -51,8 +53,9 @@ Tensor py_dequantize_weight(const Tensor& codes, const Tensor& scales, const Ten
   const Tensor c = codes.contiguous(), s = scales.contiguous(), z = zeros.contiguous();
   const Tensor out = at::empty({n, k}, at::kFloat);
   py::gil_scoped_release release;
-  dequantize_weight(kernels(), c.const_data_ptr<uint8_t>(), s.const_data_ptr(), scale_dtype, z.const_data_ptr<uint8_t>(),
-                    n, k, group_length(k, group_size), out.mutable_data_ptr<float>(), at::get_num_threads());
+  dequantize_weight(kernels(), c.const_data_ptr<uint8_t>(), s.const_data_ptr(), scale_dtype,
+                    z.const_data_ptr<uint8_t>(), n, k, group_length(k, group_size), out.mutable_data_ptr<float>(),
+                    at::get_num_threads());
   return out;
 }
 
@@ -93,7 +96,8 @@ Tensor py_quadratic_loss(const Tensor& error, const Tensor& second_moment) {
   const Tensor losses = at::zeros({n}, at::kDouble);
   if (e.numel() == 0) return losses;
   py::gil_scoped_release release;
-  quadratic_loss(kernels(), float_data(e), n, k, float_data(g), losses.mutable_data_ptr<double>(), at::get_num_threads());
+  quadratic_loss(kernels(), float_data(e), n, k, float_data(g), losses.mutable_data_ptr<double>(),
+                 at::get_num_threads());
   return losses;
 }
 
@@ -151,10 +155,12 @@ void bind_quantize(py::module_& m) {
         py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf, py::arg("channel_scale") = py::none(),
         py::arg("clip") = py::none(),
         "Codes uint8 [N, K], scales scale_dtype [N, G] and zeros uint8 [N, G] of a weight [N, K] fp32/fp16/bf16.\n\n"
-        "channel_scale fp32 [K] multiplies the columns first; clip fp32 [N, G] shrinks each group's range. Bit for bit the\n"
+        "channel_scale fp32 [K] multiplies the columns first; clip fp32 [N, G] shrinks each group's range. Bit for bit "
+        "the\n"
         "result of reference.quantize_weight. ValueError for a wrong shape or number, TypeError for a wrong dtype.");
   m.def("dequantize_weight", &py_dequantize_weight, py::arg("codes"), py::arg("scales"), py::arg("zeros"),
-        py::arg("group_size"), "(code - zero) * scale: codes uint8 [N, K], scales [N, G], zeros uint8 [N, G] -> fp32 [N, K].");
+        py::arg("group_size"),
+        "(code - zero) * scale: codes uint8 [N, K], scales [N, G], zeros uint8 [N, G] -> fp32 [N, K].");
   m.def("pack_int4", &py_pack_int4, py::arg("codes"),
         "uint8 [N, K] codes below 16 -> uint8 [N, ceil(K / 2)]: even channel in the low nibble, odd in the high one.");
   m.def("unpack_int4", &py_unpack_int4, py::arg("packed"), py::arg("in_features"),
@@ -163,14 +169,16 @@ void bind_quantize(py::module_& m) {
 
 void bind_search(py::module_& m) {
   m.def("quadratic_loss", &py_quadratic_loss, py::arg("error"), py::arg("second_moment"),
-        "e G e^T of every row: error fp32 [N, K], second_moment fp32 [K, K] -> fp64 [N]. Only what lies at and above the\n"
+        "e G e^T of every row: error fp32 [N, K], second_moment fp32 [K, K] -> fp64 [N]. Only what lies at and above "
+        "the\n"
         "diagonal of second_moment is read: it must be symmetric.");
-  m.def("scale_losses", &py_scale_losses, py::arg("weight"), py::arg("candidates"), py::arg("second_moment"),
-        py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,
-        py::arg("max_rows") = 0,
-        "Output error of a Linear for each candidate of its input scale: weight [N, K], candidates fp32 [C, K] > 0,\n"
-        "second_moment fp32 [K, K] symmetric -> fp64 [C].\n\n"
-        "0 < max_rows < N evaluates that many evenly spaced rows, to rank candidates: the products may then be in bf16.");
+  m.def(
+      "scale_losses", &py_scale_losses, py::arg("weight"), py::arg("candidates"), py::arg("second_moment"),
+      py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,
+      py::arg("max_rows") = 0,
+      "Output error of a Linear for each candidate of its input scale: weight [N, K], candidates fp32 [C, K] > 0,\n"
+      "second_moment fp32 [K, K] symmetric -> fp64 [C].\n\n"
+      "0 < max_rows < N evaluates that many evenly spaced rows, to rank candidates: the products may then be in bf16.");
   m.def("search_clip", &py_search_clip, py::arg("weight"), py::arg("second_moment"), py::arg("ratios"),
         py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,
         py::arg("channel_scale") = py::none(),

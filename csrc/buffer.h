@@ -1,4 +1,5 @@
-// Uninitialized scratch memory on cache-line boundaries. std::vector would first write zeros over hundreds of megabytes.
+// Uninitialized scratch memory on cache-line boundaries. std::vector would first write zeros over hundreds of
+// megabytes.
 #pragma once
 
 #include <cstddef>

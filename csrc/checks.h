@@ -27,12 +27,12 @@ template <class Got>
 }
 
 // ValueError and TypeError in Python.
-#define AWQ_CHECK(condition, function, argument, expected, got) \
-  do {                                                          \
+#define AWQ_CHECK(condition, function, argument, expected, got)             \
+  do {                                                                      \
     if (!(condition)) ::awq::fail_value(function, argument, expected, got); \
   } while (false)
-#define AWQ_CHECK_TYPE(condition, function, argument, expected, got) \
-  do {                                                               \
+#define AWQ_CHECK_TYPE(condition, function, argument, expected, got)       \
+  do {                                                                     \
     if (!(condition)) ::awq::fail_type(function, argument, expected, got); \
   } while (false)
 

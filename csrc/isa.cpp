@@ -44,8 +44,8 @@ std::string choices() {
 const Level& find_level(const std::string& name, const char* source) {
   for (const Level& level : kLevels)
     if (name == level.name && level.runs_here()) return level;
-  throw std::invalid_argument(std::string(source) + ": expected one of " + choices() + " on this processor, got '" + name +
-                              "'");
+  throw std::invalid_argument(std::string(source) + ": expected one of " + choices() + " on this processor, got '" +
+                              name + "'");
 }
 
 const Level& default_level() {

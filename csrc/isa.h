@@ -1,9 +1,9 @@
 // Which set of kernels runs.
 //
-// The choice is made once, at first use, by asking the processor, and is one pointer from then on: a call through a table
-// costs nothing beside the loops behind it, every level can be tested in one process (set_isa), and the build needs no
-// -march. The alternative, target_clones, would leave the choice to the loader, out of the tests' reach.
-// The environment variable AWQ_EXT_ISA names a level to use instead, e.g. to reproduce another machine's floats.
+// The choice is made once, at first use, by asking the processor, and is one pointer from then on: a call through a
+// table costs nothing beside the loops behind it, every level can be tested in one process (set_isa), and the build
+// needs no -march. The alternative, target_clones, would leave the choice to the loader, out of the tests' reach. The
+// environment variable AWQ_EXT_ISA names a level to use instead, e.g. to reproduce another machine's floats.
 #pragma once
 
 #include <string>

@@ -1,4 +1,5 @@
-// Sizes and layouts, described once. N = out_features, K = in_features, g = channels in a full group, G = groups in a row.
+// Sizes and layouts, described once. N = out_features, K = in_features, g = channels in a full group, G = groups in a
+// row.
 //
 // A weight row is cut into groups along K; the last may be short:
 //

@@ -14,9 +14,7 @@ constexpr int64_t kMaxRows = 8;             // of int4_dot
 
 int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-int64_t rows_per_task(const Int4Weight& w) {
-  return std::max<int64_t>(1, kBytesPerTask / packed_bytes(w.in_features));
-}
+int64_t rows_per_task(const Int4Weight& w) { return std::max<int64_t>(1, kBytesPerTask / packed_bytes(w.in_features)); }
 
 void load_steps(const KernelTable& table, const Int4Weight& w, int64_t n, int64_t groups, float* steps) {
   const char* scales = static_cast<const char*>(w.scales) + n * groups * dtype_bytes(w.scale_dtype);
@@ -40,7 +38,8 @@ void int4_linear_rows(const KernelTable& table, const Int4Weight& w, const float
   const int64_t bytes = packed_bytes(w.in_features), groups = ceil_div(w.in_features, w.group_length);
   const int64_t group_bytes = packed_bytes(w.group_length), bundle = rows_per_task(w);
   Buffer<float> split(rows * 2 * bytes), scratch(threads * groups);
-  for (int64_t m = 0; m < rows; ++m) split_parity(x + m * w.in_features, w.in_features, bytes, split.get() + m * 2 * bytes);
+  for (int64_t m = 0; m < rows; ++m)
+    split_parity(x + m * w.in_features, w.in_features, bytes, split.get() + m * 2 * bytes);
   parallel_for(ceil_div(w.out_features, bundle), threads, [&](int64_t task, int thread) {
     float* steps = scratch.get() + thread * groups;
     for (int64_t n = task * bundle; n < std::min(w.out_features, (task + 1) * bundle); ++n) {
@@ -57,24 +56,26 @@ void int4_linear_rows(const KernelTable& table, const Int4Weight& w, const float
   });
 }
 
-void dequantize_int4(const KernelTable& table, const Int4Weight& w, Dtype dtype, void* out, int threads) {
+void dequantize_int4(const KernelTable& table, const Int4Weight& w, int64_t first, int64_t count, Dtype dtype,
+                     void* out, int threads) {
   const int64_t k = w.in_features, bytes = packed_bytes(k), groups = ceil_div(k, w.group_length);
   const int64_t bundle = rows_per_task(w);
   Buffer<float> values(threads * (k + groups));
   Buffer<uint8_t> codes(threads * k);
-  parallel_for(ceil_div(w.out_features, bundle), threads, [&](int64_t task, int thread) {
+  parallel_for(ceil_div(count, bundle), threads, [&](int64_t task, int thread) {
     float* row = values.get() + thread * (k + groups);
     float* steps = row + k;
     uint8_t* row_codes = codes.get() + thread * k;
-    for (int64_t n = task * bundle; n < std::min(w.out_features, (task + 1) * bundle); ++n) {
+    for (int64_t i = task * bundle; i < std::min(count, (task + 1) * bundle); ++i) {
+      const int64_t n = first + i;
       load_steps(table, w, n, groups, steps);
       table.unpack_int4(w.packed + n * bytes, k, row_codes);
-      for (int64_t i = 0; i < groups; ++i) {
-        const int64_t begin = i * w.group_length, length = std::min(w.group_length, k - begin);
-        table.dequantize_group(row_codes + begin, length, steps[i], static_cast<float>(w.zeros[n * groups + i]),
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t begin = g * w.group_length, length = std::min(w.group_length, k - begin);
+        table.dequantize_group(row_codes + begin, length, steps[g], static_cast<float>(w.zeros[n * groups + g]),
                                row + begin);
       }
-      table.from_float(row, dtype, k, static_cast<char*>(out) + n * k * dtype_bytes(dtype));
+      table.from_float(row, dtype, k, static_cast<char*>(out) + i * k * dtype_bytes(dtype));
     }
   });
 }

@@ -1,8 +1,10 @@
-// Registered operators: what runs inside forward, so that torch.compile, export and autograd see it. Other devices, the shape
-// function and the gradient are registered in awq_ext/ops.py.
+// Registered operators: what runs inside forward, so that torch.compile, export and autograd see it. Other devices, the
+// shape function and the gradient are registered in awq_ext/ops.py.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "checks.h"
 #include "isa.h"
@@ -17,9 +19,13 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kName = "int4_linear";
 
-// Up to this many rows the packed codes are decoded on the way into the sums; above, the weight is decoded once and torch's
-// matrix product runs. tests/benchmarks/bench_kernels.py measures both sides.
-constexpr int64_t kDirectRows = 24;
+// Up to this many rows the packed codes are decoded on the way into the sums; above, the weight is decoded once and
+// torch's matrix product runs. Eight is what one pass over the codes serves; a second pass already costs more than
+// decoding (tests/benchmarks/bench_kernels.py measures both sides).
+constexpr int64_t kDirectRows = 8;
+// Decoded weights held at a time: part of the cache, and pages that the allocator hands out again, where a whole matrix
+// would be fresh zero pages from the system at every call, which cost ten times the decoding.
+constexpr int64_t kDecodedBytes = 4 << 20;
 
 struct Int4Tensors {
   Tensor qweight, scales, zeros;
@@ -36,9 +42,29 @@ Int4Tensors view_int4(const Tensor& qweight, const Tensor& scales, const Tensor&
   check_dtype(kName, "zeros", zeros, at::kByte);
   const Dtype scale_dtype = float_dtype(kName, "scales", scales.scalar_type());
   Int4Tensors t{qweight.contiguous(), scales.contiguous(), zeros.contiguous(), {}};
-  t.view = {t.qweight.const_data_ptr<uint8_t>(), t.scales.const_data_ptr(), scale_dtype,
-            t.zeros.const_data_ptr<uint8_t>(), n, k, group_length(k, group_size)};
+  t.view = {t.qweight.const_data_ptr<uint8_t>(),
+            t.scales.const_data_ptr(),
+            scale_dtype,
+            t.zeros.const_data_ptr<uint8_t>(),
+            n,
+            k,
+            group_length(k, group_size)};
   return t;
+}
+
+// For many rows: a slice of output channels at a time is decoded to x's dtype and multiplied by torch.
+Tensor linear_by_slices(const Tensor& x, const Int4Weight& weight, Dtype dtype, const OptionalTensor& bias) {
+  const int64_t n = weight.out_features, k = weight.in_features;
+  const int64_t slice = std::clamp<int64_t>(kDecodedBytes / (k * x.element_size()), std::min<int64_t>(n, 64), n);
+  const Tensor w = at::empty({slice, k}, x.options()), y = at::empty({x.size(0), n}, x.options());
+  const Tensor b = bias.has_value() ? bias->to(x.scalar_type()) : Tensor();
+  for (int64_t first = 0; first < n; first += slice) {
+    const int64_t count = std::min(slice, n - first);
+    dequantize_int4(kernels(), weight, first, count, dtype, w.mutable_data_ptr(), at::get_num_threads());
+    const OptionalTensor part = b.defined() ? OptionalTensor(b.narrow(0, first, count)) : std::nullopt;
+    y.narrow(1, first, count).copy_(at::linear(x, w.narrow(0, 0, count), part));
+  }
+  return y;
 }
 
 Tensor int4_linear_cpu(const Tensor& x, const Tensor& qweight, const Tensor& scales, const Tensor& zeros,
@@ -59,12 +85,7 @@ Tensor int4_linear_cpu(const Tensor& x, const Tensor& qweight, const Tensor& sca
   Tensor input = x.reshape({rows, k});
   if (direct || pre_quant_scale.has_value()) input = input.to(at::kFloat);
   if (pre_quant_scale.has_value()) input = input * pre_quant_scale->to(at::kFloat);
-  if (!direct) {
-    const Tensor w = at::empty({n, k}, x.options());
-    dequantize_int4(kernels(), weight.view, dtype, w.mutable_data_ptr(), at::get_num_threads());
-    const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->to(x.scalar_type())) : std::nullopt;
-    return at::linear(input.to(x.scalar_type()), w, b).reshape(out_shape);
-  }
+  if (!direct) return linear_by_slices(input.to(x.scalar_type()), weight.view, dtype, bias).reshape(out_shape);
   input = input.contiguous();
   const Tensor b = bias.has_value() ? bias->to(at::kFloat).contiguous() : Tensor();
   const Tensor y = at::empty({rows, n}, at::kFloat);

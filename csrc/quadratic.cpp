@@ -7,8 +7,8 @@
 namespace awq {
 namespace {
 
-// Channels of the first factor in a block: 256 fp32 or 512 bf16, so that a panel's block (tile_cols wide) is 32 KiB at the
-// widest level and stays in the first-level cache while the row panels stream past it.
+// Channels of the first factor in a block: 256 fp32 or 512 bf16, so that a panel's block (tile_cols wide) is 32 KiB at
+// the widest level and stays in the first-level cache while the row panels stream past it.
 int64_t block_channels(Precision precision) { return precision == Precision::bf16 ? 512 : 256; }
 
 constexpr int64_t kMaxWidth = 32;  // the largest tile_cols
@@ -42,9 +42,12 @@ void MomentPanels::fill(int64_t panel, const float* g, int64_t ld) {
   uint16_t halves[kMaxWidth * kMaxWidth];
   for (int64_t row = 0; row < length; row += width) {
     const float factor = row < first ? 2.0f : 1.0f;
-    for (int64_t r = 0; r < width; ++r)
-      for (int64_t c = 0; c < width; ++c)
-        strip[r * width + c] = row + r < channels_ && c < cols ? factor * g[(row + r) * ld + first + c] : 0.0f;
+    const int64_t rows = std::min(width, channels_ - row);
+    if (rows < width || cols < width) std::fill_n(strip, width * width, 0.0f);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* source = g + (row + r) * ld + first;
+      for (int64_t c = 0; c < cols; ++c) strip[r * width + c] = factor * source[c];
+    }
     const int64_t at = offset(panel) + row * width;
     if (precision_ == Precision::f32) {
       std::copy_n(strip, width * width, reinterpret_cast<float*>(data_.get()) + at);
@@ -57,19 +60,21 @@ void MomentPanels::fill(int64_t panel, const float* g, int64_t ld) {
 
 void MomentPanels::add_block(int64_t block, const void* row_panels, const float* rows, int64_t panels,
                              double* out) const {
-  const int64_t width = table_->tile_cols, mr = table_->tile_rows, size = block_channels(precision_), begin = block * size;
+  const int64_t width = table_->tile_cols, mr = table_->tile_rows, size = block_channels(precision_),
+                begin = block * size;
   for (int64_t j = begin / width; j < count(); ++j) {
     const int64_t length = std::min((j + 1) * width, begin + size) - begin;
     const int64_t at = offset(j) + begin * width;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t a = (p * padded_ + begin) * mr;
-      const float* e = rows + p * mr * padded_ + j * width;
+      const float* e = rows + p * mr * row_stride() + j * width;
       if (precision_ == Precision::f32) {
-        table_->quadratic_tile(static_cast<const float*>(row_panels) + a, reinterpret_cast<const float*>(data_.get()) + at,
-                               length, e, padded_, out + p * mr);
+        table_->quadratic_tile(static_cast<const float*>(row_panels) + a,
+                               reinterpret_cast<const float*>(data_.get()) + at, length, e, row_stride(), out + p * mr);
       } else {
         table_->quadratic_tile_bf16(static_cast<const uint16_t*>(row_panels) + a,
-                                    reinterpret_cast<const uint16_t*>(data_.get()) + at, length, e, padded_, out + p * mr);
+                                    reinterpret_cast<const uint16_t*>(data_.get()) + at, length, e, row_stride(),
+                                    out + p * mr);
       }
     }
   }
@@ -80,12 +85,12 @@ int64_t row_panel_bytes(const MomentPanels& g) {
 }
 
 void pack_row_panel(const MomentPanels& g, float* rows, void* panel) {
-  const int64_t k = g.padded_channels();
+  const int64_t k = g.padded_channels(), stride = g.row_stride();
   if (g.precision() == Precision::f32) {
-    g.table().pack_rows(rows, k, k, static_cast<float*>(panel));
+    g.table().pack_rows(rows, stride, k, static_cast<float*>(panel));
   } else {
-    g.table().round_to_bf16(rows, g.table().tile_rows * k);
-    g.table().pack_row_pairs(rows, k, k, static_cast<uint16_t*>(panel));
+    g.table().round_to_bf16(rows, g.table().tile_rows * stride);
+    g.table().pack_row_pairs(rows, stride, k, static_cast<uint16_t*>(panel));
   }
 }
 

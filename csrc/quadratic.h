@@ -5,8 +5,8 @@
 //     e G e^T = sum over J of (2 sum over I < J of e_I G_IJ + e_J G_JJ) e_J^T,
 //
 // so each panel is kept down to its diagonal block only, what lies above it doubled (exact): half the work of the full
-// product. A bilinear form is a sum over any partition of the first factor's channels, so panels are read in blocks of k
-// that fit the first-level cache, and each block's product goes straight into the sum.
+// product. A bilinear form is a sum over any partition of the first factor's channels, so panels are read in blocks of
+// k that fit the first-level cache, and each block's product goes straight into the sum.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,11 @@ namespace awq {
 // How the factors are held. bf16 needs a level with the kernels for it.
 enum class Precision { f32, bf16 };
 
-// The one to rank candidates with: bf16 where the level has it. Rounding the entries of G and e to 8 bits (relative error at
-// most d = 2^-8 each, rms about d/3) moves e G e^T by a sum of terms of random sign. With a_i = e_i^2 G_ii and
-// |G_ij| <= sqrt(G_ii G_jj) its rms is at most about d/3 * 3^(1/2) * sum a_i = 0.2 % of the loss that independent errors
-// would have, before it averages out over the rows; the part due to G is common to all candidates. Candidates closer than
-// that are equal for any purpose; the reported losses are computed in fp32.
+// The one to rank candidates with: bf16 where the level has it. Rounding the entries of G and e to 8 bits (relative
+// error at most d = 2^-8 each, rms about d/3) moves e G e^T by a sum of terms of random sign. With a_i = e_i^2 G_ii and
+// |G_ij| <= sqrt(G_ii G_jj) its rms is at most about d/3 * 3^(1/2) * sum a_i = 0.2 % of the loss that independent
+// errors would have, before it averages out over the rows; the part due to G is common to all candidates. Candidates
+// closer than that are equal for any purpose; the reported losses are computed in fp32.
 Precision ranking_precision(const KernelTable& table);
 
 // G, k x k with row stride ld, as upper-triangular panels.
@@ -37,11 +37,14 @@ class MomentPanels {
 
   int64_t channels() const { return channels_; }
   int64_t padded_channels() const { return padded_; }  // a multiple of tile_cols
+  // Between the rows of e: one tile more than they need, since at a stride of a power of two the rows of a tile would
+  // compete for the same few places in the first-level cache.
+  int64_t row_stride() const { return padded_ + table_->tile_cols; }
   Precision precision() const { return precision_; }
   const KernelTable& table() const { return *table_; }
 
-  // out[r] += the part of e_r G e_r^T whose first factor has its channels in block `block`, for `panels` packed row panels.
-  // rows: fp32, row stride padded_channels(), the values that the panels hold; columns past channels() are 0.
+  // out[r] += the part of e_r G e_r^T whose first factor has its channels in block `block`, for `panels` packed row
+  // panels. rows: fp32, row_stride() apart, the values that the panels hold; columns past channels() are 0.
   void add_block(int64_t block, const void* row_panels, const float* rows, int64_t panels, double* out) const;
   int64_t block_count() const;
 
@@ -55,14 +58,14 @@ class MomentPanels {
   Buffer<char> data_;
 };
 
-// Packs tile_rows rows (row stride padded_channels, columns past the end 0) as one row panel; bf16 rounds the rows first, in
+// Packs tile_rows rows (row_stride() apart, columns past the end 0) as one row panel; bf16 rounds the rows first, in
 // place, so that both factors of the form are the same numbers.
 void pack_row_panel(const MomentPanels& g, float* rows, void* panel);
 // Bytes of one row panel.
 int64_t row_panel_bytes(const MomentPanels& g);
 
-// losses[r] = e_r G e_r^T for r < count. make_row(r, row, thread) writes row r: padded_channels floats, 0 past channels. It
-// is called from several threads.
+// losses[r] = e_r G e_r^T for r < count. make_row(r, row, thread) writes row r: row_stride() floats, 0 past channels.
+// It is called from several threads.
 template <class MakeRow>
 void quadratic_losses(const MomentPanels& g, int64_t count, int threads, const MakeRow& make_row, double* losses);
 

@@ -43,16 +43,17 @@ Grid make_grid(const KernelTable& table, const Range& range, float ratio, const 
   } else if (range.constant) {
     grid.zero = range.first < 0.0f ? 1.0f : 0.0f;
   } else {
-    // nearbyint: half to even, the mode every thread starts with. Bounded in fp32, before any conversion to an integer; a
-    // NaN (from a NaN clip) becomes 0.
+    // nearbyint: half to even, the mode every thread starts with. Bounded in fp32, before any conversion to an integer;
+    // a NaN (from a NaN clip) becomes 0.
     const float zero = std::nearbyint(-lo / grid.step);
     grid.zero = zero > 0.0f ? std::min(zero, grid.top) : 0.0f;
   }
   return grid;
 }
 
-void quantize_weight(const KernelTable& table, const WeightView& weight, const QuantSpec& spec, const float* channel_scale,
-                     const float* clip, uint8_t* codes, uint16_t* scales, uint8_t* zeros, int threads) {
+void quantize_weight(const KernelTable& table, const WeightView& weight, const QuantSpec& spec,
+                     const float* channel_scale, const float* clip, uint8_t* codes, uint16_t* scales, uint8_t* zeros,
+                     int threads) {
   const int64_t k = weight.in_features, g = spec.group_length, groups = ceil_div(k, g);
   Buffer<float> scratch(threads * k);
   for_rows(weight.out_features, k, threads, [&](int64_t n, int thread) {
@@ -71,8 +72,8 @@ void quantize_weight(const KernelTable& table, const WeightView& weight, const Q
 }
 
 void dequantize_weight(const KernelTable& table, const uint8_t* codes, const void* scales, Dtype scale_dtype,
-                       const uint8_t* zeros, int64_t out_features, int64_t in_features, int64_t group_length, float* out,
-                       int threads) {
+                       const uint8_t* zeros, int64_t out_features, int64_t in_features, int64_t group_length,
+                       float* out, int threads) {
   const int64_t groups = ceil_div(in_features, group_length), scale_bytes = scale_dtype == Dtype::f32 ? 4 : 2;
   Buffer<float> scratch(threads * groups);
   for_rows(out_features, in_features, threads, [&](int64_t n, int thread) {
@@ -86,8 +87,8 @@ void dequantize_weight(const KernelTable& table, const uint8_t* codes, const voi
   });
 }
 
-void pack_int4(const KernelTable& table, const uint8_t* codes, int64_t out_features, int64_t in_features, uint8_t* packed,
-               int threads) {
+void pack_int4(const KernelTable& table, const uint8_t* codes, int64_t out_features, int64_t in_features,
+               uint8_t* packed, int threads) {
   const int64_t bytes = packed_bytes(in_features);
   for_rows(out_features, in_features, threads,
            [&](int64_t n, int) { table.pack_int4(codes + n * in_features, in_features, packed + n * bytes); });

@@ -14,8 +14,7 @@ namespace {
 MomentPanels pack_moment(const KernelTable& table, Precision precision, const float* moment, int64_t k, int threads) {
   MomentPanels panels(table, precision, k);
   // From the longest panel down, so that the last tasks are short.
-  parallel_for(panels.count(), threads,
-               [&](int64_t task, int) { panels.fill(panels.count() - 1 - task, moment, k); });
+  parallel_for(panels.count(), threads, [&](int64_t task, int) { panels.fill(panels.count() - 1 - task, moment, k); });
   return panels;
 }
 
@@ -36,11 +35,11 @@ class ClipTask {
       : table_(table),
         spec_(spec),
         max_rows_(max_panels * table.tile_rows),
-        padded_(round_up(spec.group_length, table.tile_cols)),
-        weights_(max_rows_ * padded_),
-        scaled_(max_rows_ * padded_),
-        errors_(max_rows_ * padded_),
-        panels_(max_rows_ * padded_),
+        stride_(round_up(spec.group_length, table.tile_cols) + table.tile_cols),
+        weights_(max_rows_ * stride_),
+        scaled_(max_rows_ * stride_),
+        errors_(max_rows_ * stride_),
+        panels_(max_rows_ * stride_),
         ranges_(max_rows_),
         losses_(max_rows_),
         best_(max_rows_) {}
@@ -48,7 +47,7 @@ class ClipTask {
   // Rows first .. first + count of the weight, channels begin .. begin + g.channels(); chosen has row stride `groups`.
   void run(const MomentPanels& g, const WeightView& weight, int64_t first, int64_t count, int64_t begin,
            const float* channel_scale, const float* ratios, int64_t ratio_count, float* chosen, int64_t groups) {
-    const int64_t length = g.channels(), stride = g.padded_channels(), panels = ceil_div(count, table_.tile_rows);
+    const int64_t length = g.channels(), stride = g.row_stride(), panels = ceil_div(count, table_.tile_rows);
     load(weight, first, count, begin, length, stride, channel_scale);
     std::fill_n(errors_.get(), panels * table_.tile_rows * stride, 0.0f);  // the padding stays 0
     std::fill_n(best_.get(), count, std::numeric_limits<double>::infinity());
@@ -71,21 +70,23 @@ class ClipTask {
       float* w = weights_.get() + r * stride;
       float* scaled = scaled_.get() + r * stride;
       table_.to_float(static_cast<const char*>(weight.row(first + r)) + begin * bytes, weight.dtype, length, w);
-      if (channel_scale != nullptr) table_.multiply(w, channel_scale, length, scaled);
-      else std::copy_n(w, length, scaled);
+      if (channel_scale != nullptr)
+        table_.multiply(w, channel_scale, length, scaled);
+      else
+        std::copy_n(w, length, scaled);
       ranges_.get()[r] = table_.group_range(scaled, length);
     }
   }
 
   void measure(const MomentPanels& g, int64_t count, int64_t panels, float ratio, const float* channel_scale) {
-    const int64_t stride = g.padded_channels(), mr = table_.tile_rows;
+    const int64_t stride = g.row_stride(), mr = table_.tile_rows;
     for (int64_t r = 0; r < count; ++r) {
       const Grid grid = make_grid(table_, ranges_.get()[r], ratio, spec_);
       table_.group_error(scaled_.get() + r * stride, weights_.get() + r * stride, channel_scale, g.channels(), &grid,
                          errors_.get() + r * stride);
     }
     for (int64_t p = 0; p < panels; ++p)
-      pack_row_panel(g, errors_.get() + p * mr * stride, panels_.get() + p * mr * stride);
+      pack_row_panel(g, errors_.get() + p * mr * stride, panels_.get() + p * mr * g.padded_channels());
     std::fill_n(losses_.get(), panels * mr, 0.0);
     for (int64_t block = 0; block < g.block_count(); ++block)
       g.add_block(block, panels_.get(), errors_.get(), panels, losses_.get());
@@ -94,7 +95,7 @@ class ClipTask {
   const KernelTable& table_;
   const QuantSpec& spec_;
   int64_t max_rows_;
-  int64_t padded_;
+  int64_t stride_;  // of the longest group
   Buffer<float> weights_, scaled_, errors_, panels_;
   Buffer<Range> ranges_;
   Buffer<double> losses_, best_;
@@ -102,12 +103,12 @@ class ClipTask {
 
 }  // namespace
 
-void quadratic_loss(const KernelTable& table, const float* error, int64_t rows, int64_t in_features, const float* moment,
-                    double* losses, int threads) {
+void quadratic_loss(const KernelTable& table, const float* error, int64_t rows, int64_t in_features,
+                    const float* moment, double* losses, int threads) {
   const MomentPanels g = pack_moment(table, Precision::f32, moment, in_features, threads);
   const auto make_row = [&](int64_t r, float* row, int) {
     std::copy_n(error + r * in_features, in_features, row);
-    std::fill_n(row + in_features, g.padded_channels() - in_features, 0.0f);
+    std::fill_n(row + in_features, g.row_stride() - in_features, 0.0f);
   };
   quadratic_losses(g, rows, threads, make_row, losses);
 }
@@ -130,7 +131,7 @@ void scale_losses(const KernelTable& table, const WeightView& weight, const Quan
     table.to_float(weight.row(n), weight.dtype, k, w);
     table.multiply(w, s, k, scaled);
     row_error(table, spec, k, scaled, w, s, error);
-    std::fill_n(error + k, g.padded_channels() - k, 0.0f);
+    std::fill_n(error + k, g.row_stride() - k, 0.0f);
   };
   quadratic_losses(g, count * rows, threads, make_row, row_losses.data());
   for (int64_t c = 0; c < count; ++c) {

@@ -1,5 +1,5 @@
-// What the search for scales and clips asks for: output errors of a weight rounded under many candidates, from the second
-// moment of its inputs alone.
+// What the search for scales and clips asks for: output errors of a weight rounded under many candidates, from the
+// second moment of its inputs alone.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,12 @@
 namespace awq {
 
 // losses[n] = e_n G e_n^T for the rows of error [N, K] (row stride K), G = moment [K, K]. In fp32, products and sums.
-void quadratic_loss(const KernelTable& table, const float* error, int64_t rows, int64_t in_features, const float* moment,
-                    double* losses, int threads);
+void quadratic_loss(const KernelTable& table, const float* error, int64_t rows, int64_t in_features,
+                    const float* moment, double* losses, int threads);
 
-// losses[c] = sum over rows of the error that rounding W diag(s_c) makes, taken back to the space of W. candidates [C, K].
-// 0 < max_rows < N: that many evenly spaced rows instead of all, which is a ranking, computed in ranking_precision().
+// losses[c] = sum over rows of the error that rounding W diag(s_c) makes, taken back to the space of W. candidates [C,
+// K]. 0 < max_rows < N: that many evenly spaced rows instead of all, which is a ranking, computed in
+// ranking_precision().
 void scale_losses(const KernelTable& table, const WeightView& weight, const QuantSpec& spec, const float* candidates,
                   int64_t count, const float* moment, int64_t max_rows, double* losses, int threads);
 

@@ -9,8 +9,8 @@
 namespace awq {
 namespace {
 
-// Rows that are packed and multiplied at a time. The sums of a chunk stay in registers, so longer chunks save passes over
-// the K x K result; a column panel of a chunk (64 KiB at the widest level) must stay in the second-level cache.
+// Rows that are packed and multiplied at a time. The sums of a chunk stay in registers, so longer chunks save passes
+// over the K x K result; a column panel of a chunk (64 KiB at the widest level) must stay in the second-level cache.
 constexpr int64_t kChunkRows = 512, kChunkRowsBf16 = 1024;
 // A task multiplies kRowPanels row panels, which stay in the second-level cache, with kColPanels column panels.
 constexpr int64_t kRowPanels = 18, kColPanels = 8;
@@ -20,9 +20,9 @@ int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 // One chunk of rows, packed twice: columns as the tile's rows and as the tile's columns.
 struct Chunk {
   const KernelTable& table;
-  bool pairs;             // bf16 pairs instead of fp32
+  bool pairs;  // bf16 pairs instead of fp32
   int64_t in_features;
-  int64_t depth;          // rows, even when in pairs
+  int64_t depth;  // rows, even when in pairs
   const char* row_panels;
   const char* col_panels;
 
@@ -31,8 +31,10 @@ struct Chunk {
   void add_tile(int64_t row_panel, int64_t col_panel, float* c, int64_t ldc) const {
     const void* a = row_panels + row_panel * depth * table.tile_rows * value_bytes();
     const void* b = col_panels + col_panel * depth * table.tile_cols * value_bytes();
-    if (pairs) table.gemm_tile_bf16(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), depth, c, ldc);
-    else table.gemm_tile(static_cast<const float*>(a), static_cast<const float*>(b), depth, c, ldc);
+    if (pairs)
+      table.gemm_tile_bf16(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), depth, c, ldc);
+    else
+      table.gemm_tile(static_cast<const float*>(a), static_cast<const float*>(b), depth, c, ldc);
   }
 
   // A tile that reaches past the matrix goes through a buffer.
@@ -52,25 +54,35 @@ struct Chunk {
     for (int64_t j = col_begin; j < col_end; ++j)
       for (int64_t i = row_begin; i < row_end && i * mr < (j + 1) * nr; ++i) {
         const bool inside = (i + 1) * mr <= in_features && (j + 1) * nr <= in_features;
-        if (inside) add_tile(i, j, moment + i * mr * in_features + j * nr, in_features);
-        else add_edge_tile(i, j, moment);
+        if (inside)
+          add_tile(i, j, moment + i * mr * in_features + j * nr, in_features);
+        else
+          add_edge_tile(i, j, moment);
       }
   }
 };
 
-// Packs all columns of `rows` rows as panels of `width`.
-void pack_panels(const KernelTable& table, bool pairs, const void* x, int64_t rows, int64_t in_features, int64_t width,
-                 char* out, int threads) {
-  const int64_t depth = pairs ? round_up(rows, 2) : rows;
-  parallel_for(ceil_div(in_features, width), threads, [&](int64_t panel, int) {
-    const int64_t first = panel * width, cols = std::min(width, in_features - first);
-    if (pairs) {
-      table.pack_column_pairs(static_cast<const uint16_t*>(x) + first, in_features, rows, cols, width,
-                              reinterpret_cast<uint16_t*>(out) + panel * depth * width);
-    } else {
-      table.pack_columns(static_cast<const float*>(x) + first, in_features, rows, cols, width,
-                         reinterpret_cast<float*>(out) + panel * depth * width);
-    }
+// Packs columns first .. first + width of a chunk as panel first / width of `out`.
+void pack_panel(const Chunk& chunk, const void* x, int64_t rows, int64_t first, int64_t width, char* out) {
+  const int64_t k = chunk.in_features, cols = std::min(width, k - first), at = first * chunk.depth;
+  if (chunk.pairs) {
+    chunk.table.pack_column_pairs(static_cast<const uint16_t*>(x) + first, k, rows, cols, width,
+                                  reinterpret_cast<uint16_t*>(out) + at);
+  } else {
+    chunk.table.pack_columns(static_cast<const float*>(x) + first, k, rows, cols, width,
+                             reinterpret_cast<float*>(out) + at);
+  }
+}
+
+// Both packings of `rows` rows, in one parallel region.
+void pack_chunk(const Chunk& chunk, const void* x, int64_t rows, char* row_panels, char* col_panels, int threads) {
+  const int64_t mr = chunk.table.tile_rows, nr = chunk.table.tile_cols;
+  const int64_t row_count = ceil_div(chunk.in_features, mr), col_count = ceil_div(chunk.in_features, nr);
+  parallel_for(row_count + col_count, threads, [&](int64_t task, int) {
+    if (task < row_count)
+      pack_panel(chunk, x, rows, task * mr, mr, row_panels);
+    else
+      pack_panel(chunk, x, rows, (task - row_count) * nr, nr, col_panels);
   });
 }
 
@@ -119,9 +131,9 @@ void add_second_moment(const KernelTable& table, const void* x, Dtype dtype, int
       });
       source = converted.get();
     }
-    pack_panels(table, pairs, source, count, in_features, table.tile_rows, row_panels.get(), threads);
-    pack_panels(table, pairs, source, count, in_features, table.tile_cols, col_panels.get(), threads);
-    const Chunk chunk{table, pairs, in_features, pairs ? round_up(count, 2) : count, row_panels.get(), col_panels.get()};
+    const int64_t depth_used = pairs ? round_up(count, 2) : count;
+    const Chunk chunk{table, pairs, in_features, depth_used, row_panels.get(), col_panels.get()};
+    pack_chunk(chunk, source, count, row_panels.get(), col_panels.get(), threads);
     add_chunk(chunk, moment, threads);
   }
 }

@@ -11,9 +11,9 @@ namespace awq {
 void add_abs_sum(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features, double* sum,
                  int threads);
 
-// moment += X^T X in fp32, at least where column >= row; what is below is left in any state until mirror_upper. bf16 rows
-// use bf16 products where the level has them: the products are exact, so nothing is lost against fp32.
-// Error of an entry: gamma * sum of |x_i x_j| with gamma = (rows of a chunk + number of chunks) * 2^-24.
+// moment += X^T X in fp32, at least where column >= row; what is below is left in any state until mirror_upper. bf16
+// rows use bf16 products where the level has them: the products are exact, so nothing is lost against fp32. Error of an
+// entry: gamma * sum of |x_i x_j| with gamma = (rows of a chunk + number of chunks) * 2^-24.
 void add_second_moment(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features,
                        float* moment, int threads);
 

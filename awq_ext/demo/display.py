@@ -63,7 +63,7 @@ def caption(result: DemoResult) -> str:
     return (
         "perplexity: how many bytes the model hesitates between, lower is better. scoring: 8 windows of text at once; "
         "one at a time: a single byte, as when generating. Float runs in fp32 and is stored as bf16.\n"
-        "* 3 bits are only simulated, in float weights: the size is what packed codes would take."
+        "* 3 bits are only simulated, in float weights: the size is what packed codes, scales and zeros would take."
     )
 
 

@@ -6,7 +6,6 @@ difference between two of them is known better than either perplexity: see :func
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import reference
+from ..qlinear import QuantLinear
+from ..quantize import quantize
+from ..report import LayerReport
 from . import data
 from .model import ByteLlama, load_demo_model
 
@@ -155,28 +157,24 @@ def race(models: dict[str, nn.Module], input_ids: Tensor, seconds: float = SPEED
     The models take turns, so that whatever else the machine does meets all of them.
     """
     best = dict.fromkeys(models, math.inf)
-    end = time.perf_counter() + seconds * len(models)
-    for turn in itertools.count():
-        if turn >= LEAST_TURNS and time.perf_counter() > end:
-            return {name: input_ids.numel() / duration for name, duration in best.items()}
+    end, turns = time.perf_counter() + seconds * len(models), 0
+    while turns < LEAST_TURNS or time.perf_counter() < end:
+        turns += 1
         for name, model in models.items():
             began = time.perf_counter()
             model(input_ids)
             best[name] = min(best[name], time.perf_counter() - began)
-    raise AssertionError("itertools.count() does not end")
+    return {name: input_ids.numel() / duration for name, duration in best.items()}
 
 
-def linear_bytes(layer: Any, bits: int, group_size: int) -> int:
-    """Packed size of a LayerReport's Linear: codes, 2-byte scale and 1-byte zero a group, fp32 input scale if any."""
+def linear_bytes(layer: LayerReport, bits: int, group_size: int) -> int:
+    """Packed size of a Linear: its codes, and for each group of each row a 2-byte scale and a 1-byte zero."""
     groups = reference.group_count(layer.in_features, group_size)
-    codes_and_scales = layer.out_features * (-(-layer.in_features * bits // 8) + 3 * groups)
-    return codes_and_scales + (4 * layer.in_features if layer.applied == "run time" else 0)
+    return layer.out_features * (-(-layer.in_features * bits // 8) + 3 * groups)
 
 
 def model_bytes(model: nn.Module) -> int:
     """Size of all parameters and buffers: floats as bf16, int4 layers as they are, fake-quantized ones as if packed."""
-    from ..qlinear import QuantLinear
-
     int4 = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     report = getattr(model, "awq_report", None)
     fake = {layer.name: layer for layer in report.layers if layer.status == "fake"} if report else {}
@@ -203,12 +201,10 @@ def measure(name: str, model: ByteLlama, windows: Tensor, variant: Variant | Non
 
 def quantize_variant(variant: Variant, group_size: int) -> tuple[ByteLlama, float]:
     """A fresh copy of the demo's model, quantized, and the seconds that took."""
-    import awq_ext
-
     model = load_demo_model(torch.float32)
     calibration = data.calibration_batches()
     began = time.perf_counter()
-    model = awq_ext.quantize(
+    model = quantize(
         model,
         calibration,
         progress=False,

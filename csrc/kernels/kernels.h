@@ -1,8 +1,9 @@
 // The contract between the drivers and the kernels: one table of function pointers per instruction set.
 //
-// Kernels see pointers and sizes, nothing else: no torch, no allocation, no threads, no exceptions. Unless a comment says
-// otherwise sizes count elements, buffers need only their element's alignment, and inputs and outputs do not overlap.
-// Everything that ends in an integer (codes, packed bytes, 16-bit patterns) is the same at every level, bit for bit.
+// Kernels see pointers and sizes, nothing else: no torch, no allocation, no threads, no exceptions. Unless a comment
+// says otherwise sizes count elements, buffers need only their element's alignment, and inputs and outputs do not
+// overlap. Everything that ends in an integer (codes, packed bytes, 16-bit patterns) is the same at every level, bit
+// for bit.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +41,8 @@ struct KernelTable {
   void (*quantize_group)(const float* w, int64_t n, const Grid* grid, uint8_t* codes);
   // out = (code - zero) * step.
   void (*dequantize_group)(const uint8_t* codes, int64_t n, float step, float zero, float* out);
-  // error = value(round(scaled)) / channel_scale - w: in the space of the weights before scaling. channel_scale may be null.
+  // error = value(round(scaled)) / channel_scale - w: in the space of the weights before scaling. channel_scale may be
+  // null.
   void (*group_error)(const float* scaled, const float* w, const float* channel_scale, int64_t n, const Grid* grid,
                       float* error);
   // x[i] rounded to bf16, half to even, and kept in fp32. Finite values only become infinite above bf16's range.
@@ -49,9 +51,9 @@ struct KernelTable {
   // codes < 16. n codes <-> ceil(n / 2) bytes: see layout.h.
   void (*pack_int4)(const uint8_t* codes, int64_t n, uint8_t* packed);
   void (*unpack_int4)(const uint8_t* packed, int64_t n, uint8_t* codes);
-  // One output channel against `rows` (1..8) activations: y[m * ldy] = sum over groups of step * sum of (code - zero) * x.
-  // x is split by the parity of the channel: row m has its even channels at x + 2 * m * ldx and its odd ones ldx later,
-  // each `bytes` long (an odd last channel is padded with 0). group_bytes = bytes of a full group.
+  // One output channel against `rows` (1..8) activations: y[m * ldy] = sum over groups of step * sum of (code - zero) *
+  // x. x is split by the parity of the channel: row m has its even channels at x + 2 * m * ldx and its odd ones ldx
+  // later, each `bytes` long (an odd last channel is padded with 0). group_bytes = bytes of a full group.
   void (*int4_dot)(const uint8_t* packed, const float* steps, const uint8_t* zeros, int64_t bytes, int64_t group_bytes,
                    const float* x, int64_t ldx, int rows, float* y, int64_t ldy);
 
@@ -64,12 +66,14 @@ struct KernelTable {
   int tile_cols;  // even
   // C[m * ldc + n] += sum over k of a[k][m] * b[k][n], fp32 FMA (scalar: product and sum).
   void (*gemm_tile)(const float* a, const float* b, int64_t k, float* c, int64_t ldc);
-  // out[m] += sum over n of (sum over k of a[k][m] * b[k][n]) * e[m * lde + n]: a bilinear form, the product never stored.
+  // out[m] += sum over n of (sum over k of a[k][m] * b[k][n]) * e[m * lde + n]: a bilinear form, the product never
+  // stored.
   void (*quadratic_tile)(const float* a, const float* b, int64_t k, const float* e, int64_t lde, double* out);
   // The same with bf16 factors, whose products are exact in fp32, and fp32 sums. Null where the level has no such
   // instruction. Subnormal inputs and results count as 0.
   void (*gemm_tile_bf16)(const uint16_t* a, const uint16_t* b, int64_t k, float* c, int64_t ldc);
-  void (*quadratic_tile_bf16)(const uint16_t* a, const uint16_t* b, int64_t k, const float* e, int64_t lde, double* out);
+  void (*quadratic_tile_bf16)(const uint16_t* a, const uint16_t* b, int64_t k, const float* e, int64_t lde,
+                              double* out);
 
   // Columns [0, cols) of `rows` rows of x (row stride ldx) as a panel of `width` columns, the rest 0.
   //   pack_columns: out [rows][width]; pack_column_pairs: bf16, out [ceil(rows / 2)][width][2].

@@ -1,5 +1,5 @@
-// One vector of floats, as wide as the level's registers, in the compilers' own vector types: arithmetic, comparisons and
-// conversions need no intrinsics. Included inside the anonymous namespace of each level's file.
+// One vector of floats, as wide as the level's registers, in the compilers' own vector types: arithmetic, comparisons
+// and conversions need no intrinsics. Included inside the anonymous namespace of each level's file.
 
 #if defined(AWQ_LEVEL_AVX512)
 constexpr int kLanes = 16;

@@ -40,7 +40,9 @@ def variants(args: argparse.Namespace) -> dict[str, dict[str, object]]:
     chosen = {"rtn": common | {"method": "rtn"}, "awq": dict(common)}
     for extra in args.variant:
         pairs = dict(pair.split("=") for pair in extra.split(","))
-        values = {k: {"True": True, "False": False}.get(v, int(v) if v.lstrip("-").isdigit() else v) for k, v in pairs.items()}
+        values = {
+            k: {"True": True, "False": False}.get(v, int(v) if v.lstrip("-").isdigit() else v) for k, v in pairs.items()
+        }
         chosen[f"awq {extra}"] = common | values
     return chosen
 
@@ -56,7 +58,9 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--variant", action="append", default=[], help="more settings, such as clip=False,propagate=quantized")
+    parser.add_argument(
+        "--variant", action="append", default=[], help="more settings, such as clip=False,propagate=quantized"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -71,7 +75,9 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     calib = tokens(args.calib, args.samples * args.seq).view(args.samples, args.seq).split(1)
     texts = {path.stem: tokens(path, args.tokens) for path in args.texts}
-    results: dict[str, dict[str, float]] = {"float": {name: perplexity(base, ids, args.seq) for name, ids in texts.items()}}
+    results: dict[str, dict[str, float]] = {
+        "float": {name: perplexity(base, ids, args.seq) for name, ids in texts.items()}
+    }
     show("float", results["float"], results)
     seconds = {}
     for name, overrides in variants(args).items():
@@ -85,7 +91,9 @@ def main() -> None:
         ratio = sum(r.loss for r in report.layers if r.loss) / sum(r.loss_rtn for r in report.layers if r.loss_rtn)
         print(f"  {seconds[name]:.1f} s, sum of losses / RTN's {ratio:.4f}; {report.summary()}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"settings": vars(args), "perplexity": results, "seconds": seconds}, indent=1, default=str))
+        args.json.write_text(
+            json.dumps({"settings": vars(args), "perplexity": results, "seconds": seconds}, indent=1, default=str)
+        )
 
 
 def show(name: str, row: dict[str, float], results: dict[str, dict[str, float]]) -> None:

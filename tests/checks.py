@@ -1,0 +1,85 @@
+"""What a test compares a model against: everything that a failed call must leave as it was."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from awq_ext.threadstate import ThreadState
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+)
+
+
+def bits(tensor: Tensor) -> bytes:
+    """The tensor's bytes (NaNs compare too)."""
+    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Same dtype, shape and bytes."""
+    return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
+
+
+def hook_count(model: nn.Module) -> int:
+    """Hooks on all modules of ``model``."""
+    return sum(len(getattr(module, book)) for module in model.modules() for book in _HOOKS)
+
+
+def suspended_greenlets() -> list[Any]:
+    """Greenlets that started and neither ended nor are running, anywhere in the process."""
+    gc.collect()
+    current = greenlet.getcurrent()
+    mine = {current}
+    while current.parent is not None:
+        current = current.parent
+        mine.add(current)
+    found = [thing for thing in gc.get_objects() if isinstance(thing, greenlet.greenlet)]
+    return [g for g in found if g and not g.dead and g not in mine]
+
+
+class Snapshot:
+    """A model as it was at construction: modules, parameters and buffers by identity and bits, flags, hooks, thread modes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.state = self._read()
+        self.tensors = {n: (t, bits(t)) for n, t in self._tensors()}
+        self.thread = (ThreadState.capture(), torch.is_inference_mode_enabled())
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        found = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        return [(name, tensor) for name, tensor in found if not tensor.is_meta]
+
+    def _read(self) -> dict[str, Any]:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        state: dict[str, Any] = {
+            name: (id(m), m.training, tuple(m._modules), tuple(m._buffers), tuple(m._parameters))
+            for name, m in modules.items()
+        }
+        state |= {f"hooks of {n}": [list(getattr(m, book)) for book in _HOOKS] for n, m in modules.items()}
+        state |= {f"gradient of {n}": (id(p), p.requires_grad) for n, p in self.model.named_parameters()}
+        state["attributes"] = sorted(vars(self.model))
+        state["use_cache"] = getattr(getattr(self.model, "config", None), "use_cache", None)
+        return state
+
+    def assert_unchanged(self) -> None:
+        now = self._read()
+        assert list(now) == list(self.state)
+        for name, value in self.state.items():
+            assert now[name] == value, f"{name} changed"
+        for name, tensor in self._tensors():
+            before, content = self.tensors[name]
+            assert tensor is before, f"{name} is another object"
+            assert bits(tensor) == content, f"{name} has other values"
+        assert (ThreadState.capture(), torch.is_inference_mode_enabled()) == self.thread
+        assert suspended_greenlets() == []

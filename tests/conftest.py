@@ -1,0 +1,33 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import models
+
+
+@pytest.fixture(autouse=True)
+def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test starts from one seed, with the default backend, and must leave torch's modes as it found them.
+
+    One thread: the tiny models here spend longer waking a second one than they compute.
+    """
+    monkeypatch.delenv("AWQ_EXT_BACKEND", raising=False)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.fixture(params=list(models.MODELS))
+def case(request: pytest.FixtureRequest) -> models.Case:
+    """Each of the tiny models in turn."""
+    return models.make(request.param)

@@ -1,0 +1,102 @@
+"""AwqConfig: what it accepts, what it refuses, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from awq_ext import AwqConfig
+
+
+def test_the_defaults_are_those_of_the_paper() -> None:
+    config = AwqConfig()
+    assert (config.method, config.bits, config.group_size, config.symmetric, config.n_grid) == ("awq", 4, 128, False, 20)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("method", "gptq2", ValueError),
+        ("bits", 5, ValueError),
+        ("bits", 3, ValueError),
+        ("bits", "4", TypeError),
+        ("bits", True, TypeError),
+        ("bits", 4.0, TypeError),
+        ("group_size", 0, ValueError),
+        ("group_size", -2, ValueError),
+        ("group_size", 100, ValueError),
+        ("group_size", 64.0, TypeError),
+        ("group_size", "64", TypeError),
+        ("group_size", None, TypeError),
+        ("group_size", True, TypeError),
+        ("symmetric", 1, ValueError),
+        ("scale_dtype", "float32", ValueError),
+        ("scale_dtype", torch.float16, ValueError),
+        ("n_grid", 0, ValueError),
+        ("n_grid", 2.5, TypeError),
+        ("search_rows", -1, ValueError),
+        ("clip", "yes", ValueError),
+        ("clip", 1, ValueError),
+        ("fold", True, ValueError),
+        ("propagate", "int4", ValueError),
+        ("packed", 0, ValueError),
+        ("skip", "lm_head", TypeError),
+        ("skip", (1,), TypeError),
+        ("seq_len", 1, ValueError),
+    ],
+)
+def test_a_bad_value_is_named_with_its_field(field: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error) as caught:
+        AwqConfig(**{field: value})
+    assert f"AwqConfig.{field}" in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["method", "group_size", "scale_dtype", "clip", "fold", "propagate"])
+def test_a_refused_choice_lists_the_choices(field: str) -> None:
+    bad = 7 if field == "group_size" else "nonsense"
+    with pytest.raises(ValueError, match="choose one of") as caught:
+        AwqConfig(**{field: bad})
+    assert repr(getattr(AwqConfig(), field)) in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_other_bits_need_packed_false(bits: int) -> None:
+    assert AwqConfig(bits=bits, packed=False).bits == bits
+    with pytest.raises(ValueError, match="packed=False"):
+        AwqConfig(bits=bits)
+
+
+@pytest.mark.parametrize("bits", [1, 9])
+def test_bits_out_of_range(bits: int) -> None:
+    with pytest.raises(ValueError, match="2 to 8"):
+        AwqConfig(bits=bits, packed=False)
+
+
+def test_it_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AwqConfig().bits = 3  # type: ignore[misc]
+
+
+def test_json_round_trip() -> None:
+    config = AwqConfig(group_size=-1, clip=True, skip=["a.*", "b"], scale_dtype="bfloat16")  # type: ignore[arg-type]
+    assert config.skip == ("a.*", "b")
+    assert AwqConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_unknown_field_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no field w_bit; its fields are .*bits"):
+        AwqConfig.from_dict({"w_bit": 4})
+
+
+def test_what_the_kernels_get() -> None:
+    assert AwqConfig(group_size=32, scale_dtype="bfloat16").quantizer == {
+        "group_size": 32,
+        "bits": 4,
+        "symmetric": False,
+        "scale_dtype": torch.bfloat16,
+    }
