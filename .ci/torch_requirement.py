@@ -1,4 +1,4 @@
-"""Metadata provider for scikit-build-core: the run-time requirements, with torch in the version this build compiles against.
+"""Metadata provider for scikit-build-core: the run-time requirements, with torch in the version of the build.
 
 The extension links torch's C++ libraries, whose ABI changes with every release: only the torch of the build fits.
 """

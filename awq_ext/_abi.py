@@ -1,7 +1,7 @@
 """Refuses, in one sentence, to load the compiled extension where it cannot work.
 
-torch's C++ interface changes with every release, so ``awq_ext._C`` fits only the torch it was compiled against. Loaded beside
-another one it fails with an undefined symbol, or worse, does not fail. ``check()`` runs before ``_C`` is imported.
+torch's C++ interface changes with every release, so ``awq_ext._C`` fits only the torch it was compiled against. Loaded
+beside another one it fails with an undefined symbol, or worse, does not fail. ``check()`` runs before ``_C`` is imported.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ def built_version() -> str | None:
 def check(built: str | None = None, running: str | None = None, *, installed: bool | None = None) -> None:
     """Raise ImportError, saying what to do, unless the extension exists and was built against the running torch.
 
-    built, running: torch versions, by default those found. installed: whether the compiled module exists, by default looked up.
+    built, running: torch versions, by default those found. installed: whether the compiled module exists, by default
+    looked up.
     """
     built = built_version() if built is None else built
     if installed is None:
         installed = built is not None and importlib.util.find_spec("awq_ext._C") is not None
     if built is None or not installed:
         raise ImportError(
-            "awq_ext was imported from a source tree in which the C++ extension has not been built: run `pip install -e .` "
-            "there, or, if awq_ext is installed, leave that directory or use the `awq-ext` command."
+            "awq_ext was imported from a source tree in which the C++ extension has not been built: "
+            "run `pip install -e .` there, or, if awq_ext is installed, leave that directory or use the `awq-ext` command."
         )
     running = torch.__version__ if running is None else running
     if public_version(built) != public_version(running):

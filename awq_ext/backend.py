@@ -1,9 +1,9 @@
 """Which implementation of the kernels runs for a tensor: the compiled ``awq_ext._C`` or the plain torch ``reference``.
 
-Both are modules with the same functions and the same ``ActivationStats``. The compiled one works on CPU tensors; for every
-other device the reference runs there, on the device's own torch kernels. ``AWQ_EXT_BACKEND=reference`` in the environment
-selects the reference everywhere (to test that path without such a device, or to rule the C++ out); ``compiled``, empty or
-unset is the normal choice. The variable is read at every call.
+Both are modules with the same functions and the same ``ActivationStats``. The compiled one works on CPU tensors; for
+every other device the reference runs there, on the device's own torch kernels. ``AWQ_EXT_BACKEND=reference`` in the
+environment selects the reference everywhere (to test that path without such a device, or to rule the C++ out);
+``compiled``, empty or unset is the normal choice. The variable is read at every call.
 """
 
 from __future__ import annotations

@@ -31,6 +31,15 @@ class BlockSurvey:
         widths = [self.linears[group.linears[0]].in_features for group in self.groups]
         return sum(4 * k * k + 8 * k for k in widths)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that solving the block needs for a while, beside its statistics."""
+        weights = [linear.weight for linear in self.linears.values()]
+        moment = max((linear.in_features**2 for linear in self.linears.values()), default=0)
+        trial = sum(weight.numel() * (weight.element_size() + 2 * 0.6) for weight in weights)
+        # the upper triangle in fp32, and the largest Linear in fp32 while a trial weight is made of it
+        return int(2 * moment + trial + max((8 * weight.numel() for weight in weights), default=0))
+
 
 def survey(
     model: nn.Module, blocks: Sequence[Block], linears: Mapping[str, nn.Linear], call: Call
@@ -114,8 +123,8 @@ class GroupStatistics:
 
 def collect(
     surveyed: BlockSurvey, stops: Sequence[Stop], kernels: ModuleType, device: torch.device, hold: bool
-) -> list[GroupStatistics]:
-    """Stream every batch through the block into statistics, one for each of its groups.
+) -> tuple[list[GroupStatistics], Any]:
+    """Stream every batch through the block into statistics, one for each of its groups; and the first batch's output.
 
     The first batch stays at the block's entry for later probes; with ``hold`` all of them do (they rehearse the block and run
     it again later, on other weights), otherwise they move on to the next block, and the block runs once.
@@ -134,13 +143,14 @@ def collect(
             books.append(book)
             hook = leader.register_forward_pre_hook(lambda _, args, book=book: feed(book, args[0]))
             stack.callback(hook.remove)
-        for index, stop in enumerate(stops):
+        output = stops[0].rehearse()
+        for stop in stops[1:]:
             call = stop.call
-            if hold or index == 0:
+            if hold:
                 stop.rehearse()
             else:
                 stop.advance()
-    return books
+    return books, output
 
 
 def _new_statistics(kernels: ModuleType, in_features: int, device: torch.device) -> Any:

@@ -32,8 +32,8 @@ class AwqConfig:
     symmetric: zero fixed at the middle code instead of one zero per group.
     scale_dtype: storage type of the scales, "float16" or "bfloat16".
     n_grid: steps of alpha in [0, 1] (AWQ, arXiv 2306.00978, equation 5).
-    search_rows: output rows per scale group on which the candidates are ranked, 0 for all. RTN's and the final loss
-        always use every row.
+    search_rows: output rows per scale group on which the candidates are ranked (for up to 4096 input channels, in
+        proportion fewer beyond), 0 for all. RTN's and the final loss always use every row.
     clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
         block's output (scores of queries and keys suffer from it).
     fold: "auto" folds scales into a norm where a numeric proof succeeds and divides at run time elsewhere; "never" always

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,17 +32,19 @@ def substituted(substitutes: Substitutes) -> Iterator[None]:
 
 
 class Probe:
-    """A block's output on one calibration batch, under substituted parameters."""
+    """A block's output on one calibration batch, under substituted parameters.
 
-    def __init__(self, rehearse: Callable[[], Any]) -> None:
+    rehearse: runs the block; output: what it returned with its own parameters.
+    """
+
+    def __init__(self, rehearse: Callable[[], Any], output: Any) -> None:
         self._rehearse = rehearse
-        self.reference = self.output({})
+        self.reference = _float_tensors(output)
 
     def output(self, substitutes: Substitutes) -> list[Tensor]:
         """The floating-point tensors that the block returns."""
         with substituted(substitutes):
-            leaves = tree_leaves(self._rehearse())
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            return _float_tensors(self._rehearse())
 
     def distance(self, substitutes: Substitutes) -> float:
         """||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
@@ -57,6 +59,10 @@ class Probe:
     def norm(self) -> float:
         """||float output||."""
         return sum(float(tensor.double().square().sum()) for tensor in self.reference) ** 0.5
+
+
+def _float_tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,21 @@ class NormFold:
         return torch.where(usable, effective, scale)
 
 
-def prove_norm_fold(probe: Probe, norm: nn.Module, linears: list[nn.Linear], seed: int = 0) -> NormFold | None:
+def prove_norm_folds(
+    probe: Probe, candidates: Sequence[tuple[nn.Module, Sequence[nn.Linear]]]
+) -> list[NormFold | None]:
+    """For each norm and the Linears that read it, the kind of fold that leaves the block's output unchanged, or None.
+
+    All norms are first tried together as the plain kind; only if that fails, one by one.
+    """
+    if len(candidates) > 1:
+        trials = [_Trial(NormFold(norm, "plain"), linears, seed) for seed, (norm, linears) in enumerate(candidates)]
+        if _leaves_unchanged(probe, trials):
+            return [trial.fold for trial in trials]
+    return [prove_norm_fold(probe, norm, linears) for norm, linears in candidates]
+
+
+def prove_norm_fold(probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear], seed: int = 0) -> NormFold | None:
     """The kind of fold that leaves the block's output unchanged for random factors, or None.
 
     The factors are powers of two, so dividing the norm's weight and bias and multiplying the Linears' columns is exact in
@@ -99,18 +119,36 @@ def prove_norm_fold(probe: Probe, norm: nn.Module, linears: list[nn.Linear], see
     what the same factors do when nothing compensates them. Anything else that reads the norm's output (a residual tap,
     another branch, a router) is not compensated, which shows at once.
     """
-    weight = norm.weight
-    generator = torch.Generator().manual_seed(seed)
-    exponents = torch.randint(-2, 3, weight.shape, generator=generator)
-    factors = (2.0**exponents).to(weight.device)
-    columns = {(m, "weight"): (m.weight.detach() * factors.to(m.weight.dtype)) for m in linears}
     for kind in ("plain", "offset"):
         fold = NormFold(norm, kind)
-        divided = fold.divided(factors)
-        broken = probe.distance(divided)
-        if not broken > _EXACT * probe.norm:
-            return None  # the factors have no effect: nothing could be proven
-        slack = 0.0 if kind == "plain" else max(4 * torch.finfo(weight.dtype).eps, 2.0**-16)
-        if probe.distance(divided | columns) <= _EXACT * probe.norm + slack * broken:
+        if _leaves_unchanged(probe, [_Trial(fold, linears, seed)]):
             return fold
     return None
+
+
+class _Trial:
+    """A fold under random power-of-two factors: the divided norm, the multiplied columns."""
+
+    def __init__(self, fold: NormFold, linears: Sequence[nn.Linear], seed: int) -> None:
+        weight = fold.module.weight
+        generator = torch.Generator().manual_seed(seed)
+        factors = (2.0 ** torch.randint(-2, 3, weight.shape, generator=generator)).to(weight.device)
+        self.fold = fold
+        self.divided = fold.divided(factors)
+        self.columns = {(m, "weight"): m.weight.detach() * factors.to(m.weight.dtype) for m in linears}
+        # see prove_norm_fold: rounding of the offset kind, relative to the uncompensated effect
+        self.slack = 0.0 if fold.kind == "plain" else max(4 * torch.finfo(weight.dtype).eps, 2.0**-16)
+
+
+def _leaves_unchanged(probe: Probe, trials: Sequence[_Trial]) -> bool:
+    divided: dict[tuple[nn.Module, str], Tensor] = {}
+    columns: dict[tuple[nn.Module, str], Tensor] = {}
+    for trial in trials:
+        # factors without any effect on the output would prove nothing; each norm must show its own
+        if not probe.distance(trial.divided) > _EXACT * probe.norm:
+            return False
+        divided |= trial.divided
+        columns |= trial.columns
+    slack = max(trial.slack for trial in trials)
+    allowed = _EXACT * probe.norm + (slack * probe.distance(divided) if slack else 0.0)
+    return probe.distance(divided | columns) <= allowed

@@ -1,4 +1,4 @@
-"""``torch.ops.awq_ext.int4_linear``: what a quantized layer's forward calls, visible to autograd, torch.compile and export.
+"""``torch.ops.awq_ext.int4_linear``: what a quantized layer calls; autograd, torch.compile and export see it.
 
 The schema and the CPU kernel are registered by ``awq_ext._C``; here are the other devices, the shape function and the
 gradient.
@@ -29,10 +29,10 @@ def int4_linear(
 ) -> Tensor:
     """x [..., K] @ W^T + bias, W [N, K] in four bits, K the last dimension of x.
 
-    x fp32/fp16/bf16; qweight uint8 [N, ceil(K / 2)] (see ``reference.pack_int4``); scales [N, G] fp16/bf16/fp32; zeros uint8
-    [N, G]; bias [N] or None; pre_quant_scale fp32 [K], which multiplies x first, or None; group_size -1 or positive. Returns
-    [..., N] in x's dtype. On the CPU a few rows are computed in fp32; for many the weight is first rounded to x's dtype, as
-    a Linear of that dtype would hold it. Differentiable in x and bias; the weight is frozen.
+    x fp32/fp16/bf16; qweight uint8 [N, ceil(K / 2)] (see ``reference.pack_int4``); scales [N, G] fp16/bf16/fp32; zeros
+    uint8 [N, G]; bias [N] or None; pre_quant_scale fp32 [K], which multiplies x first, or None; group_size -1 or
+    positive. Returns [..., N] in x's dtype. On the CPU a few rows are computed in fp32; for many the weight is first
+    rounded to x's dtype, as a Linear of that dtype would hold it. Differentiable in x and bias; the weight is frozen.
     ValueError for shapes that do not fit, TypeError for a wrong dtype.
     """
     return torch.ops.awq_ext.int4_linear(x, qweight, scales, zeros, bias, pre_quant_scale, group_size)

@@ -49,22 +49,21 @@ class QuantLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, **made)) if bias else None
 
     @classmethod
-    def from_codes(
+    def from_packed(
         cls,
         linear: nn.Linear,
-        codes: Tensor,
+        qweight: Tensor,
         scales: Tensor,
         zeros: Tensor,
         group_size: int,
         pre_quant_scale: Tensor | None = None,
     ) -> QuantLinear:
-        """The layer that computes what ``linear`` did, with these codes uint8 [N, K], scales and zeros [N, G].
+        """The layer that computes what ``linear`` did, with this qweight uint8 [N, ceil(K/2)], scales and zeros [N, G].
 
         It shares ``linear``'s bias, and takes over its hooks and training flag.
         """
         layer = cls.empty_like(linear, group_size, False, scales.dtype, device="meta")
-        layer.qweight = kernels_for(codes.device).pack_int4(codes)
-        layer.scales, layer.zeros, layer.pre_quant_scale = scales, zeros, pre_quant_scale
+        layer.qweight, layer.scales, layer.zeros, layer.pre_quant_scale = qweight, scales, zeros, pre_quant_scale
         layer.bias = linear.bias
         layer._forward_hooks = linear._forward_hooks
         layer._forward_pre_hooks = linear._forward_pre_hooks

@@ -65,7 +65,7 @@ def quantize(
     with Journal() as journal, _calibration_mode(model), torch.no_grad():
         memory = PeakMemory(device)
         surveys = _survey(model, calls, eligible, blocks)
-        report.planned_memory_bytes = memory.start + planned_bytes(surveys, calls, config)
+        report.planned_memory_bytes = memory.start + planned_bytes(surveys, calls)
         run = _Run(model, config, device, journal, report, _foldable_norms(model))
         with _bar(surveys, report, progress) as bar:
             run.all_blocks(surveys, calls, memory, bar)
@@ -78,17 +78,18 @@ def quantize(
     return model
 
 
-def planned_bytes(surveys: Sequence[BlockSurvey], calls: Sequence[Call], config: AwqConfig) -> int:
+def planned_bytes(surveys: Sequence[BlockSurvey], calls: Sequence[Call]) -> int:
     """Memory that quantizing adds to the model, planned from the first batch.
 
     Hidden states of all batches at one block boundary + statistics of the largest block + the int4 layers made so far (the
-    float ones stay until the end, so that everything can be taken back) + scratch of the largest Linear.
+    float ones stay until the end, so that everything can be taken back) + scratch of one block: its largest second moment
+    packed for the kernels, its quantized weights in float for trials, its codes twice (with and without clips).
     """
     growth = sum(call.elements for call in calls) / max(calls[0].elements, 1)
     hidden = max(s.input_bytes for s in surveys) * growth
     statistics = max(s.statistics_bytes for s in surveys)
-    weights = [linear.weight.numel() for s in surveys for linear in s.linears.values()]
-    return int(hidden + statistics + sum(weights) * 0.6 + max(weights) * 8)
+    int4 = 0.6 * sum(linear.weight.numel() for s in surveys for linear in s.linears.values())
+    return int(hidden + statistics + int4 + max(s.scratch_bytes for s in surveys))
 
 
 class _Run:
@@ -122,8 +123,10 @@ class _Run:
 
     def _one_block(self, surveyed: BlockSurvey, stops: list[Stop], last: bool) -> None:
         hold = last or self.config.propagate == "quantized"
-        books = collect(surveyed, stops, self.kernels, self.device, hold)
-        solver = BlockSolver(surveyed, books, Probe(stops[0].rehearse), self.kernels, self.config, self.foldable)
+        books, output = collect(surveyed, stops, self.kernels, self.device, hold)
+        solver = BlockSolver(
+            surveyed, books, Probe(stops[0].rehearse, output), self.kernels, self.config, self.foldable
+        )
         groups, block_report = solver.solve()
         self.report.blocks.append(block_report)
         if not hold:

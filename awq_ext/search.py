@@ -20,6 +20,7 @@ from .config import AwqConfig
 CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(11))
 _ROWS_AT_ONCE = 2048
 _SMALLEST_SCALE = 1e-4
+_FEWEST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,29 @@ class ScaleChoice:
 
 @dataclass(frozen=True)
 class Codes:
-    """One quantized weight: codes uint8 [N, K], scales [N, G], zeros uint8 [N, G]."""
+    """One quantized weight: stored codes uint8, scales [N, G], zeros uint8 [N, G].
 
-    codes: Tensor
+    stored: [N, K], or packed two to a byte [N, ceil(K/2)] for 4 bits: a block's codes are kept while it is solved.
+    """
+
+    stored: Tensor
     scales: Tensor
     zeros: Tensor
+    in_features: int
+    packed: bool
+
+    def unpacked(self, kernels: ModuleType) -> Tensor:
+        """Codes uint8 [N, K]."""
+        return kernels.unpack_int4(self.stored, self.in_features) if self.packed else self.stored
 
     def dequantize(self, kernels: ModuleType, group_size: int, channel_scale: Tensor | None = None) -> Tensor:
         """fp32 weight in the original space (columns divided by ``channel_scale``)."""
-        weight = kernels.dequantize_weight(self.codes, self.scales, self.zeros, group_size)
+        weight = kernels.dequantize_weight(self.unpacked(kernels), self.scales, self.zeros, group_size)
         return weight if channel_scale is None else weight.div_(channel_scale)
 
     def rows(self, index: slice | Tensor) -> Codes:
         """The codes of some output rows."""
-        return Codes(self.codes[index], self.scales[index], self.zeros[index])
+        return Codes(self.stored[index], self.scales[index], self.zeros[index], self.in_features, self.packed)
 
 
 def weight_mean(weights: Sequence[Tensor], group_size: int) -> Tensor:
@@ -96,14 +106,15 @@ def search_scale(
 ) -> ScaleChoice:
     """The candidate with the least output error summed over the group's Linears that makes no single one worse than RTN.
 
-    weights: each [N_i, K]; x_mean fp32 [K]; second_moment fp32 [K, K]. Ranked on ``config.search_rows`` evenly spaced rows.
+    weights: each [N_i, K]; x_mean fp32 [K]; second_moment fp32 [K, K]. Ranked on evenly spaced rows (``ranking_rows``).
     """
     candidates, labels = candidate_scales(x_mean, weight_mean(weights, config.group_size), config.n_grid)
+    wanted = ranking_rows(config.search_rows, candidates.shape[1])
     total_rows = sum(len(weight) for weight in weights)
     losses = []
     for weight in weights:
-        # rows in proportion to the Linear's height, none below 64: a thin Linear is still judged on enough rows
-        rows = min(len(weight), max(64, config.search_rows * len(weight) // total_rows)) if config.search_rows else 0
+        # rows in proportion to the Linear's height, but enough for a thin one to be judged by
+        rows = min(len(weight), max(_FEWEST_ROWS, wanted * len(weight) // total_rows)) if wanted else 0
         sampled = kernels.scale_losses(weight, candidates, second_moment, max_rows=rows, **config.quantizer)
         losses.append(sampled * (len(weight) / (rows or len(weight))))
     per_linear = torch.stack(losses)
@@ -114,11 +125,21 @@ def search_scale(
     return ScaleChoice(candidates[best].clone(), labels[best].kind, labels[best].alpha)
 
 
+def ranking_rows(search_rows: int, in_features: int) -> int:
+    """Output rows of a group to rank on: ``search_rows`` up to 4096 channels, fewer in proportion beyond; 0 means all.
+
+    A row's loss adds up one rounding error a channel, so the sampling noise of the mean falls with rows * channels.
+    """
+    return max(1, search_rows * min(4096, in_features) // in_features) if search_rows else 0
+
+
 def quantize(
-    kernels: ModuleType, weight: Tensor, config: AwqConfig, scale: Tensor | None, clip: Tensor | None
+    kernels: ModuleType, weight: Tensor, config: AwqConfig, scale: Tensor | None = None, clip: Tensor | None = None
 ) -> Codes:
     """Round ``weight`` * scale to codes, ranges shrunk by ``clip`` [N, G]."""
-    return Codes(*kernels.quantize_weight(weight, channel_scale=scale, clip=clip, **config.quantizer))
+    codes, scales, zeros = kernels.quantize_weight(weight, channel_scale=scale, clip=clip, **config.quantizer)
+    packed = config.bits == 4
+    return Codes(kernels.pack_int4(codes) if packed else codes, scales, zeros, weight.shape[1], packed)
 
 
 def search_clip(

@@ -13,7 +13,7 @@ from . import search
 from .backend import kernels_for
 from .calibrate import BlockSurvey, GroupStatistics
 from .config import AwqConfig
-from .fold import NormFold, Probe, Substitutes, prove_norm_fold
+from .fold import NormFold, Probe, Substitutes, prove_norm_folds
 from .groups import ScaleGroup
 from .qlinear import QuantLinear
 from .report import BlockReport, LayerReport
@@ -97,6 +97,7 @@ class BlockSolver:
 
     def solve(self) -> tuple[list[GroupSolution], BlockReport]:
         """All groups of the block, and how far its output moved."""
+        self.folds = self._prove_folds()
         groups = [self._solve_group(g, b) for g, b in zip(self.surveyed.groups, self.books, strict=True)]
         size = self.probe.norm or 1.0
         fold_error = self.probe.distance(_folded_float(groups)) / size
@@ -128,7 +129,7 @@ class BlockSolver:
     def _scaled(
         self, group: ScaleGroup, linears: Mapping[str, nn.Linear], choice: ScaleChoice, book: GroupStatistics
     ) -> GroupSolution:
-        fold, scale = self._fold(group, linears, choice)
+        fold, scale = self._fold(group, choice)
         solution = GroupSolution(book, choice, fold)
         for name, linear in linears.items():
             rtn = self._quantize(linear)
@@ -143,15 +144,23 @@ class BlockSolver:
             solution.layers.append(layer)
         return solution
 
-    def _fold(
-        self, group: ScaleGroup, linears: Mapping[str, nn.Linear], choice: ScaleChoice
-    ) -> tuple[NormFold | None, Tensor | None]:
-        norm = self.foldable.get(group.producer or "")
+    def _prove_folds(self) -> dict[str, NormFold]:
+        """Folds by name of the producing norm, for all groups that have one."""
         # fake-quantized weights hold 1/s themselves: nothing to fold
-        if choice.scale is None or norm is None or self.config.fold == "never" or not self.config.packed:
+        if self.config.method == "rtn" or self.config.fold == "never" or not self.config.packed:
+            return {}
+        groups = [group for group in self.surveyed.groups if group.producer in self.foldable]
+        candidates = [
+            (self.foldable[group.producer], [self.surveyed.linears[name] for name in group.linears]) for group in groups
+        ]
+        proven = zip(groups, prove_norm_folds(self.probe, candidates), strict=True)
+        return {group.producer: fold for group, fold in proven if fold is not None}
+
+    def _fold(self, group: ScaleGroup, choice: ScaleChoice) -> tuple[NormFold | None, Tensor | None]:
+        fold = self.folds.get(group.producer or "")
+        if choice.scale is None or fold is None:
             return None, choice.scale
-        fold = prove_norm_fold(self.probe, norm, list(linears.values()))
-        return fold, choice.scale if fold is None else fold.effective_scale(choice.scale)
+        return fold, fold.effective_scale(choice.scale)
 
     def _quantize(self, linear: nn.Linear, scale: Tensor | None = None, clip: Tensor | None = None) -> Codes:
         return search.quantize(self.kernels, linear.weight.detach(), self.config, scale, clip)
@@ -243,5 +252,5 @@ def build_layer(layer: LayerSolution, fold: NormFold | None, config: AwqConfig) 
         linear.bias = layer.linear.bias
         return linear.train(layer.linear.training)
     pre_quant_scale = 1 / layer.scale if layer.scale is not None and fold is None else None
-    parts = (layer.codes.codes, layer.codes.scales, layer.codes.zeros)
-    return QuantLinear.from_codes(layer.linear, *parts, config.group_size, pre_quant_scale)
+    parts = (layer.codes.stored, layer.codes.scales, layer.codes.zeros)
+    return QuantLinear.from_packed(layer.linear, *parts, config.group_size, pre_quant_scale)

@@ -22,10 +22,14 @@ void load_steps(const KernelTable& table, const Int4Weight& w, int64_t n, int64_
 }
 
 // Even channels, then odd ones: the two nibbles of a vector of bytes then meet contiguous activations.
-void split_parity(const float* x, int64_t in_features, int64_t half, float* out) {
-  for (int64_t i = 0; i < half; ++i) {
-    out[i] = x[2 * i];
-    out[half + i] = 2 * i + 1 < in_features ? x[2 * i + 1] : 0.0f;
+void split_parity(const float* x, int64_t in_features, float* even, float* odd) {
+  for (int64_t i = 0; i < in_features / 2; ++i) {
+    even[i] = x[2 * i];
+    odd[i] = x[2 * i + 1];
+  }
+  if (in_features % 2 != 0) {
+    even[in_features / 2] = x[in_features - 1];
+    odd[in_features / 2] = 0.0f;
   }
 }
 
@@ -37,9 +41,12 @@ void int4_linear_rows(const KernelTable& table, const Int4Weight& w, const float
                       float* y, int threads) {
   const int64_t bytes = packed_bytes(w.in_features), groups = ceil_div(w.in_features, w.group_length);
   const int64_t group_bytes = packed_bytes(w.group_length), bundle = rows_per_task(w);
-  Buffer<float> split(rows * 2 * bytes), scratch(threads * groups);
+  // One cache line more than needed: at a stride of a power of two the sixteen streams of eight rows would compete for
+  // the same few places in the first-level cache.
+  const int64_t ldx = bytes + 16;
+  Buffer<float> split(rows * 2 * ldx), scratch(threads * groups);
   for (int64_t m = 0; m < rows; ++m)
-    split_parity(x + m * w.in_features, w.in_features, bytes, split.get() + m * 2 * bytes);
+    split_parity(x + m * w.in_features, w.in_features, split.get() + m * 2 * ldx, split.get() + (m * 2 + 1) * ldx);
   parallel_for(ceil_div(w.out_features, bundle), threads, [&](int64_t task, int thread) {
     float* steps = scratch.get() + thread * groups;
     for (int64_t n = task * bundle; n < std::min(w.out_features, (task + 1) * bundle); ++n) {
@@ -47,8 +54,8 @@ void int4_linear_rows(const KernelTable& table, const Int4Weight& w, const float
       for (int64_t m = 0; m < rows; m += kMaxRows) {
         const int count = static_cast<int>(std::min(kMaxRows, rows - m));
         float* out = y + m * w.out_features + n;
-        table.int4_dot(w.packed + n * bytes, steps, w.zeros + n * groups, bytes, group_bytes,
-                       split.get() + m * 2 * bytes, bytes, count, out, w.out_features);
+        table.int4_dot(w.packed + n * bytes, steps, w.zeros + n * groups, bytes, group_bytes, split.get() + m * 2 * ldx,
+                       ldx, count, out, w.out_features);
         if (bias != nullptr)
           for (int r = 0; r < count; ++r) out[r * w.out_features] += bias[n];
       }

@@ -19,10 +19,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kName = "int4_linear";
 
-// Up to this many rows the packed codes are decoded on the way into the sums; above, the weight is decoded once and
-// torch's matrix product runs. Eight is what one pass over the codes serves; a second pass already costs more than
-// decoding (tests/benchmarks/bench_kernels.py measures both sides).
-constexpr int64_t kDirectRows = 8;
+// Up to this many rows the packed codes are decoded on the way into fp32 sums; above, the weight is decoded once and
+// torch's matrix product runs, which is faster in 16 bits and so takes over sooner. Eight is what one pass over the
+// codes serves. tests/benchmarks/bench_kernels.py measures both sides.
+constexpr int64_t direct_rows(Dtype dtype) { return dtype == Dtype::f32 ? 8 : 6; }
 // Decoded weights held at a time: part of the cache, and pages that the allocator hands out again, where a whole matrix
 // would be fresh zero pages from the system at every call, which cost ten times the decoding.
 constexpr int64_t kDecodedBytes = 4 << 20;
@@ -81,7 +81,7 @@ Tensor int4_linear_cpu(const Tensor& x, const Tensor& qweight, const Tensor& sca
   out_shape.back() = n;
   if (x.numel() == 0 || n == 0) return at::empty(out_shape, x.options());
   const int64_t rows = x.numel() / k;
-  const bool direct = rows <= kDirectRows && groups_are_whole_bytes(weight.view);
+  const bool direct = rows <= direct_rows(dtype) && groups_are_whole_bytes(weight.view);
   Tensor input = x.reshape({rows, k});
   if (direct || pre_quant_scale.has_value()) input = input.to(at::kFloat);
   if (pre_quant_scale.has_value()) input = input * pre_quant_scale->to(at::kFloat);

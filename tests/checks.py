@@ -32,7 +32,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def hook_count(model: nn.Module) -> int:
     """Hooks on all modules of ``model``."""
-    return sum(len(getattr(module, book)) for module in model.modules() for book in _HOOKS)
+    books = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return sum(len(getattr(module, book)) for module in model.modules() for book in books)
 
 
 def suspended_greenlets() -> list[Any]:
@@ -43,7 +44,7 @@ def suspended_greenlets() -> list[Any]:
     while current.parent is not None:
         current = current.parent
         mine.add(current)
-    found = [thing for thing in gc.get_objects() if isinstance(thing, greenlet.greenlet)]
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), greenlet.greenlet)]
     return [g for g in found if g and not g.dead and g not in mine]
 
 

@@ -150,8 +150,9 @@ def test_one_boundarys_hidden_states_are_alive(by_hand: bool) -> None:
         for number, (_, stops) in enumerate(visits):
             assert model.alive() == len(batches)
             if by_hand and number < 2:
-                while stops:
-                    stops.pop(0).advance()
+                for stop in stops:
+                    stop.advance()
+    del stops
     assert model.most <= len(batches) + 1
     assert model.alive() == 0
 
@@ -191,16 +192,6 @@ def test_every_forward_sees_its_own_modes_and_the_caller_keeps_his() -> None:
     for number, layer in enumerate(case.model.layers):
         count = 2 * len(batches) if number < 2 else len(batches) + 1
         assert layer.seen == alone[number] * count
-
-
-def test_under_a_callers_inference_mode() -> None:
-    case = models.make("modes")
-    with torch.inference_mode():
-        home = modes()
-        with lockstep(case.model, find_blocks(case.model), calls_of(case.batches)) as visits:
-            for _ in visits:
-                assert modes() == home
-        assert modes() == home
 
 
 class Failing(models.ModesNet):
@@ -283,8 +274,8 @@ def test_blocks_in_another_order_are_refused() -> None:
     class Net(models.Net):
         def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
             x = self.embed(ids)
-            for layer in self.layers if ids.shape[1] != 9 else reversed(self.layers):
-                x = layer(x)
+            for number in (0, 1, 2) if ids.shape[1] != 9 else (1, 0, 2):
+                x = self.layers[number](x)
             return x
 
     model = Net(models.MlpBlock)

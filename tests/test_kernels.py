@@ -47,7 +47,7 @@ def assert_same(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         assert torch.equal(a, b)
 
 
-# --- quantizer: integers and 16-bit patterns are exact -----------------------------------------------------------------
+# --- quantizer: integers and 16-bit patterns are exact ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -97,7 +97,7 @@ def test_quantize_weight_any(n, k, group_size, bits, symmetric, scale_dtype, dty
 
 
 def test_scales_round_half_to_even_down_to_subnormals() -> None:
-    # max|w| / 1 is the scale of a 1-weight constant group: every fp16 value, the midpoints between them, their neighbours.
+    # |w| is the scale of a one-weight group: a third of all fp16 values, the midpoints between them, their neighbours.
     halves = torch.arange(1, 0x7C00, 3, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
     middles = (halves[:-1] + halves[1:]) / 2
     near = torch.cat([middles.nextafter(torch.zeros(1)), middles.nextafter(torch.full((1,), 1e9))])
@@ -134,12 +134,12 @@ def test_pack_int4(shape: tuple[int, int]) -> None:
     assert_same((_C.unpack_int4(packed, shape[1]),), (codes,))
 
 
-# --- losses: fp32 products, so bounds from the number of roundings ------------------------------------------------------
+# --- losses: fp32 products, so bounds from the number of roundings ---------------------------------------------
 
 
 def quadratic_bound(error: Tensor, g: Tensor) -> Tensor:
-    """Each term e_i G_ij e_j passes at most 2 products and as many fp32 sums as a block holds (256) plus a tile's width;
-    the longer sums are in fp64. Both sides, ours and torch's, may err."""
+    """Each term e_i G_ij e_j passes at most 2 products and as many fp32 sums as a block holds (256) plus a tile's width
+    (32); the longer sums are in fp64. What we compare with is exact."""
     return (error.abs().double() @ g.abs().double() * error.abs().double()).sum(1) * (EPS * 400)
 
 
@@ -174,8 +174,8 @@ def test_scale_losses_of_some_rows(isa: str) -> None:
     weight, g, candidates = torch.randn(60, 300), moment(300), torch.rand(4, 300) + 0.5
     ours = _C.scale_losses(weight, candidates, g, 128, max_rows=7)
     expected = reference.scale_losses(weight, candidates, g, 128, max_rows=7)
-    # bf16 factors where the level has them: each is off by at most 2^-9 relatively, the errors have random signs; 2^-7 of
-    # the loss that independent errors would have is far outside what they add up to, and far inside a wrong row.
+    # bf16 factors where the level has them: each is off by at most 2^-8 relatively, with random signs; 2^-7 of the loss
+    # is far outside what they add up to, and far inside the effect of a wrong row.
     tolerance = 2.0**-7 if isa == "avx512_bf16" else 1e-5
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=0)
     all_rows = _C.scale_losses(weight, candidates, g, 128)
@@ -218,7 +218,7 @@ def test_search_clip_prefers_the_first_of_equals() -> None:
     assert torch.equal(chosen, torch.full((3, 2), 0.9))
 
 
-# --- statistics --------------------------------------------------------------------------------------------------------
+# --- statistics ------------------------------------------------------------------------------------------------
 
 
 def assert_stats(stats: object, x: Tensor) -> None:
@@ -313,7 +313,7 @@ def test_stats_show_what_is_not_finite(value: float, dtype: torch.dtype) -> None
     assert torch.equal(~stats.second_moment().isfinite(), expected[:, None] | expected)
 
 
-# --- threads ------------------------------------------------------------------------------------------------------------
+# --- threads ---------------------------------------------------------------------------------------------------
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -345,7 +345,7 @@ def test_threads_do_not_change_a_bit() -> None:
         torch.set_num_threads(before)
 
 
-# --- errors -------------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------
 
 W, G4 = torch.zeros(4, 8), torch.eye(8)
 ERRORS = {

@@ -64,5 +64,6 @@ def run(path: Path, tmp_path: Path) -> Any:
     manager = AsyncKernelManager(kernel_name="running-python", kernel_spec_manager=specs)
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(FOLDER)}}
-    nbclient.NotebookClient(notebook, km=manager, timeout=CELL_SECONDS, resources=resources).execute()
+    client = nbclient.NotebookClient(notebook, km=manager, timeout=CELL_SECONDS, resources=resources)
+    client.execute(cleanup_kc=True)  # nbclient leaves a kernel running whose manager it was given, unless told
     return notebook

@@ -29,8 +29,8 @@ def layer(n: int, k: int, group_size: int, scale_dtype: torch.dtype = torch.floa
 
 
 def tolerance(x: Tensor, parts: tuple[Tensor, Tensor, Tensor], group_size: int) -> Tensor:
-    """Bound of |y - y_ref|: fp32 sums of K terms on both sides, plus, for a 16-bit x, the rounding of every factor (weight,
-    scaled x) and of the result to its precision u: (3 u + 2 K 2^-24) sum |x| |w|."""
+    """Bound of |y - y_ref|: fp32 sums of K terms on both sides, plus, for a 16-bit x, the rounding of every factor
+    (weight, scaled x) and of the result to its precision u: (3 u + 2 K 2^-24) sum |x| |w|."""
     k = x.shape[-1]
     weight = reference.dequantize_weight(reference.unpack_int4(parts[0], k), *parts[1:], group_size).abs()
     unit = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps

@@ -141,13 +141,13 @@ def test_error_shrinks_by_s_while_the_range_stays(s: float) -> None:
 
 @pytest.mark.parametrize("s", [1.5, 2.0, 3.0])
 def test_error_shrinks_by_about_s_for_ordinary_weights(s: float) -> None:
-    """A channel like the others: scaled, it is sometimes the largest of its group and widens the step for all of them."""
+    """A channel like the others: scaled, it is now and then the largest of its group and widens the step for all."""
     weight = torch.randn(ROWS, 128, generator=generator(2))
     plain, step = rounding_error(weight, 1.0)
     scaled, step_scaled = rounding_error(weight, s)
     growth = float(step_scaled.mean() / step.mean())
     assert (step_scaled >= step).all()
-    assert 1 < growth < 1 + 0.1 * (s - 1)
+    assert 1 < growth < 1 + 0.1 * (s - 1)  # measured: 1.01, 1.04, 1.13
     assert float(scaled.mean() / plain.mean()) == pytest.approx(growth / s, rel=RATIO_TOLERANCE)
 
 

@@ -12,14 +12,21 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecInt __attribute__((vector_size(4 * kLanes)));
 typedef float VecUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef uint8_t VecBytes __attribute__((vector_size(kLanes)));
-typedef uint8_t VecBytesUnaligned __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }  // -0 stays -0: x - (+0)
+
+// kLanes bytes, widened. Intrinsics, because GCC 12 takes a general vector conversion of unequal widths apart into
+// scalars.
 inline VecInt load_bytes(const uint8_t* p) {
-  return __builtin_convertvector(static_cast<VecBytes>(*reinterpret_cast<const VecBytesUnaligned*>(p)), VecInt);
+#if defined(AWQ_LEVEL_AVX512)
+  return (VecInt)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(AWQ_LEVEL_AVX2)
+  return (VecInt)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return VecInt{p[0], p[1], p[2], p[3]};
+#endif
 }
 
 // a * b + c in one rounding where the level has the instruction.

@@ -1,9 +1,9 @@
 """Times the kernels beside what torch alone offers for the same job, interleaved in one run, and prints the ratio.
 
-    python tests/benchmarks/bench_kernels.py [--json FILE] [--only stats,quadratic,...] [--repeat N] [--threads N] [--small]
+    python tests/benchmarks/bench_kernels.py [--json FILE] [--only stats,clip,...] [--repeat N] [--threads N] [--small]
 
-The shapes are those of one block of a Llama with hidden size 2048: (out_features, in_features) of each group of Linears that
-share an input. `total` adds them up as one block's quantization does. Not a test: nothing here passes or fails.
+The shapes are those of one block of a Llama with hidden size 2048: (out_features, in_features) of each group of Linears
+that share an input. `total` adds them up as one block's quantization does. Not a test: nothing here passes or fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def interleaved(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
-    """Best seconds of each function over `repeat` rounds, one of each per round, so that a busy machine hits all alike."""
+    """Best seconds of each function over `repeat` rounds, one of each a round: a busy machine hits all alike."""
     # One thread is timed by its processor time, which other processes on the machine hardly disturb.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     best = dict.fromkeys(functions, float("inf"))
