@@ -123,12 +123,14 @@ class _Run:
 
     def _one_block(self, surveyed: BlockSurvey, stops: list[Stop], last: bool) -> None:
         hold = last or self.config.propagate == "quantized"
+        start = time.perf_counter()
         books, output = collect(surveyed, stops, self.kernels, self.device, hold)
-        solver = BlockSolver(
-            surveyed, books, Probe(stops[0].rehearse, output), self.kernels, self.config, self.foldable
-        )
-        groups, block_report = solver.solve()
+        collected = time.perf_counter()
+        probe = Probe(stops[0].rehearse, output)
+        groups, block_report = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.foldable).solve()
         self.report.blocks.append(block_report)
+        self.report.calibration_seconds += collected - start
+        self.report.search_seconds += time.perf_counter() - collected
         if not hold:
             stops[0].advance()
         self._swap(groups)

@@ -43,7 +43,11 @@ class BlockReport:
 
 @dataclass
 class AwqReport:
-    """The record of one :func:`awq_ext.quantize` call; ``print(model.awq_report)`` shows it as a table."""
+    """The record of one :func:`awq_ext.quantize` call; ``print(model.awq_report)`` shows it as a table.
+
+    calibration_seconds: forwards of all batches and streaming statistics, which grow with the calibration set;
+    search_seconds: scales, folds, clips, rounding, which do not.
+    """
 
     config: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
@@ -51,6 +55,8 @@ class AwqReport:
     parameters: int = 0
     quantized_parameters: int = 0
     seconds: float = 0.0
+    calibration_seconds: float = 0.0
+    search_seconds: float = 0.0
     planned_memory_bytes: int = 0
     peak_memory_bytes: int = 0
     warnings: list[str] = field(default_factory=list)

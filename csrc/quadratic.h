@@ -19,11 +19,12 @@ namespace awq {
 // How the factors are held. bf16 needs a level with the kernels for it.
 enum class Precision { f32, bf16 };
 
-// The one to rank candidates with: bf16 where the level has it. Rounding the entries of G and e to 8 bits (relative
-// error at most d = 2^-8 each, rms about d/3) moves e G e^T by a sum of terms of random sign. With a_i = e_i^2 G_ii and
-// |G_ij| <= sqrt(G_ii G_jj) its rms is at most about d/3 * 3^(1/2) * sum a_i = 0.2 % of the loss that independent
-// errors would have, before it averages out over the rows; the part due to G is common to all candidates. Candidates
-// closer than that are equal for any purpose; the reported losses are computed in fp32.
+// The one to rank candidates with: bf16 where the level has it. Rounding changes an entry by at most u = 2^-9
+// relatively, rms at most u / sqrt(3), with random sign. Let L = e G e^T and A = sum of e_i^2 G_ii, the loss that
+// independent errors would have. As |G_ij| <= sqrt(G_ii G_jj), the rounding of G moves L by at most sqrt(2/3) u A rms;
+// as |(G e)_i| <= sqrt(G_ii L), that of e by at most 2/sqrt(3) u sqrt(A L). Together about 0.3 % of a row's loss where
+// L is near A, before it averages out over the rows, and the part due to G is much the same for every candidate. The
+// losses that are reported are in fp32.
 Precision ranking_precision(const KernelTable& table);
 
 // G, k x k with row stride ld, as upper-triangular panels.

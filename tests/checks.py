@@ -22,7 +22,7 @@ _HOOKS = (
 
 def bits(tensor: Tensor) -> bytes:
     """The tensor's bytes (NaNs compare too)."""
-    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

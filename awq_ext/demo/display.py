@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -20,21 +21,16 @@ INTRODUCTION = (
 )
 
 
-def percent(value: float) -> str:
-    """A signed percentage with as many digits as a difference between variants needs."""
-    return f"{value:+.2%}"
-
-
 def group_words(group_size: int) -> str:
     """How many weights share a scale."""
     return "one scale a row" if group_size == -1 else f"groups of {group_size}"
 
 
 def results_table(result: DemoResult) -> Table:
-    """The measurements, one variant a line."""
+    """The measurements, one variant a line; narrow enough for 80 columns."""
     title = f"{result.tokens:,} held-out bytes, {group_words(result.group_size)}, {result.threads} threads"
-    table = Table(title=title, title_style="bold", caption_justify="left", caption=caption(result))
-    for heading in ("weights", "perplexity", "vs float", "size", "quantized in", "scoring", "one at a time"):
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE)
+    for heading in ("weights", "perplexity", "vs float", "size", "seconds", "scoring", "stepping"):
         table.add_column(heading, justify="left" if heading == "weights" else "right", no_wrap=True)
     baseline = result.rows[0]
     for row in result.rows:
@@ -45,26 +41,25 @@ def results_table(result: DemoResult) -> Table:
 def cells(row: Row, baseline: Row) -> list[str]:
     """One line of the table."""
     dash = "[dim]-[/dim]"
-    speed = lambda value: dash if value is None else f"{value:,.0f} tok/s"  # noqa: E731
-    computed = "*" if row.simulated else " "
+    speed = lambda value: dash if value is None else f"{value:,.0f}/s"  # noqa: E731
     return [
         row.name,
         f"{row.perplexity:.4f}",
-        dash if row is baseline else percent(row.perplexity / baseline.perplexity - 1),
-        f"{row.size_bytes / 1e6:.2f} MB{computed}",
-        dash if row.seconds is None else f"{row.seconds:.1f} s",
+        dash if row is baseline else f"{row.perplexity / baseline.perplexity - 1:+.2%}",
+        f"{row.size_bytes / 1e6:.2f} MB{'*' if row.simulated else ' '}",
+        dash if row.seconds is None else f"{row.seconds:.1f}",
         speed(row.scoring_speed),
         speed(row.stepping_speed),
     ]
 
 
-def caption(result: DemoResult) -> str:
-    """What the columns mean."""
-    return (
-        "perplexity: how many bytes the model hesitates between, lower is better. scoring: 8 windows of text at once; "
-        "one at a time: a single byte, as when generating. Float runs in fp32 and is stored as bf16.\n"
-        "* 3 bits are only simulated, in float weights: the size is what packed codes, scales and zeros would take."
-    )
+COLUMNS = """\
+perplexity  how many bytes the model hesitates between; lower is better
+seconds     to quantize; RTN is calibrated too, to report its errors
+scoring     bytes a second, 8 windows of text at once
+stepping    bytes a second, one at a time, as when generating
+*           simulated: 3-bit values in float weights; the size is what packed
+            codes, scales and zeros would take"""
 
 
 def verdict(comparison: Comparison, rtn: Row, awq: Row) -> str:
@@ -95,10 +90,10 @@ def reading_guide(result: DemoResult) -> str:
     )
     ratio = packed.stepping_speed / plain.stepping_speed
     lines.append(
-        f"[bold]speed[/bold]: {ratio:.2f} x float, one byte at a time. This model fits in the processor's cache; "
-        "int4 saves memory traffic, which is what bounds models of billions of weights."
+        f"[bold]speed[/bold]: stepping, int4 runs at {ratio:.2f} x the speed of fp32. This model fits in the processor's "
+        "cache; int4 saves memory traffic, which is what bounds models of billions of weights."
     )
-    return "\n".join(f"  - {line}" for line in lines)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def printable(continuation: bytes) -> str:
@@ -108,24 +103,22 @@ def printable(continuation: bytes) -> str:
 
 
 def completions(result: DemoResult) -> Text:
-    """The prompt, and what each variant writes after its last line; yellow once it leaves the float model's words."""
-    prompt = printable(PROMPT)
-    text = Text(prompt + " ...\n", style="dim")
-    last_line = prompt.rpartition("\n")[2]
+    """The prompt, and what each variant writes next; yellow once it leaves the float model's words."""
+    text = Text(printable(PROMPT), style="dim")
     reference_text = printable(result.rows[0].completion)
     for row in result.rows:
         written = printable(row.completion)
         same = next((i for i, (a, b) in enumerate(zip(written, reference_text, strict=False)) if a != b), len(written))
         text.append(f"\n{row.name}\n", style="not dim bold cyan")
-        for part, style in ((last_line, "dim"), (written[:same], "not dim"), (written[same:], "not dim bold yellow")):
-            text.append(part, style=style)
-        text.append("\n")
+        text.append(written[:same], style="not dim")
+        text.append(written[same:] + "\n", style="not dim bold yellow")
     return text
 
 
 def show(result: DemoResult, console: Console) -> None:
     """Print everything."""
     console.print(results_table(result))
+    console.print(COLUMNS, style="dim")
     console.print("\n[bold]How to read it[/bold]")
     console.print(reading_guide(result))
     console.print("\n[bold]What each one writes[/bold] [dim](yellow once it leaves the float model's words)[/dim]")

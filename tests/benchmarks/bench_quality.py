@@ -1,4 +1,4 @@
-"""Perplexity of a Hugging Face causal LM: float, RTN and AWQ, on texts of several kinds, and the share of RTN's gap that AWQ closes.
+"""Perplexity of a Hugging Face causal LM: float, RTN and AWQ, on several kinds of text, and the share of RTN's gap AWQ closes.
 
     python tests/benchmarks/bench_quality.py MODEL_DIR --calib calib.txt text/*.txt [--group-size 64] [--seq 512] [--json out.json]
 

@@ -1,0 +1,231 @@
+"""QuantLinear as a module: what it computes, and that casting, copying and storing it keeps every bit that was searched for."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import awq_ext
+from awq_ext import QuantLinear, _C, reference
+from checks import same_bits
+
+BUFFERS = ("qweight", "scales", "zeros", "pre_quant_scale")
+
+
+def layer(
+    k: int = 72,
+    n: int = 9,
+    group: int = 16,
+    bias: bool = True,
+    scaled: bool = True,
+    dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype = torch.float16,
+) -> QuantLinear:
+    """A filled layer."""
+    linear = nn.Linear(k, n, bias=bias, dtype=dtype)
+    made = QuantLinear.empty_like(linear, group, scaled, scale_dtype)
+    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k), group, scale_dtype=scale_dtype)
+    made.qweight, made.scales, made.zeros = _C.pack_int4(codes), scales, zeros
+    if scaled:
+        made.pre_quant_scale = torch.rand(k) + 0.5
+    made.bias = linear.bias
+    return made
+
+
+def exact_weight(module: QuantLinear) -> Tensor:
+    """fp64 [N, K] from the buffers alone, one entry at a time."""
+    out = torch.empty(module.out_features, module.in_features, dtype=torch.float64)
+    g = module.in_features if module.group_size == -1 else module.group_size
+    for n in range(module.out_features):
+        for k in range(module.in_features):
+            code = int(module.qweight[n, k // 2]) >> 4 * (k % 2) & 15
+            out[n, k] = (code - int(module.zeros[n, k // g])) * float(module.scales[n, k // g])
+    return out if module.pre_quant_scale is None else out * module.pre_quant_scale.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("k", "group"), [(72, 16), (13, -1), (70, 64)])
+@pytest.mark.parametrize("shape", [(1,), (3, 2), (40,), ()])
+def test_forward_is_a_linear_of_the_dequantized_weight(
+    k: int, group: int, scaled: bool, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    module = layer(k, 7, group, scaled=scaled, dtype=dtype)
+    x = torch.randn(*shape, k).to(dtype)
+    with torch.no_grad():
+        found = module(x)
+    weight, bias = exact_weight(module), module.bias.detach().double()
+    expected = x.double() @ weight.T + bias
+    assert found.shape == (*shape, 7)
+    assert found.dtype == dtype
+    # fp32: a sum of K + 1 terms, each of at most 3 factors, (K + 4) 2^-24; 16 bits: also the weight, x / s and the result
+    # may be rounded to x's dtype, half an eps each
+    unit = 0.0 if dtype == torch.float32 else 1.5 * torch.finfo(dtype).eps
+    bound = (x.double().abs() @ weight.abs().T + bias.abs()) * (unit + (k + 4) * 2.0**-24) * 1.01
+    assert torch.all((found.double() - expected).abs() <= bound)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double", "to"])
+def test_casts_keep_what_was_searched(cast: str, scale_dtype: torch.dtype) -> None:
+    module = layer(scale_dtype=scale_dtype)
+    before = {name: getattr(module, name).clone() for name in BUFFERS}
+    changed = module.to(torch.bfloat16) if cast == "to" else getattr(module, cast)()
+    assert changed is module
+    for name, old in before.items():
+        assert same_bits(getattr(module, name), old), name
+    assert module.bias.dtype == module.weight.dtype != torch.float32 or cast == "float"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_weights_dtype_follows_a_cast(bias: bool) -> None:
+    """Code that reads ``layer.weight.dtype`` to choose its own must see what a Linear would say."""
+    holder = nn.Sequential(layer(bias=bias))
+    assert holder[0].weight.dtype == torch.float32
+    assert holder.to(torch.bfloat16)[0].weight.dtype == torch.bfloat16
+    assert holder.to("cpu")[0].weight.dtype == torch.bfloat16
+
+
+def test_to_another_device_moves_everything() -> None:
+    module = layer().to("meta")
+    assert all(t.is_meta for t in (*module.buffers(), *module.parameters()))
+    assert module.scales.dtype == torch.float16
+    assert module(torch.empty(3, 72, device="meta")).shape == (3, 9)
+
+
+def assert_equal(a: QuantLinear, b: QuantLinear) -> None:
+    assert type(a) is type(b)
+    assert a.extra_repr() == b.extra_repr()
+    assert (a.training, a.dtype) == (b.training, b.dtype)
+    for name in (*BUFFERS, "bias"):
+        assert same_bits(getattr(a, name), getattr(b, name)), name
+        assert getattr(a, name) is not getattr(b, name)
+    x = torch.randn(3, a.in_features)
+    with torch.no_grad():
+        assert torch.equal(a(x), b(x))
+
+
+def save_and_load(module: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), save_and_load], ids=["deepcopy", "pickle", "torch"]
+)
+def test_copies_are_equal_and_apart(copied: Any) -> None:
+    module = layer().eval()
+    assert_equal(module, copied(module))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_round_trip(assign: bool) -> None:
+    module = layer()
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert set(state) == {*BUFFERS, "bias"}
+    fresh = QuantLinear(72, 9, 16, pre_quant_scale=True)
+    assert fresh.load_state_dict(state, assign=assign).missing_keys == []
+    assert_equal(module, fresh)
+    assert set(layer(bias=False, scaled=False).state_dict()) == {"qweight", "scales", "zeros"}
+
+
+def test_what_it_says_about_itself() -> None:
+    assert repr(layer()) == (
+        "QuantLinear(in_features=72, out_features=9, bias=True, bits=4, group_size=16, pre_quant_scale=True)"
+    )
+    assert "pre_quant_scale" not in repr(layer(scaled=False))
+    # 9 rows of 36 bytes of codes, 5 groups of a 2-byte scale and a 1-byte zero, 9 bias and 72 input scales of 4 bytes
+    assert layer().nbytes == 9 * 36 + 9 * 5 * 3 + 4 * 9 + 4 * 72
+    assert layer(k=13, group=-1, bias=False, scaled=False).nbytes == 9 * 7 + 9 * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_weight_property(scaled: bool, dtype: torch.dtype) -> None:
+    module = layer(scaled=scaled, dtype=dtype)
+    weight = module.weight
+    assert not weight.requires_grad
+    assert weight.dtype == dtype
+    # two fp32 products, one rounding to the dtype
+    exact = exact_weight(module)
+    unit = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    assert torch.all((weight.double() - exact).abs() <= exact.abs() * (2.0**-23 + unit * 1.01))
+
+
+def test_gradients_reach_input_and_bias() -> None:
+    module = layer()
+    x = torch.randn(4, 72, requires_grad=True)
+    module(x).sum().backward()
+    # nine products a component in fp32, two more for scale and input scale
+    exact = exact_weight(module)
+    assert torch.all((x.grad.double() - exact.sum(0)).abs() <= exact.abs().sum(0) * 12 * 2.0**-24)
+    assert torch.equal(module.bias.grad, torch.full((9,), 4.0))
+
+
+def quantized(linear: nn.Linear) -> nn.Sequential:
+    model = nn.Sequential(linear, nn.ReLU())
+    return awq_ext.quantize(model, [torch.randn(8, linear.in_features)], group_size=16, progress=False)
+
+
+def test_hooks_of_the_linear_stay() -> None:
+    linear, seen = nn.Linear(32, 4), []
+    handles = [
+        linear.register_forward_pre_hook(lambda m, args: seen.append("pre")),
+        linear.register_forward_pre_hook(lambda m, args, kwargs: seen.append("pre kwargs"), with_kwargs=True),
+        linear.register_forward_hook(lambda m, args, out: seen.append("post")),
+        linear.register_forward_hook(lambda m, args, kwargs, out: seen.append("post kwargs"), with_kwargs=True),
+    ]
+    model = quantized(linear)
+    assert isinstance(model[0], QuantLinear)
+    seen.clear()
+    model(torch.randn(2, 32))
+    assert seen == ["pre", "pre kwargs", "post", "post kwargs"]
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model(torch.randn(2, 32))
+    assert seen == []
+
+
+def test_backward_hooks_of_the_linear_stay() -> None:
+    linear, seen = nn.Linear(32, 4), []
+    linear.register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(tuple(grad_out[0].shape)))
+    model = quantized(linear)
+    model(torch.randn(2, 32, requires_grad=True)).sum().backward()
+    assert seen == [(2, 4)]
+
+
+def test_it_keeps_a_linears_attributes() -> None:
+    linear = nn.Linear(32, 4)
+    bias = linear.bias
+    module = quantized(linear)[0]
+    assert (module.in_features, module.out_features, module.bias) == (32, 4, bias)
+    assert module.bias is bias
+    assert module.bias.requires_grad
+    assert module.weight.shape == (4, 32)
+
+
+def test_the_input_may_be_passed_by_its_name() -> None:
+    """nn.Linear calls its argument ``input``."""
+    module = layer()
+    x = torch.randn(3, 72)
+    with torch.no_grad():
+        assert torch.equal(module(input=x), module(x))
+
+
+def test_empty_rows() -> None:
+    assert layer()(torch.empty(0, 72)).shape == (0, 9)
+    assert layer()(torch.empty(2, 0, 72)).shape == (2, 0, 9)
+
+
+def test_group_counts() -> None:
+    assert layer(k=70, group=64).scales.shape == (9, 2) == (9, reference.group_count(70, 64))
+    assert layer(k=13, group=-1).zeros.shape == (9, 1)
