@@ -65,7 +65,7 @@ def quantize(
     with Journal() as journal, _calibration_mode(model), torch.no_grad():
         memory = PeakMemory(device)
         surveys = _survey(model, calls, eligible, blocks)
-        report.planned_memory_bytes = memory.start + planned_bytes(surveys, calls)
+        report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, calls)
         run = _Run(model, config, device, journal, report, _foldable_norms(model))
         with _bar(surveys, report, progress) as bar:
             run.all_blocks(surveys, calls, memory, bar)
@@ -79,7 +79,7 @@ def quantize(
 
 
 def planned_bytes(surveys: Sequence[BlockSurvey], calls: Sequence[Call]) -> int:
-    """Memory that quantizing adds to the model, planned from the first batch.
+    """Memory that quantizing adds to what one plain forward of the first batch needs.
 
     Hidden states of all batches at one block boundary + statistics of the largest block + the int4 layers made so far (the
     float ones stay until the end, so that everything can be taken back) + scratch of one block: its largest second moment

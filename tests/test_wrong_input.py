@@ -66,7 +66,9 @@ def test_an_interrupt_in_the_loader(llama: models.Case) -> None:
         ({"inputs": "last"}, TypeError, "inputs='last'"),
         ({"blocks": ["layers.7"]}, (ValueError, TypeError), "layers.7"),
         ({"blocks": "layers.0"}, (ValueError, TypeError), "blocks"),
-        ({"blocks": ["layers", "layers.0"]}, (ValueError, TypeError), "layers.0"),
+        ({"blocks": ["layers"]}, (ValueError, CalibrationError), "layers"),
+        ({"blocks": ["layers.0", "layers.0.mlp"]}, ValueError, r"layers\.0\.mlp"),
+        ({"blocks": ["layers.0", "layers.0"]}, ValueError, r"layers\.0"),
     ],
 )
 def test_bad_settings(llama: models.Case, options: dict[str, Any], error: Any, match: str) -> None:
@@ -74,7 +76,7 @@ def test_bad_settings(llama: models.Case, options: dict[str, Any], error: Any, m
 
 
 def test_a_config_that_is_no_config(llama: models.Case) -> None:
-    refused(llama.model, llama.batches, TypeError, "config", config={"bits": 4})
+    refused(llama.model, llama.batches, TypeError, "AwqConfig", config={"bits": 4})
     assert AwqConfig(**{k: v for k, v in FAST.items() if k != "progress"}).n_grid == 2
 
 

@@ -29,7 +29,7 @@ def group_words(group_size: int) -> str:
 def results_table(result: DemoResult) -> Table:
     """The measurements, one variant a line; narrow enough for 80 columns."""
     title = f"{result.tokens:,} held-out bytes, {group_words(result.group_size)}, {result.threads} threads"
-    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE)
+    table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("weights", "perplexity", "vs float", "size", "seconds", "scoring", "stepping"):
         table.add_column(heading, justify="left" if heading == "weights" else "right", no_wrap=True)
     baseline = result.rows[0]
