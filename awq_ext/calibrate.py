@@ -15,6 +15,9 @@ from .batches import Call
 from .blocks import Block, Stop, run_call, tensor_bytes
 from .groups import ScaleGroup, Watch, norm_candidates
 
+# Rows and packed panels that quadratic_losses (csrc/quadratic-inl.h) works on at a time, in bytes.
+_KERNEL_SLAB = 32 << 20
+
 
 @dataclass(frozen=True)
 class BlockSurvey:
@@ -38,7 +41,8 @@ class BlockSurvey:
         moment = max((linear.in_features**2 for linear in self.linears.values()), default=0)
         trial = sum(weight.numel() * (weight.element_size() + 2 * 0.6) for weight in weights)
         # the upper triangle in fp32, and the largest Linear in fp32 while a trial weight is made of it
-        return int(2 * moment + trial + max((8 * weight.numel() for weight in weights), default=0))
+        largest = max((8 * weight.numel() for weight in weights), default=0)
+        return int(2 * moment + trial + largest + _KERNEL_SLAB)
 
 
 def survey(

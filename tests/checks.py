@@ -62,7 +62,10 @@ class Snapshot:
         self.thread = (ThreadState.capture(), torch.is_inference_mode_enabled())
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        found = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        found = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
         return [(name, tensor) for name, tensor in found if not tensor.is_meta]
 
     def _read(self) -> dict[str, Any]:

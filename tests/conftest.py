@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import models
 import pytest
 import torch
-
-import models
 
 
 @pytest.fixture(autouse=True)

@@ -112,7 +112,7 @@ def test_no_loader_at_all(loader: Any) -> None:
 def test_a_sample_of_no_known_kind_is_numbered() -> None:
     with pytest.raises(TypeError, match="sample 1 of calib_loader is a int"):
         read_calls([X, 5], CPU)
-    with pytest.raises(TypeError, match="sample 0 .* pass tokenizer="):
+    with pytest.raises(TypeError, match=r"sample 0 .* pass tokenizer="):
         read_calls(["text"], CPU)
 
 

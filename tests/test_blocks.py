@@ -9,15 +9,15 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import models
 import pytest
 import torch
+from checks import Snapshot, hook_count, suspended_greenlets
 from torch import Tensor, nn
 
-import models
 from awq_ext.batches import Call
 from awq_ext.blocks import Block, CalibrationError, copy_inputs, find_blocks, lockstep
 from awq_ext.threadstate import ThreadState
-from checks import Snapshot, hook_count, suspended_greenlets
 
 
 def names(model: nn.Module) -> list[str]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import models
 import pytest
 import torch
+from checks import hook_count
 from torch import Tensor, nn
 
 import awq_ext
-import models
-from awq_ext import CalibrationError, _C, reference
+from awq_ext import _C, CalibrationError, reference
 from awq_ext.batches import Call
 from awq_ext.blocks import Block, find_blocks, lockstep
 from awq_ext.calibrate import BlockSurvey, GroupStatistics, collect, survey
-from checks import hook_count
 
 CPU = torch.device("cpu")
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
+from checks import same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import awq_ext
-import models
 from awq_ext import CheckpointError
-from checks import same_bits
 
 INDEX = "awq_ext.json"
 

@@ -8,18 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
+from checks import Snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import awq_ext
-import models
 from awq_ext import CheckpointError, QuantLinear
-from checks import Snapshot
 
 INDEX = "awq_ext.json"
-
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

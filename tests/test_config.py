@@ -14,7 +14,13 @@ from awq_ext import AwqConfig
 
 def test_the_defaults_are_those_of_the_paper() -> None:
     config = AwqConfig()
-    assert (config.method, config.bits, config.group_size, config.symmetric, config.n_grid) == ("awq", 4, 128, False, 20)
+    assert (config.method, config.bits, config.group_size, config.symmetric, config.n_grid) == (
+        "awq",
+        4,
+        128,
+        False,
+        20,
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,8 @@ def bigram_entropy(windows: torch.Tensor) -> float:
     """Entropy in nats of a byte given the one before it, from the text's own pair counts: the best of all bigrams."""
     pairs = torch.bincount((windows[:, :-1] * 256 + windows[:, 1:]).flatten(), minlength=65536).double().view(256, 256)
     joint = pairs / pairs.sum()
-    first = joint.sum(1, keepdim=True).expand_as(joint)
-    seen = joint > 0
-    return -(joint[seen] * (joint[seen] / first[seen]).log()).sum().item()
+    given = (joint / joint.sum(1, keepdim=True))[joint > 0]
+    return -(joint[joint > 0] * given.log()).sum().item()
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def test_generate(trained: ByteLlama) -> None:
     assert trained.generate(b"import o", 12) == trained.generate(b"import o", 12)
     sampled = [trained.generate(b"def ", 24, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
-    assert len(trained.generate(b"x" * 300, 3)) == 3  # a prompt longer than the context
+    assert len(trained.generate(b"x" * 300, 3)) == 3  # longer than the context
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -132,7 +131,6 @@ def test_split_depends_on_the_path_alone() -> None:
         "inspect.py": "held-out",
         "wave.py": "calibration",
         "argparse.py": "train",
-        "json/decoder.py": "train",
         "json/scanner.py": "calibration",
     }
     assert {name: data.split_of(name) for name in expected} == expected
@@ -163,8 +161,7 @@ def test_batches() -> None:
     calibration = data.calibration_batches(count=3, batch=2, length=32)
     assert [batch.shape for batch in calibration] == [(2, 32)] * 3
     assert data.held_out_tokens(1000, length=64).shape == (15, 64)
-    first, again = (next(data.training_batches(2, 16, seed=7)) for _ in range(2))
-    assert torch.equal(first, again)
+    assert torch.equal(*(next(data.training_batches(2, 16, seed=7)) for _ in range(2)))
 
 
 def test_held_out_windows_do_not_overlap() -> None:
@@ -211,8 +208,8 @@ def test_score_is_the_mean_cross_entropy(trained: ByteLlama) -> None:
     windows = data.held_out_tokens(600, length=100)
     with torch.no_grad():
         logits = trained(windows[:, :-1])
-    whole = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-    assert run.score(trained, windows, batch=4).mean().item() == pytest.approx(whole.item(), rel=1e-5)
+    whole = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+    assert run.score(trained, windows, batch=4).mean().item() == pytest.approx(whole, rel=1e-5)
 
 
 def test_float_size_is_two_bytes_a_parameter(trained: ByteLlama) -> None:
@@ -267,7 +264,8 @@ def test_completion_bytes_cannot_control_the_terminal() -> None:
 def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The demo end to end, as a user starts it."""
     path = tmp_path_factory.mktemp("demo") / "figures.json"
-    command = [sys.executable, "-m", "awq_ext", "demo", "--tokens", "16384", "--json", str(path)]
+    # one thread: several are many times slower where other programs keep the cores busy
+    command = [sys.executable, "-m", "awq_ext", "demo", "--tokens", "16384", "--threads", "1", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "How to read it" in done.stdout and "perplexity" in done.stdout
@@ -282,7 +280,7 @@ def test_demo_figures_are_finite(figures: dict) -> None:
         assert f"{r['perplexity']:.4f}" in figures["stdout"]
         for key in ("seconds_to_quantize", "tokens_per_second_scoring", "tokens_per_second_one_at_a_time"):
             assert r[key] is None or r[key] > 0
-    assert all(r["tokens_per_second_scoring"] for r in rows[:3])
+    assert all(r["tokens_per_second_scoring"] for r in rows[:3]) and figures["threads"] == 1
     assert rows[0]["size_bytes"] > rows[2]["size_bytes"] > rows[4]["size_bytes"]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import models
 import pytest
 import torch
 from torch import Tensor, nn
 
 import awq_ext
-import models
 from awq_ext.fold import NormFold, Probe, prove_norm_fold, prove_norm_folds, substituted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

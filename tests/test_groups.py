@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import models
 import pytest
 import torch
 from torch import Tensor, nn
 
-import models
 from awq_ext import QuantLinear
 from awq_ext.groups import Watch, eligible_linears, norm_candidates, tensor_identity
 

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import models
 import pytest
 import torch
+from checks import Snapshot
 
 import awq_ext
-import models
 from awq_ext import QuantLinear
-from checks import Snapshot
 
 FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
 
@@ -35,8 +35,10 @@ class Trap:
         return result
 
     def install(self, patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
-        # a plain function, so that it binds as a method too
-        patch.setattr(owner, name, lambda *args, **kwargs: self.run(*args, **kwargs))
+        def stand_in(*args: Any, **kwargs: Any) -> Any:  # a plain function binds as a method too
+            return self.run(*args, **kwargs)
+
+        patch.setattr(owner, name, stand_in)
 
 
 def module(name: str) -> Any:

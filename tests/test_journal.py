@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import models
 import pytest
 import torch
+from checks import Snapshot
 from torch import nn
 
-import models
 from awq_ext.journal import Journal
-from checks import Snapshot
 
 
 def change(journal: Journal, model: nn.Module) -> None:

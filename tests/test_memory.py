@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks cannot be reset on this system")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peaks cannot be reset on this system"
+)
 
 MIB = 2**20
 
@@ -27,9 +29,9 @@ from awq_ext.memory import resident_bytes
 
 given = json.loads(sys.argv[1])
 torch.manual_seed(0)
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 dtype = getattr(torch, given["dtype"])
-WIDTH, INNER, BLOCKS = 512, 2048, given["blocks"]
+WIDTH, INNER, BLOCKS = 512, 1024, given["blocks"]
 
 
 class Block(nn.Module):
@@ -48,7 +50,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(1000, WIDTH)
+        self.embed = nn.Embedding(50_000, WIDTH)
         self.layers = nn.ModuleList(Block() for _ in range(BLOCKS))
 
     def forward(self, ids):
@@ -75,41 +77,82 @@ print(json.dumps({
 """
 
 
-def measured(
-    dtype: str = "bfloat16", blocks: int = 16, batches: int = 4, length: int = 64, **options: Any
-) -> dict[str, int]:
-    given = {"dtype": dtype, "blocks": blocks, "batches": batches, "length": length, "options": options}
+WIDE = """
+import json, sys
+import torch
+from torch import nn
+
+import awq_ext
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return torch.cat((self.inner(x[..., :64]), x[..., 64:]), -1)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 4096)
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+# wide states and little work on them
+batches = json.loads(sys.argv[1])["batches"]
+model = Model()
+data = [torch.randint(0, 10, (1, 64)) for _ in range(batches)]
+awq_ext.quantize(Block(), [torch.randn(1, 8, 4096)], progress=False, n_grid=1)
+awq_ext.quantize(model, data, progress=False, n_grid=1)
+report = model.awq_report
+assert len(report.blocks) == 4
+print(json.dumps({"planned": report.planned_memory_bytes, "peak": report.peak_memory_bytes, "states": batches * MIB}))
+""".replace("MIB", str(MIB))
+
+
+def run(program: str, **given: Any) -> dict[str, int]:
+    """What ``program`` measures about itself."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(given)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", program, json.dumps(given)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("dtype", "blocks", "options"),
     [
-        {"dtype": "bfloat16", "blocks": 24},
-        {"dtype": "float32", "blocks": 12, "propagate": "quantized"},
-        {"dtype": "bfloat16", "blocks": 24, "group_size": 16},
-        {"dtype": "bfloat16", "blocks": 24, "packed": False},
+        ("bfloat16", 24, {"group_size": 16}),
+        ("float32", 12, {"propagate": "quantized"}),
+        ("bfloat16", 24, {"packed": False}),
     ],
-    ids=["bf16", "fp32-propagate", "g16", "fake"],
+    ids=["bf16", "fp32-propagate", "fake"],
 )
-def test_the_planned_peak_is_kept(settings: dict[str, Any]) -> None:
-    found = measured(**settings)
+def test_the_planned_peak_is_kept(dtype: str, blocks: int, options: dict[str, Any]) -> None:
+    found = run(PROGRAM, dtype=dtype, blocks=blocks, batches=4, length=64, options=options)
     print({k: f"{v / MIB:.1f} MiB" for k, v in found.items()})
-    assert found["peak"] <= 1.10 * found["planned"]
-    # a plan that promises little: the model, the states, the statistics and the int4 layers, and once more the model's worth
-    assert found["planned"] <= found["before"] + found["states"] + found["statistics"] + 2.5 * found["weights"]
-    assert found["peak"] > found["before"]
+    assert 100 * MIB < found["weights"] < 200 * MIB
+    assert found["before"] < found["peak"] <= 1.10 * found["planned"]
+    # a plan that promises something: states, statistics, and what is made of the weights
+    assert found["planned"] <= found["before"] + found["states"] + found["statistics"] + 1.5 * found["weights"]
 
 
 def test_more_batches_cost_their_hidden_states_once() -> None:
-    few, many = measured(blocks=6, batches=8, length=1024), measured(blocks=6, batches=136, length=1024)
-    more = many["states"] - few["states"]
+    few, many = run(WIDE, batches=8), run(WIDE, batches=136)
+    more, growth = many["states"] - few["states"], many["peak"] - few["peak"]
     assert more == 128 * MIB
-    growth = many["peak"] - few["peak"]
     print(f"states grew by {more / MIB:.0f} MiB, the peak by {growth / MIB:.1f} MiB")
     # 10 % of the states, and the ids, stacks and Python objects of 128 suspended forwards
     assert 0.8 * more < growth < 1.10 * more + 12 * MIB

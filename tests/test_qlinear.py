@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from checks import same_bits
 from torch import Tensor, nn
 
 import awq_ext
-from awq_ext import QuantLinear, _C, reference
-from checks import same_bits
+from awq_ext import _C, QuantLinear, reference
 
 BUFFERS = ("qweight", "scales", "zeros", "pre_quant_scale")
 
@@ -119,7 +119,9 @@ def save_and_load(module: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), save_and_load], ids=["deepcopy", "pickle", "torch"]
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), save_and_load],
+    ids=["deepcopy", "pickle", "torch"],
 )
 def test_copies_are_equal_and_apart(copied: Any) -> None:
     module = layer().eval()

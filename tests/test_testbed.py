@@ -21,9 +21,13 @@ WINDOW, SAMPLES, SCORED = 256, 8, 4096
 
 def needed() -> Any:
     """transformers, if everything is there; else skip and say what is missing."""
-    missing = [name for name in ("lm/config.json", "outliers.py", "ppl.py", "calib.txt") if not (FOLDER / name).exists()]
+    missing = [
+        name for name in ("lm/config.json", "outliers.py", "ppl.py", "calib.txt") if not (FOLDER / name).exists()
+    ]
     if missing:
-        pytest.skip(f"NO TRAINED MODEL TESTED: {FOLDER} lacks {', '.join(missing)}; set AWQ_EXT_TESTBED to a folder with it")
+        pytest.skip(
+            f"NO TRAINED MODEL TESTED: {FOLDER} lacks {', '.join(missing)}; set AWQ_EXT_TESTBED to a folder with it"
+        )
     try:
         import transformers
     except ImportError:
@@ -55,15 +59,19 @@ def test_a_trained_model_with_salient_channels() -> None:
     # the salient channels are chosen as the folder's README does: on the first 16 windows of the prose
     with torch.no_grad():
         plain = copy.deepcopy(model)
-        script("outliers").add_outliers(model, pick="salient", calib=ids("text/prose.txt", 16 * WINDOW).view(-1, WINDOW))
+        script("outliers").add_outliers(
+            model, pick="salient", calib=ids("text/prose.txt", 16 * WINDOW).view(-1, WINDOW)
+        )
+        window = ids("text/code.txt", WINDOW)[None]
+        # the same function in float: factors and their inverses are fp32 roundings, logits of a few tens
+        torch.testing.assert_close(model(window).logits, plain(window).logits, rtol=0, atol=1e-2)
     texts = {name: ids(f"text/{name}.txt", SCORED) for name in ("prose", "code")}
     score = {name: perplexity(model, text, WINDOW)[0] for name, text in texts.items()}
-    assert score["prose"] == pytest.approx(perplexity(plain, texts["prose"], WINDOW)[0], rel=1e-4)
     calibration = [{"input_ids": window[None]} for window in ids("calib.txt", SAMPLES * WINDOW).split(WINDOW)]
 
     def quantized(method: str) -> dict[str, float]:
         copied = copy.deepcopy(model)
-        awq_ext.quantize(copied, calibration, method=method, group_size=64, progress=False)
+        awq_ext.quantize(copied, calibration, method=method, group_size=64, n_grid=10, progress=False)
         report = copied.awq_report
         print(report.summary(), report.blocks)
         done = [row for row in report.layers if row.status == "int4"]

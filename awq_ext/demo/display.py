@@ -28,9 +28,10 @@ def group_words(group_size: int) -> str:
 
 def results_table(result: DemoResult) -> Table:
     """The measurements, one variant a line; narrow enough for 80 columns."""
-    title = f"{result.tokens:,} held-out bytes, {group_words(result.group_size)}, {result.threads} threads"
+    threads = f"{result.threads} thread{'s' * (result.threads != 1)}"
+    title = f"{result.tokens:,} held-out bytes, {group_words(result.group_size)}, {threads}"
     table = Table(title=title, title_style="bold", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("weights", "perplexity", "vs float", "size", "seconds", "scoring", "stepping"):
+    for heading in ("weights", "perplexity", "vs float", "MB", "seconds", "scoring", "stepping"):
         table.add_column(heading, justify="left" if heading == "weights" else "right", no_wrap=True)
     baseline = result.rows[0]
     for row in result.rows:
@@ -46,7 +47,7 @@ def cells(row: Row, baseline: Row) -> list[str]:
         row.name,
         f"{row.perplexity:.4f}",
         dash if row is baseline else f"{row.perplexity / baseline.perplexity - 1:+.2%}",
-        f"{row.size_bytes / 1e6:.2f} MB{'*' if row.simulated else ' '}",
+        f"{row.size_bytes / 1e6:.2f}{'*' if row.simulated else ' '}",
         dash if row.seconds is None else f"{row.seconds:.1f}",
         speed(row.scoring_speed),
         speed(row.stepping_speed),
