@@ -72,7 +72,8 @@ def _calls_of(sample: Any, index: int, tokenizer: Callable[..., Any] | None, seq
         if tokenizer is None:
             raise TypeError(f"sample {index} of calib_loader is a str: pass tokenizer= to turn texts into tokens")
         for window in _token_ids(tokenizer, sample).split(seq_len):
-            yield Call(args=(window[None],))
+            if len(window):  # an empty text has one empty window
+                yield Call(args=(window[None],))
     elif isinstance(sample, Tensor):
         yield Call(args=(sample,))
     elif isinstance(sample, Mapping):

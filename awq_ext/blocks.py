@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -101,6 +101,8 @@ class Stop:
 
     def advance(self) -> None:
         """Let the forward run on, to the next block or to its end."""
+        # whoever still holds this stop must not keep the hidden states that the forward is about to leave behind
+        self._args, self._kwargs = (), {}
         self._worker.advance()
 
 
@@ -116,29 +118,41 @@ class _Worker(greenlet.greenlet):
         self._home = home
         self.call = call
         self.stop: Stop | None = None
+        self._result: Any = None
 
     def _forward(self) -> None:
-        with torch.no_grad():
-            run_call(self._model, self.call, self._index)
-        self.stop = None
+        try:
+            with torch.no_grad():
+                run_call(self._model, self.call, self._index)
+        finally:
+            self.stop = None  # the stop knows its worker: a cycle, which would keep the hidden states alive
 
     def pause(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called from inside the forward: wait here, doing what the hub asks, until it says go on (None)."""
         self.stop = Stop(self, block, args, kwargs)
-        reply: Any = None
         while True:
             with other_state(self._home):
-                errand = self.parent.switch(reply)
+                errand = self.parent.switch()
             if errand is None:
                 break
-            reply = errand()
+            # not passed through switch(): this frame would hold it while it waits
+            self._result = errand()
         self.stop = None
 
     def advance(self) -> None:
         self.switch() if not self else self.switch(None)
 
+    def end(self) -> None:
+        """Cut the forward off. The stop hooks are gone, so one that catches the exit runs to its end and stays there."""
+        if self:
+            # what a model makes of being cut off is no error of the calibration
+            with suppress(Exception):
+                self.throw(greenlet.GreenletExit)
+
     def do(self, errand: Callable[[], T]) -> T:
-        return self.switch(errand)
+        self.switch(errand)
+        result, self._result = self._result, None
+        return result
 
 
 def run_call(model: nn.Module, call: Call, index: int) -> Any:
@@ -169,11 +183,11 @@ def lockstep(
     try:
         yield _visits(blocks, workers)
     finally:
-        for worker in workers:
-            if not worker.dead and worker:
-                worker.throw(greenlet.GreenletExit)
         for hook in hooks:
             hook.remove()
+        for worker in workers:
+            worker.end()
+        home.apply()
 
 
 def _stop_hook(block: Block) -> torch.utils.hooks.RemovableHandle:

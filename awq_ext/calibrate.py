@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Call
-from .blocks import Block, Stop, run_call, tensor_bytes
-from .groups import ScaleGroup, Watch, norm_candidates
+from .blocks import Block, Stop, copy_inputs, run_call, tensor_bytes
+from .groups import ScaleGroup, Watch, linear_input, norm_candidates
 
 # Rows and packed panels that quadratic_losses (csrc/quadratic-inl.h) works on at a time, in bytes.
 _KERNEL_SLAB = 32 << 20
@@ -64,7 +64,8 @@ def survey(
             stack.enter_context(_entry_hook(block, order, sizes))
             stack.enter_context(_exit_hook(block, watches[block.name]))
         with torch.no_grad():
-            run_call(model, call, 0)
+            # on copies: a model that writes its input must find the batch untouched when it is calibrated
+            run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
     if len({block.name for block in order}) < len(order):
         return survey(model, [Block("", model)], linears, call)
     found = []
@@ -116,8 +117,8 @@ class GroupStatistics:
 
     @property
     def finite(self) -> bool:
-        """Whether no NaN or Inf was among them."""
-        return bool(torch.isfinite(self.stats.abs_sum()).all())
+        """Whether no NaN or Inf was among them, nor a number whose square is none."""
+        return bool(torch.isfinite(self.stats.second_moment().diagonal()).all())
 
     @property
     def x_mean(self) -> Tensor:
@@ -145,7 +146,9 @@ def collect(
             leader = surveyed.linears[group.linears[0]]
             book = GroupStatistics(_new_statistics(kernels, leader.in_features, device))
             books.append(book)
-            hook = leader.register_forward_pre_hook(lambda _, args, book=book: feed(book, args[0]))
+            hook = leader.register_forward_pre_hook(
+                lambda _, args, kwargs, book=book: feed(book, linear_input(args, kwargs)), with_kwargs=True
+            )
             stack.callback(hook.remove)
         output = stops[0].rehearse()
         for stop in stops[1:]:

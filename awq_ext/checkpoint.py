@@ -40,9 +40,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
             f"{type(model).__name__} holds no QuantLinear: quantize it first (fake-quantized models, packed=False, "
             "are ordinary float models: use torch.save or save_pretrained)"
         )
-    tensors, tied = _unique_tensors(model)
-    if meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+    if meta := [name for name, tensor in _named_tensors(model) if tensor.is_meta]:
         raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save")
+    tensors, tied = _unique_tensors(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     before = _tensor_files(folder)
@@ -84,7 +84,7 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
         parent = target.get_submodule(parent_name)
         (parent._parameters if leaf in parent._parameters else parent._buffers)[leaf] = value
     if index["report"] is not None:
-        target.awq_report = AwqReport.from_dict(index["report"])
+        target.awq_report = index["report"]
     return target
 
 
@@ -167,9 +167,16 @@ def _read_index(folder: Path) -> dict[str, Any]:
     name = index.get("tensors")
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
         raise CheckpointError(f"{path} names {name!r} as its tensors: a .safetensors file beside it is needed")
-    if not isinstance(index.get("layers"), dict) or not isinstance(index.get("tied"), dict):
+    tied = index.get("tied")
+    if not isinstance(index.get("layers"), dict) or not isinstance(tied, dict):
         raise CheckpointError(f"{path} is damaged: layers or tied is missing")
-    return {"report": None} | index
+    if not all(isinstance(source, str) for source in tied.values()):
+        raise CheckpointError(f"{path} is damaged: tied must name tensors")
+    try:
+        report = None if index.get("report") is None else AwqReport.from_dict(index["report"])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: its report cannot be read: {error}") from None
+    return index | {"report": report}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -227,7 +234,8 @@ def _match(
                 f"{name} has shape {tuple(tensors[source].shape)} in the file, {tuple(wanted[name].shape)} in the model"
             )
         quantized = name.rpartition(".")[0] in layers
-        if quantized and wanted[name].dtype != tensors[source].dtype:
+        same_kind = wanted[name].is_floating_point() == tensors[source].is_floating_point()
+        if not same_kind or (quantized and wanted[name].dtype != tensors[source].dtype):
             raise CheckpointError(f"{name} has dtype {tensors[source].dtype} in the file, not {wanted[name].dtype}")
     return stored
 

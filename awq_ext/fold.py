@@ -34,17 +34,29 @@ def substituted(substitutes: Substitutes) -> Iterator[None]:
 class Probe:
     """A block's output on one calibration batch, under substituted parameters.
 
-    rehearse: runs the block; output: what it returned with its own parameters.
+    rehearse: runs the block; output: what it returned with its own parameters; row_mask: the bool mask of the rows of a tensor
+    that count, or None for all (``Call.row_mask``).
     """
 
-    def __init__(self, rehearse: Callable[[], Any], output: Any) -> None:
+    def __init__(
+        self, rehearse: Callable[[], Any], output: Any, row_mask: Callable[[Tensor], Tensor | None] = lambda _: None
+    ) -> None:
         self._rehearse = rehearse
-        self.reference = _float_tensors(output)
+        self._row_mask = row_mask
+        self.reference = self._rows(output)
 
     def output(self, substitutes: Substitutes) -> list[Tensor]:
         """The floating-point tensors that the block returns."""
         with substituted(substitutes):
-            return _float_tensors(self._rehearse())
+            return self._rows(self._rehearse())
+
+    def _rows(self, output: Any) -> list[Tensor]:
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        masks = [self._row_mask(tensor) for tensor in tensors]
+        return [
+            tensor if mask is None else tensor.flatten(0, -2)[mask.flatten()]
+            for tensor, mask in zip(tensors, masks, strict=True)
+        ]
 
     def distance(self, substitutes: Substitutes) -> float:
         """||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
@@ -59,10 +71,6 @@ class Probe:
     def norm(self) -> float:
         """||float output||."""
         return sum(float(tensor.double().square().sum()) for tensor in self.reference) ** 0.5
-
-
-def _float_tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class NormFold:
         new = self.divided(scale)[self.module, "weight"].float() + offset
         effective = old / new
         # a rounded weight is off by half an ulp; more means that it left the normal range of its dtype
-        usable = effective.isfinite() & ((effective / scale - 1).abs() < 2.0**-5)
+        usable = effective.isfinite() & ((effective / scale - 1).abs() < 0.5)
         return torch.where(usable, effective, scale)
 
 

@@ -91,6 +91,11 @@ def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
     return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version)
 
 
+def linear_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a Linear was called with, by position or by name."""
+    return args[0] if args else kwargs["input"]
+
+
 class Watch:
     """What one forward of a block shows: the inputs of its Linears, the outputs of its norms, as identities.
 
@@ -111,7 +116,10 @@ class Watch:
     def on(self, linears: Mapping[str, nn.Linear], producers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Watch while the body runs a forward."""
         hooks = [
-            module.register_forward_pre_hook(lambda _, args, name=name: self._see(self.inputs, name, args[0]))
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: self._see(self.inputs, name, linear_input(args, kwargs)),
+                with_kwargs=True,
+            )
             for name, module in linears.items()
         ]
         hooks += [

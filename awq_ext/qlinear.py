@@ -15,6 +15,24 @@ from .ops import int4_linear
 _FROZEN_DTYPE = ("scales", "pre_quant_scale")
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def take_hooks(module: nn.Module, old: nn.Module) -> None:
+    """Give ``module`` the hooks of ``old``: the very dictionaries, so the handles that users hold still remove them."""
+    for name in _HOOKS:
+        setattr(module, name, getattr(old, name))
+    module._is_full_backward_hook = old._is_full_backward_hook
+
+
 class QuantLinear(nn.Module):
     """y = (x * pre_quant_scale) @ W^T + bias, W in int4: W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
 
@@ -65,8 +83,7 @@ class QuantLinear(nn.Module):
         layer = cls.empty_like(linear, group_size, False, scales.dtype, device="meta")
         layer.qweight, layer.scales, layer.zeros, layer.pre_quant_scale = qweight, scales, zeros, pre_quant_scale
         layer.bias = linear.bias
-        layer._forward_hooks = linear._forward_hooks
-        layer._forward_pre_hooks = linear._forward_pre_hooks
+        take_hooks(layer, linear)
         return layer.train(linear.training)
 
     @classmethod
@@ -83,9 +100,11 @@ class QuantLinear(nn.Module):
         shape = (linear.in_features, linear.out_features, group_size)
         return cls(*shape, bias, pre_quant_scale, linear.weight.dtype, scale_dtype, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]."""
-        return int4_linear(x, self.qweight, self.scales, self.zeros, self.bias, self.pre_quant_scale, self.group_size)
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] -> [..., N]; called like nn.Linear's argument."""
+        return int4_linear(
+            input, self.qweight, self.scales, self.zeros, self.bias, self.pre_quant_scale, self.group_size
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -108,8 +127,7 @@ class QuantLinear(nn.Module):
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
-        if self.bias is not None:
-            self.dtype = self.bias.dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
         return self
 
     def extra_repr(self) -> str:

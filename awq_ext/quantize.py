@@ -17,12 +17,12 @@ from tqdm import tqdm
 from .backend import kernels_for
 from .batches import Call, read_calls
 from .blocks import Block, CalibrationError, Stop, find_blocks, lockstep
-from .calibrate import BlockSurvey, collect, survey
+from .calibrate import BlockSurvey, collect, linears_of, survey
 from .config import AwqConfig
 from .fold import Probe
 from .groups import Eligible, _parameter_owners, eligible_linears, norm_candidates
 from .journal import Journal
-from .memory import PeakMemory, format_bytes
+from .memory import PeakMemory, format_bytes, release_free_memory
 from .report import AwqReport, LayerReport
 from .solve import BlockSolver, GroupSolution, build_layer
 
@@ -52,6 +52,12 @@ def quantize(
     or TypeError for unusable arguments, CalibrationError when the model rejects a batch, whatever the loader raises. After
     any exception, KeyboardInterrupt included, the model is bit for bit what it was.
     """
+    if not isinstance(config, (AwqConfig, type(None))):
+        raise TypeError(f"config is a {type(config).__name__}: an AwqConfig is needed")
+    if type(model) is nn.Linear:
+        raise ValueError(
+            "model is a bare Linear, which has no place to put another layer: wrap it, nn.Sequential(linear)"
+        )
     config = replace(config or AwqConfig(), **overrides)
     started = time.perf_counter()
     eligible = eligible_linears(model, lambda name: any(fnmatchcase(name, pattern) for pattern in config.skip))
@@ -62,23 +68,25 @@ def quantize(
     device = next(iter(eligible.linears.values())).weight.device
     calls = read_calls(calib_loader, device, tokenizer, inputs, config.seq_len)
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
-    with Journal() as journal, _calibration_mode(model), torch.no_grad():
+    # tensors made in inference mode could never be trained around
+    with torch.inference_mode(False), Journal() as journal, _calibration_mode(model), torch.no_grad():
         memory = PeakMemory(device)
         surveys = _survey(model, calls, eligible, blocks)
-        report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, calls)
+        report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, calls, config)
         run = _Run(model, config, device, journal, report, _foldable_norms(model))
         with _bar(surveys, report, progress) as bar:
             run.all_blocks(surveys, calls, memory, bar)
         report.peak_memory_bytes = memory.bytes()
-        _report_float_layers(report, eligible)
+        _report_float_layers(report, eligible, [s.block for s in surveys])
         report.seconds = time.perf_counter() - started
+        for text in report.warnings:
+            warnings.warn(text, UserWarning, stacklevel=2)
+        # last, so that an exception until here (a warning may be one) leaves no report behind
         model.awq_report = report
-    for text in report.warnings:
-        warnings.warn(text, UserWarning, stacklevel=2)
     return model
 
 
-def planned_bytes(surveys: Sequence[BlockSurvey], calls: Sequence[Call]) -> int:
+def planned_bytes(surveys: Sequence[BlockSurvey], calls: Sequence[Call], config: AwqConfig) -> int:
     """Memory that quantizing adds to what one plain forward of the first batch needs.
 
     Hidden states of all batches at one block boundary + statistics of the largest block + the int4 layers made so far (the
@@ -88,8 +96,9 @@ def planned_bytes(surveys: Sequence[BlockSurvey], calls: Sequence[Call]) -> int:
     growth = sum(call.elements for call in calls) / max(calls[0].elements, 1)
     hidden = max(s.input_bytes for s in surveys) * growth
     statistics = max(s.statistics_bytes for s in surveys)
-    int4 = 0.6 * sum(linear.weight.numel() for s in surveys for linear in s.linears.values())
-    return int(hidden + statistics + int4 + max(s.scratch_bytes for s in surveys))
+    weights = [linear.weight for s in surveys for linear in s.linears.values()]
+    made = sum(0.6 * w.numel() if config.packed else w.nbytes for w in weights)
+    return int(hidden + statistics + made + max(s.scratch_bytes for s in surveys))
 
 
 class _Run:
@@ -117,6 +126,7 @@ class _Run:
         with lockstep(self.model, [s.block for s in surveys], calls) as visits:
             for surveyed, (block, stops) in zip(surveys, visits, strict=True):
                 bar.set_postfix_str(f"{block.name or 'whole model'}, peak {format_bytes(memory.bytes())}")
+                release_free_memory()
                 if surveyed.groups:
                     self._one_block(surveyed, stops, last=surveyed is surveys[-1])
                 bar.update()
@@ -126,7 +136,7 @@ class _Run:
         start = time.perf_counter()
         books, output = collect(surveyed, stops, self.kernels, self.device, hold)
         collected = time.perf_counter()
-        probe = Probe(stops[0].rehearse, output)
+        probe = Probe(stops[0].rehearse, output, stops[0].call.row_mask)
         groups, block_report = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.foldable).solve()
         self.report.blocks.append(block_report)
         self.report.calibration_seconds += collected - start
@@ -152,17 +162,30 @@ class _Run:
 def _survey(
     model: nn.Module, calls: Sequence[Call], eligible: Eligible, names: Sequence[str] | None
 ) -> list[BlockSurvey]:
-    if names is None:
-        blocks = find_blocks(model)
-    else:
-        blocks = [Block(name, model.get_submodule(name)) for name in names] or [Block("", model)]
+    blocks = find_blocks(model) if names is None else _named_blocks(model, names)
     surveys = survey(model, blocks, eligible.linears, calls[0])
+    called = {s.block.name for s in surveys}
+    if names and "" not in called and (unseen := {block.name for block in blocks} - called):
+        raise CalibrationError(f"the first calibration batch did not call the given blocks {', '.join(sorted(unseen))}")
     if not any(s.groups for s in surveys):
         raise CalibrationError(
             "the first calibration batch reached no Linear that can be quantized: "
             f"{len(eligible.linears)} are eligible, among them {next(iter(eligible.linears))}"
         )
     return surveys
+
+
+def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[Block]:
+    if isinstance(names, str):
+        raise TypeError(f"blocks={names!r}: a sequence of module names is needed")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for position, name in enumerate(names):
+        if name not in modules:
+            raise ValueError(f"blocks: {type(model).__name__} has no module {name!r}")
+        for other in names[:position]:
+            if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                raise ValueError(f"blocks: {other!r} and {name!r} overlap")
+    return [Block(name, modules[name]) for name in names] or [Block("", model)]
 
 
 def _foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -178,7 +201,7 @@ def _foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
 @contextmanager
 def _calibration_mode(model: nn.Module) -> Iterator[None]:
     """eval mode, and no key/value cache for models that have the switch (every suspended forward would hold one)."""
-    training = [(module, module.training) for module in model.modules()]
+    training = [(name, module, module.training) for name, module in model.named_modules()]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     try:
@@ -187,8 +210,9 @@ def _calibration_mode(model: nn.Module) -> Iterator[None]:
             config.use_cache = False
         yield
     finally:
-        for module, flag in training:
-            module.training = flag
+        # by name too: a module that took the place of another takes over its flag
+        for name, module, flag in training:
+            module.training = model.get_submodule(name).training = flag
         if use_cache:
             config.use_cache = use_cache
 
@@ -200,8 +224,13 @@ def _bar(surveys: Sequence[BlockSurvey], report: AwqReport, progress: bool) -> t
     return tqdm(total=len(surveys), desc="quantizing", unit="block", disable=not progress)
 
 
-def _report_float_layers(report: AwqReport, eligible: Eligible) -> None:
+def _report_float_layers(report: AwqReport, eligible: Eligible, blocks: Sequence[Block]) -> None:
+    inside = {name for block in blocks for name in linears_of(block, eligible.linears)}
     done = {layer.name for layer in report.layers}
-    uncalled = {name: "never called in calibration" for name in eligible.linears if name not in done}
+    uncalled = {
+        name: "not called by the first calibration batch" if name in inside else "outside the calibrated blocks"
+        for name in eligible.linears
+        if name not in done
+    }
     for name, reason in (eligible.reasons | uncalled).items():
         report.layers.append(LayerReport(name, 0, 0, "float", note=reason))

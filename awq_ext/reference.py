@@ -109,7 +109,9 @@ def quadratic_loss(error: Tensor, second_moment: Tensor) -> Tensor:
 
     With G = X^T X this is the squared output error summed over the calibration rows (algorithm: objective from second moments).
     """
-    return ((error @ second_moment).double() * error.double()).sum(1)
+    # autocast would round both factors of a product to 16 bits
+    with torch.autocast(error.device.type, enabled=False):
+        return ((error @ second_moment).double() * error.double()).sum(1)
 
 
 def scale_losses(
@@ -208,7 +210,8 @@ class ActivationStats:
             flat = flat[mask.reshape(-1).to(flat.device)]
         flat = flat.float()
         self._abs_sum += flat.double().abs().sum(0)
-        self._second_moment += flat.T @ flat
+        with torch.autocast(flat.device.type, enabled=False):
+            self._second_moment += flat.T @ flat
         self.rows += flat.shape[0]
 
     def merge(self, other: ActivationStats) -> None:

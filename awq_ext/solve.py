@@ -15,7 +15,7 @@ from .calibrate import BlockSurvey, GroupStatistics
 from .config import AwqConfig
 from .fold import NormFold, Probe, Substitutes, prove_norm_folds
 from .groups import ScaleGroup
-from .qlinear import QuantLinear
+from .qlinear import QuantLinear, take_hooks
 from .report import BlockReport, LayerReport
 from .search import Codes, ScaleChoice
 
@@ -250,6 +250,7 @@ def build_layer(layer: LayerSolution, fold: NormFold | None, config: AwqConfig) 
         weight = layer.codes.dequantize(kernels, config.group_size, layer.scale).to(layer.linear.weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=layer.linear.weight.requires_grad)
         linear.bias = layer.linear.bias
+        take_hooks(linear, layer.linear)
         return linear.train(layer.linear.training)
     pre_quant_scale = 1 / layer.scale if layer.scale is not None and fold is None else None
     parts = (layer.codes.stored, layer.codes.scales, layer.codes.zeros)

@@ -47,7 +47,6 @@ def script(name: str) -> ModuleType:
 @pytest.mark.filterwarnings("ignore")  # of transformers, at import
 def test_a_trained_model_with_salient_channels() -> None:
     transformers = needed()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
     tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER / "lm")
     model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER / "lm", dtype=torch.float32).eval()
     perplexity = script("ppl").ppl_ids
