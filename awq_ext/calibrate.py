@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .batches import Call
 from .blocks import Block, Stop, copy_inputs, run_call, tensor_bytes
 from .groups import ScaleGroup, Watch, linear_input, norm_candidates
+from .memory import release_free_memory
 
 # Rows and packed panels that quadratic_losses (csrc/quadratic-inl.h) works on at a time, in bytes.
 _KERNEL_SLAB = 32 << 20
@@ -157,6 +158,7 @@ def collect(
                 stop.rehearse()
             else:
                 stop.advance()
+            release_free_memory()
     return books, output
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 import weakref
@@ -289,17 +288,14 @@ def test_blocks_in_another_order_are_refused() -> None:
 
 
 def test_no_threads_whatever_the_number_of_batches() -> None:
-    model = models.make("llama").model
+    model, tasks = models.make("llama").model, "/proc/self/task"
 
-    def threads(count: int) -> tuple[int, int]:
-        os_threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
-        most = (threading.active_count(), os_threads)
+    def threads() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir(tasks)) if os.path.isdir(tasks) else 0
+
+    def most(count: int) -> tuple[int, int]:
         with lockstep(model, find_blocks(model), calls_of([torch.zeros(1, 5, dtype=torch.long)] * count)) as visits:
-            for _ in visits:
-                os_threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
-                most = max(most, (threading.active_count(), os_threads))
-        return most
+            return max(threads() for _ in visits)
 
-    threads(1)
-    assert threads(64) == threads(1)
-    gc.collect()
+    most(1)  # torch's own threads start at first use
+    assert most(64) == most(1) == threads()
