@@ -11,18 +11,41 @@
 namespace awq {
 namespace {
 
-// Where one way of computing takes over from another, as tests/benchmarks/bench_linear.py measured it: up to this many
-// rows the codes are decoded in registers, anew for each block of rows; above, a panel of them is decoded for all.
-constexpr int64_t kDotRowsF32 = 12, kDotRowsBf16 = 12;
-constexpr int64_t kTaskBytes = 1 << 15;  // codes that a task of the first way reads at least
-constexpr int64_t kPanelSteps = 128;     // of a panel of the second way: with kPanelTiles tiles it stays in L2
-constexpr int64_t kPanelTiles = 4;
+// How a product is computed depends on its rows:
+//
+//   stream   the weight is read once, from one end to the other, and decoded in registers for all rows at once
+//   decode   blocks of rows take turns on a part of the weight that stays in the cache, each decoding it in registers
+//   panel    such a part is decoded once, into a panel that all blocks of rows read
+//
+// With 8 rows or more, decoding hides behind the products (0.97 of their peak rate in bf16, 0.9 in fp32), and a panel,
+// which is larger, only costs. With 16 registers a block has 4 rows, and a panel wins above three blocks of them.
+struct Way {
+  int64_t stream_rows;  // at most, else decode or panel
+  int64_t block_rows;
+  bool panel;
+};
+
+Way choose_way(const KernelTable& table, bool bf16, int64_t rows) {
+  constexpr int64_t kBf16Rows =
+      9;  // a block's activations and weights fit the first cache; twelve rows measured slower
+  constexpr int64_t kManyRows = 8, kPanelRows = 12;
+  if (bf16) return {table.dot_rows, kBf16Rows, false};
+  if (table.dot_rows >= kManyRows || rows <= kPanelRows) return {table.dot_rows, table.dot_rows, false};
+  return {table.dot_rows, table.tile_rows, true};
+}
+
+constexpr int64_t kTaskBytes = 1 << 15;  // codes that a task reads at least
+constexpr int64_t kStreamTasks = 8;      // a thread: enough to balance, few enough to read far ahead
+// Part of the weight that rows take turns on: with the activations of a block it fits the first cache, kPartTiles of
+// them the second. A panel is eight times as large as its codes.
+constexpr int64_t kDecodeSteps = 256, kPanelSteps = 128, kPartTiles = 4;
 
 // Kernels and operands of one call. Elements are fp32, or pairs of bf16: 4 bytes.
 struct Call {
   const KernelTable& table;
   const TiledWeight& weight;
   const Activations& a;
+  const Way way;
   bool bf16;
   int64_t rows;
   Dtype dtype;
@@ -30,9 +53,9 @@ struct Call {
   void* y;
   int64_t steps, groups, group_steps, last_steps;
 
-  Call(const KernelTable& table, const TiledWeight& w, const Activations& a, bool bf16, int64_t rows, Dtype dtype,
-       const float* bias, void* y)
-      : table(table), weight(w), a(a), bf16(bf16), rows(rows), dtype(dtype), bias(bias), y(y) {
+  Call(const KernelTable& table, const TiledWeight& w, const Activations& a, Way way, bool bf16, int64_t rows,
+       Dtype dtype, const float* bias, void* y)
+      : table(table), weight(w), a(a), way(way), bf16(bf16), rows(rows), dtype(dtype), bias(bias), y(y) {
     steps = step_count(w.in_features, w.group_length);
     groups = ceil_div(w.in_features, w.group_length);
     group_steps = ceil_div(w.group_length, kStepChannels);
@@ -66,73 +89,76 @@ void finish(const Call& c, float* sums, int64_t lds, int64_t first_row, int64_t 
   }
 }
 
-void dot(const Call& c, const Int4Block& block, const void* a, int rows, float* y) {
+void dot(const Call& c, const Int4Block& block, const void* a, int rows, float* y, int64_t ldy) {
   if (c.bf16)
-    c.table.int4_dot_bf16(&block, static_cast<const uint16_t*>(a), rows, y, kTileOutputs);
+    c.table.int4_dot_bf16(&block, static_cast<const uint16_t*>(a), rows, y, ldy);
   else
-    c.table.int4_dot(&block, static_cast<const float*>(a), rows, y, kTileOutputs);
+    c.table.int4_dot(&block, static_cast<const float*>(a), rows, y, ldy);
 }
 
-void linear_by_dots(const Call& c, int threads) {
+void stream(const Call& c, int threads) {
   constexpr int kMaxRows = 16;
   const int64_t tiles = tile_count(c.weight.out_features);
-  const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * kStepBytes), 1, ceil_div(tiles, threads));
+  const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * kStepBytes),
+                                             ceil_div(tiles, kStreamTasks * threads), ceil_div(tiles, threads));
   parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int) {
-    for (int64_t t = task * bundle; t < std::min(tiles, (task + 1) * bundle); ++t)
-      for (int64_t b = 0; b < c.a.blocks(); ++b) {
-        alignas(64) float sums[kMaxRows * kTileOutputs];
-        std::fill(sums, sums + c.a.rows(b) * kTileOutputs, 0.0f);
-        dot(c, block_at(c, t, 0, c.steps), c.a.at(b, 0), c.a.rows(b), sums);
-        finish(c, sums, kTileOutputs, c.a.rows_before(b), c.a.rows(b), t, 1);
-      }
+    for (int64_t t = task * bundle; t < std::min(tiles, (task + 1) * bundle); ++t) {
+      alignas(64) float sums[kMaxRows * kTileOutputs];
+      std::fill(sums, sums + c.rows * kTileOutputs, 0.0f);
+      dot(c, block_at(c, t, 0, c.steps), c.a.at(0, 0), c.a.rows(0), sums, kTileOutputs);
+      finish(c, sums, kTileOutputs, 0, c.rows, t, 1);
+    }
   });
 }
 
-// One panel: steps [first, first + count) of some tiles, for all rows.
-void add_panel(const Call& c, int64_t tile, int64_t tiles, int64_t first, int64_t count, uint32_t* panel,
-               int64_t tile_elements, float* sums, int64_t lds) {
-  for (int64_t t = 0; t < tiles; ++t) {
-    const Int4Block block = block_at(c, tile + t, first, count);
-    if (c.bf16)
-      c.table.int4_values_bf16(&block, reinterpret_cast<uint16_t*>(panel + t * tile_elements));
-    else
-      c.table.int4_values(&block, reinterpret_cast<float*>(panel + t * tile_elements));
-  }
+// Some tiles of the weight, all rows.
+struct Part {
+  int64_t tile, tiles;
+  int64_t tile_values;  // of a panel
+  float* panel;
+  float* sums;
+  int64_t lds;
+};
+
+// Adds steps [first, first + count) of a part.
+void add_steps(const Call& c, const Part& part, int64_t first, int64_t count) {
+  if (c.way.panel)
+    for (int64_t t = 0; t < part.tiles; ++t) {
+      const Int4Block block = block_at(c, part.tile + t, first, count);
+      c.table.int4_values(&block, part.panel + t * part.tile_values);
+    }
   for (int64_t b = 0; b < c.a.blocks(); ++b)
-    for (int64_t t = 0; t < tiles; ++t) {
-      const Int4Block block = block_at(c, tile + t, first, count);
-      const void *values = panel + t * tile_elements, *a = c.a.at(b, first);
-      float* to = sums + c.a.rows_before(b) * lds + t * kTileOutputs;
-      if (c.bf16)
-        c.table.int4_panel_bf16(&block, static_cast<const uint16_t*>(values), static_cast<const uint16_t*>(a),
-                                c.a.rows(b), to, lds);
+    for (int64_t t = 0; t < part.tiles; ++t) {
+      const Int4Block block = block_at(c, part.tile + t, first, count);
+      float* y = part.sums + c.a.rows_before(b) * part.lds + t * kTileOutputs;
+      if (c.way.panel)
+        c.table.int4_panel(&block, part.panel + t * part.tile_values, static_cast<const float*>(c.a.at(b, first)),
+                           c.a.rows(b), y, part.lds);
       else
-        c.table.int4_panel(&block, static_cast<const float*>(values), static_cast<const float*>(a), c.a.rows(b), to,
-                           lds);
+        dot(c, block, c.a.at(b, first), c.a.rows(b), y, part.lds);
     }
 }
 
-void linear_by_panels(const Call& c, int threads) {
+void take_turns(const Call& c, int threads) {
   const int64_t tiles = tile_count(c.weight.out_features);
-  // As many tasks as keep all threads busy to the end, each of at most kPanelTiles tiles.
-  const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, kPanelTiles), threads));
+  // As many tasks as keep all threads busy to the end, each of at most kPartTiles tiles.
+  const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, kPartTiles), threads));
   const int64_t bundle = ceil_div(tiles, tasks), lds = bundle * kTileOutputs;
-  // Whole groups if several fit, else a part of one that divides it as evenly as it can.
-  const int64_t panel_steps = c.group_steps <= kPanelSteps ? kPanelSteps / c.group_steps * c.group_steps : kPanelSteps;
-  const int64_t tile_elements = panel_steps * (c.bf16 ? kStepChannels / 2 : kStepChannels) * kTileOutputs;
-  const int64_t size = bundle * tile_elements + c.rows * lds;
-  Buffer<uint32_t> scratch(threads * size);
+  const int64_t most = c.way.panel ? kPanelSteps : kDecodeSteps;
+  const int64_t whole = most / c.group_steps * c.group_steps;  // groups that fit, or parts of one
+  const int64_t tile_values = c.way.panel ? most * kStepChannels * kTileOutputs : 0;
+  const int64_t size = bundle * tile_values + c.rows * lds;
+  Buffer<float> scratch(threads * size);
   parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
-    uint32_t* panel = scratch.get() + thread * size;
-    float* sums = reinterpret_cast<float*>(panel + bundle * tile_elements);
+    float *panel = scratch.get() + thread * size, *sums = panel + bundle * tile_values;
     std::memset(sums, 0, static_cast<size_t>(c.rows * lds) * 4);
     const int64_t tile = task * bundle, count = std::min(bundle, tiles - tile);
-    for (int64_t first = 0; first < c.steps;) {
+    const Part part{tile, count, tile_values, panel, sums, lds};
+    for (int64_t first = 0, length; first < c.steps; first += length) {
       // A part of a group ends where the group does.
-      const int64_t rest = c.group_steps > kPanelSteps ? c.group_steps - first % c.group_steps : c.steps - first;
-      const int64_t length = std::min({panel_steps, rest, c.steps - first});
-      add_panel(c, tile, count, first, length, panel, tile_elements, sums, lds);
-      first += length;
+      length = whole > 0 ? whole : std::min(most, c.group_steps - first % c.group_steps);
+      length = std::min(length, c.steps - first);
+      add_steps(c, part, first, length);
     }
     finish(c, sums, lds, 0, c.rows, tile, count);
   });
@@ -143,11 +169,12 @@ void linear_by_panels(const Call& c, int threads) {
 void int4_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
                  const float* input_scale, const float* bias, void* y, int threads) {
   const bool bf16 = dtype == Dtype::bf16 && table.int4_dot_bf16 != nullptr;
-  const bool dots = rows <= (bf16 ? kDotRowsBf16 : kDotRowsF32);
+  const Way way = choose_way(table, bf16, rows);
+  const bool once = rows <= way.stream_rows;
   const InputView view{x, dtype, rows, weight.in_features, input_scale};
-  const Activations a(table, view, weight.group_length, bf16, dots ? table.dot_rows : table.tile_rows, threads);
-  const Call call(table, weight, a, bf16, rows, dtype, bias, y);
-  dots ? linear_by_dots(call, threads) : linear_by_panels(call, threads);
+  const Activations a(table, view, weight.group_length, bf16, once ? way.stream_rows : way.block_rows, threads);
+  const Call call(table, weight, a, way, bf16, rows, dtype, bias, y);
+  once ? stream(call, threads) : take_turns(call, threads);
 }
 
 void int4_weight(const KernelTable& table, const TiledWeight& w, float* out, int threads) {

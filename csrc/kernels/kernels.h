@@ -64,23 +64,20 @@ struct KernelTable {
   void (*unpack_int4)(const uint8_t* packed, int64_t n, uint8_t* codes);
 
   // Products with four-bit weights in the compute layout of layout.h. Activations come interleaved: a[i * rows + m] is
-  // element i of row m, an element being an fp32 number or (bf16 forms) a pair of bf16, with zeros where a group's last
-  // step is not full. y is [rows][32] at row stride ldy; all of these add to it, group by group:
+  // element i of row m, an element being an fp32 number or (int4_dot_bf16) a pair of bf16, with zeros where a group's
+  // last step is not full. y is [rows][32] at row stride ldy; all of these add to it, group by group:
   //   y[m][n] += scale * sum over the group's channels of (code - zero) * a.
-  // code - zero is exact in bf16; products of bf16 are exact in fp32, sums are fp32. The bf16 forms are null where the
-  // level has no such instruction; they count subnormal inputs and results as 0.
+  // code - zero is exact in bf16; products of bf16 are exact in fp32, sums are fp32.
   //
-  // Codes decoded in registers, rows <= dot_rows.
+  // Codes decoded in registers, rows <= dot_rows. int4_dot_bf16 is null where the level has no such instruction; it
+  // counts subnormal inputs and results as 0.
   int dot_rows;
   void (*int4_dot)(const Int4Block* block, const float* a, int rows, float* y, int64_t ldy);
   void (*int4_dot_bf16)(const Int4Block* block, const uint16_t* a, int rows, float* y, int64_t ldy);
-  // code - zero: fp32 [channels][32], or bf16 pairs [channels / 2][32][2].
+  // code - zero as fp32 [channels][32], and the products from such values, rows <= tile_rows. Of the block int4_panel
+  // reads only scales and group sizes.
   void (*int4_values)(const Int4Block* block, float* values);
-  void (*int4_values_bf16)(const Int4Block* block, uint16_t* values);
-  // The products from such values, rows <= tile_rows. Of the block only scales and group sizes are read.
   void (*int4_panel)(const Int4Block* block, const float* values, const float* a, int rows, float* y, int64_t ldy);
-  void (*int4_panel_bf16)(const Int4Block* block, const uint16_t* values, const uint16_t* a, int rows, float* y,
-                          int64_t ldy);
   // out[i * rows + m] = x[m * ldx + i], elements of 4 bytes; x needs the alignment of 2 bytes only.
   void (*interleave)(const void* x, int64_t ldx, int64_t n, int rows, void* out);
 

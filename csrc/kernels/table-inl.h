@@ -32,9 +32,7 @@ constexpr KernelTable make_table() {
   table.int4_dot = int4_dot;
   table.int4_dot_bf16 = int4_dot_bf16;
   table.int4_values = int4_values;
-  table.int4_values_bf16 = int4_values_bf16;
   table.int4_panel = int4_panel;
-  table.int4_panel_bf16 = int4_panel_bf16;
   table.interleave = interleave;
   table.add_abs = add_abs;
   table.tile_rows = kRows;

@@ -27,22 +27,13 @@ struct CodesBf16 {
         static_cast<short>(0xc080), static_cast<short>(0xc0a0), static_cast<short>(0xc0c0), static_cast<short>(0xc0e0),
         static_cast<short>(0xc100), static_cast<short>(0xc110), static_cast<short>(0xc120), static_cast<short>(0xc130),
         static_cast<short>(0xc140), static_cast<short>(0xc150), static_cast<short>(0xc160), static_cast<short>(0xc170));
+    prefetch(codes + s * 64 + kAheadBytes);
     const __m512i bits = _mm512_loadu_si512(codes + s * 64), mask = _mm512_set1_epi16(0x0f0f);
     const __m512i even = _mm512_add_epi16(_mm512_and_si512(bits, mask), offset[0]);
     const __m512i odd = _mm512_add_epi16(_mm512_and_si512(_mm512_srli_epi16(bits, 4), mask), offset[1]);
     return {{{(__m512bh)_mm512_permutexvar_epi16(even, table), (__m512bh)_mm512_permutexvar_epi16(odd, table)},
              {(__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table),
               (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table)}}};
-  }
-};
-
-struct PanelBf16 {
-  const uint16_t* values;
-
-  __attribute__((always_inline)) StepBf16 step(int64_t s) const {
-    const uint16_t* p = values + s * 128;
-    return {{{(__m512bh)_mm512_loadu_si512(p), (__m512bh)_mm512_loadu_si512(p + 32)},
-             {(__m512bh)_mm512_loadu_si512(p + 64), (__m512bh)_mm512_loadu_si512(p + 96)}}};
   }
 };
 
@@ -72,8 +63,8 @@ struct SumsBf16 {
   }
 };
 
-template <int R, class Source>
-__attribute__((always_inline)) inline void add_group_bf16(const Source& source, int64_t steps, const uint16_t* a,
+template <int R>
+__attribute__((always_inline)) inline void add_group_bf16(const CodesBf16& source, int64_t steps, const uint16_t* a,
                                                           const uint16_t* scales, Dtype dtype, float* y, int64_t ldy) {
   SumsBf16<R> sums;
   int64_t s = 0;
@@ -95,19 +86,11 @@ void dot_bf16(const Int4Block* block, const uint16_t* a, float* y, int64_t ldy) 
   const uint8_t* codes = block->codes;
   for (int64_t g = 0; g < block->groups; ++g) {
     const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
+    prefetch(block->scales + (g + kAheadGroups) * 32);
+    prefetch(block->zeros + (g + kAheadGroups) * 16);
     const CodesBf16 source(codes, block->zeros + g * 16);
     add_group_bf16<R>(source, steps, a, block->scales + g * 32, block->scale_dtype, y, ldy);
     codes += steps * 64;
-    a += steps * 4 * R;
-  }
-}
-
-template <int R>
-void panel_bf16(const Int4Block* block, const uint16_t* values, const uint16_t* a, float* y, int64_t ldy) {
-  for (int64_t g = 0; g < block->groups; ++g) {
-    const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
-    add_group_bf16<R>(PanelBf16{values}, steps, a, block->scales + g * 32, block->scale_dtype, y, ldy);
-    values += steps * 128;
     a += steps * 4 * R;
   }
 }
@@ -116,26 +99,6 @@ void int4_dot_bf16(const Int4Block* block, const uint16_t* a, int rows, float* y
   for_rows<kDotRows>(rows, [&](auto r) { dot_bf16<r.count>(block, a, y, ldy); });
 }
 
-void int4_panel_bf16(const Int4Block* block, const uint16_t* values, const uint16_t* a, int rows, float* y,
-                     int64_t ldy) {
-  for_rows<kRows>(rows, [&](auto r) { panel_bf16<r.count>(block, values, a, y, ldy); });
-}
-
-void int4_values_bf16(const Int4Block* block, uint16_t* values) {
-  const uint8_t* codes = block->codes;
-  for (int64_t g = 0; g < block->groups; ++g) {
-    const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
-    const CodesBf16 source(codes, block->zeros + g * 16);
-    for (int64_t s = 0; s < steps; ++s, values += 128) {
-      const StepBf16 step = source.step(s);
-      for (int i = 0; i < 4; ++i) _mm512_storeu_si512(values + i * 32, (__m512i)step.w[i / 2][i % 2]);
-    }
-    codes += steps * 64;
-  }
-}
-
 #else
 constexpr decltype(KernelTable::int4_dot_bf16) int4_dot_bf16 = nullptr;
-constexpr decltype(KernelTable::int4_values_bf16) int4_values_bf16 = nullptr;
-constexpr decltype(KernelTable::int4_panel_bf16) int4_panel_bf16 = nullptr;
 #endif
