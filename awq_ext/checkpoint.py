@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import GROUP_SIZES, SCALE_DTYPES
-from .qlinear import QuantLinear
+from .qlinear import TILED, QuantLinear
 from .report import AwqReport
 
 INDEX_NAME = "awq_ext.json"
@@ -76,7 +76,7 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
     tensors = _read_tensors(folder / index["tensors"])
     skeleton = {name: _empty_layer(target, name, entry, tensors) for name, entry in index["layers"].items()}
     plan = _match(target, skeleton, tensors, index["tied"])
-    values = _placed(target, plan, tensors)
+    values = _placed(target, skeleton, plan, tensors)
     for name, layer in skeleton.items():
         target.set_submodule(name, layer)
     for name, value in values.items():
@@ -96,14 +96,25 @@ def _describe(layer: QuantLinear) -> dict[str, Any]:
         "bias": layer.bias is not None,
         "pre_quant_scale": layer.pre_quant_scale is not None,
         "dtype": str(layer.dtype).removeprefix("torch."),
-        "scale_dtype": str(layer.scales.dtype).removeprefix("torch."),
+        "scale_dtype": str(layer.tile_scales.dtype).removeprefix("torch."),
     }
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer under every name it has, buffers outside state_dict included."""
+    """Every parameter and buffer under every name it has, buffers outside state_dict included, int4 layers by rows."""
     yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
+    rows: dict[int, Tensor] = {}  # by the buffer they are made of: what shares one shares the other
+    leaves = {buffer: leaf for leaf, buffer in TILED.items()}
+    for name, tensor in model.named_buffers(remove_duplicate=False):
+        prefix, _, buffer = name.rpartition(".")
+        if prefix not in layers or buffer not in leaves:
+            yield name, tensor
+            continue
+        leaf = leaves[buffer]
+        if id(tensor) not in rows:
+            rows[id(tensor)] = layers[prefix].to_rows(leaf)
+        yield f"{prefix}.{leaf}".lstrip("."), rows[id(tensor)]
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -240,21 +251,33 @@ def _match(
     return stored
 
 
-def _placed(model: nn.Module, plan: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _placed(
+    model: nn.Module, layers: dict[str, QuantLinear], plan: dict[str, str], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The objects to put in the model, on the device of what they replace; tied names get one and the same object."""
     made: dict[str, Tensor] = {}
     placed: dict[str, Tensor] = {}
     for name, source in plan.items():
         parent_name, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        old = parent._parameters.get(leaf, parent._buffers.get(leaf))
+        rows = leaf if parent_name in layers and leaf in TILED else None
+        old = None if rows else parent._parameters.get(leaf, parent._buffers.get(leaf))
         # tensors that only the quantized layer has go where the Linear's weight is
-        near = old if old is not None else next(parent.parameters(), None)
+        near = old if old is not None else next(iter((*parent.parameters(), *parent.buffers())), None)
         if source not in made:
             tensor = tensors[source]
             if near is not None and not near.is_meta:
                 tensor = tensor.to(near.device)
+            if rows:
+                tensor = _tiles(layers[parent_name], name, rows, tensor)
             trained = leaf in parent._parameters
             made[source] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad) if trained else tensor
-        placed[name] = made[source]
+        placed[f"{parent_name}.{TILED[rows]}".lstrip(".") if rows else name] = made[source]
     return placed
+
+
+def _tiles(layer: QuantLinear, name: str, leaf: str, rows: Tensor) -> Tensor:
+    try:
+        return layer.to_tiles(leaf, rows)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None

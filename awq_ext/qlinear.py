@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
 from .backend import kernels_for
-from .ops import int4_linear
+from .ops import int4_linear, int4_weight
 
 # These hold bit patterns that were searched for; a cast of the model must not round them again.
-_FROZEN_DTYPE = ("scales", "pre_quant_scale")
+_FROZEN_DTYPE = ("tile_scales", "pre_quant_scale")
+
+# Checkpoint tensor -> the buffer that holds it in the compute layout.
+TILED = {"qweight": "tiles", "scales": "tile_scales", "zeros": "tile_zeros"}
 
 
 _HOOKS = (
@@ -36,8 +40,11 @@ def take_hooks(module: nn.Module, old: nn.Module) -> None:
 class QuantLinear(nn.Module):
     """y = (x * pre_quant_scale) @ W^T + bias, W in int4: W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
 
-    Buffers: qweight uint8 [N, ceil(K/2)] (even channel in the low nibble), scales fp16 or bf16 [N, G], zeros uint8 [N, G],
-    pre_quant_scale fp32 [K] or None (1/s where the scale s could not be folded into an earlier operation).
+    Held once, in the layout the kernels read (csrc/layout.h): tiles uint8 [T, S, 64], tile_scales fp16 or bf16 [T, G, 32],
+    tile_zeros uint8 [T, G, 16]. ``state_dict`` and checkpoints have rows instead, converted exactly on the way in and out:
+    qweight uint8 [N, ceil(K/2)] (even channel in the low nibble), scales [N, G], zeros uint8 [N, G]; under these names
+    they can also be read (a copy) and assigned here. Beside them pre_quant_scale fp32 [K] or None (1/s where the scale s
+    could not be folded into an earlier operation).
     Activations fp32, bf16 or fp16 of any leading shape; the output has their dtype. The weight is frozen; gradients reach
     the input and the bias.
     """
@@ -59,10 +66,12 @@ class QuantLinear(nn.Module):
         self.group_size = group_size
         self.dtype = dtype
         groups = reference.group_count(in_features, group_size)
+        count, steps = -(-out_features // reference.TILE_OUTPUTS), reference.step_count(in_features, group_size)
         made = {"device": device}
-        self.register_buffer("qweight", torch.zeros(out_features, (in_features + 1) // 2, dtype=torch.uint8, **made))
-        self.register_buffer("scales", torch.zeros(out_features, groups, dtype=scale_dtype, **made))
-        self.register_buffer("zeros", torch.zeros(out_features, groups, dtype=torch.uint8, **made))
+        # not persistent: state_dict gets rows, not tiles
+        self.register_buffer("tiles", torch.zeros(count, steps, 64, dtype=torch.uint8, **made), False)
+        self.register_buffer("tile_scales", torch.zeros(count, groups, 32, dtype=scale_dtype, **made), False)
+        self.register_buffer("tile_zeros", torch.zeros(count, groups, 16, dtype=torch.uint8, **made), False)
         self.register_buffer("pre_quant_scale", torch.ones(in_features, **made) if pre_quant_scale else None)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, **made)) if bias else None
 
@@ -103,21 +112,112 @@ class QuantLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N]; called like nn.Linear's argument."""
         return int4_linear(
-            input, self.qweight, self.scales, self.zeros, self.bias, self.pre_quant_scale, self.group_size
+            input,
+            self.tiles,
+            self.tile_scales,
+            self.tile_zeros,
+            self.bias,
+            self.pre_quant_scale,
+            self.in_features,
+            self.out_features,
+            self.group_size,
         )
 
     @property
     def weight(self) -> Tensor:
         """The weight that this layer stands for, dequantized: [N, K], detached, in the dtype of the replaced layer."""
-        codes = kernels_for(self.qweight.device).unpack_int4(self.qweight, self.in_features)
-        weight = reference.dequantize_weight(codes, self.scales, self.zeros, self.group_size)
+        sizes = (self.in_features, self.out_features, self.group_size)
+        weight = int4_weight(self.tiles, self.tile_scales, self.tile_zeros, *sizes)
         if self.pre_quant_scale is not None:
             weight = weight * self.pre_quant_scale
         return weight.to(self.dtype)
 
+    def to_tiles(self, name: str, rows: Tensor) -> Tensor:
+        """The buffer ``TILED[name]`` for this qweight, scales or zeros. ValueError if the shape does not fit."""
+        sizes = {"qweight": (self.in_features + 1) // 2}
+        expected = (self.out_features, sizes.get(name, reference.group_count(self.in_features, self.group_size)))
+        if rows.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(rows.shape)}, this layer needs {expected}")
+        if name == "qweight":
+            return kernels_for(rows.device).tile_int4(rows, self.in_features, self.group_size)
+        if name == "scales":
+            return reference.tile_scales(rows)
+        if not rows.is_meta and rows.numel() and rows.max() > 15:
+            raise ValueError(f"zeros must be below 16, got {int(rows.max())}")
+        return reference.tile_zeros(rows)
+
+    def to_rows(self, name: str) -> Tensor:
+        """qweight, scales or zeros, as a checkpoint has them: a copy."""
+        held = getattr(self, TILED[name])
+        if name == "qweight":
+            kernels = kernels_for(held.device)
+            return kernels.untile_int4(held, self.out_features, self.in_features, self.group_size)
+        return (reference.untile_scales if name == "scales" else reference.untile_zeros)(held, self.out_features)
+
+    @property
+    def qweight(self) -> Tensor:
+        """uint8 [N, ceil(K/2)]."""
+        return self.to_rows("qweight")
+
+    @qweight.setter
+    def qweight(self, rows: Tensor) -> None:
+        self.tiles = self.to_tiles("qweight", rows)
+
+    @property
+    def scales(self) -> Tensor:
+        """fp16 or bf16 [N, G]."""
+        return self.to_rows("scales")
+
+    @scales.setter
+    def scales(self, rows: Tensor) -> None:
+        self.tile_scales = self.to_tiles("scales", rows)
+
+    @property
+    def zeros(self) -> Tensor:
+        """uint8 [N, G]."""
+        return self.to_rows("zeros")
+
+    @zeros.setter
+    def zeros(self, rows: Tensor) -> None:
+        self.tile_zeros = self.to_tiles("zeros", rows)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name in TILED:
+            destination[prefix + name] = self.to_rows(name)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for name, buffer in TILED.items():
+            rows = state_dict.get(prefix + name)
+            if rows is None:
+                missing_keys.extend([prefix + name] if strict else [])
+                continue
+            try:
+                tiles = self.to_tiles(name, rows)
+            except ValueError as error:
+                error_msgs.append(f"{prefix + name}: {error}")
+                continue
+            if assign:
+                setattr(self, buffer, tiles)
+            else:
+                with torch.no_grad():
+                    getattr(self, buffer).copy_(tiles)
+        rest = {name: value for name, value in state_dict.items() if name.removeprefix(prefix) not in TILED}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
     @property
     def nbytes(self) -> int:
-        """Bytes of everything stored: codes, scales, zeros, input scale, bias."""
+        """Bytes of everything held: tiles, input scale, bias."""
         return sum(t.nbytes for t in (*self.buffers(), *self.parameters()))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -127,7 +227,7 @@ class QuantLinear(nn.Module):
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.tiles.device)).dtype
         return self
 
     def extra_repr(self) -> str:

@@ -10,6 +10,25 @@
 //     byte            0               1                    ceil(K/2) - 1
 //     bits        7..4 3..0       7..4 3..0         ...    7..4    3..0
 //     channel       1    0          3    2                 (0)     K-1      (K odd)
+//
+// Compute layout, which the kernels of linear.h read and a QuantLinear holds. Outputs are cut into tiles of 32,
+// channels into steps of 4; a step of a tile is 64 bytes, one cache line and one wide load. Every group begins with a
+// new step, tiles follow each other, so a product with few activation rows reads three arrays from one end to the
+// other:
+//
+//     codes  [T][S][64]   T = ceil(N / 32) tiles, S = steps in a row: sum over groups of ceil(channels / 4)
+//     scales [T][G][32]   two bytes each
+//     zeros  [T][G][16]   four bits each: byte j holds output j low, output 16 + j high
+//
+// A step is 32 words of 16 bits. Word 2 j + r (j < 16, r < 2) belongs to outputs j and 16 + j of the tile:
+//
+//     bits         15..12      11..8       7..4       3..0
+//     output       16 + j      j           16 + j     j
+//     channel      2 + r       2 + r       r          r
+//
+// so that a mask leaves sixteen outputs of two channel pairs in the bytes of a register, each pair in the order in
+// which bf16 dot products take it, and a shift by 4 b leaves, in each 32-bit lane, one channel of sixteen outputs. What
+// fills a last step or tile is 0, and meets activations that are 0.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +50,16 @@ constexpr int64_t group_count(int64_t in_features, int64_t group_size) {
 
 constexpr int64_t packed_bytes(int64_t in_features) { return ceil_div(in_features, 2); }
 
+constexpr int64_t kTileOutputs = 32, kStepChannels = 4, kStepBytes = 64, kTileZeroBytes = kTileOutputs / 2;
+
+constexpr int64_t tile_count(int64_t out_features) { return ceil_div(out_features, kTileOutputs); }
+
+// Steps in a row of groups of `length` channels, the last one perhaps shorter.
+constexpr int64_t step_count(int64_t in_features, int64_t length) {
+  return in_features / length * ceil_div(length, kStepChannels) + ceil_div(in_features % length, kStepChannels);
+}
+
+static_assert(step_count(576, 128) == 144 && step_count(13, 7) == 4 && step_count(13, 13) == 4 && tile_count(33) == 2);
 static_assert(group_count(576, 128) == 5 && group_count(7, -1) == 1 && packed_bytes(13) == 7);
 
 }  // namespace awq

@@ -1,5 +1,4 @@
-// y = x W^T with four-bit W, in the layout of layout.h. The layout is for simplicity; panels made for the widest
-// instructions are a matter of a later kernel behind the same operator.
+// y = x W^T with four-bit W in the compute layout of layout.h.
 #pragma once
 
 #include <cstdint>
@@ -8,26 +7,23 @@
 
 namespace awq {
 
-struct Int4Weight {
-  const uint8_t* packed;  // [N, ceil(K / 2)]
-  const void* scales;     // [N, G]
-  Dtype scale_dtype;
-  const uint8_t* zeros;  // [N, G]
+struct TiledWeight {
+  const uint8_t* codes;    // [T][S][64]
+  const uint16_t* scales;  // [T][G][32], bit patterns of scale_dtype
+  const uint8_t* zeros;    // [T][G][16]
+  Dtype scale_dtype;       // f16 or bf16
   int64_t out_features;
   int64_t in_features;
   int64_t group_length;
 };
 
-// True if int4_linear_rows can run: groups must begin at whole bytes.
-bool groups_are_whole_bytes(const Int4Weight& weight);
+// x [rows, K] of `dtype`, contiguous; y [rows, N] of the same dtype. input_scale fp32 [K] multiplies x first, bias fp32
+// [N] is added in fp32; either may be null. Sums are fp32; fp32 and fp16 activations enter without rounding, bf16 ones
+// are rounded to bf16 again after input_scale where the level has products of bf16.
+void int4_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
+                 const float* input_scale, const float* bias, void* y, int threads);
 
-// x fp32 [rows, K] -> y fp32 [rows, N], straight from the packed codes. bias fp32 [N] or null. Meant for few rows: the
-// codes are decoded once for every eight.
-void int4_linear_rows(const KernelTable& table, const Int4Weight& weight, const float* x, int64_t rows,
-                      const float* bias, float* y, int threads);
-
-// Rows first .. first + count of W in `dtype`, [count, K]: (code - zero) * scale in fp32, rounded once.
-void dequantize_int4(const KernelTable& table, const Int4Weight& weight, int64_t first, int64_t count, Dtype dtype,
-                     void* out, int threads);
+// W as fp32 [N, K]: (code - zero) * scale.
+void int4_weight(const KernelTable& table, const TiledWeight& weight, float* out, int threads);
 
 }  // namespace awq

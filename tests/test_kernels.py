@@ -134,6 +134,27 @@ def test_pack_int4(shape: tuple[int, int]) -> None:
     assert_same((_C.unpack_int4(packed, shape[1]),), (codes,))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("group_size", [-1, 128, 7])
+def test_tile_int4(shape: tuple[int, int], group_size: int) -> None:
+    n, k = shape
+    packed = _C.pack_int4(torch.randint(0, 16, shape, dtype=torch.uint8))
+    tiles = _C.tile_int4(packed, k, group_size)
+    assert_same((tiles,), (reference.tile_int4(packed, k, group_size),))
+    for module in (_C, reference):
+        assert_same((module.untile_int4(tiles, n, k, group_size),), (packed,))
+
+
+def test_a_byte_of_a_tile() -> None:
+    """Where csrc/layout.h says that a code is: byte 4j + 2r + q of a step, outputs j and 16 + j, channel 2q + r."""
+    codes = torch.randint(0, 16, (64, 20), dtype=torch.uint8)
+    tiles = _C.tile_int4(_C.pack_int4(codes), 20, 10)  # steps: channels 0-3, 4-7, 8-9, 10-13, ...
+    assert tiles.shape == (2, 6, 64)
+    assert tiles[1, 4, 4 * 5 + 2 * 1 + 1] == codes[32 + 5, 17] | codes[32 + 21, 17] << 4
+    assert tiles[0, 2, 2] == codes[0, 9] | codes[16, 9] << 4
+    assert tiles[0, 2, 1] == 0
+
+
 # --- losses: fp32 products, so bounds from the number of roundings ---------------------------------------------
 
 

@@ -1,8 +1,8 @@
-"""torch.ops.awq_ext.int4_linear: values, gradients, shapes, registration."""
+"""torch.ops.awq_ext: values, gradients, shapes, registration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from awq_ext import _C, backend, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROWS = [1, 3, 8, 9, 100]  # below and above the number at which the weight is decoded whole
+ROWS = [*range(1, 17), 30, 100]  # every number of rows that a kernel is made for, and blocks of them
 
 
 @pytest.fixture(params=_C.available_isas())
@@ -25,56 +25,93 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def layer(n: int, k: int, group_size: int, scale_dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(n * 1000 + k)
     codes, scales, zeros = _C.quantize_weight(torch.randn(n, k), group_size, scale_dtype=scale_dtype)
-    return _C.pack_int4(codes), scales, zeros
+    tiles = _C.tile_int4(_C.pack_int4(codes), k, group_size)
+    return tiles, reference.tile_scales(scales), reference.tile_zeros(zeros)
 
 
-def tolerance(x: Tensor, parts: tuple[Tensor, Tensor, Tensor], group_size: int) -> Tensor:
-    """Bound of |y - y_ref|: fp32 sums of K terms on both sides, plus, for a 16-bit x, the rounding of every factor
-    (weight, scaled x) and of the result to its precision u: (3 u + 2 K 2^-24) sum |x| |w|."""
-    k = x.shape[-1]
-    weight = reference.dequantize_weight(reference.unpack_int4(parts[0], k), *parts[1:], group_size).abs()
+def call(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    pre: Tensor | None,
+    n: int,
+    group_size: int,
+) -> Tensor:
+    return function(x, *parts, bias, pre, x.shape[-1], n, group_size)
+
+
+def tolerance(x: Tensor, weight: Tensor) -> Tensor:
+    """Bound of |y - y_ref|. Every product of x and code - zero is exact or rounded once, is multiplied by the scale once,
+    and passes at most K sums, in fp32, on both sides: 2 (K + 4) 2^-24 sum |x| |w|. A 16-bit x multiplied by
+    pre_quant_scale may be rounded to its precision u, and the result is: 2 u sum |x| |w|, u half an epsilon."""
     unit = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
-    return (x.float().abs() @ weight.T) * (3 * unit + 2 * (k + 8) * 2.0**-24) + 1e-30
+    return (x.float().abs() @ weight.abs().T) * (unit + 2 * (x.shape[-1] + 4) * 2.0**-24) * 1.01 + 1e-30
+
+
+CASES = [
+    *[(1, 1, -1), (5, 13, -1), (7, 13, 7), (9, 576, 128), (300, 70, 32), (33, 320, 16), (64, 300, 64), (40, 600, 256)],
+    (65, 1100, -1),  # a group longer than a panel
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "k", "group_size"), [(1, 1, -1), (5, 13, -1), (7, 13, 7), (9, 576, 128), (300, 70, 32)])
+@pytest.mark.parametrize(("n", "k", "group_size"), CASES)
 @pytest.mark.parametrize("extras", [False, True])
 def test_int4_linear(isa: str, dtype: torch.dtype, n: int, k: int, group_size: int, extras: bool) -> None:
     for scale_dtype in (torch.float16, torch.bfloat16):
         parts = layer(n, k, group_size, scale_dtype)
+        weight = reference.int4_weight(*parts, k, n, group_size)
         bias = torch.randn(n).to(dtype) if extras else None
         pre = torch.rand(k) + 0.5 if extras else None
         for rows in ROWS:
             x = torch.randn(rows, k).to(dtype)
-            args = (x, *parts, bias, pre, group_size)
-            ours, expected = ops.int4_linear(*args), reference.int4_linear(*args)
+            ours, expected = (call(f.int4_linear, x, parts, bias, pre, n, group_size) for f in (ops, reference))
             assert ours.dtype == dtype
             assert ours.shape == expected.shape
-            bound = tolerance(x * 1.5 if extras else x, parts, group_size)
+            bound = tolerance(x * 1.5 if extras else x, weight)
             if extras:
                 bound = bound + (bias.float().abs() + bound) * 2 * torch.finfo(dtype).eps
             assert torch.all((ours.float() - expected.float()).abs() <= bound)
+
+
+def test_weights_that_are_zero_give_zero(isa: str) -> None:
+    """code == zero contributes nothing, whatever the activations: no cancellation of large sums."""
+    packed, zeros = torch.full((40, 32), 0xBB, dtype=torch.uint8), torch.full((40, 2), 11, dtype=torch.uint8)
+    parts = (_C.tile_int4(packed, 64, 32), reference.tile_scales(torch.rand(40, 2).half()), reference.tile_zeros(zeros))
+    for dtype in DTYPES:
+        for rows in ROWS:
+            x = (torch.randn(rows, 64) * 1e4).to(dtype)
+            assert torch.equal(call(ops.int4_linear, x, parts, None, None, 40, 32), torch.zeros(rows, 40, dtype=dtype))
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), CASES)
+def test_int4_weight(isa: str, n: int, k: int, group_size: int) -> None:
+    for scale_dtype in (torch.float16, torch.bfloat16):
+        args = (*layer(n, k, group_size, scale_dtype), k, n, group_size)
+        assert torch.equal(ops.int4_weight(*args), reference.int4_weight(*args))
 
 
 def test_leading_dimensions_and_strides() -> None:
     parts = layer(6, 20, 8)
     x = torch.randn(20, 3, 5).permute(1, 2, 0)
     torch.testing.assert_close(
-        ops.int4_linear(x, *parts, None, None, 8), reference.int4_linear(x, *parts, None, None, 8)
+        call(ops.int4_linear, x, parts, None, None, 6, 8), call(reference.int4_linear, x, parts, None, None, 6, 8)
     )
     one = torch.randn(20)
-    assert ops.int4_linear(one, *parts, None, None, 8).shape == (6,)
-    assert ops.int4_linear(torch.empty(0, 4, 20), *parts, None, None, 8).shape == (0, 4, 6)
+    assert call(ops.int4_linear, one, parts, None, None, 6, 8).shape == (6,)
+    assert call(ops.int4_linear, torch.empty(0, 4, 20), parts, None, None, 6, 8).shape == (0, 4, 6)
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    parts, x, before = layer(300, 640, 128), torch.randn(5, 640), torch.get_num_threads()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_threads_do_not_change_a_bit(isa: str, rows: int, dtype: torch.dtype) -> None:
+    parts, x, before = layer(300, 640, 128), torch.randn(rows, 640).to(dtype), torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(ops.int4_linear(x, *parts, None, None, 128))
+            results.append(call(ops.int4_linear, x, parts, None, None, 300, 128))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -89,7 +126,7 @@ def test_opcheck(dtype: torch.dtype, rows: int, extras: bool) -> None:
     x = torch.randn(2, rows, 20, dtype=dtype, requires_grad=True)
     bias = torch.randn(6, dtype=dtype, requires_grad=True) if extras else None
     pre = torch.rand(20) + 0.5 if extras else None
-    torch.library.opcheck(torch.ops.awq_ext.int4_linear.default, (x, *parts, bias, pre, 8))
+    torch.library.opcheck(torch.ops.awq_ext.int4_linear.default, (x, *parts, bias, pre, 20, 6, 8))
 
 
 @pytest.mark.parametrize("rows", [(), (3,), (2, 30)])
@@ -103,7 +140,7 @@ def test_gradients(rows: tuple[int, ...], extras: bool) -> None:
         torch.manual_seed(3)
         x = torch.randn(*rows, 20, requires_grad=True)
         bias = torch.randn(6, requires_grad=True) if extras else None
-        function(x, *parts, bias, pre, 8).backward(direction)
+        call(function, x, parts, bias, pre, 6, 8).backward(direction)
         grads.append([x.grad] + ([bias.grad] if extras else []))
     for ours, expected in zip(*grads, strict=True):
         torch.testing.assert_close(ours, expected)
@@ -113,10 +150,10 @@ def test_gradient_by_differences() -> None:
     """The layer is linear in x: a difference over any step is the directional derivative, up to fp32 rounding."""
     parts, pre = layer(6, 20, 8), torch.rand(20) + 0.5
     x = torch.randn(4, 20, requires_grad=True)
-    y = ops.int4_linear(x, *parts, None, pre, 8)
+    y = call(ops.int4_linear, x, parts, None, pre, 6, 8)
     y.sum().backward()
     step = torch.randn(4, 20)
-    moved = ops.int4_linear(x.detach() + step, *parts, None, pre, 8)
+    moved = call(ops.int4_linear, x.detach() + step, parts, None, pre, 6, 8)
     torch.testing.assert_close((moved - y.detach()).sum(), (x.grad * step).sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -124,7 +161,7 @@ def test_gradient_by_differences() -> None:
 def test_bias_gradient_keeps_its_dtype(dtype: torch.dtype) -> None:
     parts, bias = layer(6, 20, 8), torch.zeros(6, requires_grad=True)
     x = torch.randn(3, 20, dtype=dtype, requires_grad=True)
-    ops.int4_linear(x, *parts, bias, None, 8).sum().backward()
+    call(ops.int4_linear, x, parts, bias, None, 6, 8).sum().backward()
     assert bias.grad.dtype == torch.float32
     assert x.grad.dtype == dtype
     torch.testing.assert_close(bias.grad, torch.full((6,), 3.0))
@@ -134,35 +171,49 @@ def test_fake_tensors_and_meta() -> None:
     parts = layer(6, 20, 8)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in parts]
-        y = ops.int4_linear(torch.empty(2, 3, 20, dtype=torch.float16), *fakes, None, None, 8)
+        y = call(ops.int4_linear, torch.empty(2, 3, 20, dtype=torch.float16), fakes, None, None, 6, 8)
     assert y.shape == (2, 3, 6)
     assert y.dtype == torch.float16
-    meta = ops.int4_linear(torch.empty(2, 20, device="meta"), *(t.to("meta") for t in parts), None, None, 8)
+    meta = call(
+        ops.int4_linear, torch.empty(2, 20, device="meta"), tuple(t.to("meta") for t in parts), None, None, 6, 8
+    )
     assert meta.shape == (2, 6)
 
 
-def test_no_dispatch_for_autocast_surprises() -> None:
-    parts, x = layer(6, 20, 8), torch.randn(3, 20)
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_casts_the_input_as_for_a_linear(trained: bool) -> None:
+    parts, x = layer(6, 20, 8), torch.randn(3, 20, requires_grad=trained)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.int4_linear(x, *parts, None, None, 8).dtype == torch.float32
+        y = call(ops.int4_linear, x, parts, None, None, 6, 8)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, call(ops.int4_linear, x.bfloat16(), parts, None, None, 6, 8))
+    if trained:
+        y.sum().backward()
+        assert x.grad.dtype == torch.float32
 
 
-GOOD = layer(6, 20, 8)
+GOOD = (*layer(6, 20, 8), None, None, 20, 6, 8)
 ERRORS = {
-    "x": ((torch.zeros(2, 22), *GOOD, None, None, 8), ValueError, "'qweight'"),
-    "x dtype": ((torch.zeros(2, 20).double(), *GOOD, None, None, 8), TypeError, "'x'.*got Double"),
-    "qweight dtype": ((torch.zeros(2, 20), GOOD[0].int(), *GOOD[1:], None, None, 8), TypeError, "'qweight'"),
-    "scales": ((torch.zeros(2, 20), GOOD[0], GOOD[1][:, :2], GOOD[2], None, None, 8), ValueError, "'scales'"),
-    "zeros": ((torch.zeros(2, 20), *GOOD[:2], GOOD[2].int(), None, None, 8), TypeError, "'zeros'"),
-    "bias": ((torch.zeros(2, 20), *GOOD, torch.zeros(5), None, 8), ValueError, "'bias'"),
-    "pre": ((torch.zeros(2, 20), *GOOD, None, torch.zeros(5), 8), ValueError, "'pre_quant_scale'"),
-    "group": ((torch.zeros(2, 20), *GOOD, None, None, 0), ValueError, "'group_size'"),
+    "x": ({0: torch.zeros(2, 22)}, ValueError, r"'x'.*\[\.\.\., 20\], got \[2, 22\]"),
+    "x dtype": ({0: torch.zeros(2, 20).double()}, TypeError, "'x'.*got Double"),
+    "tiles": ({1: GOOD[0][:, :2]}, ValueError, "'tiles'"),
+    "tiles dtype": ({1: GOOD[0].int()}, TypeError, "'tiles'"),
+    "scales": ({2: GOOD[1][:, :2]}, ValueError, "'scales'"),
+    "scales dtype": ({2: GOOD[1].float()}, TypeError, "'scales'.*got Float"),
+    "zeros": ({3: GOOD[2].int()}, TypeError, "'zeros'"),
+    "bias": ({4: torch.zeros(5)}, ValueError, "'bias'"),
+    "pre": ({5: torch.zeros(5)}, ValueError, "'pre_quant_scale'"),
+    "out": ({7: 40}, ValueError, "'tiles'"),
+    "group": ({8: 0}, ValueError, "'group_size'"),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name: str) -> None:
-    args, kind, message = ERRORS[name]
+    changes, kind, message = ERRORS[name]
+    args = [torch.zeros(2, 20), *GOOD]
+    for place, value in changes.items():
+        args[place] = value
     with pytest.raises(kind, match=message):
         ops.int4_linear(*args)
 

@@ -42,10 +42,11 @@ def exact_weight(module: QuantLinear) -> Tensor:
     """fp64 [N, K] from the buffers alone, one entry at a time."""
     out = torch.empty(module.out_features, module.in_features, dtype=torch.float64)
     g = module.in_features if module.group_size == -1 else module.group_size
+    qweight, scales, zeros = module.qweight, module.scales, module.zeros
     for n in range(module.out_features):
         for k in range(module.in_features):
-            code = int(module.qweight[n, k // 2]) >> 4 * (k % 2) & 15
-            out[n, k] = (code - int(module.zeros[n, k // g])) * float(module.scales[n, k // g])
+            code = int(qweight[n, k // 2]) >> 4 * (k % 2) & 15
+            out[n, k] = (code - int(zeros[n, k // g])) * float(scales[n, k // g])
     return out if module.pre_quant_scale is None else out * module.pre_quant_scale.double()
 
 
@@ -99,6 +100,30 @@ def test_to_another_device_moves_everything() -> None:
     assert module(torch.empty(3, 72, device="meta")).shape == (3, 9)
 
 
+def test_rows_that_do_not_fit() -> None:
+    module = layer()
+    with pytest.raises(ValueError, match=r"qweight has shape \(9, 35\), this layer needs \(9, 36\)"):
+        module.qweight = torch.zeros(9, 35, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="zeros must be below 16, got 16"):
+        module.zeros = torch.full((9, 5), 16, dtype=torch.uint8)
+    state = module.state_dict() | {"scales": torch.zeros(9, 6)}
+    with pytest.raises(RuntimeError, match=r"scales has shape \(9, 6\), this layer needs \(9, 5\)"):
+        layer().load_state_dict(state)
+    incomplete = {name: value for name, value in module.state_dict().items() if name != "zeros"}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "zeros"'):
+        layer().load_state_dict(incomplete)
+    assert layer().load_state_dict(incomplete, strict=False).missing_keys == ["zeros"]
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "more"'):
+        layer().load_state_dict(module.state_dict() | {"more": torch.zeros(1)})
+
+
+def test_shared_memory_is_shared_and_equal() -> None:
+    module, x = layer(), torch.randn(3, 72)
+    before = module(x)
+    assert all(t.is_shared() for t in (*module.share_memory().buffers(), *module.parameters()))
+    assert torch.equal(module(x), before)
+
+
 def assert_equal(a: QuantLinear, b: QuantLinear) -> None:
     assert type(a) is type(b)
     assert a.extra_repr() == b.extra_repr()
@@ -144,9 +169,9 @@ def test_what_it_says_about_itself() -> None:
         "QuantLinear(in_features=72, out_features=9, bias=True, bits=4, group_size=16, pre_quant_scale=True)"
     )
     assert "pre_quant_scale" not in repr(layer(scaled=False))
-    # 9 rows of 36 bytes of codes, 5 groups of a 2-byte scale and a 1-byte zero, 9 bias and 72 input scales of 4 bytes
-    assert layer().nbytes == 9 * 36 + 9 * 5 * 3 + 4 * 9 + 4 * 72
-    assert layer(k=13, group=-1, bias=False, scaled=False).nbytes == 9 * 7 + 9 * 3
+    # a tile of 18 steps of 64 bytes, 5 groups of 32 two-byte scales and half-byte zeros; 9 bias, 72 input scales of 4
+    assert layer().nbytes == 18 * 64 + 5 * 32 * 2 + 5 * 16 + 4 * 9 + 4 * 72
+    assert layer(k=13, group=-1, bias=False, scaled=False).nbytes == 4 * 64 + 32 * 2 + 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

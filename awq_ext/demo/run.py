@@ -169,9 +169,9 @@ def race(models: dict[str, nn.Module], input_ids: Tensor, seconds: float = SPEED
 
 
 def linear_bytes(layer: LayerReport, bits: int, group_size: int) -> int:
-    """Packed size of a Linear: its codes, and for each group of each row a 2-byte scale and a 1-byte zero."""
+    """Packed size of a Linear: its codes, and for each group of each row a 2-byte scale and a zero of half a byte."""
     groups = reference.group_count(layer.in_features, group_size)
-    return layer.out_features * (-(-layer.in_features * bits // 8) + 3 * groups)
+    return -(-layer.out_features * (layer.in_features * bits + 20 * groups) // 8)
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -28,6 +28,17 @@ struct Grid {
   uint16_t scale_bits;  // step in its storage type
 };
 
+// Whole groups of one tile of 32 outputs, or a part of one group.
+struct Int4Block {
+  const uint8_t* codes;
+  const uint16_t* scales;  // bit patterns of scale_dtype, 32 a group
+  const uint8_t* zeros;    // 16 bytes a group
+  Dtype scale_dtype;       // f16 or bf16
+  int64_t groups;
+  int64_t group_steps;  // of 4 channels, in every group but the last
+  int64_t last_steps;
+};
+
 struct KernelTable {
   // dst[i] = (float)src[i], exact, subnormals included.
   void (*to_float)(const void* src, Dtype dtype, int64_t n, float* dst);
@@ -51,11 +62,24 @@ struct KernelTable {
   // codes < 16. n codes <-> ceil(n / 2) bytes: see layout.h.
   void (*pack_int4)(const uint8_t* codes, int64_t n, uint8_t* packed);
   void (*unpack_int4)(const uint8_t* packed, int64_t n, uint8_t* codes);
-  // One output channel against `rows` (1..8) activations: y[m * ldy] = sum over groups of step * sum of (code - zero) *
-  // x. x is split by the parity of the channel: row m has its even channels at x + 2 * m * ldx and its odd ones ldx
-  // later, each `bytes` long (an odd last channel is padded with 0). group_bytes = bytes of a full group.
-  void (*int4_dot)(const uint8_t* packed, const float* steps, const uint8_t* zeros, int64_t bytes, int64_t group_bytes,
-                   const float* x, int64_t ldx, int rows, float* y, int64_t ldy);
+
+  // Products with four-bit weights in the compute layout of layout.h. Activations come interleaved: a[i * rows + m] is
+  // element i of row m, an element being an fp32 number or (int4_dot_bf16) a pair of bf16, with zeros where a group's
+  // last step is not full. y is [rows][32] at row stride ldy; all of these add to it, group by group:
+  //   y[m][n] += scale * sum over the group's channels of (code - zero) * a.
+  // code - zero is exact in bf16; products of bf16 are exact in fp32, sums are fp32.
+  //
+  // Codes decoded in registers, rows <= dot_rows. int4_dot_bf16 is null where the level has no such instruction; it
+  // counts subnormal inputs and results as 0.
+  int dot_rows;
+  void (*int4_dot)(const Int4Block* block, const float* a, int rows, float* y, int64_t ldy);
+  void (*int4_dot_bf16)(const Int4Block* block, const uint16_t* a, int rows, float* y, int64_t ldy);
+  // code - zero as fp32 [channels][32], and the products from such values, rows <= tile_rows. Of the block int4_panel
+  // reads only scales and group sizes.
+  void (*int4_values)(const Int4Block* block, float* values);
+  void (*int4_panel)(const Int4Block* block, const float* values, const float* a, int rows, float* y, int64_t ldy);
+  // out[i * rows + m] = x[m * ldx + i], elements of 4 bytes; x needs the alignment of 2 bytes only.
+  void (*interleave)(const void* x, int64_t ldx, int64_t n, int rows, void* out);
 
   // sum[i] += |x[i]|.
   void (*add_abs)(const float* x, int64_t n, double* sum);

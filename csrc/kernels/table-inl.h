@@ -12,6 +12,9 @@ namespace {
 #include "int4-inl.h"
 #include "pack-inl.h"
 #include "quantize-inl.h"
+#include "tile-inl.h"
+//
+#include "tile-bf16-inl.h"  // uses tile-inl.h
 
 constexpr KernelTable make_table() {
   KernelTable table{};
@@ -25,7 +28,12 @@ constexpr KernelTable make_table() {
   table.round_to_bf16 = round_to_bf16;
   table.pack_int4 = pack_int4;
   table.unpack_int4 = unpack_int4;
+  table.dot_rows = kDotRows;
   table.int4_dot = int4_dot;
+  table.int4_dot_bf16 = int4_dot_bf16;
+  table.int4_values = int4_values;
+  table.int4_panel = int4_panel;
+  table.interleave = interleave;
   table.add_abs = add_abs;
   table.tile_rows = kRows;
   table.tile_cols = kWidth;

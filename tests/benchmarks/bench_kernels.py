@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from awq_ext import _C, ops, reference
+from awq_ext import _C, reference
 
 SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
 CALIBRATION_ROWS, BATCH_ROWS, GROUP = 4096, 512, 128
@@ -112,26 +112,6 @@ def bench_quantize(n: int, k: int, repeat: int) -> tuple[dict[str, float], float
     return interleaved(functions, repeat), 0.0
 
 
-def bench_linear(repeat: int, shapes: dict[str, tuple[int, int]]) -> list[Row]:
-    results = []
-    for name, (n, k) in shapes.items():
-        weight = (torch.randn(n, k) / k**0.5).bfloat16()
-        codes, scales, zeros = _C.quantize_weight(weight, GROUP, scale_dtype=torch.bfloat16)
-        packed = _C.pack_int4(codes)
-        for rows in (1, 4, 8, 16, 32, 128):
-            x = torch.randn(rows, k).bfloat16()
-
-            def ours(x=x, packed=packed, scales=scales, zeros=zeros) -> object:
-                return ops.int4_linear(x, packed, scales, zeros, None, None, GROUP)
-
-            def torch_bf16(x=x, weight=weight) -> object:
-                return torch.nn.functional.linear(x, weight)
-
-            times = interleaved({"ours": ours, "torch": torch_bf16}, repeat * 5)
-            results.append(row(f"int4_linear {name} rows={rows}", times, 2 * rows * n * k))
-    return results
-
-
 KERNELS = {
     "stats": bench_stats,
     "quadratic": bench_quadratic,
@@ -144,7 +124,7 @@ KERNELS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--only", default=",".join([*KERNELS, "linear"]), help="comma-separated part of the list")
+    parser.add_argument("--only", default=",".join(KERNELS), help="comma-separated part of the list")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--small", action="store_true", help="a quarter of each dimension")
@@ -160,8 +140,6 @@ def main() -> None:
             results.append(row(f"{kernel} {name} {n}x{k}", times, flops))
             total += times["ours"]
         results.append(row(f"{kernel} total", {"ours": total}))
-    if "linear" in args.only:
-        results += bench_linear(args.repeat, shapes)
     if args.json:
         facts = {"isa": _C.isa(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         args.json.write_text(json.dumps({**facts, "results": results}, indent=2))

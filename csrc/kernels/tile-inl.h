@@ -1,0 +1,179 @@
+// Products with four-bit weights in the compute layout (layout.h): outputs along the lanes, activations broadcast.
+//
+// One loop serves all: per group, sums of (code - zero) * a stay in registers; at its end they are multiplied by the
+// scale and added to y. The weights come from a source: decoded from the codes on the way (few rows), or loaded from a
+// panel that was decoded before (many rows share it). A source yields vectors of one chunk of the tile: 2 * kLanes
+// outputs, j and 16 + j for consecutive j.
+
+constexpr int kChunks = 16 / kLanes;  // of a tile
+#if defined(AWQ_LEVEL_AVX512)
+constexpr int kDotRows = 12;  // 24 sums, 4 constants, what is being decoded
+#elif defined(AWQ_LEVEL_NEON)
+constexpr int kDotRows = 8;
+#else
+constexpr int kDotRows = 4;  // of 16 registers
+#endif
+
+// How far ahead memory is asked for: the processor's own prefetching stops at every page. Reading on past the end of
+// the array is harmless, a prefetch does not fault.
+constexpr int64_t kAheadBytes = 4096, kAheadGroups = 4;
+
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+typedef VecInt VecIntUnaligned __attribute__((aligned(1), may_alias));
+
+inline VecInt load_ints(const void* p) { return *static_cast<const VecIntUnaligned*>(p); }
+
+// kLanes scales of 2 bytes.
+inline Vec load_scales(const uint16_t* p, Dtype dtype) {
+#if defined(AWQ_LEVEL_AVX512)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if (dtype == Dtype::f16) return _mm512_cvtph_ps(bits);
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#else
+  float values[kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    values[i] = dtype == Dtype::f16 ? half_to_float(p[i]) : from_bits(static_cast<uint32_t>(p[i]) << 16);
+  return load(values);
+#endif
+}
+
+// y += sum * scale for the vectors of a chunk.
+template <int R>
+__attribute__((always_inline)) inline void add_scaled(const Vec (&sum)[R][2], const uint16_t* scales, Dtype dtype,
+                                                      int chunk, float* y, int64_t ldy) {
+#pragma GCC unroll 2
+  for (int v = 0; v < 2; ++v) {
+    const int n = v * 16 + chunk * kLanes;
+    const Vec scale = load_scales(scales + n, dtype);
+#pragma GCC unroll 16
+    for (int m = 0; m < R; ++m) store(y + m * ldy + n, fma(sum[m][v], scale, load(y + m * ldy + n)));
+  }
+}
+
+// A lane's nibble as a float: bits 0..3 count, or bits above them are masked away.
+inline Vec nibble_values(VecInt bits) {
+#if defined(AWQ_LEVEL_AVX512)
+  const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_permutexvar_ps((__m512i)bits, table);  // looks at four bits of each index
+#else
+  return __builtin_convertvector(bits & 15, Vec);
+#endif
+}
+
+// fp32 from the codes: zero points as floats, nibbles one by one.
+struct Codes {
+  const uint8_t* codes;
+  Vec zero[2];
+
+  Codes(const uint8_t* step, const uint8_t* zeros, int chunk) : codes(step + chunk * kLanes * 4) {
+    const VecInt both = load_bytes(zeros + chunk * kLanes);
+    zero[0] = __builtin_convertvector(both & 15, Vec);
+    zero[1] = __builtin_convertvector(both >> 4, Vec);
+  }
+  // Channel k of step s, outputs 16 v + j.
+  __attribute__((always_inline)) Vec weight(int64_t s, int k, int v) const {
+    const VecInt bits = load_ints(codes + s * 64);
+    if (k == 0 && v == 0) prefetch(codes + s * 64 + kAheadBytes);
+    return nibble_values(bits >> (4 * (v + 2 * (k >> 1) + 4 * (k & 1)))) - zero[v];
+  }
+};
+
+struct Panel {
+  const float* values;
+
+  Panel(const float* step, int chunk) : values(step + chunk * kLanes) {}
+  __attribute__((always_inline)) Vec weight(int64_t s, int k, int v) const {
+    return load(values + (s * 4 + k) * 32 + v * 16);
+  }
+};
+
+template <int R, class Source>
+__attribute__((always_inline)) inline void dot_group(const Source& source, int64_t steps, const float* a,
+                                                     Vec (&sum)[R][2]) {
+  for (int64_t s = 0; s < steps; ++s, a += 4 * R)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const Vec w[2] = {source.weight(s, k, 0), source.weight(s, k, 1)};
+#pragma GCC unroll 16
+      for (int m = 0; m < R; ++m)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) sum[m][v] = fma(w[v], splat(a[k * R + m]), sum[m][v]);
+    }
+}
+
+template <int R>
+void dot_f32(const Int4Block* block, const float* a, float* y, int64_t ldy) {
+  const uint8_t* codes = block->codes;
+  for (int64_t g = 0; g < block->groups; ++g) {
+    const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      Vec sum[R][2] = {};
+      dot_group(Codes(codes, block->zeros + g * 16, chunk), steps, a, sum);
+      add_scaled(sum, block->scales + g * 32, block->scale_dtype, chunk, y, ldy);
+    }
+    codes += steps * 64;
+    a += steps * 4 * R;
+  }
+}
+
+template <int R>
+void panel_f32(const Int4Block* block, const float* values, const float* a, float* y, int64_t ldy) {
+  for (int64_t g = 0; g < block->groups; ++g) {
+    const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      Vec sum[R][2] = {};
+      dot_group(Panel(values, chunk), steps, a, sum);
+      add_scaled(sum, block->scales + g * 32, block->scale_dtype, chunk, y, ldy);
+    }
+    values += steps * 4 * 32;
+    a += steps * 4 * R;
+  }
+}
+
+void int4_values(const Int4Block* block, float* values) {
+  const uint8_t* codes = block->codes;
+  for (int64_t g = 0; g < block->groups; ++g) {
+    const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const Codes source(codes, block->zeros + g * 16, chunk);
+      for (int64_t s = 0; s < steps; ++s)
+        for (int k = 0; k < 4; ++k)
+          for (int v = 0; v < 2; ++v)
+            store(values + (s * 4 + k) * 32 + v * 16 + chunk * kLanes, source.weight(s, k, v));
+    }
+    codes += steps * 64;
+    values += steps * 4 * 32;
+  }
+}
+
+// rows is a compile-time number in the loops, so that the sums are registers: the first of 1..R that is equal runs.
+template <int R>
+struct Rows {
+  static constexpr int count = R;
+};
+
+template <int R, class Body>
+__attribute__((always_inline)) inline void for_rows(int rows, const Body& body) {
+  if constexpr (R > 1)
+    if (rows != R) return for_rows<R - 1>(rows, body);
+  body(Rows<R>());
+}
+
+void int4_dot(const Int4Block* block, const float* a, int rows, float* y, int64_t ldy) {
+  for_rows<kDotRows>(rows, [&](auto r) { dot_f32<r.count>(block, a, y, ldy); });
+}
+
+void int4_panel(const Int4Block* block, const float* values, const float* a, int rows, float* y, int64_t ldy) {
+  for_rows<kRows>(rows, [&](auto r) { panel_f32<r.count>(block, values, a, y, ldy); });
+}
+
+// One element of every row after the other: the rows are read, the result is written in order.
+void interleave(const void* x, int64_t ldx, int64_t n, int rows, void* out) {
+  const char* from = static_cast<const char*>(x);
+  char* to = static_cast<char*>(out);
+  for_rows<kRows>(rows, [&](auto r) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int m = 0; m < r.count; ++m) __builtin_memcpy(to + (i * r.count + m) * 4, from + (m * ldx + i) * 4, 4);
+  });
+}
