@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 
 import pytest
 import torch
+from programs import run_python
 from typer.testing import CliRunner
 
 import awq_ext
@@ -120,6 +119,5 @@ def test_doctor_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_module_can_be_run() -> None:
-    command = [sys.executable, "-m", "awq_ext", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_python("-m", "awq_ext", "--help")
     assert done.returncode == 0 and "demo" in done.stdout

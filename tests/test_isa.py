@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 from awq_ext import _C
 
@@ -16,9 +16,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 
 
 def run(isa: str) -> subprocess.CompletedProcess[str]:
-    code = "import torch, awq_ext._C as c; print(c.isa())"
-    env = {**os.environ, "AWQ_EXT_ISA": isa}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    return run_python("-c", "import torch, awq_ext._C as c; print(c.isa())", AWQ_EXT_ISA=isa)
 
 
 def test_default_is_the_best() -> None:

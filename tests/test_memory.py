@@ -6,12 +6,11 @@ Each measurement runs in a process of its own: the peak of this one has been dri
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_python
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peaks cannot be reset on this system"
@@ -124,9 +123,7 @@ print(json.dumps({"planned": report.planned_memory_bytes, "peak": report.peak_me
 
 def run(program: str, **given: Any) -> dict[str, int]:
     """What ``program`` measures about itself."""
-    done = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(given)], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_python("-c", program, json.dumps(given))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
