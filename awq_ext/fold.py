@@ -160,13 +160,43 @@ def _leaves_unchanged(probe: Probe, candidates: Sequence[Candidate]) -> bool:
     return probe.distance(combined(divided + columns)) <= allowed
 
 
-def prove_norm(probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear]) -> NormFold | None:
+def prove_norm_fold(probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear]) -> NormFold | None:
     """The kind of fold into ``norm`` that leaves the block's output unchanged, or None."""
     for kind in ("plain", "offset"):
         fold = NormFold(norm, kind)
         if _leaves_unchanged(probe, [Candidate(fold, tuple(linears))]):
             return fold
     return None
+
+
+def prove_norm_folds(probe: Probe, pairs: Sequence[tuple[nn.Module, Sequence[nn.Linear]]]) -> list[NormFold | None]:
+    """For each norm and the Linears that read it, the proven fold, or None."""
+    plain = [Candidate(NormFold(norm, "plain"), tuple(linears)) for norm, linears in pairs]
+    if len(plain) > 1 and _leaves_unchanged(probe, plain):
+        return [candidate.fold for candidate in plain]
+    return [prove_norm_fold(probe, norm, linears) for norm, linears in pairs]
+
+
+def prove_linear_folds(
+    probe: Probe, groups: Sequence[Sequence[nn.Linear]], wanted: Sequence[int]
+) -> dict[int, LinearFold]:
+    """For groups (by number, in calling order) whose input is proportional to rows of an earlier group's Linear, the proven fold.
+
+    The nearest earlier Linear that fits is taken; one Linear serves one group.
+    """
+    if not wanted:
+        return {}
+    found: dict[int, Candidate] = {}
+    taken: set[nn.Linear] = set()
+    for i, x in zip(wanted, probe.inputs([groups[i][0] for i in wanted], {}), strict=True):
+        for producer in (linear for group in reversed(groups[:i]) for linear in reversed(group) if linear not in taken):
+            rows = find_rows(probe, groups[i][0], x, producer)
+            if rows is not None:
+                found[i] = Candidate(LinearFold(producer, rows), tuple(groups[i]))
+                taken.add(producer)
+                break
+    proven = zip(found.items(), prove(probe, list(found.values())), strict=True)
+    return {i: candidate.fold for (i, candidate), good in proven if good}
 
 
 def find_rows(probe: Probe, consumer: nn.Linear, x: Tensor, producer: nn.Linear) -> Tensor | None:

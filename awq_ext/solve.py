@@ -13,7 +13,7 @@ from . import search
 from .backend import kernels_for
 from .calibrate import BlockSurvey, GroupStatistics
 from .config import AwqConfig
-from .fold import Candidate, Change, Fold, LinearFold, NormFold, find_rows, prove, prove_norm
+from .fold import Change, Fold, LinearFold, NormFold, prove_linear_folds, prove_norm_folds
 from .groups import ScaleGroup
 from .probe import Probe, Substitutes, combined
 from .qlinear import QuantLinear, take_hooks
@@ -104,16 +104,27 @@ class BlockSolver:
     def solve(self) -> tuple[list[GroupSolution], BlockReport]:
         """All groups of the block, and how far its output moved."""
         folds = self._find_folds()
-        choices = [
-            self._choose(group, book, fold)
-            for group, book, fold in zip(self.surveyed.groups, self.books, folds, strict=True)
-        ]
-        # from the last group to the first: a Linear is rounded once it is known what is folded into its rows
-        every = list(zip(self.surveyed.groups, self.books, folds, choices, strict=True))
-        groups = [self._solve_group(*one) for one in reversed(every)][::-1]
+        while True:
+            groups = self._solve_groups(folds)
+            worse = {x.linear for group in groups for x in group.layers if x.loss is not None and x.loss > x.loss_rtn}
+            if not worse:
+                break
+            # Dividing a row changes how its group scales are rounded: nothing but that can be left. Without the fold the
+            # Linear falls back to RTN's codes.
+            kept = [None if isinstance(fold, LinearFold) and fold.module in worse else fold for fold in folds]
+            assert kept != folds, "only a fold into its rows can leave a Linear worse than RTN"
+            folds = kept
         size = self.probe.norm or 1.0
         fold_error = self.probe.distance(_folded_float(groups)) / size
         return groups, BlockReport(self.surveyed.block.name, fold_error, self._settle_clips(groups) / size)
+
+    def _solve_groups(self, folds: Sequence[Fold | None]) -> list[GroupSolution]:
+        self.divisors = {}
+        inputs = list(zip(self.surveyed.groups, self.books, folds, strict=True))
+        choices = [self._choose(*one) for one in inputs]
+        # from the last group to the first: a Linear is rounded once it is known what is folded into its rows
+        pairs = reversed(list(zip(inputs, choices, strict=True)))
+        return [self._solve_group(*one, choice) for one, choice in pairs][::-1]
 
     def _choose(self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None) -> ScaleChoice:
         if _unusable(group, book) or self.config.method == "rtn" or (fold is None and self.config.fold == "always"):
@@ -172,38 +183,14 @@ class BlockSolver:
         # fake-quantized weights hold 1/s themselves: nothing to fold
         if self.config.method == "rtn" or self.config.fold == "never" or not self.config.packed:
             return [None] * len(self.surveyed.groups)
-        folds: dict[int, Fold] = {}
-        members = [tuple(self.surveyed.linears[name] for name in group.linears) for group in self.surveyed.groups]
+        members = [[self.surveyed.linears[name] for name in group.linears] for group in self.surveyed.groups]
         norms = {
             i: self.foldable[g.producer] for i, g in enumerate(self.surveyed.groups) if g.producer in self.foldable
         }
-        plain = {i: Candidate(NormFold(norm, "plain"), members[i]) for i, norm in norms.items()}
-        for (i, candidate), good in zip(plain.items(), prove(self.probe, list(plain.values())), strict=True):
-            fold = candidate.fold if good else prove_norm(self.probe, norms[i], members[i])
-            if fold is not None:
-                folds[i] = fold
-        rest = [i for i in range(len(members)) if i not in folds]
-        candidates = self._linear_candidates(rest, members)
-        for (i, candidate), good in zip(candidates.items(), prove(self.probe, list(candidates.values())), strict=True):
-            if good:
-                folds[i] = candidate.fold
+        proven = prove_norm_folds(self.probe, [(norm, members[i]) for i, norm in norms.items()])
+        folds: dict[int, Fold] = {i: fold for i, fold in zip(norms, proven, strict=True) if fold is not None}
+        folds |= prove_linear_folds(self.probe, members, [i for i in range(len(members)) if i not in folds])
         return [folds.get(i) for i in range(len(members))]
-
-    def _linear_candidates(self, rest: Sequence[int], members: Sequence[tuple[nn.Linear, ...]]) -> dict[int, Candidate]:
-        """For groups without a norm, the nearest earlier Linear that their input is proportional to."""
-        found: dict[int, Candidate] = {}
-        if not rest:
-            return found
-        taken: set[nn.Linear] = set()
-        for i, x in zip(rest, self.probe.inputs([members[i][0] for i in rest], {}), strict=True):
-            earlier = [linear for group in reversed(members[:i]) for linear in reversed(group) if linear not in taken]
-            for producer in earlier:
-                rows = find_rows(self.probe, members[i][0], x, producer)
-                if rows is not None:
-                    found[i] = Candidate(LinearFold(producer, rows), members[i])
-                    taken.add(producer)
-                    break
-        return found
 
     def _quantize(
         self,
