@@ -16,7 +16,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "symmetric": (False, True),
     "scale_dtype": tuple(SCALE_DTYPES),
     "clip": ("auto", True, False),
-    "fold": ("auto", "never"),
+    "fold": ("auto", "always", "never"),
     "propagate": ("float", "quantized"),
     "packed": (True, False),
 }
@@ -36,8 +36,9 @@ class AwqConfig:
         proportion fewer beyond), 0 for all. RTN's and the final loss always use every row.
     clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
         block's output (scores of queries and keys suffer from it).
-    fold: "auto" folds scales into a norm where a numeric proof succeeds and divides at run time elsewhere; "never" always
-        divides at run time.
+    fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
+        elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
+        that have no place for a run-time scale.
     propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
     packed: True makes QuantLinear modules (int4); False leaves nn.Linear with fake-quantized weights, for experiments.
     skip: fnmatch patterns of module names that stay as they are.

@@ -1,76 +1,24 @@
-"""Folding 1/s into the norm that produces a group's input, accepted only after a numeric proof."""
+"""Folding 1/s into what produces a group's input: a norm or an earlier Linear. Accepted only after a numeric proof.
+
+Factors are random powers of two wherever something is to be found or proven: multiplying by them is exact in binary floating
+point, so each product keeps its bits and every sum its order, in bfloat16 as in float32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-# Parameters by (module, name) that a rehearsal sees instead of the real ones.
-Substitutes = Mapping[tuple[nn.Module, str], Tensor]
+from .probe import Probe, combined
+
+Change = tuple[nn.Module, str, Callable[[Tensor], Tensor]]
 
 # What exact arithmetic may still differ by: products that underflow in half precision.
 _EXACT = 2.0**-20
-
-
-@contextmanager
-def substituted(substitutes: Substitutes) -> Iterator[None]:
-    """Let modules see other parameters while the body runs. The real Parameter objects are set aside, never written."""
-    real = {(module, name): module._parameters[name] for module, name in substitutes}
-    try:
-        for (module, name), tensor in substitutes.items():
-            module._parameters[name] = tensor
-        yield
-    finally:
-        for (module, name), parameter in real.items():
-            module._parameters[name] = parameter
-
-
-class Probe:
-    """A block's output on one calibration batch, under substituted parameters.
-
-    rehearse: runs the block; output: what it returned with its own parameters; row_mask: the bool mask of the rows of a tensor
-    that count, or None for all (``Call.row_mask``).
-    """
-
-    def __init__(
-        self, rehearse: Callable[[], Any], output: Any, row_mask: Callable[[Tensor], Tensor | None] = lambda _: None
-    ) -> None:
-        self._rehearse = rehearse
-        self._row_mask = row_mask
-        self.reference = self._rows(output)
-
-    def output(self, substitutes: Substitutes) -> list[Tensor]:
-        """The floating-point tensors that the block returns."""
-        with substituted(substitutes):
-            return self._rows(self._rehearse())
-
-    def _rows(self, output: Any) -> list[Tensor]:
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        masks = [self._row_mask(tensor) for tensor in tensors]
-        return [
-            tensor if mask is None else tensor.flatten(0, -2)[mask.flatten()]
-            for tensor, mask in zip(tensors, masks, strict=True)
-        ]
-
-    def distance(self, substitutes: Substitutes) -> float:
-        """||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
-        total = 0.0
-        for now, before in zip(self.output(substitutes), self.reference, strict=True):
-            total += (
-                float((now.double() - before.double()).square().sum()) if now.shape == before.shape else float("inf")
-            )
-        return total**0.5 if total == total else float("inf")
-
-    @property
-    def norm(self) -> float:
-        """||float output||."""
-        return sum(float(tensor.double().square().sum()) for tensor in self.reference) ** 0.5
+_EXPONENTS = range(-2, 3)
 
 
 @dataclass(frozen=True)
@@ -80,15 +28,28 @@ class NormFold:
     module: nn.Module
     kind: str
 
-    def divided(self, scale: Tensor) -> dict[tuple[nn.Module, str], Tensor]:
-        """The norm's parameters with 1/scale folded in, in their own dtype. scale fp32 [K]."""
-        weight = self.module.weight.detach().float()
-        new = weight / scale if self.kind == "plain" else (1 + weight) / scale - 1
-        parameters = {(self.module, "weight"): new.to(self.module.weight.dtype)}
-        bias = self.module._parameters.get("bias")
-        if bias is not None:
-            parameters[(self.module, "bias")] = (bias.detach().float() / scale).to(bias.dtype)
-        return parameters
+    @property
+    def units(self) -> int:
+        """Factors that can be chosen freely: one a channel."""
+        return len(self.module.weight)
+
+    def channels(self, units: Tensor) -> Tensor:
+        """Factors [units] -> factors of the group's input channels [K]."""
+        return units
+
+    def tie(self, scale: Tensor) -> Tensor:
+        """The scales nearest to ``scale`` [..., K] that can be folded."""
+        return scale
+
+    def changes(self, scale: Tensor) -> list[Change]:
+        """The changes of parameters that divide the output by ``scale`` fp32 [K]."""
+        if self.kind == "plain":
+            changes: list[Change] = [(self.module, "weight", lambda w: w / scale)]
+        else:
+            changes = [(self.module, "weight", lambda w: (1 + w) / scale - 1)]
+        if self.module._parameters.get("bias") is not None:
+            changes.append((self.module, "bias", lambda b: b / scale))
+        return changes
 
     def effective_scale(self, scale: Tensor) -> Tensor:
         """What the norm really divides by once its new weight is rounded to its dtype: the columns then compensate exactly.
@@ -97,66 +58,206 @@ class NormFold:
         """
         offset = 0.0 if self.kind == "plain" else 1.0
         old = self.module.weight.detach().float() + offset
-        new = self.divided(scale)[self.module, "weight"].float() + offset
+        new = combined(self.changes(scale))[self.module, "weight"].float() + offset
         effective = old / new
         # a rounded weight is off by half an ulp; more means that it left the normal range of its dtype
         usable = effective.isfinite() & ((effective / scale - 1).abs() < 0.5)
         return torch.where(usable, effective, scale)
 
-
-def prove_norm_folds(
-    probe: Probe, candidates: Sequence[tuple[nn.Module, Sequence[nn.Linear]]]
-) -> list[NormFold | None]:
-    """For each norm and the Linears that read it, the kind of fold that leaves the block's output unchanged, or None.
-
-    All norms are first tried together as the plain kind; only if that fails, one by one.
-    """
-    if len(candidates) > 1:
-        trials = [_Trial(NormFold(norm, "plain"), linears, seed) for seed, (norm, linears) in enumerate(candidates)]
-        if _leaves_unchanged(probe, trials):
-            return [trial.fold for trial in trials]
-    return [prove_norm_fold(probe, norm, linears) for norm, linears in candidates]
+    @property
+    def slack(self) -> float:
+        """Rounding of (1 + w)/s - 1 to w's dtype, a few eps, relative to what the same factors do uncompensated."""
+        return 0.0 if self.kind == "plain" else max(4 * torch.finfo(self.module.weight.dtype).eps, 2.0**-16)
 
 
-def prove_norm_fold(probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear], seed: int = 0) -> NormFold | None:
-    """The kind of fold that leaves the block's output unchanged for random factors, or None.
+@dataclass(frozen=True)
+class LinearFold:
+    """An earlier Linear whose output rows take over 1/s; channel k of the group's input comes from its row ``rows[k]``."""
 
-    The factors are powers of two, so dividing the norm's weight and bias and multiplying the Linears' columns is exact in
-    binary floating point: each product keeps its bits, every sum its order, and the plain kind must reproduce the output to
-    2^-20. For the offset kind (1 + w)/s - 1 is rounded to w's dtype, a relative error of a few eps; it is measured against
-    what the same factors do when nothing compensates them. Anything else that reads the norm's output (a residual tap,
+    module: nn.Linear
+    rows: Tensor
+    slack: float = 0.0
+
+    @property
+    def units(self) -> int:
+        """Factors that can be chosen freely: one an output row."""
+        return self.module.out_features
+
+    def channels(self, units: Tensor) -> Tensor:
+        """Factors [N] of the rows -> factors of the group's input channels [K]."""
+        return units[self.rows]
+
+    def tie(self, scale: Tensor) -> Tensor:
+        """``scale`` [..., K] with the geometric mean over channels that come from one row (query heads that share values)."""
+        total = scale.new_zeros(*scale.shape[:-1], self.units).index_add_(-1, self.rows, scale.log())
+        count = scale.new_zeros(self.units).index_add_(0, self.rows, torch.ones_like(self.rows, dtype=scale.dtype))
+        return (total / count.clamp_min(1)).exp()[..., self.rows]
+
+    def divisor(self, scale: Tensor) -> Tensor:
+        """What each output row is divided by: fp32 [N], 1 for rows that do not reach the group."""
+        return torch.ones(self.units, device=scale.device).index_put_((self.rows,), scale)
+
+    def changes(self, scale: Tensor) -> list[Change]:
+        """The changes of parameters that divide the rows by ``scale`` fp32 [K] (equal on tied channels)."""
+        divisor = self.divisor(scale)
+        changes: list[Change] = [(self.module, "weight", lambda w: w / divisor[:, None])]
+        if self.module.bias is not None:
+            changes.append((self.module, "bias", lambda b: b / divisor))
+        return changes
+
+    def effective_scale(self, scale: Tensor) -> Tensor:
+        """The scale itself: rows are divided in fp32 before they are rounded to codes."""
+        return scale
+
+
+Fold = NormFold | LinearFold
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A producer that may take over 1/s, and the Linears that read what it produces."""
+
+    fold: Fold
+    linears: tuple[nn.Linear, ...]
+
+    def random_changes(self, seed: int) -> tuple[list[Change], list[Change]]:
+        """Changes that divide the producer by random powers of two, and those of the columns that make up for it."""
+        weight = self.linears[0].weight
+        factors = self.fold.channels(_powers_of_two(self.fold.units, seed, weight.device))
+        columns: list[Change] = [(linear, "weight", lambda w: w * factors) for linear in self.linears]
+        return self.fold.changes(factors), columns
+
+
+def _powers_of_two(count: int, seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(_EXPONENTS.start, _EXPONENTS.stop, (count,), generator=generator)
+    return (2.0**exponents).to(device)
+
+
+def prove(probe: Probe, candidates: Sequence[Candidate]) -> list[bool]:
+    """For each candidate, whether folding random factors leaves the block's output what it was.
+
+    All are first tried together, one by one only if that fails. Anything else that reads what a producer makes (a residual tap,
     another branch, a router) is not compensated, which shows at once.
     """
+    if len(candidates) > 1 and _leaves_unchanged(probe, candidates):
+        return [True] * len(candidates)
+    return [_leaves_unchanged(probe, [candidate]) for candidate in candidates]
+
+
+def _leaves_unchanged(probe: Probe, candidates: Sequence[Candidate]) -> bool:
+    divided: list[Change] = []
+    columns: list[Change] = []
+    for seed, candidate in enumerate(candidates):
+        mine, others = candidate.random_changes(seed)
+        # factors without any effect on the output would prove nothing; each producer must show its own
+        if not probe.distance(combined(mine)) > _EXACT * probe.norm:
+            return False
+        divided += mine
+        columns += others
+    slack = max(candidate.fold.slack for candidate in candidates)
+    allowed = _EXACT * probe.norm + (slack * probe.distance(combined(divided)) if slack else 0.0)
+    return probe.distance(combined(divided + columns)) <= allowed
+
+
+def prove_norm_fold(probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear]) -> NormFold | None:
+    """The kind of fold into ``norm`` that leaves the block's output unchanged, or None."""
     for kind in ("plain", "offset"):
         fold = NormFold(norm, kind)
-        if _leaves_unchanged(probe, [_Trial(fold, linears, seed)]):
+        if _leaves_unchanged(probe, [Candidate(fold, tuple(linears))]):
             return fold
     return None
 
 
-class _Trial:
-    """A fold under random power-of-two factors: the divided norm, the multiplied columns."""
-
-    def __init__(self, fold: NormFold, linears: Sequence[nn.Linear], seed: int) -> None:
-        weight = fold.module.weight
-        generator = torch.Generator().manual_seed(seed)
-        factors = (2.0 ** torch.randint(-2, 3, weight.shape, generator=generator)).to(weight.device)
-        self.fold = fold
-        self.divided = fold.divided(factors)
-        self.columns = {(m, "weight"): m.weight.detach() * factors.to(m.weight.dtype) for m in linears}
-        # see prove_norm_fold: rounding of the offset kind, relative to the uncompensated effect
-        self.slack = 0.0 if fold.kind == "plain" else max(4 * torch.finfo(weight.dtype).eps, 2.0**-16)
+def prove_norm_folds(probe: Probe, pairs: Sequence[tuple[nn.Module, Sequence[nn.Linear]]]) -> list[NormFold | None]:
+    """For each norm and the Linears that read it, the proven fold, or None."""
+    plain = [Candidate(NormFold(norm, "plain"), tuple(linears)) for norm, linears in pairs]
+    if len(plain) > 1 and _leaves_unchanged(probe, plain):
+        return [candidate.fold for candidate in plain]
+    return [prove_norm_fold(probe, norm, linears) for norm, linears in pairs]
 
 
-def _leaves_unchanged(probe: Probe, trials: Sequence[_Trial]) -> bool:
-    divided: dict[tuple[nn.Module, str], Tensor] = {}
-    columns: dict[tuple[nn.Module, str], Tensor] = {}
-    for trial in trials:
-        # factors without any effect on the output would prove nothing; each norm must show its own
-        if not probe.distance(trial.divided) > _EXACT * probe.norm:
-            return False
-        divided |= trial.divided
-        columns |= trial.columns
-    slack = max(trial.slack for trial in trials)
-    allowed = _EXACT * probe.norm + (slack * probe.distance(divided) if slack else 0.0)
-    return probe.distance(divided | columns) <= allowed
+def prove_linear_folds(
+    probe: Probe, groups: Sequence[Sequence[nn.Linear]], wanted: Sequence[int]
+) -> dict[int, LinearFold]:
+    """For groups (by number, in calling order) whose input is proportional to rows of an earlier group's Linear, the proven fold.
+
+    The nearest earlier Linear that fits is taken; one Linear serves one group.
+    """
+    if not wanted:
+        return {}
+    found: dict[int, Candidate] = {}
+    taken: set[nn.Linear] = set()
+    for i, x in zip(wanted, probe.inputs([groups[i][0] for i in wanted], {}), strict=True):
+        for producer in (linear for group in reversed(groups[:i]) for linear in reversed(group) if linear not in taken):
+            rows = find_rows(probe, groups[i][0], x, producer)
+            if rows is not None:
+                found[i] = Candidate(LinearFold(producer, rows), tuple(groups[i]))
+                taken.add(producer)
+                break
+    proven = zip(found.items(), prove(probe, list(found.values())), strict=True)
+    return {i: candidate.fold for (i, candidate), good in proven if good}
+
+
+def find_rows(probe: Probe, consumer: nn.Linear, x: Tensor, producer: nn.Linear) -> Tensor | None:
+    """Which output row of ``producer`` each input channel of ``consumer`` is proportional to: int64 [K], or None.
+
+    x: the consumer's input [rows, K] with the real parameters. The producer's rows are multiplied by random powers of two; a
+    channel that comes from a row by operations linear in it (or through ReLU) is multiplied by exactly that power, any other
+    is not. Only some rows of a fused Linear (values of q, k, v; up of gate and up) are linear, so subsets are tried in turn.
+    """
+    for number, subset in enumerate(_subsets(producer.out_features, consumer.in_features)):
+        powers = torch.ones(producer.out_features, device=x.device)
+        powers[subset.to(x.device)] = _powers_of_two(len(subset), 1000 + number, x.device)
+        fold = LinearFold(producer, torch.arange(producer.out_features, device=x.device))
+        (seen,) = probe.inputs([consumer], combined(fold.changes(1 / powers)))
+        if seen.shape != x.shape:
+            return None
+        if (found := _matching_rows(x, seen, powers, subset.to(x.device))) is not None:
+            return found
+    return None
+
+
+def _subsets(rows: int, channels: int) -> Iterator[Tensor]:
+    """Sets of producer rows that may carry ``channels`` input channels: all, a half, the last of q/k/v, v of each head."""
+    every = torch.arange(rows)
+    if rows <= channels:
+        if channels % rows == 0:
+            yield every
+        return
+    if rows == 2 * channels:
+        yield every[channels:]
+        yield every[:channels]
+    if (rows - channels) % 2 == 0 and channels % ((rows - channels) // 2) == 0:
+        yield every[channels + (rows - channels) // 2 :]
+    if rows == 3 * channels:
+        for heads in (h for h in range(2, channels // 2 + 1) if channels % h == 0):
+            yield every.view(heads, 3, channels // heads)[:, 2].flatten()
+
+
+def _matching_rows(x: Tensor, seen: Tensor, powers: Tensor, subset: Tensor) -> Tensor | None:
+    exponents = torch.full((x.shape[1],), -128, device=x.device)
+    live = (x != 0).any(0)
+    for exponent in _EXPONENTS:
+        scaled = x.float() * 2.0**exponent
+        fits = (seen.float() - scaled).norm(dim=0) <= _EXACT * scaled.norm(dim=0)
+        exponents = torch.where(fits & live, exponent, exponents)
+    if (exponents[live] == -128).any() or not live.any():
+        return None
+    of_row = powers.log2().round().long()
+    for rows in _layouts(subset, x.shape[1]):
+        if torch.equal(of_row[rows][live], exponents[live]):
+            return rows
+    return None
+
+
+def _layouts(subset: Tensor, channels: int) -> Iterator[Tensor]:
+    """Ways in which ``channels`` may come from a set of rows: one each, or heads repeated in place (grouped KV heads)."""
+    count = len(subset)
+    if count == channels:
+        yield subset
+        return
+    if channels % count:
+        return
+    for head in (h for h in range(count, 0, -1) if count % h == 0):
+        yield subset.view(-1, 1, head).expand(-1, channels // count, head).flatten()

@@ -19,10 +19,11 @@ from .batches import Call, read_calls
 from .blocks import Block, CalibrationError, Stop, find_blocks, lockstep
 from .calibrate import BlockSurvey, collect, linears_of, survey
 from .config import AwqConfig
-from .fold import Probe
+from .fold import LinearFold
 from .groups import Eligible, _parameter_owners, eligible_linears, norm_candidates
 from .journal import Journal
 from .memory import PeakMemory, format_bytes, release_free_memory
+from .probe import Probe, combined
 from .report import AwqReport, LayerReport
 from .solve import BlockSolver, GroupSolution, build_layer
 
@@ -151,9 +152,11 @@ class _Run:
             if group.problem:
                 names = ", ".join(layer.name for layer in group.layers)
                 self.report.warnings.append(f"{names}: {group.problem}; rounded to nearest instead")
-            if group.fold is not None and group.choice.scale is not None:
-                for (module, name), values in group.fold.divided(group.choice.scale).items():
-                    self.journal.write_tensor(module._parameters[name], values)
+            if group.fold is not None:
+                for (module, name), values in combined(group.fold.changes(group.choice.scale)).items():
+                    # a Linear's divided rows are in its codes
+                    if not (isinstance(group.fold, LinearFold) and name == "weight"):
+                        self.journal.write_tensor(module._parameters[name], values)
             for layer in group.layers:
                 self.journal.set_module(self.model, layer.name, build_layer(layer, group.fold, self.config))
                 self.report.quantized_parameters += layer.linear.weight.numel()

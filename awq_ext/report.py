@@ -14,7 +14,8 @@ class LayerReport:
     """One nn.Linear. Losses are mean squared output errors per calibration row, summed over outputs; None if not measured.
 
     status: "int4", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
-    scale: "identity", "plain" or "duo"; alpha its exponent; applied: "norm" (folded), "run time" or "" (nothing to apply).
+    scale: "identity", "plain" or "duo"; alpha its exponent; applied: "norm" or "linear" (folded into one), "run time", "weights"
+    (fake-quantized weights hold both) or "" (nothing to apply).
     """
 
     name: str

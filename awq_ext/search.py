@@ -6,7 +6,7 @@ number of calibration rows (AWQ, arXiv 2306.00978, equation 4, rewritten).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -49,10 +49,18 @@ class Codes:
         """Codes uint8 [N, K]."""
         return kernels.unpack_int4(self.stored, self.in_features) if self.packed else self.stored
 
-    def dequantize(self, kernels: ModuleType, group_size: int, channel_scale: Tensor | None = None) -> Tensor:
-        """fp32 weight in the original space (columns divided by ``channel_scale``)."""
+    def dequantize(
+        self,
+        kernels: ModuleType,
+        group_size: int,
+        channel_scale: Tensor | None = None,
+        divisor: Tensor | None = None,
+    ) -> Tensor:
+        """fp32 weight in the original space: columns divided by ``channel_scale`` [K], rows multiplied by ``divisor`` [N]."""
         weight = kernels.dequantize_weight(self.unpacked(kernels), self.scales, self.zeros, group_size)
-        return weight if channel_scale is None else weight.div_(channel_scale)
+        if channel_scale is not None:
+            weight.div_(channel_scale)
+        return weight if divisor is None else weight.mul_(divisor[:, None])
 
     def rows(self, index: slice | Tensor) -> Codes:
         """The codes of some output rows."""
@@ -102,13 +110,21 @@ def _normalized(scale: Tensor, alive: Tensor) -> Tensor:
 
 
 def search_scale(
-    kernels: ModuleType, weights: Sequence[Tensor], x_mean: Tensor, second_moment: Tensor, config: AwqConfig
+    kernels: ModuleType,
+    weights: Sequence[Tensor],
+    x_mean: Tensor,
+    second_moment: Tensor,
+    config: AwqConfig,
+    tie: Callable[[Tensor], Tensor] | None = None,
 ) -> ScaleChoice:
     """The candidate with the least output error summed over the group's Linears that makes no single one worse than RTN.
 
     weights: each [N_i, K]; x_mean fp32 [K]; second_moment fp32 [K, K]. Ranked on evenly spaced rows (``ranking_rows``).
+    tie: turns candidates [C, K] into the nearest ones that can be folded.
     """
     candidates, labels = candidate_scales(x_mean, weight_mean(weights, config.group_size), config.n_grid)
+    if tie is not None:
+        candidates = tie(candidates)
     wanted = ranking_rows(config.search_rows, candidates.shape[1])
     total_rows = sum(len(weight) for weight in weights)
     losses = []
@@ -151,13 +167,23 @@ def search_clip(
 
 
 def output_loss(
-    kernels: ModuleType, weight: Tensor, codes: Codes, scale: Tensor | None, second_moment: Tensor, group_size: int
+    kernels: ModuleType,
+    weight: Tensor,
+    codes: Codes,
+    scale: Tensor | None,
+    second_moment: Tensor,
+    group_size: int,
+    divisor: Tensor | None = None,
 ) -> float:
-    """tr(E G E^T) over every row, E in the original space: the squared output error summed over the calibration rows."""
+    """tr(E G E^T) over every row, E in the original space: the squared output error summed over the calibration rows.
+
+    scale fp32 [K] and divisor fp32 [N]: what the columns were multiplied and the rows divided by before rounding.
+    """
     total = 0.0
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        error = codes.rows(rows).dequantize(kernels, group_size, scale).sub_(weight[rows])
+        part = None if divisor is None else divisor[rows]
+        error = codes.rows(rows).dequantize(kernels, group_size, scale, part).sub_(weight[rows])
         total += float(kernels.quadratic_loss(error, second_moment).sum())
     return total
 

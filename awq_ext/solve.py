@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -13,8 +13,9 @@ from . import search
 from .backend import kernels_for
 from .calibrate import BlockSurvey, GroupStatistics
 from .config import AwqConfig
-from .fold import NormFold, Probe, Substitutes, prove_norm_folds
+from .fold import Change, Fold, LinearFold, NormFold, prove_linear_folds, prove_norm_folds
 from .groups import ScaleGroup
+from .probe import Probe, Substitutes, combined
 from .qlinear import QuantLinear, take_hooks
 from .report import BlockReport, LayerReport
 from .search import Codes, ScaleChoice
@@ -24,6 +25,7 @@ from .search import Codes, ScaleChoice
 class LayerSolution:
     """A Linear and the codes that replace its weight; ``scale`` fp32 [K] multiplied the columns before rounding.
 
+    divisor: fp32 [N], by which the rows were divided, where a later group's scale is folded into this Linear.
     unclipped: the codes without clipping, where there is a choice.
     """
 
@@ -31,6 +33,7 @@ class LayerSolution:
     linear: nn.Linear
     codes: Codes
     scale: Tensor | None = None
+    divisor: Tensor | None = None
     unclipped: Codes | None = None
     loss_rtn: float | None = None
     loss: float | None = None
@@ -43,11 +46,11 @@ class LayerSolution:
 
 @dataclass
 class GroupSolution:
-    """A scale group: its statistics, its choice, and the norm that takes 1/s (None: division at run time)."""
+    """A scale group: its statistics, its choice, and what takes 1/s (None: division at run time)."""
 
     book: GroupStatistics
     choice: ScaleChoice = field(default_factory=lambda: ScaleChoice(None))
-    fold: NormFold | None = None
+    fold: Fold | None = None
     layers: list[LayerSolution] = field(default_factory=list)
     problem: str = ""
 
@@ -55,7 +58,9 @@ class GroupSolution:
         """The rows of the report."""
         applied = ""
         if self.choice.scale is not None:
-            applied = "norm" if self.fold else "run time" if config.packed else "weights"
+            applied = "run time" if config.packed else "weights"
+            if self.fold is not None:
+                applied = "norm" if isinstance(self.fold, NormFold) else "linear"
         return [
             LayerReport(
                 name=layer.name,
@@ -94,27 +99,53 @@ class BlockSolver:
         self.kernels = kernels
         self.config = config
         self.foldable = foldable
+        self.divisors: dict[nn.Linear, Tensor] = {}
 
     def solve(self) -> tuple[list[GroupSolution], BlockReport]:
         """All groups of the block, and how far its output moved."""
-        self.folds = self._prove_folds()
-        groups = [self._solve_group(g, b) for g, b in zip(self.surveyed.groups, self.books, strict=True)]
+        folds = self._find_folds()
+        while True:
+            groups = self._solve_groups(folds)
+            worse = {x.linear for group in groups for x in group.layers if x.loss is not None and x.loss > x.loss_rtn}
+            if not worse:
+                break
+            # Dividing a row changes how its group scales are rounded: nothing but that can be left. Without the fold the
+            # Linear falls back to RTN's codes.
+            kept = [None if isinstance(fold, LinearFold) and fold.module in worse else fold for fold in folds]
+            assert kept != folds, "only a fold into its rows can leave a Linear worse than RTN"
+            folds = kept
         size = self.probe.norm or 1.0
         fold_error = self.probe.distance(_folded_float(groups)) / size
         return groups, BlockReport(self.surveyed.block.name, fold_error, self._settle_clips(groups) / size)
 
-    def _solve_group(self, group: ScaleGroup, book: GroupStatistics) -> GroupSolution:
+    def _solve_groups(self, folds: Sequence[Fold | None]) -> list[GroupSolution]:
+        self.divisors = {}
+        inputs = list(zip(self.surveyed.groups, self.books, folds, strict=True))
+        choices = [self._choose(*one) for one in inputs]
+        # from the last group to the first: a Linear is rounded once it is known what is folded into its rows
+        pairs = reversed(list(zip(inputs, choices, strict=True)))
+        return [self._solve_group(*one, choice) for one, choice in pairs][::-1]
+
+    def _choose(self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None) -> ScaleChoice:
+        if _unusable(group, book) or self.config.method == "rtn" or (fold is None and self.config.fold == "always"):
+            return ScaleChoice(None)
+        weights = [self.surveyed.linears[name].weight.detach() for name in group.linears]
+        tie = None if fold is None else fold.tie
+        return search.search_scale(self.kernels, weights, book.x_mean, book.stats.second_moment(), self.config, tie)
+
+    def _solve_group(
+        self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None, choice: ScaleChoice
+    ) -> GroupSolution:
         linears = {name: self.surveyed.linears[name] for name in group.linears}
-        if problem := _unusable(group, book):
+        problem = _unusable(group, book)
+        if problem or self.config.method == "rtn":
             return self._rounded(linears, book, problem)
-        if self.config.method == "rtn":
-            return self._rounded(linears, book)
-        weights = [linear.weight.detach() for linear in linears.values()]
-        choice = search.search_scale(self.kernels, weights, book.x_mean, book.stats.second_moment(), self.config)
-        solution = self._scaled(group, linears, choice, book)
+        solution = self._scaled(linears, choice, fold, book)
         if any(layer.loss > layer.loss_rtn for layer in solution.layers):
             # Ranking saw a sample of the rows, this loss all of them: a group that fails here keeps the identity
-            solution = self._scaled(group, linears, ScaleChoice(None), book)
+            solution = self._scaled(linears, ScaleChoice(None), None, book)
+        if isinstance(solution.fold, LinearFold):
+            self.divisors[solution.fold.module] = solution.fold.divisor(solution.choice.scale)
         return solution
 
     def _rounded(self, linears: Mapping[str, nn.Linear], book: GroupStatistics, problem: str = "") -> GroupSolution:
@@ -127,15 +158,18 @@ class BlockSolver:
         return solution
 
     def _scaled(
-        self, group: ScaleGroup, linears: Mapping[str, nn.Linear], choice: ScaleChoice, book: GroupStatistics
+        self, linears: Mapping[str, nn.Linear], choice: ScaleChoice, fold: Fold | None, book: GroupStatistics
     ) -> GroupSolution:
-        fold, scale = self._fold(group, choice)
-        solution = GroupSolution(book, choice, fold)
+        scale = choice.scale if fold is None or choice.scale is None else fold.effective_scale(choice.scale)
+        solution = GroupSolution(book, replace(choice, scale=scale), None if scale is None else fold)
         for name, linear in linears.items():
             rtn = self._quantize(linear)
-            full = rtn if scale is None else self._quantize(linear, scale)
-            clipped = self._clipped(linear, scale, full, book)
-            layer = LayerSolution(name, linear, clipped or full, scale, unclipped=full if clipped else None)
+            divisor = self.divisors.get(linear)
+            full = rtn if scale is None and divisor is None else self._quantize(linear, scale, divisor)
+            layer = LayerSolution(name, linear, full, scale, divisor)
+            clipped = self._clipped(layer, book)
+            if clipped:
+                layer.codes, layer.unclipped = clipped, full
             layer.loss_rtn = self._loss(LayerSolution(name, linear, rtn), rtn, book)
             layer.loss = layer.loss_rtn if layer.codes is rtn else self._loss(layer, layer.codes, book)
             if layer.clipped and layer.loss > layer.loss_rtn:
@@ -144,50 +178,56 @@ class BlockSolver:
             solution.layers.append(layer)
         return solution
 
-    def _prove_folds(self) -> dict[str, NormFold]:
-        """Folds by name of the producing norm, for all groups that have one."""
+    def _find_folds(self) -> list[Fold | None]:
+        """For each group, what takes its 1/s, proven."""
         # fake-quantized weights hold 1/s themselves: nothing to fold
         if self.config.method == "rtn" or self.config.fold == "never" or not self.config.packed:
-            return {}
-        groups = [group for group in self.surveyed.groups if group.producer in self.foldable]
-        candidates = [
-            (self.foldable[group.producer], [self.surveyed.linears[name] for name in group.linears]) for group in groups
-        ]
-        proven = zip(groups, prove_norm_folds(self.probe, candidates), strict=True)
-        return {group.producer: fold for group, fold in proven if fold is not None}
+            return [None] * len(self.surveyed.groups)
+        members = [[self.surveyed.linears[name] for name in group.linears] for group in self.surveyed.groups]
+        norms = {
+            i: self.foldable[g.producer] for i, g in enumerate(self.surveyed.groups) if g.producer in self.foldable
+        }
+        proven = prove_norm_folds(self.probe, [(norm, members[i]) for i, norm in norms.items()])
+        folds: dict[int, Fold] = {i: fold for i, fold in zip(norms, proven, strict=True) if fold is not None}
+        folds |= prove_linear_folds(self.probe, members, [i for i in range(len(members)) if i not in folds])
+        return [folds.get(i) for i in range(len(members))]
 
-    def _fold(self, group: ScaleGroup, choice: ScaleChoice) -> tuple[NormFold | None, Tensor | None]:
-        fold = self.folds.get(group.producer or "")
-        if choice.scale is None or fold is None:
-            return None, choice.scale
-        return fold, fold.effective_scale(choice.scale)
+    def _quantize(
+        self,
+        linear: nn.Linear,
+        scale: Tensor | None = None,
+        divisor: Tensor | None = None,
+        clip: Tensor | None = None,
+    ) -> Codes:
+        return search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), self.config, scale, clip)
 
-    def _quantize(self, linear: nn.Linear, scale: Tensor | None = None, clip: Tensor | None = None) -> Codes:
-        return search.quantize(self.kernels, linear.weight.detach(), self.config, scale, clip)
-
-    def _clipped(self, linear: nn.Linear, scale: Tensor | None, full: Codes, book: GroupStatistics) -> Codes | None:
+    def _clipped(self, layer: LayerSolution, book: GroupStatistics) -> Codes | None:
         """Codes of clipped ranges, if their output error is below that of the full ranges (on the rows of the search).
 
         The ranges were searched on diagonal blocks of the second moment; here all of it counts.
         """
         if self.config.clip is False:
             return None
-        weight, second_moment = linear.weight.detach(), book.stats.second_moment()
-        codes = self._quantize(
-            linear, scale, search.search_clip(self.kernels, weight, second_moment, self.config, scale)
-        )
+        weight, second_moment = _divided(layer.linear.weight.detach(), layer.divisor), book.stats.second_moment()
+        clip = search.search_clip(self.kernels, weight, second_moment, self.config, layer.scale)
+        codes = search.quantize(self.kernels, weight, self.config, layer.scale, clip)
         rows = search.spread_rows(len(weight), self.config.search_rows, weight.device)
         full_loss, loss = (
-            search.output_loss(self.kernels, weight[rows], c.rows(rows), scale, second_moment, self.config.group_size)
-            for c in (full, codes)
+            search.output_loss(
+                self.kernels, weight[rows], c.rows(rows), layer.scale, second_moment, self.config.group_size
+            )
+            for c in (layer.codes, codes)
         )
         return codes if loss < full_loss else None
 
     def _loss(self, layer: LayerSolution, codes: Codes, book: GroupStatistics) -> float:
-        """Mean squared output error a calibration row, over all output rows."""
+        """Mean squared output error a calibration row, over all output rows, in the space of the original weight."""
         weight, second_moment = layer.linear.weight.detach(), book.stats.second_moment()
-        loss = search.output_loss(self.kernels, weight, codes, layer.scale, second_moment, self.config.group_size)
-        return loss / book.rows
+        group_size = self.config.group_size
+        return (
+            search.output_loss(self.kernels, weight, codes, layer.scale, second_moment, group_size, layer.divisor)
+            / book.rows
+        )
 
     def _settle_clips(self, groups: Sequence[GroupSolution]) -> float:
         """Distance of the quantized block's output from the float one, clips that raise it taken back.
@@ -213,7 +253,12 @@ class BlockSolver:
 
     def _weight(self, layer: LayerSolution, codes: Codes) -> Tensor:
         """What ``codes`` stand for in the original space (scales undone, so no fold is needed) and dtype: [N, K]."""
-        return codes.dequantize(self.kernels, self.config.group_size, layer.scale).to(layer.linear.weight.dtype)
+        weight = codes.dequantize(self.kernels, self.config.group_size, layer.scale, layer.divisor)
+        return weight.to(layer.linear.weight.dtype)
+
+
+def _divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
+    return weight if divisor is None else weight.float() / divisor[:, None]
 
 
 def _unusable(group: ScaleGroup, book: GroupStatistics) -> str:
@@ -229,20 +274,18 @@ def _unusable(group: ScaleGroup, book: GroupStatistics) -> str:
 
 
 def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:
-    """Substitutes for the float block with every fold applied: divided norms, multiplied columns."""
-    substitutes: dict[tuple[nn.Module, str], Tensor] = {}
+    """Substitutes for the float block with every fold applied: divided producers, multiplied columns."""
+    changes: list[Change] = []
     for group in groups:
-        if group.fold is None or group.choice.scale is None:
+        if group.fold is None:
             continue
-        substitutes |= group.fold.divided(group.choice.scale)
-        for layer in group.layers:
-            weight = layer.linear.weight.detach()
-            substitutes[layer.linear, "weight"] = (weight.float() * layer.scale).to(weight.dtype)
-    return substitutes
+        changes += group.fold.changes(group.choice.scale)
+        changes += [(layer.linear, "weight", lambda w, scale=group.choice.scale: w * scale) for layer in group.layers]
+    return combined(changes)
 
 
 @torch.no_grad()
-def build_layer(layer: LayerSolution, fold: NormFold | None, config: AwqConfig) -> nn.Module:
+def build_layer(layer: LayerSolution, fold: Fold | None, config: AwqConfig) -> nn.Module:
     """The module that takes the Linear's place: a QuantLinear, or for ``packed=False`` a Linear of the same class."""
     if not config.packed:
         linear = nn.Linear(layer.linear.in_features, layer.linear.out_features, device="meta")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import awq_ext
-from awq_ext.fold import NormFold, Probe, prove_norm_fold, prove_norm_folds, substituted
+from awq_ext.fold import NormFold, prove_norm_fold, prove_norm_folds
+from awq_ext.probe import Probe, combined, substituted
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -160,7 +161,7 @@ def test_the_effective_scale_is_what_the_norm_divides_by(kind: str, dtype: torch
     fold = NormFold(norm, kind)
     offset = float(kind == "offset")
     old = norm.weight.detach().double() + offset
-    new = fold.divided(scale)[norm, "weight"]
+    new = combined(fold.changes(scale))[norm, "weight"]
     assert new.dtype == dtype
     effective = fold.effective_scale(scale)
     allowed = (old.abs() + offset * (1 + effective)) * 2.0**-23
@@ -190,7 +191,7 @@ def test_unusable_gains_keep_the_wanted_scale(kind: str) -> None:
 def test_the_bias_is_divided_too() -> None:
     norm = models.layer_norm()
     scale = torch.rand(models.HIDDEN) + 0.5
-    divided = NormFold(norm, "plain").divided(scale)
+    divided = combined(NormFold(norm, "plain").changes(scale))
     assert torch.equal(divided[norm, "bias"], norm.bias.detach() / scale)
     assert torch.equal(divided[norm, "weight"], norm.weight.detach() / scale)
 

@@ -1,0 +1,95 @@
+"""Trying a block on one calibration batch under other parameters, without touching the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .groups import linear_input
+
+# Parameters by (module, name) that a rehearsal sees instead of the real ones.
+Substitutes = Mapping[tuple[nn.Module, str], Tensor]
+
+
+@contextmanager
+def substituted(substitutes: Substitutes) -> Iterator[None]:
+    """Let modules see other parameters while the body runs. The real Parameter objects are set aside, never written."""
+    real = {(module, name): module._parameters[name] for module, name in substitutes}
+    try:
+        for (module, name), tensor in substitutes.items():
+            module._parameters[name] = tensor
+        yield
+    finally:
+        for (module, name), parameter in real.items():
+            module._parameters[name] = parameter
+
+
+class Probe:
+    """A block's output on one calibration batch, under substituted parameters.
+
+    rehearse: runs the block; output: what it returned with its own parameters; row_mask: the bool mask of the rows of a tensor
+    that count, or None for all (``Call.row_mask``).
+    """
+
+    def __init__(
+        self, rehearse: Callable[[], Any], output: Any, row_mask: Callable[[Tensor], Tensor | None] = lambda _: None
+    ) -> None:
+        self._rehearse = rehearse
+        self._row_mask = row_mask
+        self.reference = self._rows(output)
+
+    def output(self, substitutes: Substitutes) -> list[Tensor]:
+        """The floating-point tensors that the block returns."""
+        with substituted(substitutes):
+            return self._rows(self._rehearse())
+
+    def inputs(self, linears: Sequence[nn.Linear], substitutes: Substitutes) -> list[Tensor]:
+        """What each of ``linears`` is first called with: [rows, in_features], rows that do not count left out."""
+        seen: dict[nn.Linear, Tensor] = {}
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = linear_input(args, kwargs)
+            seen.setdefault(module, self._counted(x).reshape(-1, x.shape[-1]))
+
+        with ExitStack() as stack, substituted(substitutes):
+            for linear in linears:
+                stack.callback(linear.register_forward_pre_hook(see, with_kwargs=True).remove)
+            self._rehearse()
+        return [seen[linear] for linear in linears]
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        mask = self._row_mask(tensor)
+        return tensor if mask is None else tensor.flatten(0, -2)[mask.flatten()]
+
+    def _rows(self, output: Any) -> list[Tensor]:
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return [self._counted(tensor) for tensor in tensors]
+
+    def distance(self, substitutes: Substitutes) -> float:
+        """||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
+        total = 0.0
+        for now, before in zip(self.output(substitutes), self.reference, strict=True):
+            total += (
+                float((now.double() - before.double()).square().sum()) if now.shape == before.shape else float("inf")
+            )
+        return total**0.5 if total == total else float("inf")
+
+    @property
+    def norm(self) -> float:
+        """||float output||."""
+        return sum(float(tensor.double().square().sum()) for tensor in self.reference) ** 0.5
+
+
+def combined(
+    changes: Sequence[tuple[nn.Module, str, Callable[[Tensor], Tensor]]],
+) -> dict[tuple[nn.Module, str], Tensor]:
+    """Substitutes from changes of parameters, those of one parameter applied one after another in fp32, in its dtype."""
+    values: dict[tuple[nn.Module, str], Tensor] = {}
+    for module, name, change in changes:
+        value = values.get((module, name))
+        values[module, name] = change(module._parameters[name].detach().float() if value is None else value)
+    return {(module, name): value.to(module._parameters[name].dtype) for (module, name), value in values.items()}
