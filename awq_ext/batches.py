@@ -24,10 +24,11 @@ class Call:
         return [mask for mask in found if mask.dim() == 2]
 
     def row_mask(self, x: Tensor) -> Tensor | None:
-        """The bool mask that fits the rows of ``x`` [..., K]: same leading shape, or as many rows once flattened."""
+        """The bool mask that fits the rows of ``x`` [..., K]: same leading shape (ones apart), or as many rows once flattened."""
+        rows = [size for size in x.shape[:-1] if size != 1]
         for mask in self.masks:
-            if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel()):
-                return mask != 0
+            if rows == [size for size in mask.shape if size != 1] or (x.dim() == 2 and x.shape[0] == mask.numel()):
+                return (mask != 0).view(x.shape[:-1])
         return None
 
     @property

@@ -9,6 +9,7 @@ autocast belong to the thread, so they are swapped at every stop (``threadstate.
 from __future__ import annotations
 
 import contextvars
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -66,15 +67,30 @@ def _repeats(module: nn.Module) -> bool:
 
 
 def copy_inputs(value: Any) -> Any:
-    """Arguments for a rehearsal: tensors cloned (one clone per tensor), so that in-place code cannot reach the real ones."""
-    clones: dict[int, Tensor] = {}
+    """Arguments for a rehearsal, so that in-place code cannot reach the real ones: one copy of each tensor.
 
-    def clone(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
+    Objects that hold tensors (key/value caches) are copied with what they hold; modules and parameters are shared.
+    """
+    copies: dict[int, Any] = {}
+    return tree_map(lambda leaf: _copy_leaf(leaf, copies), value)
+
+
+def _copy_leaf(leaf: Any, copies: dict[int, Any]) -> Any:
+    if id(leaf) in copies:
+        return copies[id(leaf)]
+    if isinstance(leaf, Tensor):
+        copies[id(leaf)] = leaf if isinstance(leaf, nn.Parameter) else leaf.clone()
+    elif isinstance(leaf, (nn.Module, type)) or callable(leaf) or not hasattr(leaf, "__dict__"):
+        return leaf
+    else:
+        try:
+            twin = copy.copy(leaf)
+        except Exception:  # what cannot be copied (locks, handles) is shared
             return leaf
-        return clones.setdefault(id(leaf), leaf.clone())
-
-    return tree_map(clone, value)
+        copies[id(leaf)] = twin  # before its attributes: they may refer back to it
+        for name, held in vars(twin).items():
+            vars(twin)[name] = tree_map(lambda inner: _copy_leaf(inner, copies), held)
+    return copies[id(leaf)]
 
 
 def tensor_bytes(value: Any) -> int:
@@ -97,7 +113,12 @@ class Stop:
 
         Hooks on the block itself do not run (its submodules' do), and the forward stays where it is.
         """
-        return self._worker.do(lambda: self.block.module.forward(*copy_inputs(self._args), **copy_inputs(self._kwargs)))
+
+        def run() -> Any:
+            args, kwargs = copy_inputs((self._args, self._kwargs))
+            return self.block.module.forward(*args, **kwargs)
+
+        return self._worker.do(run)
 
     def advance(self) -> None:
         """Let the forward run on, to the next block or to its end."""

@@ -1,11 +1,13 @@
 """Folding 1/s into what produces a group's input: a norm or an earlier Linear. Accepted only after a numeric proof.
 
 Factors are random powers of two wherever something is to be found or proven: multiplying by them is exact in binary floating
-point, so each product keeps its bits and every sum its order, in bfloat16 as in float32.
+point, so each product keeps its bits and every sum its order, in bfloat16 as in float32. None of them is 1, which would show
+nothing: what stays as it was is not driven by what was multiplied.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,37 +20,49 @@ Change = tuple[nn.Module, str, Callable[[Tensor], Tensor]]
 
 # What exact arithmetic may still differ by: products that underflow in half precision.
 _EXACT = 2.0**-20
-_EXPONENTS = range(-2, 3)
+_EXPONENTS = (-2, -1, 1, 2)
 
 
 @dataclass(frozen=True)
 class NormFold:
-    """A norm that takes over 1/s: "plain" multiplies by its weight w, "offset" by 1 + w."""
+    """A norm that takes over 1/s: "plain" multiplies by its weight w, "offset" by 1 + w.
+
+    width: input channels K of the group; a norm of each head (w is shorter) comes back every len(w) channels. None: len(w).
+    """
 
     module: nn.Module
     kind: str
+    width: int | None = None
 
     @property
     def units(self) -> int:
-        """Factors that can be chosen freely: one a channel."""
+        """Factors that can be chosen freely: one an entry of w."""
         return len(self.module.weight)
+
+    @property
+    def _heads(self) -> int:
+        return (self.width or self.units) // self.units
 
     def channels(self, units: Tensor) -> Tensor:
         """Factors [units] -> factors of the group's input channels [K]."""
-        return units
+        return units.repeat(self._heads)
 
     def tie(self, scale: Tensor) -> Tensor:
-        """The scales nearest to ``scale`` [..., K] that can be folded."""
-        return scale
+        """The scales nearest to ``scale`` [..., K] that can be folded: geometric means over channels of one entry of w."""
+        if self._heads == 1:
+            return scale
+        mean = scale.log().unflatten(-1, (self._heads, self.units)).mean(-2, keepdim=True).exp()
+        return mean.expand(*mean.shape[:-2], self._heads, self.units).flatten(-2)
 
     def changes(self, scale: Tensor) -> list[Change]:
-        """The changes of parameters that divide the output by ``scale`` fp32 [K]."""
+        """The changes of parameters that divide the output by ``scale`` fp32 [K] (equal on tied channels)."""
+        divisor = scale[: self.units]
         if self.kind == "plain":
-            changes: list[Change] = [(self.module, "weight", lambda w: w / scale)]
+            changes: list[Change] = [(self.module, "weight", lambda w: w / divisor)]
         else:
-            changes = [(self.module, "weight", lambda w: (1 + w) / scale - 1)]
+            changes = [(self.module, "weight", lambda w: (1 + w) / divisor - 1)]
         if self.module._parameters.get("bias") is not None:
-            changes.append((self.module, "bias", lambda b: b / scale))
+            changes.append((self.module, "bias", lambda b: b / divisor))
         return changes
 
     def effective_scale(self, scale: Tensor) -> Tensor:
@@ -59,15 +73,26 @@ class NormFold:
         offset = 0.0 if self.kind == "plain" else 1.0
         old = self.module.weight.detach().float() + offset
         new = combined(self.changes(scale))[self.module, "weight"].float() + offset
-        effective = old / new
+        effective = self.channels(old / new)
         # a rounded weight is off by half an ulp; more means that it left the normal range of its dtype
         usable = effective.isfinite() & ((effective / scale - 1).abs() < 0.5)
         return torch.where(usable, effective, scale)
 
-    @property
-    def slack(self) -> float:
-        """Rounding of (1 + w)/s - 1 to w's dtype, a few eps, relative to what the same factors do uncompensated."""
-        return 0.0 if self.kind == "plain" else max(4 * torch.finfo(self.module.weight.dtype).eps, 2.0**-16)
+    def trial(self) -> list[Change]:
+        """Parameters to prove the fold with: those at hand or, where dividing them is not exact, others of about their size.
+
+        (1 + w)/s - 1 is rounded to w's dtype; with gains 1 + w that are powers of two it is not.
+        """
+        if self.kind == "plain":
+            return []
+
+        def powers(w: Tensor) -> Tensor:
+            gain = 1 + w
+            # times _EXPONENTS and minus 1 these need at most 8 bits: -2^6 - 1 and 2^-6 - 1 are exact even in bfloat16
+            size = gain.abs().clamp(2.0**-4, 2.0**4).log2().round()
+            return torch.where(gain < 0, -1.0, 1.0) * 2.0**size - 1
+
+        return [(self.module, "weight", powers)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +101,6 @@ class LinearFold:
 
     module: nn.Linear
     rows: Tensor
-    slack: float = 0.0
 
     @property
     def units(self) -> int:
@@ -109,6 +133,10 @@ class LinearFold:
         """The scale itself: rows are divided in fp32 before they are rounded to codes."""
         return scale
 
+    def trial(self) -> list[Change]:
+        """Parameters to prove the fold with: those at hand."""
+        return []
+
 
 Fold = NormFold | LinearFold
 
@@ -130,8 +158,8 @@ class Candidate:
 
 def _powers_of_two(count: int, seed: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    exponents = torch.randint(_EXPONENTS.start, _EXPONENTS.stop, (count,), generator=generator)
-    return (2.0**exponents).to(device)
+    chosen = torch.randint(len(_EXPONENTS), (count,), generator=generator)
+    return (2.0 ** torch.tensor(_EXPONENTS)[chosen]).to(device)
 
 
 def prove(probe: Probe, candidates: Sequence[Candidate]) -> list[bool]:
@@ -146,35 +174,57 @@ def prove(probe: Probe, candidates: Sequence[Candidate]) -> list[bool]:
 
 
 def _leaves_unchanged(probe: Probe, candidates: Sequence[Candidate]) -> bool:
+    trial = [change for candidate in candidates for change in candidate.fold.trial()]
+    reference = probe.output(combined(trial)) if trial else probe.reference
+    allowed = _EXACT * _norm(reference)
     divided: list[Change] = []
     columns: list[Change] = []
     for seed, candidate in enumerate(candidates):
         mine, others = candidate.random_changes(seed)
-        # factors without any effect on the output would prove nothing; each producer must show its own
-        if not probe.distance(combined(mine)) > _EXACT * probe.norm:
+        # factors without any effect on the output would prove nothing; each norm must show its own (those of a Linear were
+        # seen to arrive at the group's input)
+        silent = isinstance(candidate.fold, NormFold) and not (
+            _distance(probe.output(combined(trial + mine)), reference) > allowed
+        )
+        if silent:
             return False
         divided += mine
         columns += others
-    slack = max(candidate.fold.slack for candidate in candidates)
-    allowed = _EXACT * probe.norm + (slack * probe.distance(combined(divided)) if slack else 0.0)
-    return probe.distance(combined(divided + columns)) <= allowed
+    return _distance(probe.output(combined(trial + divided + columns)), reference) <= allowed
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
+
+
+def _distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Frobenius distance over all tensors; inf where shapes differ or values are not finite."""
+    if [tensor.shape for tensor in tensors] != [other.shape for other in others]:
+        return float("inf")
+    total = _norm([tensor.double() - other.double() for tensor, other in zip(tensors, others, strict=True)])
+    return total if total == total else float("inf")
 
 
 def prove_norm_fold(probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear]) -> NormFold | None:
     """The kind of fold into ``norm`` that leaves the block's output unchanged, or None."""
     for kind in ("plain", "offset"):
-        fold = NormFold(norm, kind)
-        if _leaves_unchanged(probe, [Candidate(fold, tuple(linears))]):
+        fold = NormFold(norm, kind, linears[0].in_features)
+        if _fits(norm, linears) and _leaves_unchanged(probe, [Candidate(fold, tuple(linears))]):
             return fold
     return None
 
 
 def prove_norm_folds(probe: Probe, pairs: Sequence[tuple[nn.Module, Sequence[nn.Linear]]]) -> list[NormFold | None]:
     """For each norm and the Linears that read it, the proven fold, or None."""
-    plain = [Candidate(NormFold(norm, "plain"), tuple(linears)) for norm, linears in pairs]
-    if len(plain) > 1 and _leaves_unchanged(probe, plain):
+    plain = [Candidate(NormFold(norm, "plain", linears[0].in_features), tuple(linears)) for norm, linears in pairs]
+    if len(plain) > 1 and all(_fits(*pair) for pair in pairs) and _leaves_unchanged(probe, plain):
         return [candidate.fold for candidate in plain]
     return [prove_norm_fold(probe, norm, linears) for norm, linears in pairs]
+
+
+def _fits(norm: nn.Module, linears: Sequence[nn.Linear]) -> bool:
+    """Whether the norm's weight can cover the input channels, once or once for each head (BatchNorm over images cannot)."""
+    return linears[0].in_features % len(norm.weight) == 0
 
 
 def prove_linear_folds(
@@ -219,20 +269,26 @@ def find_rows(probe: Probe, consumer: nn.Linear, x: Tensor, producer: nn.Linear)
 
 
 def _subsets(rows: int, channels: int) -> Iterator[Tensor]:
-    """Sets of producer rows that may carry ``channels`` input channels: all, a half, the last of q/k/v, v of each head."""
+    """Sets of producer rows that may carry ``channels`` input channels.
+
+    All of them; or (gate and up) either half; or the values of fused queries, keys and values, or keys and values: the last
+    part of the rows, as a whole or of each head.
+    """
     every = torch.arange(rows)
     if rows <= channels:
         if channels % rows == 0:
             yield every
         return
     if rows == 2 * channels:
-        yield every[channels:]
         yield every[:channels]
-    if (rows - channels) % 2 == 0 and channels % ((rows - channels) // 2) == 0:
-        yield every[channels + (rows - channels) // 2 :]
-    if rows == 3 * channels:
-        for heads in (h for h in range(2, channels // 2 + 1) if channels % h == 0):
-            yield every.view(heads, 3, channels // heads)[:, 2].flatten()
+    # as many values as channels, or (queries, keys, values with fewer key/value heads) rows = channels + 2 * values
+    counts = [channels]
+    if (rows - channels) % 2 == 0 and channels % ((rows - channels) // 2) == 0 and rows != 3 * channels:
+        counts.append((rows - channels) // 2)
+    for count in counts:
+        common = math.gcd(rows, count)
+        for heads in (h for h in range(1, common + 1) if common % h == 0):
+            yield every.view(heads, -1)[:, -(count // heads) :].flatten()
 
 
 def _matching_rows(x: Tensor, seen: Tensor, powers: Tensor, subset: Tensor) -> Tensor | None:

@@ -32,6 +32,7 @@ class Eligible:
 def eligible_linears(model: nn.Module, skipped: Callable[[str], bool]) -> Eligible:
     """Sort the Linears of ``model``. Left out: names for which ``skipped`` is true, forwards of their own, shared weights.
 
+    Layers that do a Linear's work without being one (Conv1D of transformers) are named among the reasons.
     Raises ValueError, naming the layer, for a model without Linears, one that is quantized already, integer or meta weights.
     """
     owners = _parameter_owners(model)
@@ -42,6 +43,8 @@ def eligible_linears(model: nn.Module, skipped: Callable[[str], bool]) -> Eligib
                 f"{name} is a QuantLinear already: quantize the float model, a quantized one cannot be again"
             )
         if not isinstance(module, nn.Linear):
+            if _multiplies_transposed(module):
+                found.reasons[name] = f"{type(module).__name__} is no nn.Linear (its weight is transposed)"
             continue
         if reason := _reason_to_leave(name, module, owners, skipped):
             found.reasons[name] = reason
@@ -57,7 +60,7 @@ def _reason_to_leave(
 ) -> str | None:
     if skipped(name):
         return "skipped by pattern"
-    if type(module).forward is not nn.Linear.forward:
+    if not _computes_linear(module):
         return f"{type(module).__name__} has a forward of its own"
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or torch.nn.utils.parametrize.is_parametrized(module, "weight"):
@@ -74,6 +77,56 @@ def _reason_to_leave(
     return None
 
 
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether ``module`` does what nn.Linear does: by class, or (a forward of its own that says the same) by trying."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    # what it holds beside weight and bias may change what it computes later (adapters start as zeros)
+    state = {*module._parameters, *module._buffers, *module._modules}
+    weight, bias = module.weight, module.bias
+    if state != {"weight", "bias"} or weight.is_meta or not weight.is_floating_point():
+        return False
+    rows, k = 7, module.in_features
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
+    # small rows and large ones: a clamp or an activation shows at one end
+    x = (x * 2.0 ** torch.arange(-6, 7, 2)[:, None]).to(weight)
+    try:
+        output = type(module).forward(module, x)
+    except Exception:  # whatever it needs, it is no plain Linear
+        return False
+    if not isinstance(output, Tensor) or output.shape != (rows, module.out_features) or output.dtype != weight.dtype:
+        return False
+    expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
+    size = x.float().abs() @ weight.float().abs().T + (0 if bias is None else bias.float().abs())
+    # k products added up in fp32 here and there, and two roundings to the dtype (before and after the bias)
+    allowed = (2 * k * torch.finfo(torch.float32).eps + 2 * torch.finfo(weight.dtype).eps) * size
+    return bool(((output.float() - expected).abs() <= allowed).all())
+
+
+@torch.no_grad()
+def _multiplies_transposed(module: nn.Module) -> bool:
+    """Whether ``module`` holds no more than weight [K, N] and bias [N] and returns x @ weight + bias, found by trying."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if (
+        {*module._parameters, *module._buffers, *module._modules} != {"weight", "bias"}
+        or weight is None
+        or bias is None
+    ):
+        return False
+    if weight.dim() != 2 or bias.shape != weight.shape[1:] or weight.is_meta or not weight.is_floating_point():
+        return False
+    try:
+        # one entry of 1, at channel 0: row 0 of the weight comes out
+        output = type(module).forward(module, torch.eye(1, len(weight)).to(weight))
+    except Exception:  # whatever it needs, it is something else
+        return False
+    expected = weight[:1] + bias
+    return (
+        isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, 1e-2, 1e-3)
+    )
+
+
 def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     """id of a parameter -> all names under which the model holds it."""
     owners: dict[int, list[str]] = {}
@@ -85,10 +138,16 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors exactly when they are the same memory, seen the same way, at the same moment of its history."""
+    """Equal for two tensors exactly when they are the same values in the same memory at the same moment of its history.
+
+    Contiguous ones may differ in shape: a view [batch * sequence, K] is its base [batch, sequence, K], and [batch, sequence,
+    heads, K / heads] too.
+    """
     version = None if tensor.is_inference() else tensor._version
-    storage = tensor.untyped_storage().data_ptr()
-    return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, version)
+    place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype, version)
+    if tensor.is_contiguous():
+        return (*place, tensor.numel())
+    return (*place, tuple(tensor.shape), tensor.stride())
 
 
 def linear_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -48,7 +49,10 @@ class Probe:
             return self._rows(self._rehearse())
 
     def inputs(self, linears: Sequence[nn.Linear], substitutes: Substitutes) -> list[Tensor]:
-        """What each of ``linears`` is first called with: [rows, in_features], rows that do not count left out."""
+        """What each of ``linears`` is first called with: [rows, in_features], rows that do not count left out.
+
+        [0, in_features] for one that is not called.
+        """
         seen: dict[nn.Linear, Tensor] = {}
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -59,7 +63,7 @@ class Probe:
             for linear in linears:
                 stack.callback(linear.register_forward_pre_hook(see, with_kwargs=True).remove)
             self._rehearse()
-        return [seen[linear] for linear in linears]
+        return [seen.get(linear, torch.empty(0, linear.in_features)) for linear in linears]
 
     def _counted(self, tensor: Tensor) -> Tensor:
         mask = self._row_mask(tensor)

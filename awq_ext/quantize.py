@@ -205,18 +205,18 @@ def _foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
 def _calibration_mode(model: nn.Module) -> Iterator[None]:
     """eval mode, and no key/value cache for models that have the switch (every suspended forward would hold one)."""
     training = [(name, module, module.training) for name, module in model.named_modules()]
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    owners = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
+    caching = [(config, config.use_cache) for config in owners.values()]  # an encoder and a decoder may have one each
     try:
         model.eval()
-        if use_cache:
+        for config, _ in caching:
             config.use_cache = False
         yield
     finally:
         # by name too: a module that took the place of another takes over its flag
         for name, module, flag in training:
             module.training = model.get_submodule(name).training = flag
-        if use_cache:
+        for config, use_cache in caching:
             config.use_cache = use_cache
 
 
