@@ -35,7 +35,7 @@ Way choose_way(const KernelTable& table, bool bf16, int64_t rows) {
 }
 
 constexpr int64_t kTaskBytes = 1 << 15;  // codes that a task reads at least
-constexpr int64_t kStreamTasks = 8;      // a thread: enough to balance, few enough to read far ahead
+constexpr int64_t kStreamTasks = 2;      // a thread: every task begins by waiting for memory
 // Part of the weight that rows take turns on: with the activations of a block it fits the first cache, kPartTiles of
 // them the second. A panel is eight times as large as its codes.
 constexpr int64_t kDecodeSteps = 256, kPanelSteps = 128, kPartTiles = 4;

@@ -86,7 +86,7 @@ def aten_int4(x: torch.Tensor, n: int) -> Callable[[], object]:
 
 
 def read_memory() -> Callable[[], object]:
-    array = torch.zeros(8, READ_BYTES, dtype=torch.uint8)
+    array = torch.ones(8, READ_BYTES, dtype=torch.uint8)
     return turns([lambda part=part: part.amax() for part in array])  # the fastest reader in torch
 
 
