@@ -148,7 +148,7 @@ void take_turns(const Call& c, int threads) {
   const int64_t whole = most / c.group_steps * c.group_steps;  // groups that fit, or parts of one
   const int64_t tile_values = c.way.panel ? most * kStepChannels * kTileOutputs : 0;
   const int64_t size = bundle * tile_values + c.rows * lds;
-  Buffer<float> scratch(threads * size);
+  Scratch<Part, float> scratch(threads * size);
   parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
     float *panel = scratch.get() + thread * size, *sums = panel + bundle * tile_values;
     std::memset(sums, 0, static_cast<size_t>(c.rows * lds) * 4);
