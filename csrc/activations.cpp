@@ -16,9 +16,13 @@ int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 Activations::Activations(const KernelTable& table, const InputView& x, int64_t group_length, bool bf16,
                          int64_t max_rows, int threads)
-    : x_(x), group_length_(group_length), bf16_(bf16), step_elements_(bf16 ? kStepChannels / 2 : kStepChannels) {
-  const int64_t steps = step_count(x.in_features, group_length);
-  row_elements_ = steps * step_elements_;
+    : x_(x),
+      group_length_(group_length),
+      bf16_(bf16),
+      step_elements_(bf16 ? kStepChannels / 2 : kStepChannels),
+      row_elements_(step_count(x.in_features, group_length) * step_elements_),
+      packed_(x.rows * row_elements_) {
+  const int64_t steps = row_elements_ / step_elements_;
   blocks_ = ceil_div(x.rows, max_rows);
   as_they_are_ =
       x.scale == nullptr && x.dtype == (bf16 ? Dtype::bf16 : Dtype::f32) && steps * kStepChannels == x.in_features;
@@ -26,7 +30,6 @@ Activations::Activations(const KernelTable& table, const InputView& x, int64_t g
     direct_ = static_cast<const uint32_t*>(x.data);
     return;
   }
-  packed_ = Buffer<uint32_t>(x.rows * row_elements_);
   const int workers = x.rows * row_elements_ < kSerialElements ? 1 : threads;
   const int64_t scratch_size = as_they_are_ ? 0 : x.in_features + rows(0) * row_elements_;
   Buffer<float> scratch(workers * scratch_size);

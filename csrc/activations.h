@@ -19,6 +19,7 @@ struct InputView {
   const float* scale;  // [in_features] or null
 };
 
+// One at a time in a thread.
 class Activations {
  public:
   // bf16: elements are pairs of bf16, else fp32. Blocks are of max_rows rows or, evenly, a little fewer.
@@ -48,7 +49,7 @@ class Activations {
   int64_t row_elements_;
   int64_t blocks_;
   const uint32_t* direct_ = nullptr;  // a single such row is not even copied
-  Buffer<uint32_t> packed_;
+  Scratch<Activations, uint32_t> packed_;
 };
 
 }  // namespace awq

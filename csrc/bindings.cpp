@@ -110,6 +110,7 @@ Tensor py_tile_int4(const Tensor& packed, int64_t in_features, int64_t group_siz
   check_dtype(kName, "packed", packed, at::kByte);
   const Tensor p = packed.contiguous(), tiles = at::empty({tile_count(p.size(0)), sizes.steps, kStepBytes}, at::kByte);
   py::gil_scoped_release release;
+  advise_large_pages(tiles.mutable_data_ptr(), tiles.numel());
   tile_codes(p.const_data_ptr<uint8_t>(), p.size(0), sizes.k, sizes.length, tiles.mutable_data_ptr<uint8_t>(),
              at::get_num_threads());
   return tiles;

@@ -35,7 +35,7 @@ Way choose_way(const KernelTable& table, bool bf16, int64_t rows) {
 }
 
 constexpr int64_t kTaskBytes = 1 << 15;  // codes that a task reads at least
-constexpr int64_t kStreamTasks = 8;      // a thread: enough to balance, few enough to read far ahead
+constexpr int64_t kStreamTasks = 2;      // a thread: every task begins by waiting for memory
 // Part of the weight that rows take turns on: with the activations of a block it fits the first cache, kPartTiles of
 // them the second. A panel is eight times as large as its codes.
 constexpr int64_t kDecodeSteps = 256, kPanelSteps = 128, kPartTiles = 4;
@@ -148,7 +148,7 @@ void take_turns(const Call& c, int threads) {
   const int64_t whole = most / c.group_steps * c.group_steps;  // groups that fit, or parts of one
   const int64_t tile_values = c.way.panel ? most * kStepChannels * kTileOutputs : 0;
   const int64_t size = bundle * tile_values + c.rows * lds;
-  Buffer<float> scratch(threads * size);
+  Scratch<Part, float> scratch(threads * size);
   parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
     float *panel = scratch.get() + thread * size, *sums = panel + bundle * tile_values;
     std::memset(sums, 0, static_cast<size_t>(c.rows * lds) * 4);

@@ -1,5 +1,9 @@
 #include "tiles.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 
 #include "layout.h"
@@ -57,6 +61,16 @@ void untile_codes(const uint8_t* tiles, int64_t out_features, int64_t in_feature
       });
     }
   });
+}
+
+void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096, kLargePage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  // Only advice: a system that refuses leaves everything as it was.
+  if (end > begin + kLargePage) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace awq

@@ -1,4 +1,4 @@
-// AVX-512 and its products of bf16 pairs: the avx512 level with two more kernels.
+// AVX-512 and its products of bf16 pairs: the avx512 level with three more kernels.
 #include "kernels.h"
 
 #include <immintrin.h>

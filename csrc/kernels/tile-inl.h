@@ -16,7 +16,7 @@ constexpr int kDotRows = 4;  // of 16 registers
 
 // How far ahead memory is asked for: the processor's own prefetching stops at every page. Reading on past the end of
 // the array is harmless, a prefetch does not fault.
-constexpr int64_t kAheadBytes = 4096, kAheadGroups = 4;
+constexpr int64_t kAheadBytes = 10240, kAheadGroups = 4;
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
