@@ -35,7 +35,7 @@ def eligible_linears(model: nn.Module, skipped: Callable[[str], bool]) -> Eligib
     Layers that do a Linear's work without being one (Conv1D of transformers) are named among the reasons.
     Raises ValueError, naming the layer, for a model without Linears, one that is quantized already, integer or meta weights.
     """
-    owners = _parameter_owners(model)
+    owners = parameter_owners(model)
     found = Eligible()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantLinear):
@@ -127,7 +127,7 @@ def _multiplies_transposed(module: nn.Module) -> bool:
     )
 
 
-def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     """id of a parameter -> all names under which the model holds it."""
     owners: dict[int, list[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):

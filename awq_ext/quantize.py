@@ -20,7 +20,7 @@ from .blocks import Block, CalibrationError, Stop, find_blocks, lockstep
 from .calibrate import BlockSurvey, collect, linears_of, survey
 from .config import AwqConfig
 from .fold import LinearFold
-from .groups import Eligible, _parameter_owners, eligible_linears, norm_candidates
+from .groups import Eligible, eligible_linears, norm_candidates, parameter_owners
 from .journal import Journal
 from .memory import PeakMemory, format_bytes, release_free_memory
 from .probe import Probe, combined
@@ -193,7 +193,7 @@ def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[Block]:
 
 def _foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Norm candidates whose parameters belong to them alone, by name."""
-    owners = _parameter_owners(model)
+    owners = parameter_owners(model)
     return {
         name: module
         for name, module in norm_candidates(model).items()
