@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .probe import Probe, combined
+from .probe import Probe, combined, distance_of, norm_of
 
 Change = tuple[nn.Module, str, Callable[[Tensor], Tensor]]
 
@@ -176,7 +176,7 @@ def prove(probe: Probe, candidates: Sequence[Candidate]) -> list[bool]:
 def _leaves_unchanged(probe: Probe, candidates: Sequence[Candidate]) -> bool:
     trial = [change for candidate in candidates for change in candidate.fold.trial()]
     reference = probe.output(combined(trial)) if trial else probe.reference
-    allowed = _EXACT * _norm(reference)
+    allowed = _EXACT * norm_of(reference)
     divided: list[Change] = []
     columns: list[Change] = []
     for seed, candidate in enumerate(candidates):
@@ -184,25 +184,13 @@ def _leaves_unchanged(probe: Probe, candidates: Sequence[Candidate]) -> bool:
         # factors without any effect on the output would prove nothing; each norm must show its own (those of a Linear were
         # seen to arrive at the group's input)
         silent = isinstance(candidate.fold, NormFold) and not (
-            _distance(probe.output(combined(trial + mine)), reference) > allowed
+            distance_of(probe.output(combined(trial + mine)), reference) > allowed
         )
         if silent:
             return False
         divided += mine
         columns += others
-    return _distance(probe.output(combined(trial + divided + columns)), reference) <= allowed
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
-
-
-def _distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """Frobenius distance over all tensors; inf where shapes differ or values are not finite."""
-    if [tensor.shape for tensor in tensors] != [other.shape for other in others]:
-        return float("inf")
-    total = _norm([tensor.double() - other.double() for tensor, other in zip(tensors, others, strict=True)])
-    return total if total == total else float("inf")
+    return distance_of(probe.output(combined(trial + divided + columns)), reference) <= allowed
 
 
 def prove_norm_fold(probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear]) -> NormFold | None:

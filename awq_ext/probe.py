@@ -75,17 +75,25 @@ class Probe:
 
     def distance(self, substitutes: Substitutes) -> float:
         """||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
-        total = 0.0
-        for now, before in zip(self.output(substitutes), self.reference, strict=True):
-            total += (
-                float((now.double() - before.double()).square().sum()) if now.shape == before.shape else float("inf")
-            )
-        return total**0.5 if total == total else float("inf")
+        return distance_of(self.output(substitutes), self.reference)
 
     @property
     def norm(self) -> float:
         """||float output||."""
-        return sum(float(tensor.double().square().sum()) for tensor in self.reference) ** 0.5
+        return norm_of(self.reference)
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    """Frobenius norm over all tensors, summed in fp64."""
+    return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
+
+
+def distance_of(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Frobenius distance over all tensors; inf where shapes differ or values are not finite."""
+    if [tensor.shape for tensor in tensors] != [other.shape for other in others]:
+        return float("inf")
+    total = norm_of([tensor.double() - other.double() for tensor, other in zip(tensors, others, strict=True)])
+    return total if total == total else float("inf")
 
 
 def combined(

@@ -115,7 +115,8 @@ class BlockSolver:
             assert kept != folds, "only a fold into its rows can leave a Linear worse than RTN"
             folds = kept
         size = self.probe.norm or 1.0
-        fold_error = self.probe.distance(_folded_float(groups)) / size
+        folded = _folded_float(groups)
+        fold_error = self.probe.distance(folded) / size if folded else 0.0
         return groups, BlockReport(self.surveyed.block.name, fold_error, self._settle_clips(groups) / size)
 
     def _solve_groups(self, folds: Sequence[Fold | None]) -> list[GroupSolution]:
