@@ -152,7 +152,8 @@ class BlockSolver:
     def _rounded(self, linears: Mapping[str, nn.Linear], book: GroupStatistics, problem: str = "") -> GroupSolution:
         solution = GroupSolution(book, problem=problem)
         for name, linear in linears.items():
-            layer = LayerSolution(name, linear, self._quantize(linear))
+            divisor = self.divisors.get(linear)
+            layer = LayerSolution(name, linear, self._quantize(linear, divisor=divisor), divisor=divisor)
             if not problem:
                 layer.loss = layer.loss_rtn = self._loss(layer, layer.codes, book)
             solution.layers.append(layer)

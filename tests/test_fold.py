@@ -230,3 +230,28 @@ def test_fold_never_leaves_the_norms() -> None:
     awq_ext.quantize(case.model, case.batches, group_size=16, n_grid=5, fold="never", progress=False)
     assert {row.applied for row in case.model.awq_report.layers} == {"run time", ""}
     assert all(torch.equal(p, norms[n]) for n, p in case.model.named_parameters() if n in norms)
+
+
+def test_a_producer_that_is_only_rounded_still_takes_the_scale() -> None:
+    """Its own input cannot guide a search (the square of a value overflows), that of the Linear behind it can."""
+
+    class Loud(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 24)
+            with torch.no_grad():
+                self.fc1.weight[:, 0] = 0
+                self.fc1.weight[:4] *= 30  # loud channels for fc2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(torch.relu(self.fc1(x)))
+
+    model = Loud()
+    x = torch.randn(64, 16)
+    x[:, 0] = 1e20
+    expected = model(x).detach()
+    with pytest.warns(UserWarning, match="fc1: its calibration input holds NaN or Inf"):
+        awq_ext.quantize(model, [x], group_size=16, progress=False)
+    assert model.awq_report["fc2"].applied == "linear"
+    # 4 bits: steps of a fifteenth of the range, errors of a few percent; a scale that only one side knows is off by far more
+    assert (model(x) - expected).norm() < 0.15 * expected.norm()
