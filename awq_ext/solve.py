@@ -194,14 +194,8 @@ class BlockSolver:
         folds |= prove_linear_folds(self.probe, members, [i for i in range(len(members)) if i not in folds])
         return [folds.get(i) for i in range(len(members))]
 
-    def _quantize(
-        self,
-        linear: nn.Linear,
-        scale: Tensor | None = None,
-        divisor: Tensor | None = None,
-        clip: Tensor | None = None,
-    ) -> Codes:
-        return search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), self.config, scale, clip)
+    def _quantize(self, linear: nn.Linear, scale: Tensor | None = None, divisor: Tensor | None = None) -> Codes:
+        return search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), self.config, scale)
 
     def _clipped(self, layer: LayerSolution, book: GroupStatistics) -> Codes | None:
         """Codes of clipped ranges, if their output error is below that of the full ranges (on the rows of the search).
