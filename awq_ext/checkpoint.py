@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import GROUP_SIZES, SCALE_DTYPES
+from .formats.packed import CheckpointError
+from .placement import place
 from .qlinear import TILED, QuantLinear
+from .quantdir import QuantDir
 from .report import AwqReport
+from .shards import PICKLES
 
 INDEX_NAME = "awq_ext.json"
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the model; the model is as it was."""
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -64,15 +64,19 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
 
 def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLike[str]) -> nn.Module:
-    """Give ``model`` the quantized layers and all tensors of a checkpoint that :func:`save` wrote; returns it.
+    """Give ``model`` the quantized layers and all tensors of a checkpoint; returns it.
 
+    directory: what :func:`save` wrote, or a checkpoint of any layout in ``awq_ext.formats.LAYOUTS`` whose tensors have the names
+        that ``model`` has for them.
     model: the float model's structure (its values do not matter; ``torch.device("meta")`` is fine), or a function that builds
-    it. Tensors land on the device of what they replace (meta: the CPU), with the bits and dtypes that were saved.
+        it. Tensors land on the device of what they replace (meta: the CPU), with the bits and dtypes that were saved.
     Raises CheckpointError, before anything is changed, for a damaged or foreign checkpoint or one of another model.
     """
     folder = Path(directory)
-    index = _read_index(folder)
     target = model if isinstance(model, nn.Module) else model()
+    if not (folder / INDEX_NAME).exists() and _is_foreign(folder):
+        return place(target, QuantDir(folder))
+    index = read_index(folder)
     tensors = _read_tensors(folder / index["tensors"])
     skeleton = {name: _empty_layer(target, name, entry, tensors) for name, entry in index["layers"].items()}
     plan = _match(target, skeleton, tensors, index["tied"])
@@ -86,6 +90,12 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
     if index["report"] is not None:
         target.awq_report = index["report"]
     return target
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether there is anything of another layout, or a pickle, which QuantDir refuses with its reason."""
+    files = set(folder.iterdir()) - set(_tensor_files(folder)) if folder.is_dir() else set()
+    return any(file.suffix in (".safetensors", *PICKLES) for file in files)
 
 
 def _describe(layer: QuantLinear) -> dict[str, Any]:
@@ -161,7 +171,8 @@ def _write(path: Path, writer: Callable[[Path], Any]) -> None:
             os.close(handle)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """awq_ext.json, checked; CheckpointError if it is missing or damaged."""
     path = folder / INDEX_NAME
     try:
         index = json.loads(path.read_text())
