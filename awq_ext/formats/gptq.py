@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .layout import FLOATS, Layout, Settings, Summary, checked_group_size, int_setting, require_bits
-from .packed import CheckpointError, PackedLinear, expect, pack_rows
+from .packed import CheckpointError, PackedLinear, expect
+from .words import pack_words, rows_of, unpack_words, words_of
 
 
 class Gptq(Layout):
@@ -33,8 +34,8 @@ class Gptq(Layout):
         k = layer.in_features
         length = k if layer.group_size == -1 else layer.group_size
         tensors = {
-            "qweight": layer.qweight.contiguous().view(torch.int32).T.contiguous(),
-            "qzeros": pack_rows((layer.zeros - 1 & 15).T.contiguous()).view(torch.int32),
+            "qweight": words_of(layer.qweight).T.contiguous(),
+            "qzeros": pack_words((layer.zeros - 1 & 15).T),
             "scales": self.stored_scales(layer).T.contiguous(),
             "g_idx": torch.arange(k, dtype=torch.int32) // length,
         }
@@ -56,10 +57,9 @@ class Gptq(Layout):
                 raise CheckpointError(
                     "g_idx reorders the channels (desc_act): awq_ext reads GPTQ checkpoints made without it"
                 )
-        zeros = tensors["qzeros"].contiguous().view(torch.uint8)
-        zeros = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(1)
+        zeros = unpack_words(tensors["qzeros"], n)
         return PackedLinear(
-            qweight=qweight.T.contiguous().view(torch.uint8),
+            qweight=rows_of(qweight.T, k),
             scales=scales.T.contiguous(),
             zeros=(zeros + settings.zero_offset & 15).T.contiguous(),
             in_features=k,
