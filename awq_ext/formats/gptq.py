@@ -22,6 +22,7 @@ class Gptq(Layout):
     name = "gptq"
     suffixes = ("qweight", "qzeros", "scales")
     optional = ("bias", "g_idx")
+    short_groups = True
     divisors = (8, 8)
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:
@@ -50,7 +51,7 @@ class Gptq(Layout):
         expect("qweight", qweight, (k // 8, n), (torch.int32,))
         expect("scales", scales, (groups, n), FLOATS)
         expect("qzeros", tensors["qzeros"], (groups, n // 8), (torch.int32,))
-        size = settings.group_size(k, groups)
+        size = settings.group_size(k, groups, short=True)
         if (order := tensors.get("g_idx")) is not None:
             expect("g_idx", order, (k,), (torch.int32, torch.int64))
             if not torch.equal(order.long(), torch.arange(k) // (k if size == -1 else size)):
