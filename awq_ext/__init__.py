@@ -9,6 +9,7 @@ _abi.check()
 from .blocks import CalibrationError  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .config import AwqConfig  # noqa: E402
+from .plan import GroupPlan, Plan, plan  # noqa: E402
 from .qlinear import QuantLinear  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
@@ -21,10 +22,13 @@ __all__ = [
     "BlockReport",
     "CalibrationError",
     "CheckpointError",
+    "GroupPlan",
     "LayerReport",
+    "Plan",
     "QuantLinear",
     "__version__",
     "load",
+    "plan",
     "quantize",
     "save",
 ]

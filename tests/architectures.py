@@ -285,7 +285,7 @@ def gpt2() -> Case:
 
 def fold_counts(case: Case, report: AwqReport) -> dict[str, int]:
     """How many scale groups of ``case`` (a float model) were folded into what, from the report on its quantized twin."""
-    eligible = eligible_linears(case.model, lambda name: name.split(".")[-1] == "lm_head")
+    eligible = eligible_linears(case.model, lambda name, _: "head" if name.split(".")[-1] == "lm_head" else None)
     (call, *_) = read_calls(case.batches[:1], torch.device("cpu"))
     case.model.eval()
     groups = [g for s in survey(case.model, find_blocks(case.model), eligible.linears, call) for g in s.groups]

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 import awq_ext
 from awq_ext.blocks import copy_inputs, find_blocks
-from awq_ext.config import AwqConfig
-from awq_ext.fold import Fold, LinearFold, NormFold, find_rows, prove_norm_fold
+from awq_ext.fold import Fold, LinearFold, NormFold
 from awq_ext.groups import Watch, eligible_linears, tensor_identity
 from awq_ext.probe import Probe
+from awq_ext.proof import find_rows, prove_norm_fold
 from awq_ext.report import AwqReport
 from awq_ext.solve import LayerSolution
 
@@ -158,7 +158,7 @@ def test_folded_float_weights_compute_what_the_model_did(name: str, monkeypatch:
 
     made = []
 
-    def unrounded(layer: LayerSolution, fold: Fold | None, config: AwqConfig) -> nn.Module:
+    def unrounded(layer: LayerSolution, fold: Fold | None) -> nn.Module:
         linear = layer.linear
         twin = nn.Linear(linear.in_features, linear.out_features, device="meta")
         weight = linear.weight.detach() * (1 if layer.scale is None else layer.scale)
@@ -291,7 +291,7 @@ def test_a_forward_of_its_own_that_computes_a_linear_is_one(dtype: torch.dtype) 
     others = [Doubled(48, 32), Clamped(48, 32), Adapted(48, 32), Needy(48, 32)]
     model = nn.Sequential(Rewritten(48, 32), Rewritten(48, 32, bias=False), *others).to(dtype)
     model.append(Bytes(48, 32))
-    found = eligible_linears(model, lambda _: False)
+    found = eligible_linears(model, lambda *_: None)
     assert list(found.linears) == ["0", "1"]
     assert found.reasons == {
         str(i + 2): f"{type(m).__name__} has a forward of its own" for i, m in enumerate(model[2:])
