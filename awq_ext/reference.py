@@ -188,12 +188,12 @@ def gptq_factor(
         h = h / channel_scale.double() / channel_scale.double()[:, None]
     mean = float(h.diagonal().mean()) or 1.0
     h = h[order][:, order]
-    failed = True
-    while failed:
-        h.diagonal().add_(damping * mean)
+    for attempt in range(40):
+        added = damping * mean * 10**attempt * torch.eye(len(h), dtype=h.dtype, device=h.device)
         # The last channel first: the factor of the flipped matrix, flipped back, is upper triangular.
-        factor, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-        damping *= 10
+        factor, failed = torch.linalg.cholesky_ex((h + added).flip(0, 1))
+        if not failed:
+            break
     return factor.flip(0, 1).float()
 
 

@@ -14,6 +14,8 @@ namespace {
 // Columns of the factor that are finished at a time: a multiple of every level's tile_cols, and few enough that the
 // triangular solve, which is not done by tiles, stays a small share.
 constexpr int64_t kBlock = 64;
+// Each with ten times the damping of the one before. One is enough but for moments that fp32 cannot hold apart.
+constexpr int kAttempts = 40;
 constexpr int64_t kMaxRows = 14, kMaxCols = 32;  // the largest tile
 
 // H = R R^T in place, a block of columns at a time, from the last to the first:
@@ -30,14 +32,16 @@ class Factorization {
         row_panels_(threads * table.tile_rows * k),
         col_panels_(kBlock * k) {}
 
-  void run() {
+  // Whether every pivot came out as large as exact arithmetic makes it, but for some rounding.
+  bool run() {
     for (int64_t block = ceil_div(k_, kBlock) - 1; block >= 0; --block) {
       const int64_t begin = block * kBlock, end = std::min(k_, begin + kBlock);
       subtract_later(begin, end);
-      factor_diagonal(begin, end);
+      if (!factor_diagonal(begin, end)) return false;
       parallel_for(ceil_div(begin, kBlock), threads_,
                    [&](int64_t task, int) { solve_rows(task * kBlock, (task + 1) * kBlock, begin, end); });
     }
+    return true;
   }
 
  private:
@@ -75,14 +79,15 @@ class Factorization {
   }
 
   // The block on the diagonal, kept in fp64 and transposed (column after column) for solve_rows.
-  void factor_diagonal(int64_t begin, int64_t end) {
+  bool factor_diagonal(int64_t begin, int64_t end) {
     const int64_t size = end - begin;
     double* r = diagonal_;
     for (int64_t i = 0; i < size; ++i)
       for (int64_t j = i; j < size; ++j) r[j * kBlock + i] = h_[(begin + i) * k_ + begin + j];
     for (int64_t j = size - 1; j >= 0; --j) {
       double* column = r + j * kBlock;
-      const double pivot = std::sqrt(std::max(column[j], smallest_));
+      if (!(column[j] >= smallest_)) return false;
+      const double pivot = std::sqrt(column[j]);
       for (int64_t i = 0; i < j; ++i) column[i] /= pivot;
       column[j] = pivot;
       for (int64_t later = 0; later < j; ++later)
@@ -93,6 +98,7 @@ class Factorization {
         rounded_[j * kBlock + i] = static_cast<float>(r[j * kBlock + i]);
         h_[(begin + i) * k_ + begin + j] = rounded_[j * kBlock + i];
       }
+    return true;
   }
 
   // Rows of R_12 = H_12 R_22^-T: x_j = (h_j - sum over i > j of x_i R_ji) / R_jj, from the last column to the first.
@@ -229,14 +235,18 @@ void gptq_factor(const KernelTable& table, const float* moment, int64_t in_featu
   double total = 0.0;
   for (int64_t i = 0; i < k; ++i) total += moment[i * (k + 1)] / (static_cast<double>(scale(i)) * scale(i));
   // nothing ever came in: any positive number gives plain rounding
-  const double mean = total > 0.0 ? total / static_cast<double>(k) : 1.0, added = damping * mean;
-  parallel_for(k, threads, [&](int64_t i, int) {
-    const float* source = moment + order[i] * k;
-    for (int64_t j = i; j < k; ++j) factor[i * k + j] = source[order[j]] / (scale(order[i]) * scale(order[j]));
-    factor[i * k + i] += static_cast<float>(added);
-  });
-  std::fill_n(factor + k * k, (factor_rows(table, k) - k) * k, 0.0f);
-  Factorization(table, factor, k, std::max(added, 1e-7 * mean), threads).run();
+  const double mean = total > 0.0 ? total / static_cast<double>(k) : 1.0;
+  bool done = false;
+  for (int attempt = 0; attempt < kAttempts && !done; ++attempt, damping *= 10.0) {
+    parallel_for(k, threads, [&](int64_t i, int) {
+      const float* source = moment + order[i] * k;
+      for (int64_t j = i; j < k; ++j) factor[i * k + j] = source[order[j]] / (scale(order[i]) * scale(order[j]));
+      factor[i * k + i] += static_cast<float>(damping * mean);
+    });
+    std::fill_n(factor + k * k, (factor_rows(table, k) - k) * k, 0.0f);
+    // exact arithmetic has no pivot below the damping
+    done = Factorization(table, factor, k, damping * mean / 2.0, threads).run();
+  }
   parallel_for(k, threads, [&](int64_t i, int) { std::fill_n(factor + i * k, i, 0.0f); });
 }
 
