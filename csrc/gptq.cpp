@@ -20,7 +20,8 @@ constexpr int64_t kMaxRows = 14, kMaxCols = 32;  // the largest tile
 
 // H = R R^T in place, a block of columns at a time, from the last to the first:
 //     [H_11 H_12]   [R_11 R_12] [R_11     ]^T
-//     [  .  H_22] = [     R_22] [R_12 R_22]      H_22 = R_22 R_22^T, R_12 = H_12 R_22^-T, R_11 R_11^T = H_11 - R_12 R_12^T
+//     [  .  H_22] = [     R_22] [R_12 R_22]      H_22 = R_22 R_22^T, R_12 = H_12 R_22^-T, R_11 R_11^T = H_11 - R_12
+//     R_12^T
 class Factorization {
  public:
   Factorization(const KernelTable& table, float* h, int64_t k, double smallest, int threads)
@@ -131,7 +132,8 @@ class FactorPanels {
       : width_(table.tile_rows), count_(ceil_div(k, width_)), data_(count_ * (count_ + 1) / 2 * width_ * width_) {
     parallel_for(count_, threads, [&](int64_t task, int) {
       const int64_t j = count_ - 1 - task, rows = std::min(k, (j + 1) * width_);
-      table.pack_columns(factor + j * width_, k, rows, std::min(width_, k - j * width_), width_, data_.get() + offset(j));
+      table.pack_columns(factor + j * width_, k, rows, std::min(width_, k - j * width_), width_,
+                         data_.get() + offset(j));
     });
   }
 
@@ -210,8 +212,7 @@ class RowPanel {
     const int64_t width = table_.tile_cols;
     for (int64_t begin = 0; begin < k_; begin += kStrip)
       for (int64_t r = 0; r < count; ++r)
-        for (int64_t i = begin; i < std::min(k_, begin + kStrip); ++i)
-          codes[r * k_ + i] = codes_.get()[i * width + r];
+        for (int64_t i = begin; i < std::min(k_, begin + kStrip); ++i) codes[r * k_ + i] = codes_.get()[i * width + r];
   }
 
  private:

@@ -1,7 +1,7 @@
 // Rounding with error feedback: GPTQ (arXiv 2210.17323), in the form of Babai's nearest plane (arXiv 2507.18553).
 //
-// Channels are rounded one after another in a given order. With the (damped, reordered) second moment H = R R^T, R upper
-// triangular, the output error of a row is
+// Channels are rounded one after another in a given order. With the (damped, reordered) second moment H = R R^T, R
+// upper triangular, the output error of a row is
 //
 //     e H e^T = sum over j of (e_j R_jj + sum over i < j of e_i R_ij)^2,     e = weight - rounded weight,
 //

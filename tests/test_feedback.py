@@ -98,9 +98,7 @@ def assert_decisions(
     right: a sum of j products is off by at most (j + 2) eps of the sum of magnitudes, the quotient by 3 eps.
     """
     k = weight.shape[1]
-    step, zero = (
-        reference.expand_groups(p.float(), k, group_size).double()[:, order] for p in (parts[1], parts[2])
-    )
+    step, zero = (reference.expand_groups(p.float(), k, group_size).double()[:, order] for p in (parts[1], parts[2]))
     codes, w, r = parts[0].double()[:, order], weight.double()[:, order], factor.double()
     error = w - (codes - zero) * step
     above = r.triu(1)
@@ -115,9 +113,7 @@ def assert_decisions(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group_size", [-1, 128, 7])
-def test_quantize(
-    kernels: ModuleType, isa: str, shape: tuple[int, int], dtype: torch.dtype, group_size: int
-) -> None:
+def test_quantize(kernels: ModuleType, isa: str, shape: tuple[int, int], dtype: torch.dtype, group_size: int) -> None:
     n, k = shape
     second_moment, weight, scale = moment(k), torch.randn(n, k).to(dtype), torch.rand(k) + 0.5
     variants = [
@@ -179,7 +175,7 @@ def test_numbers_that_are_none(kernels: ModuleType) -> None:
     for value in (float("nan"), float("inf")):
         second_moment = moment(20)
         second_moment[3, 3] = value
-        with pytest.raises(ValueError, match="second_moment.*finite"):
+        with pytest.raises(ValueError, match=r"second_moment.*finite"):
             kernels.gptq_factor(second_moment, torch.arange(20))
     weight, factor = torch.randn(4, 20), kernels.gptq_factor(moment(20), torch.arange(20))
     weight[0, 3], weight[1, 5], weight[2] = float("nan"), float("inf"), float("nan")
@@ -189,9 +185,9 @@ def test_numbers_that_are_none(kernels: ModuleType) -> None:
 def test_wrong_arguments_are_named() -> None:
     second_moment, order = moment(8), torch.arange(8)
     factor, weight = _C.gptq_factor(second_moment, order), torch.randn(3, 8)
-    with pytest.raises(ValueError, match="order.*every channel once"):
+    with pytest.raises(ValueError, match=r"order.*every channel once"):
         _C.gptq_factor(second_moment, torch.tensor([0, 1, 2, 3, 4, 5, 6, 6]))
-    with pytest.raises(ValueError, match="order.*every channel once"):
+    with pytest.raises(ValueError, match=r"order.*every channel once"):
         _C.gptq_quantize(weight, factor, order + 1, 4)
     with pytest.raises(ValueError, match="factor"):
         _C.gptq_quantize(weight, factor[:4], order, 4)
