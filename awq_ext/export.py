@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +71,13 @@ def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> S
     if lines:
         listed = "\n".join(f"  - {line}" for line in lines)
         raise CheckpointError(f"the format {layout.name!r} cannot hold this model; nothing was written:\n{listed}")
+    if layout.name != "native" and (odd := summary.half_joined()):
+        warnings.warn(
+            f"{_names(odd)}: neighbours are float or have other groups, which awq_ext, AutoAWQ and Transformers can run, but "
+            "servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings",
+            UserWarning,
+            stacklevel=3,
+        )
     return summary
 
 

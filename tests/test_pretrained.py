@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,13 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), case.batches[0]), logits(model, case.batches[0]))
 
 
+def joined_experts(name: str) -> architectures.Case:
+    case = architectures.make(name)
+    if any(isinstance(module, nn.Linear) and ".experts." in key for key, module in case.model.named_modules()):
+        pytest.skip("transformers before release 5 has experts as Linears")
+    return case
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -131,7 +139,7 @@ def test_architectures(name: str, tmp_path: Path) -> None:
 def test_experts_that_transformers_joins_have_their_own_tensors_in_files(
     name: str, expected: str, tmp_path: Path
 ) -> None:
-    case = architectures.make(name)
+    case = joined_experts(name)
     options = {"group_size": 16, "method": "rtn", "skip": ("*lm_head", "*gate"), "progress": False}
     model = awq_ext.quantize(case.model, case.batches, **options)
     awq_ext.save_pretrained(model, tmp_path, max_shard_size=20_000)
@@ -143,11 +151,7 @@ def test_experts_that_transformers_joins_have_their_own_tensors_in_files(
 
 
 def test_quantized_experts_of_a_joined_tensor_are_refused(tmp_path: Path) -> None:
-    case = architectures.make("Mixtral")
-    if hasattr(case.model.model.layers[0].mlp, "experts") and isinstance(
-        case.model.model.layers[0].mlp.experts, nn.ModuleList
-    ):
-        pytest.skip("this release of transformers has experts as Linears")
+    case = joined_experts("Mixtral")
     model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
     awq_ext.save_pretrained(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -177,6 +181,21 @@ def test_all_that_a_format_cannot_hold_is_listed_at_once(tmp_path: Path) -> None
     assert "more layers" in text
     assert list(tmp_path.iterdir()) == []
     before.assert_unchanged()
+
+
+def test_half_of_what_servers_join_is_a_warning(tmp_path: Path) -> None:
+    model = quantized(skip=("*lm_head", "*.1.self_attn.k_proj"))
+    with pytest.warns(
+        UserWarning, match=r"layers\.1\.self_attn\.q_proj, model\.layers\.1\.self_attn\.v_proj: neighbours"
+    ):
+        awq_ext.save_pretrained(model, tmp_path)
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path)), logits(model))
+    model = quantized(per_layer={"*.up_proj": {"group_size": 16}})
+    with pytest.warns(UserWarning, match="gate_proj"):
+        awq_ext.save_pretrained(model, tmp_path, format="compressed-tensors")
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path)), logits(model))
+    with pytest.raises(CheckpointError, match=r"different group sizes \(16, 32\)"):
+        awq_ext.save_pretrained(model, tmp_path, format="awq")
 
 
 def test_bad_arguments_write_nothing(tmp_path: Path) -> None:
@@ -295,6 +314,23 @@ def test_tokenizer_files_are_carried_over(tmp_path: Path) -> None:
     assert torch.equal(logits(awq_ext.from_pretrained(origin)), logits(model))
 
 
+def test_tokenizer_files_come_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--someone--some-model"
+    for folder in ("blobs", "snapshots/1234", "refs"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1234")
+    for name in ("config.json", "tokenizer.json"):
+        (repository / "blobs" / name).write_text(name)
+        (repository / "snapshots" / "1234" / name).symlink_to(Path("../../blobs") / name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = quantized()
+    for origin, found in (("someone/some-model", True), ("someone/other", False), ("/gone/for/good/ever", False)):
+        model.config._name_or_path = origin
+        folder = awq_ext.save_pretrained(model, tmp_path / "x")
+        assert (folder / "tokenizer.json").exists() == found
+        shutil.rmtree(folder)
+
+
 def test_a_tokenizer_of_one_s_own(tmp_path: Path) -> None:
     class Tokenizer:
         def save_pretrained(self, folder: Path) -> None:
@@ -323,6 +359,12 @@ def test_dtype_casts_what_is_not_quantized(saved: tuple[nn.Module, Path]) -> Non
     assert same_bits(layer.scales, original.scales)
     error = (logits(loaded).float() - logits(model)).norm() / logits(model).norm()
     assert error < 0.05  # bf16 has 8 bits: 2^-8 a rounding, of which a token sees some dozens
+
+
+def test_options_reach_the_config(saved: tuple[nn.Module, Path]) -> None:
+    loaded = awq_ext.from_pretrained(saved[1], attn_implementation="eager")
+    assert loaded.config._attn_implementation == "eager"
+    assert torch.allclose(logits(loaded), logits(saved[0]), atol=1e-4)  # another order of some dozen fp32 sums
 
 
 class NoFloatWeights(TorchDispatchMode):

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..reference import group_count
 from .packed import CheckpointError, PackedLinear, exactly, expect
 
+# what vLLM, SGLang and TensorRT-LLM make one matrix of
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -83,6 +85,18 @@ class Summary:
         same = len(lengths) == 1 and lengths == {facts.group_size for facts in self.layers.values()}
         return [lengths.pop()] if same else [-1]
 
+    def half_joined(self) -> list[str]:
+        """Layers that servers join with neighbours which are float, or have other groups: names of those quantized."""
+        found, known = [], {*self.layers, *self.float_linears}
+        for name, facts in self.layers.items():
+            prefix, _, leaf = name.rpartition(".")
+            for parts in JOINED:
+                others = [f"{prefix}.{part}".lstrip(".") for part in parts if leaf in parts and part != leaf]
+                mates = [self.layers.get(other) for other in others if other in known]
+                if any(mate is None or _size(mate) != _size(facts) for mate in mates):
+                    found.append(name)
+        return found
+
     @property
     def symmetric(self) -> bool:
         """Whether all layers are."""
@@ -104,7 +118,6 @@ class Layout:
     short_groups: ClassVar[bool] = False  # may the last group of a row be short
     run_time_scales: ClassVar[bool] = False
     divisors: ClassVar[tuple[int, int]] = (1, 1)  # of out_features and in_features
-    extra_files: ClassVar[tuple[str, ...]] = ()
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         """The tensors of a layer for which :meth:`problems` is empty, by suffix; exact. ``summary`` is of the model it is in."""
@@ -184,6 +197,10 @@ def largest_group(in_features: int) -> str:
     """The largest usual group size that divides ``in_features``, as a hint."""
     fitting = [size for size in (128, 64, 32, 16) if in_features % size == 0]
     return f"{fitting[0]} fits" if fitting else "none of the usual ones fits, -1 does"
+
+
+def _size(facts: Facts) -> int:
+    return -1 if facts.groups == 1 else facts.group_size
 
 
 def _same_groups(facts: Facts, group_size: int) -> bool:
