@@ -28,6 +28,7 @@ class Source(Protocol):
     """What has quantized layers and float tensors: a model or a QuantDir."""
 
     layers: Mapping[str, Any]
+    experts: Mapping[str, str]
     floats: Iterable[str]
 
     def layer(self, name: str) -> PackedLinear: ...
@@ -65,7 +66,7 @@ def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> S
         facts[name] = Facts.of(layer)
         for problem in layout.problems(name, layer):
             found.setdefault(problem, []).append(name)
-    summary = Summary(facts, tuple(float_linears))
+    summary = Summary(facts, tuple(float_linears), source.experts)
     lines = [f"{_names(names)}: {problem}" for problem, names in found.items()]
     lines += layout.model_problems(summary)
     if lines:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .experts import ExpertLinears
 from .formats import CheckpointError, PackedLinear
+from .rows import Numbered, take
 
 
 class Renamed:
     """A source of layers and float tensors (a QuantDir, a ModelSource) under the names of the other side.
 
     to_files False: a QuantDir with the names that ``model`` has; True: a ModelSource of ``model`` with those of its files.
-    Quantized layers are only renamed; float tensors are joined or divided too (experts), when they are asked for.
+    Tensors and layers that the model joins (experts) are joined or divided when they are asked for, layers by rows.
     """
 
     def __init__(self, source: Any, model: nn.Module, to_files: bool = False) -> None:
@@ -25,9 +27,12 @@ class Renamed:
         self._model = model
         self._to_files = to_files
         self._renamings, self._converters = _transforms(model, to_files)
-        self.layers: dict[str, str] = {}
-        for name in source.layers:
-            self.layers[self.name_of(name)] = name
+        # parameters whose experts are layers of their own -> how the model uses them
+        self.experts: dict[str, str] = dict(getattr(source, "experts", {}))
+        self.layers: dict[
+            str, list[tuple[str, Tensor | None]]
+        ] = {}  # name -> layers of the source and their rows, None all
+        self._add_layers()
         self._groups: dict[str, list[tuple[str, str]]] = {}  # first new name -> old names and the patterns they fit
         self._homes: dict[str, str | None] = {}  # new name -> its group, or None where it is only renamed
         self._old: dict[str, str] = {}
@@ -41,22 +46,61 @@ class Renamed:
         self.floats: Iterable[str] = list(self._homes)
 
     def name_of(self, module: str) -> str:
-        """The new name of a quantized layer, or of any Linear. CheckpointError when the model holds it joined with others."""
-        new, pattern = self._renamed(f"{module}.weight")
-        if pattern is not None:
-            raise CheckpointError(
-                f"{module} is an expert that this release of transformers holds in one tensor with the others, which has no "
-                "int4 layer: load it with another release, or build the model yourself and use awq_ext.load"
-            )
-        return new.removesuffix(".weight")
+        """The new name of a Linear that is not joined with others."""
+        return self._renamed(f"{module}.weight")[0].removesuffix(".weight")
 
     def layer(self, name: str) -> PackedLinear:
         """One of ``layers``."""
-        return self.source.layer(self.layers[name])
+        return self._read(name, self.source.layer)
 
     def outline(self, name: str) -> PackedLinear:
         """The same; a model's without codes."""
-        return self.source.outline(self.layers[name])
+        return self._read(name, self.source.outline)
+
+    def _read(self, name: str, read: Callable[[str], PackedLinear]) -> PackedLinear:
+        parts = self.layers[name]
+        return read(parts[0][0]) if parts[0][1] is None else take(parts, read)
+
+    def _add_layers(self) -> None:
+        """Fill ``layers``: renamed, or made of the rows of others where the model joins experts."""
+        groups: dict[
+            str, list[tuple[str, str, list[str]]]
+        ] = {}  # first new name -> what is converted, pattern, its layers
+        for joined, members in self._joined().items():
+            new, pattern = self._renamed(joined)
+            if pattern is not None:
+                groups.setdefault(new, []).append((joined, pattern, members))
+            else:
+                self.layers |= {self.name_of(name): [(name, None)] for name in members}
+                if self._to_files and members[0] != joined.removesuffix(".weight"):
+                    self.experts[new] = self._model.get_submodule(joined).use
+        for group, entries in groups.items():
+            numbered = Numbered({name: self.source.rows(name) for _, _, members in entries for name in members})
+
+            def numbers(key: str, of: Numbered = numbered, entries: list[Any] = entries) -> Tensor:
+                members = next(members for entry, _, members in entries if entry == key)
+                each = [of.numbers(name) for name in members]
+                return torch.stack(each) if self._to_files else each[0]
+
+            made = self._convert(group, numbers, [(key, pattern) for key, pattern, _ in entries])
+            for new, found in made.items():
+                if self._to_files:
+                    self.layers[new.removesuffix(".weight")] = numbered.parts(found)
+                    continue
+                self.experts[new] = "linear"
+                self.layers |= {f"{new}.{e}": numbered.parts(rows) for e, rows in enumerate(found)}
+
+    def _joined(self) -> dict[str, list[str]]:
+        """What stands for one weight in conversions -> its layers: all experts of a parameter in a model, one in files."""
+        found: dict[str, list[str]] = {}
+        for name in self.source.layers:
+            parent = name.rpartition(".")[0]
+            together = self._to_files and isinstance(self._model.get_submodule(parent), ExpertLinears)
+            found.setdefault(parent if together else f"{name}.weight", []).append(name)
+        for name, members in found.items():
+            if self._to_files and not name.endswith(".weight") and len(members) < len(self._model.get_submodule(name)):
+                raise CheckpointError(f"some experts of {name} are float, others not: no file can hold both")
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one of ``floats``."""
@@ -91,8 +135,10 @@ class Renamed:
                 return new, pattern
         return (_apply(self._renamings, name) if self._to_files else name), None
 
-    def _convert(self, group: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        members = self._groups[group]
+    def _convert(
+        self, group: str, read: Callable[[str], Tensor], members: Sequence[tuple[str, str]] | None = None
+    ) -> dict[str, Tensor]:
+        members = members or self._groups[group]
         converter = next(c for c in self._converters if members[0][1] in c.source_patterns)
         converter = deepcopy(converter)
         for name, pattern in members:

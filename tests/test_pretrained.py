@@ -16,7 +16,6 @@ import torch
 from checks import Snapshot, same_bits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_formats import random_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -122,45 +121,75 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), case.batches[0]), logits(model, case.batches[0]))
 
 
-def joined_experts(name: str) -> architectures.Case:
-    case = architectures.make(name)
-    if any(isinstance(module, nn.Linear) and ".experts." in key for key, module in case.model.named_modules()):
-        pytest.skip("transformers before release 5 has experts as Linears")
-    return case
+EXPERTS = {
+    "Mixtral": "model.layers.0.block_sparse_moe.experts.3.w2",
+    "Qwen2-MoE": "model.layers.1.mlp.experts.0.gate_proj",
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("Mixtral", "model.layers.0.block_sparse_moe.experts.3.w2.weight"),
-        ("Qwen2-MoE", "model.layers.1.mlp.experts.0.gate_proj.weight"),
-    ],
-)
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("format", ["awq", "compressed-tensors", "native"])
+@pytest.mark.parametrize("name", list(EXPERTS))
 def test_experts_that_transformers_joins_have_their_own_tensors_in_files(
-    name: str, expected: str, tmp_path: Path
+    name: str, format: str, kept: bool, tmp_path: Path
 ) -> None:
-    case = joined_experts(name)
-    options = {"group_size": 16, "method": "rtn", "skip": ("*lm_head", "*gate"), "progress": False}
+    case = architectures.make(name)
+    skip = ("*lm_head", "*gate", "*experts.*") if kept else ("*lm_head", "*gate")
+    options = {"group_size": 16, "method": "rtn", "fold": "always", "skip": skip, "progress": False}
     model = awq_ext.quantize(case.model, case.batches, **options)
-    awq_ext.save_pretrained(model, tmp_path, max_shard_size=20_000)
+    awq_ext.save_pretrained(model, tmp_path, format=format, max_shard_size=20_000)
     names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert expected in names
-    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), case.batches[0]), logits(model, case.batches[0]))
+    first = "weight" if kept else LAYOUTS[format].suffixes[0]
+    assert f"{EXPERTS[name]}.{first}" in names
+    expected = logits(model, case.batches[0])
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), case.batches[0]), expected)
     other = architectures.make(name, seed=1).model
-    assert torch.equal(logits(awq_ext.load(other, tmp_path), case.batches[0]), logits(model, case.batches[0]))
+    assert torch.equal(logits(awq_ext.load(other, tmp_path), case.batches[0]), expected)
 
 
-def test_quantized_experts_of_a_joined_tensor_are_refused(tmp_path: Path) -> None:
-    case = joined_experts("Mixtral")
+def test_experts_that_no_file_divides_are_for_the_native_layout(tmp_path: Path) -> None:
+    case = architectures.make("gpt-oss")
+    model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
+    with pytest.raises(
+        CheckpointError, match=r'mlp\.experts\.(gate_up|down)_proj and alike hold experts.*format="native"'
+    ):
+        awq_ext.save_pretrained(model, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+    awq_ext.save_pretrained(model, tmp_path / "x", format="native")
+    expected = logits(model, case.batches[0])
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path / "x"), case.batches[0]), expected)
+    other = architectures.make("gpt-oss", seed=1).model
+    assert torch.equal(logits(awq_ext.load(other, tmp_path / "x"), case.batches[0]), expected)
+    awq_ext.convert(tmp_path / "x", tmp_path / "y", format="native")
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path / "y"), case.batches[0]), expected)
+
+
+def test_layers_with_a_transposed_weight(tmp_path: Path) -> None:
+    case = architectures.make("GPT-2")
+    model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
+    assert isinstance(model.transformer.h[0].mlp.c_fc, QuantLinear)
+    awq_ext.save_pretrained(model, tmp_path)
+    expected = logits(model, case.batches[0])
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), case.batches[0]), expected)
+    assert torch.equal(
+        logits(awq_ext.load(architectures.make("GPT-2", seed=1).model, tmp_path), case.batches[0]), expected
+    )
+
+
+def test_a_damaged_expert_leaves_the_model_whole(tmp_path: Path) -> None:
+    case = architectures.make("Mixtral")
     model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
     awq_ext.save_pretrained(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
-    linear = random_layer(*tensors.pop(f"{expert}.weight").shape, 16)
-    tensors |= {f"{expert}.{leaf}": tensor for leaf, tensor in LAYOUTS["awq"].pack(linear).items()}
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds in one tensor with the others"):
-        awq_ext.from_pretrained(tmp_path)
+    name = "model.layers.1.block_sparse_moe.experts.1.w3.qzeros"
+    for spoil in (lambda: tensors.pop(name), lambda: tensors.update({name: torch.zeros(1, 1, dtype=torch.int32)})):
+        spoil()
+        save_file(tensors, tmp_path / "model.safetensors")
+        other = architectures.make("Mixtral", seed=1).model
+        before = Snapshot(other)
+        with pytest.raises(CheckpointError):
+            awq_ext.load(other, tmp_path)
+        before.assert_unchanged()
 
 
 def test_run_time_scales_live_in_the_native_layout(tmp_path: Path) -> None:
