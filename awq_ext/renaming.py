@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,23 @@ from torch import Tensor, nn
 
 from .experts import ExpertLinears
 from .formats import CheckpointError, PackedLinear
+from .qlinear import QuantLinear
 from .rows import Numbered, take
+
+
+@dataclass
+class _Joined:
+    """Quantized layers that stand for one weight. use: of the parameter that they were, "" for an ordinary layer."""
+
+    name: str
+    layers: list[str]
+    use: str = ""
+    pattern: str = ""
+
+    def numbers(self, numbered: Numbered) -> Tensor:
+        """In place of the weight: [E, N, 1] for experts, [N, 1] for one layer."""
+        each = [numbered.numbers(name) for name in self.layers]
+        return torch.stack(each) if self.use else each[0]
 
 
 class Renamed:
@@ -29,9 +46,8 @@ class Renamed:
         self._renamings, self._converters = _transforms(model, to_files)
         # parameters whose experts are layers of their own -> how the model uses them
         self.experts: dict[str, str] = dict(getattr(source, "experts", {}))
-        self.layers: dict[
-            str, list[tuple[str, Tensor | None]]
-        ] = {}  # name -> layers of the source and their rows, None all
+        self.layers: dict[str, str] = {}  # name -> the source's, one of them where a layer is made of several
+        self._rows: dict[str, list[tuple[str, Tensor]]] = {}  # name -> layers of the source and their rows
         self._add_layers()
         self._groups: dict[str, list[tuple[str, str]]] = {}  # first new name -> old names and the patterns they fit
         self._homes: dict[str, str | None] = {}  # new name -> its group, or None where it is only renamed
@@ -58,49 +74,59 @@ class Renamed:
         return self._read(name, self.source.outline)
 
     def _read(self, name: str, read: Callable[[str], PackedLinear]) -> PackedLinear:
-        parts = self.layers[name]
-        return read(parts[0][0]) if parts[0][1] is None else take(parts, read)
+        return take(self._rows[name], read) if name in self._rows else read(self.layers[name])
 
     def _add_layers(self) -> None:
         """Fill ``layers``: renamed, or made of the rows of others where the model joins experts."""
-        groups: dict[
-            str, list[tuple[str, str, list[str]]]
-        ] = {}  # first new name -> what is converted, pattern, its layers
-        for joined, members in self._joined().items():
-            new, pattern = self._renamed(joined)
-            if pattern is not None:
-                groups.setdefault(new, []).append((joined, pattern, members))
+        groups: dict[str, list[_Joined]] = {}  # by the first name of what they become
+        for joined in self._joined():
+            new, pattern = self._renamed(joined.name)
+            if pattern is not None and joined.use in ("", "linear"):
+                joined.pattern = pattern
+                groups.setdefault(new, []).append(joined)
             else:
-                self.layers |= {self.name_of(name): [(name, None)] for name in members}
-                if self._to_files and members[0] != joined.removesuffix(".weight"):
-                    self.experts[new] = self._model.get_submodule(joined).use
-        for group, entries in groups.items():
-            numbered = Numbered({name: self.source.rows(name) for _, _, members in entries for name in members})
+                self._keep(joined)
+        for group, members in groups.items():
+            numbered = Numbered({name: self.source.rows(name) for joined in members for name in joined.layers})
+            stand_ins = {joined.name: joined.numbers(numbered) for joined in members}
+            made = self._convert(group, stand_ins.__getitem__, [(joined.name, joined.pattern) for joined in members])
+            try:
+                found = {
+                    new: [numbered.parts(rows) for rows in (t[None] if self._to_files else t)]
+                    for new, t in made.items()
+                }
+            except CheckpointError as error:
+                if not self._to_files:
+                    raise CheckpointError(f"{members[0].layers[0]}: {error}") from None
+                for joined in members:
+                    self._keep(joined)
+                continue
+            for new, parts in found.items():
+                if not self._to_files:
+                    self.experts[new] = "linear"
+                names = [new.removesuffix(".weight")] if self._to_files else [f"{new}.{e}" for e in range(len(parts))]
+                self._rows |= dict(zip(names, parts, strict=True))
+                self.layers |= {name: self._rows[name][0][0] for name in names}
 
-            def numbers(key: str, of: Numbered = numbered, entries: list[Any] = entries) -> Tensor:
-                members = next(members for entry, _, members in entries if entry == key)
-                each = [of.numbers(name) for name in members]
-                return torch.stack(each) if self._to_files else each[0]
+    def _keep(self, joined: _Joined) -> None:
+        """Layers that are only renamed: also experts that no file knows apart."""
+        self.layers |= {self.name_of(name): name for name in joined.layers}
+        if joined.use:
+            self.experts[joined.name] = joined.use
 
-            made = self._convert(group, numbers, [(key, pattern) for key, pattern, _ in entries])
-            for new, found in made.items():
-                if self._to_files:
-                    self.layers[new.removesuffix(".weight")] = numbered.parts(found)
-                    continue
-                self.experts[new] = "linear"
-                self.layers |= {f"{new}.{e}": numbered.parts(rows) for e, rows in enumerate(found)}
-
-    def _joined(self) -> dict[str, list[str]]:
-        """What stands for one weight in conversions -> its layers: all experts of a parameter in a model, one in files."""
-        found: dict[str, list[str]] = {}
+    def _joined(self) -> list[_Joined]:
+        """What stands for one weight in conversions: all experts of a parameter in a model, a single layer otherwise."""
+        found: dict[str, _Joined] = {}
         for name in self.source.layers:
             parent = name.rpartition(".")[0]
-            together = self._to_files and isinstance(self._model.get_submodule(parent), ExpertLinears)
-            found.setdefault(parent if together else f"{name}.weight", []).append(name)
-        for name, members in found.items():
-            if self._to_files and not name.endswith(".weight") and len(members) < len(self._model.get_submodule(name)):
-                raise CheckpointError(f"some experts of {name} are float, others not: no file can hold both")
-        return found
+            experts = self._model.get_submodule(parent) if self._to_files else None
+            if not isinstance(experts, ExpertLinears):
+                found[f"{name}.weight"] = _Joined(f"{name}.weight", [name])
+                continue
+            found.setdefault(parent, _Joined(parent, [], experts.use)).layers.append(name)
+            if not all(isinstance(expert, QuantLinear) for expert in experts.children()):
+                raise CheckpointError(f"some experts of {parent} are float, others not: no file can hold both")
+        return list(found.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one of ``floats``."""
