@@ -48,8 +48,8 @@ class AwqConfig:
     clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
         block's output (scores of queries and keys suffer from it).
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
-    damping: what error feedback adds to each channel's second moment, as a share of their mean. More trusts the correlations
-        of the calibration inputs less.
+    damping: what error feedback adds to each channel's second moment, as a share of it. With more, the correlations of the
+        calibration inputs count for less: errors on them grow, errors on other inputs fall (docs/quality.md).
     fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.
@@ -73,7 +73,7 @@ class AwqConfig:
     search_rows: int = 512
     clip: bool | str = "auto"
     act_order: bool = True
-    damping: float = 0.01
+    damping: float = 1.0
     fold: str = "auto"
     propagate: str = "float"
     packed: bool = True

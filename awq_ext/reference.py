@@ -173,25 +173,24 @@ def search_clip(
 
 
 def gptq_factor(
-    second_moment: Tensor, order: Tensor, damping: float = 0.01, channel_scale: Tensor | None = None
+    second_moment: Tensor, order: Tensor, damping: float = 1.0, channel_scale: Tensor | None = None
 ) -> Tensor:
-    """R, upper triangular, of H = R R^T: what :func:`gptq_quantize` feeds errors on with. fp32 [K, K].
+    """R, upper triangular, that :func:`gptq_quantize` feeds errors on with: fp32 [K, K], R R^T = H + damping * diag(H) + 1e-6 mean.
 
-    H = diag(1/s) second_moment diag(1/s) + damping * its mean diagonal, both axes reordered by ``order`` int64 [K].
-    second_moment fp32 [K, K], finite (ValueError otherwise); channel_scale s fp32 [K]. Channels that nothing ever entered and
-    singular moments are fine: damping makes H positive definite, and where rounding undoes that, more damping is taken.
+    H = diag(1/s) second_moment diag(1/s), both axes reordered by ``order`` int64 [K]; channel_scale s fp32 [K]; the mean is that of
+    H's diagonal. second_moment fp32 [K, K], finite (ValueError otherwise); singular ones and channels that nothing ever entered
+    are fine: where rounding leaves the sum not positive definite, ten times as much is added.
     """
     if not torch.isfinite(second_moment).all():
         raise ValueError("gptq_factor: argument 'second_moment': expected finite numbers, got NaN or infinity")
     h = second_moment.double()
     if channel_scale is not None:
         h = h / channel_scale.double() / channel_scale.double()[:, None]
-    mean = float(h.diagonal().mean()) or 1.0
     h = h[order][:, order]
-    for attempt in range(40):
-        added = damping * mean * 10**attempt * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    added = damping * h.diagonal().clamp_min(0) + 1e-6 * (float(h.diagonal().mean()) or 1.0)
+    for more in range(30):
         # The last channel first: the factor of the flipped matrix, flipped back, is upper triangular.
-        factor, failed = torch.linalg.cholesky_ex((h + added).flip(0, 1))
+        factor, failed = torch.linalg.cholesky_ex((h + (added * 10**more).diag()).flip(0, 1))
         if not failed:
             break
     return factor.flip(0, 1).float()

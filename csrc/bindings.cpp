@@ -289,10 +289,12 @@ void bind_search(py::module_& m) {
 }
 
 void bind_gptq(py::module_& m) {
-  m.def("gptq_factor", &py_gptq_factor, py::arg("second_moment"), py::arg("order"), py::arg("damping") = 0.01,
+  m.def("gptq_factor", &py_gptq_factor, py::arg("second_moment"), py::arg("order"), py::arg("damping") = 1.0,
         py::arg("channel_scale") = py::none(),
-        "R fp32 [K, K], upper triangular, with R R^T = diag(1/s) second_moment diag(1/s) + damping * mean diagonal,\n"
-        "both axes reordered by `order` int64 [K]. ValueError for numbers that are not finite.");
+        "R fp32 [K, K], upper triangular, with R R^T = H + damping * diag(H) + 1e-6 * its mean, where H =\n"
+        "diag(1/s) second_moment diag(1/s), both axes reordered by `order` int64 [K]. ValueError for numbers that are "
+        "not "
+        "finite.");
   m.def("gptq_quantize", &py_gptq_quantize, py::arg("weight"), py::arg("factor"), py::arg("order"),
         py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,
         py::arg("channel_scale") = py::none(), py::arg("clip") = py::none(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -49,7 +50,8 @@ def damped(second_moment: Tensor, order: Tensor, damping: float, scale: Tensor |
     h = second_moment.double()
     if scale is not None:
         h = h / scale.double() / scale.double()[:, None]
-    return h[order][:, order] + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    h = h[order][:, order]
+    return h + (damping * h.diagonal() + 1e-6 * h.diagonal().mean()).diag()
 
 
 @KERNELS
@@ -57,14 +59,14 @@ def damped(second_moment: Tensor, order: Tensor, damping: float, scale: Tensor |
 @pytest.mark.parametrize("scaled", [False, True])
 def test_factor(kernels: ModuleType, isa: str, k: int, scaled: bool) -> None:
     second_moment, scale = moment(k), torch.rand(k) + 0.5 if scaled else None
-    for order in orders(second_moment):
-        factor = kernels.gptq_factor(second_moment, order, 0.01, scale)
+    for order, damping in itertools.product(orders(second_moment), (0.01, 1.0)):
+        factor = kernels.gptq_factor(second_moment, order, damping, scale)
         assert factor.dtype == torch.float32
         assert torch.equal(factor, factor.triu())
         assert (factor.diagonal() > 0).all()
         # Cholesky's backward error (Higham, Accuracy and Stability, theorem 10.3): gamma of at most k + 1 operations an
         # entry, on |R| |R^T|; H itself is rounded three times (two divisions, the damping), and R once more.
-        r, h = factor.double(), damped(second_moment, order, 0.01, scale)
+        r, h = factor.double(), damped(second_moment, order, damping, scale)
         assert ((r @ r.T - h).abs() <= EPS * (k + 8) * (r.abs() @ r.abs().T)).all()
 
 
@@ -106,7 +108,7 @@ def assert_decisions(
     off = EPS * (torch.arange(k) + 5) * (error.abs() @ above.abs()) / r.diagonal() + EPS * 4 * (target.abs() + w.abs())
     low, high = ((((target + d) / step).round() + zero).clamp(0, 2**bits - 1) for d in (-off, off))
     assert ((low <= codes) & (codes <= high)).all()
-    assert (low == high).double().mean() > 0.99
+    assert (low != high).sum() <= 1 + codes.numel() // 100
 
 
 @KERNELS
