@@ -15,7 +15,15 @@ from .blocks import lockstep
 from .config import AwqConfig, configured
 from .fold import Fold, NormFold
 from .memory import format_bytes
-from .prepare import calibration_mode, foldable_norms, planned_bytes, reasons_to_stay, select_linears, survey_model
+from .prepare import (
+    calibration_mode,
+    foldable_norms,
+    planned_bytes,
+    reasons_to_stay,
+    select_linears,
+    survey_model,
+    unwrapped,
+)
 from .probe import Probe
 from .proof import find_folds
 from .report import aligned
@@ -111,6 +119,7 @@ def plan(
     config = configured(config, overrides)
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches={batches!r}: a number of calibration batches, at least 1, is needed")
+    model = unwrapped(model)
     eligible = select_linears(model, config)
     device = next(iter(eligible.linears.values())).weight.device
     calls = read_calls([example_batch], device, tokenizer, inputs, config.seq_len)

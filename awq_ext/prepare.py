@@ -19,6 +19,11 @@ from .groups import Eligible, eligible_linears, norm_candidates, parameter_owner
 from .selection import reason_to_skip
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module behind ``torch.compile(model)``, under whose names everything goes; any other module itself."""
+    return model._orig_mod if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
+
+
 def select_linears(model: nn.Module, config: AwqConfig) -> Eligible:
     """The Linears that ``config`` wants quantized. ValueError if there is none, or a ``per_layer`` pattern fits none."""
     if type(model) is nn.Linear:

@@ -27,6 +27,7 @@ from .prepare import (
     reasons_to_stay,
     select_linears,
     survey_model,
+    unwrapped,
 )
 from .probe import Probe, combined
 from .report import AwqReport, LayerReport
@@ -58,6 +59,7 @@ def quantize(
     or TypeError for unusable arguments, CalibrationError when the model rejects a batch, whatever the loader raises. After
     any exception, KeyboardInterrupt included, the model is bit for bit what it was.
     """
+    given, model = model, unwrapped(model)
     config = configured(config, overrides)
     started = time.perf_counter()
     eligible = select_linears(model, config)
@@ -80,7 +82,7 @@ def quantize(
             warnings.warn(text, UserWarning, stacklevel=2)
         # last, so that an exception until here (a warning may be one) leaves no report behind
         model.awq_report = report
-    return model
+    return given
 
 
 class _Run:

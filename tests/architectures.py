@@ -194,6 +194,13 @@ def _stack(**settings: Any) -> Callable[[], Case]:
     return lambda: Case(loud(Stack(**settings)), [torch.randn(2, 9, HIDDEN) for _ in range(3)])
 
 
+def _compiled_stack() -> Case:
+    case = _stack()()
+    # inductor is tried in test_compile; what matters here is dynamo's wrapper and its traces
+    case.model = torch.compile(case.model, backend="eager")
+    return case
+
+
 def _checkpointed_llama() -> Case:
     case = _llama_like("Llama")()
     for module in case.model.modules():
@@ -268,6 +275,7 @@ PLAIN: dict[str, Callable[[], Case]] = {
     "weight shared by two blocks": _stack(shared=True),
     "every block called twice": _stack(rounds=2),
     "gradient checkpointing": _stack(recompute=True),
+    "torch.compile": _compiled_stack,
 }
 NAMES = [*TRANSFORMERS, *PLAIN]
 

@@ -20,6 +20,7 @@ import awq_ext
 from awq_ext.blocks import copy_inputs, find_blocks
 from awq_ext.fold import Fold, LinearFold, NormFold
 from awq_ext.groups import Watch, eligible_linears, tensor_identity
+from awq_ext.prepare import unwrapped
 from awq_ext.probe import Probe
 from awq_ext.proof import find_rows, prove_norm_fold
 from awq_ext.report import AwqReport
@@ -110,7 +111,7 @@ def matches(name: str, patterns: Any) -> bool:
 @every_architecture
 def test_every_linear_is_quantized_or_has_its_reason(name: str) -> None:
     report = report_of(name)
-    model = case_of(name).model
+    model = unwrapped(case_of(name).model)
     linears = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
     assert sorted(row.name for row in report.layers) == sorted(linears)
     blocks = [block.name for block in find_blocks(model)]
@@ -130,6 +131,9 @@ def test_every_linear_is_quantized_or_has_its_reason(name: str) -> None:
 def test_no_linear_is_worse_than_rounding_and_most_are_better(name: str) -> None:
     rows = [row for row in report_of(name).layers if row.status == "int4"]
     assert all(row.loss <= row.loss_rtn for row in rows)
+    for leader in {row.group for row in rows}:
+        members = [row for row in rows if row.group == leader]
+        assert sum(row.loss for row in members) <= sum(row.loss_rtn for row in members)
     assert sum(row.loss < row.loss_rtn for row in rows) > len(rows) / 2
     assert all(row.tokens > 0 for row in rows)
 
