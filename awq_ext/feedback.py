@@ -29,6 +29,17 @@ class Feedback:
         parts = self._kernels.gptq_quantize(
             weight, factor, order, channel_scale=self._scale, clip=clip, **settings.quantizer
         )
+        if settings.refine:
+            parts = self._kernels.refine_quantized(
+                weight,
+                *parts,
+                self._second_moment,
+                settings.group_size,
+                settings.bits,
+                settings.damping,
+                settings.refine,
+                self._scale,
+            )
         return Codes.store(self._kernels, parts, settings.bits)
 
     def _factor(self, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:

@@ -207,7 +207,8 @@ class RowPanel {
                               zeros_.get(),
                               order + begin,
                               group_of + begin,
-                              static_cast<float>((1 << spec_.bits) - 1)};
+                              static_cast<float>((1 << spec_.bits) - 1),
+                              false};
     table_.feedback_panel(&panel, sums, errors_.get() + begin * width, codes_.get());
   }
 
