@@ -261,7 +261,7 @@ def test_refine(kernels: ModuleType, isa: str, shape: tuple[int, int], dtype: to
         slack = ((most @ (second_moment.double().abs() * 2)) * most).sum(1) + 1e-4 * losses[0]
         assert (losses[2] <= losses[0] + slack).all()
         assert losses[3].sum() <= losses[2].sum() + slack.sum()
-        if k >= 64 and n > 1:
+        if n * k > 1000:
             assert losses[2].sum() < 0.9 * losses[0].sum()
 
 
