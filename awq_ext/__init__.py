@@ -9,7 +9,9 @@ _abi.check()
 from .blocks import CalibrationError  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .config import AwqConfig  # noqa: E402
+from .convert import convert  # noqa: E402
 from .plan import GroupPlan, Plan, plan  # noqa: E402
+from .pretrained import from_pretrained, save_pretrained  # noqa: E402
 from .qlinear import QuantLinear  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
@@ -27,10 +29,13 @@ __all__ = [
     "Plan",
     "QuantLinear",
     "__version__",
+    "convert",
+    "from_pretrained",
     "load",
     "plan",
     "quantize",
     "save",
+    "save_pretrained",
 ]
 
 _AUTOAWQ_KERNELS = ("dequantize_weights_cuda", "gemm_forward_cuda", "gemmv2_forward_cuda", "gemv_forward_cuda")
