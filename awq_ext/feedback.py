@@ -42,6 +42,12 @@ class Feedback:
             )
         return Codes.store(self._kernels, parts, settings.bits)
 
+    def damped(self, damping: float) -> Tensor:
+        """The second moment that errors are measured by: fp32 [K, K], the diagonal raised by the share ``damping`` of itself."""
+        moment = self._second_moment.clone()
+        moment.diagonal().mul_(1 + damping)
+        return moment
+
     def _factor(self, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:
         if (act_order, damping) not in self._factors:
             diagonal = self._second_moment.diagonal()
