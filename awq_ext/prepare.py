@@ -15,7 +15,7 @@ from .batches import Call
 from .blocks import Block, CalibrationError, find_blocks
 from .calibrate import BlockSurvey, linears_of, survey
 from .config import AwqConfig
-from .experts import find_fused
+from .fused import find_fused
 from .groups import Eligible, eligible_linears, norm_candidates, parameter_owners
 from .journal import Journal
 from .mixture import find_mixtures
