@@ -1,10 +1,6 @@
 """Times the kernels beside what torch alone offers for the same job, interleaved in one run, and prints the ratio.
 
-<<<<<<< HEAD
-    python tests/benchmarks/bench_kernels.py [--only stats,gptq,..] [--shape NxK | --small] [--repeat N] [--threads N] [--json FILE]
-=======
     python tests/benchmarks/bench_kernels.py [--only stats,gptq] [--shape NxK | --small] [--repeat N] [--threads N] [--json FILE]
->>>>>>> main
 
 The shapes are those of one block of a Llama with hidden size 2048: (out_features, in_features) of each group of Linears
 that share an input. `total` adds them up as one block's quantization does. Not a test: nothing here passes or fails.
