@@ -9,7 +9,7 @@ _abi.check()
 from .blocks import CalibrationError  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .config import AwqConfig  # noqa: E402
-from .qlinear import QuantLinear  # noqa: E402
+from .qlinear import QuantLinear, set_compute_dtype  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
 
@@ -27,6 +27,7 @@ __all__ = [
     "load",
     "quantize",
     "save",
+    "set_compute_dtype",
 ]
 
 _AUTOAWQ_KERNELS = ("dequantize_weights_cuda", "gemm_forward_cuda", "gemmv2_forward_cuda", "gemv_forward_cuda")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import GROUP_SIZES, SCALE_DTYPES
-from .qlinear import TILED, QuantLinear
+from .qlinear import COMPUTE_DTYPES, TILED, QuantLinear
 from .report import AwqReport
 
 INDEX_NAME = "awq_ext.json"
@@ -89,7 +89,7 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
 
 
 def _describe(layer: QuantLinear) -> dict[str, Any]:
-    return {
+    entry = {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
         "group_size": layer.group_size,
@@ -98,6 +98,7 @@ def _describe(layer: QuantLinear) -> dict[str, Any]:
         "dtype": str(layer.dtype).removeprefix("torch."),
         "scale_dtype": str(layer.tile_scales.dtype).removeprefix("torch."),
     }
+    return entry if layer.compute_dtype == "auto" else entry | {"compute_dtype": layer.compute_dtype}
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -210,16 +211,19 @@ def _empty_layer(model: nn.Module, name: str, entry: Any, tensors: dict[str, Ten
         sizes = (entry["in_features"], entry["out_features"], entry["group_size"])
         flags = (entry["bias"], entry["pre_quant_scale"])
         dtypes = (_DTYPES[entry["dtype"]], SCALE_DTYPES[entry["scale_dtype"]])
+        compute_dtype = entry.get("compute_dtype", "auto")
     except (KeyError, TypeError):
         raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}") from None
     known = all(type(size) is int for size in sizes) and sizes[2] in GROUP_SIZES and all(type(f) is bool for f in flags)
-    if not known or min(sizes[:2]) < 1:
+    if not known or min(sizes[:2]) < 1 or compute_dtype not in COMPUTE_DTYPES:
         raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}")
     if not isinstance(old, (nn.Linear, QuantLinear)) or (old.in_features, old.out_features) != sizes[:2]:
         raise CheckpointError(
             f"layer {name!r} is {sizes[0]} -> {sizes[1]} features in the checkpoint, in the model it is {old!r}"
         )
-    return QuantLinear(*sizes, *flags, *dtypes, device="meta").train(old.training)
+    layer = QuantLinear(*sizes, *flags, *dtypes, device="meta").train(old.training)
+    layer.compute_dtype = compute_dtype
+    return layer
 
 
 def _match(
