@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "layout.h"
 #include "parallel.h"
@@ -63,14 +64,17 @@ void untile_codes(const uint8_t* tiles, int64_t out_features, int64_t in_feature
   });
 }
 
-void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+void* allocate_large(int64_t bytes) {
+  constexpr int64_t kLargePage = 2 << 20;
+  void* data = nullptr;
+  if (bytes < kLargePage || posix_memalign(&data, kLargePage, static_cast<size_t>(bytes)) != 0) return nullptr;
 #if defined(__linux__)
-  constexpr uintptr_t kPage = 4096, kLargePage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   // Only advice: a system that refuses leaves everything as it was.
-  if (end > begin + kLargePage) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  (void)madvise(data, static_cast<size_t>(bytes / kLargePage * kLargePage), MADV_HUGEPAGE);
 #endif
+  return data;
 }
+
+void free_large(void* data) { std::free(data); }
 
 }  // namespace awq

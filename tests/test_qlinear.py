@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_shared_memory_is_shared_and_equal() -> None:
     before = module(x)
     assert all(t.is_shared() for t in (*module.share_memory().buffers(), *module.parameters()))
     assert torch.equal(module(x), before)
+
+
+def test_weights_in_large_pages_are_ordinary_tensors() -> None:
+    """From two megabytes on the tiles lie in memory that torch did not allocate."""
+    module, x = layer(k=4096, n=1056, group=128), torch.randn(3, 4096)
+    assert module.tiles.nbytes >= 2 << 20
+    assert module.tiles.data_ptr() % (2 << 20) == 0
+    assert_equal(module, copy.deepcopy(module))
+    assert_equal(module, pickle.loads(pickle.dumps(module)))
+    before = module(x)
+    assert all(t.is_shared() for t in module.share_memory().buffers())
+    assert torch.equal(module(x), before)
+    kept = module.tiles[1:]
+    del module
+    gc.collect()
+    assert kept.sum() > 0
 
 
 def assert_equal(a: QuantLinear, b: QuantLinear) -> None:
