@@ -126,7 +126,7 @@ def rounds(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
         counts[name] = max(1, round(TURN_SECONDS / turn(call, 3)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["ours"]) < 7:
+    while time.perf_counter() < end or min(map(len, times.values())) < 7:
         for name, call in calls.items():
             times[name].append(turn(call, counts[name]))
     return times
