@@ -98,7 +98,7 @@ def _describe(layer: QuantLinear) -> dict[str, Any]:
         "dtype": str(layer.dtype).removeprefix("torch."),
         "scale_dtype": str(layer.tile_scales.dtype).removeprefix("torch."),
     }
-    return entry if layer.compute_dtype == "auto" else entry | {"compute_dtype": layer.compute_dtype}
+    return entry if layer.compute == "auto" else entry | {"compute_dtype": layer.compute}
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -222,7 +222,7 @@ def _empty_layer(model: nn.Module, name: str, entry: Any, tensors: dict[str, Ten
             f"layer {name!r} is {sizes[0]} -> {sizes[1]} features in the checkpoint, in the model it is {old!r}"
         )
     layer = QuantLinear(*sizes, *flags, *dtypes, device="meta").train(old.training)
-    layer.compute_dtype = compute_dtype
+    layer.compute = compute_dtype
     return layer
 
 

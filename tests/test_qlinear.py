@@ -199,7 +199,7 @@ def stored(module: QuantLinear, directory: Path) -> QuantLinear:
 
 def test_compute_dtype_stays_with_the_layer(tmp_path: Path) -> None:
     module = layer()
-    assert module.compute_dtype == "auto"
+    assert module.compute == "auto"
     assert awq_ext.set_compute_dtype(nn.Sequential(module, nn.ReLU()), "int8")[0] is module
     copies = [
         copy.deepcopy(module),
@@ -207,14 +207,14 @@ def test_compute_dtype_stays_with_the_layer(tmp_path: Path) -> None:
         save_and_load(module),
         stored(module, tmp_path),
     ]
-    assert "compute_dtype='int8'" in repr(module)
+    assert "compute='int8'" in repr(module)
     for other in copies:
-        assert other.compute_dtype == "int8"
+        assert other.compute == "int8"
         assert_equal(module, other)
-    assert module.half().to("cpu").compute_dtype == "int8"
-    module.compute_dtype = "auto"
-    assert "compute_dtype" not in repr(module)
-    assert stored(module, tmp_path).compute_dtype == "auto"
+    assert module.half().to("cpu").compute == "int8"
+    module.compute = "auto"
+    assert "compute" not in repr(module)
+    assert stored(module, tmp_path).compute == "auto"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -222,7 +222,7 @@ def test_compute_dtype_changes_what_is_computed_a_little(dtype: torch.dtype) -> 
     module, x = layer(dtype=dtype), torch.randn(30, 72).to(dtype)
     with torch.no_grad():
         before = module(x).double()
-        module.compute_dtype = "int8"
+        module.compute = "int8"
         found = module(x).double()
     # each x is off by at most half a step, a 127th of the largest in its group, here of the row
     scaled = (x.double() * module.pre_quant_scale).abs()
@@ -236,12 +236,12 @@ def test_compute_dtype_changes_what_is_computed_a_little(dtype: torch.dtype) -> 
 def test_compute_dtypes_that_do_not_exist(tmp_path: Path) -> None:
     module = layer()
     with pytest.raises(ValueError, match="compute_dtype: expected one of auto, int8, got 'int4'"):
-        module.compute_dtype = "int4"
+        module.compute = "int4"
     with pytest.raises(ValueError, match="compute_dtype: expected one of auto, int8, got 'bf16'"):
         awq_ext.set_compute_dtype(module, "bf16")
     with pytest.raises(ValueError, match="Linear holds no QuantLinear"):
         awq_ext.set_compute_dtype(nn.Linear(2, 2), "int8")
-    assert module.compute_dtype == "auto"
+    assert module.compute == "auto"
     awq_ext.save(nn.Sequential(module), tmp_path)
     index = tmp_path / "awq_ext.json"
     index.write_text(index.read_text().replace('"scale_dtype"', '"compute_dtype": "int3", "scale_dtype"'))
