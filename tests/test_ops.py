@@ -198,7 +198,7 @@ def test_leading_dimensions_and_strides() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [1, 5, 40, 150, 301])
 @pytest.mark.parametrize("compute_dtype", ["auto", "int8"])
 def test_threads_do_not_change_a_bit(isa: str, compute_dtype: str, rows: int, dtype: torch.dtype) -> None:
     parts, x, before = layer(300, 640, 128), torch.randn(rows, 640).to(dtype), torch.get_num_threads()

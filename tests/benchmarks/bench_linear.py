@@ -30,10 +30,9 @@ from awq_ext import _C, ops, reference
 
 SHAPES = "4096x4096,4096x11008,4096x14336,2048x8192,896x4864,576x1536"
 ROWS = "1,2,4,8,16,32,64,128,512"
-GROUP = 128
 CACHE_BYTES = 256 << 20  # of copies of one weight
 TURN_SECONDS = 2e-3
-READ_BYTES = 32 << 20  # read by one sample of the bandwidth, of an array eight times as long
+READ_BYTES = 32 << 20  # read by one sample of the bandwidth, of eight times as much
 PEERS = ("fp32", "bf16", "fp16", "aten_int4")
 Result = dict[str, Any]
 
@@ -52,9 +51,10 @@ def turns(calls: list[Callable[[], object]]) -> Callable[[], object]:
     return call
 
 
-def ours(x: torch.Tensor, n: int, dtype: torch.dtype, compute_dtype: str = "auto") -> tuple[Callable[[], object], int]:
+def ours(
+    x: torch.Tensor, n: int, group: int, dtype: torch.dtype, compute_dtype: str = "auto"
+) -> tuple[Callable[[], object], int]:
     k = x.shape[1]
-    group = GROUP if k % GROUP == 0 else 64
     codes, scales, zeros = _C.quantize_weight(torch.randn(n, k) / k**0.5, group, scale_dtype=torch.bfloat16)
     packed = _C.pack_int4(codes)
 
@@ -79,9 +79,8 @@ def linear(x: torch.Tensor, n: int, dtype: torch.dtype) -> Callable[[], object]:
     return turns([call(weight.clone()) for _ in range(copies(weight.nbytes))])
 
 
-def aten_int4(x: torch.Tensor, n: int) -> Callable[[], object]:
+def aten_int4(x: torch.Tensor, n: int, group: int) -> Callable[[], object]:
     k = x.shape[1]
-    group = GROUP if k % GROUP == 0 else 64
     x, codes = x.bfloat16(), torch.randint(0, 16, (n, k), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     scales = torch.randn(k // group, n, 2, dtype=torch.bfloat16)
@@ -93,20 +92,24 @@ def aten_int4(x: torch.Tensor, n: int) -> Callable[[], object]:
 
 
 def read_memory() -> Callable[[], object]:
-    array = torch.ones(8, READ_BYTES, dtype=torch.uint8)
-    return turns([lambda part=part: part.amax() for part in array])  # the fastest reader in torch
+    """The fastest reader in torch, of memory in large pages, as our weights have it."""
+    codes = torch.zeros(READ_BYTES // 4096, 4096, dtype=torch.uint8)
+    parts = [_C.tile_int4(codes, 8192, 128).view(torch.float32) for _ in range(8)]
+    return turns([lambda part=part: part.sum() for part in parts])
 
 
-def contenders(k: int, n: int, rows: int, dtype: torch.dtype) -> tuple[dict[str, Callable[[], object]], int]:
+def contenders(
+    k: int, n: int, rows: int, group: int, dtype: torch.dtype
+) -> tuple[dict[str, Callable[[], object]], int]:
     """Name -> call, and the bytes of our weight."""
     x = torch.randn(rows, k)
-    own, nbytes = ours(x, n, dtype)
-    calls = {"ours": own, "int8": ours(x, n, dtype, "int8")[0]}
+    own, nbytes = ours(x, n, group, dtype)
+    calls = {"ours": own, "int8": ours(x, n, group, dtype, "int8")[0]}
     calls |= {"read": read_memory(), "bf16": linear(x, n, torch.bfloat16)}
     if rows <= 8 or dtype != torch.bfloat16:  # beyond, no peer comes near bf16 and one call takes long
         calls |= {"fp32": linear(x, n, torch.float32), "fp16": linear(x, n, torch.float16)}
     if rows <= 32:
-        calls["aten_int4"] = aten_int4(x, n)
+        calls["aten_int4"] = aten_int4(x, n, group)
     return calls, nbytes
 
 
@@ -132,12 +135,12 @@ def rounds(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
     return times
 
 
-def measure(k: int, n: int, rows: int, seconds: float, dtype: torch.dtype, realtime: bool) -> Result:
+def measure(k: int, n: int, rows: int, group: int, args: argparse.Namespace) -> Result:
     """Median times in seconds, ratios, bandwidths in bytes a second."""
-    calls, nbytes = contenders(k, n, rows, dtype)
+    calls, nbytes = contenders(k, n, rows, group, getattr(torch, args.dtype))
     calls["bf16"]()  # every thread exists when priorities are set
-    with priority(realtime):
-        times = rounds(calls, seconds)
+    with priority(args.realtime):
+        times = rounds(calls, args.seconds)
     peers = [name for name in PEERS if name in times]
 
     def ratios(name: str) -> dict[str, float]:
@@ -148,6 +151,7 @@ def measure(k: int, n: int, rows: int, seconds: float, dtype: torch.dtype, realt
         "in": k,
         "out": n,
         "rows": rows,
+        "group_size": group,
         "rounds": len(times["ours"]),
         "times": middle,
         "best": {name: min(values) for name, values in times.items()},
@@ -217,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--rows", default=ROWS)
+    parser.add_argument("--group-size", type=int, help="default: 128, or 64 where 128 does not divide the width")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of our input")
@@ -228,7 +233,7 @@ def main() -> None:
     for shape in args.shapes.split(","):
         k, n = map(int, shape.split("x"))
         for rows in map(int, args.rows.split(",")):
-            result = measure(k, n, rows, args.seconds, getattr(torch, args.dtype), args.realtime)
+            result = measure(k, n, rows, args.group_size or (128 if k % 128 == 0 else 64), args)
             print(describe(result), flush=True)
             if args.json:
                 merge(args.json, args.dtype, result)

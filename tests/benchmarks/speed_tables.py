@@ -60,6 +60,29 @@ def linear() -> str:
     return f"Measured on: {described(data)}.\n\n" + markdown(head, map(row, data["results"]))
 
 
+def limits() -> str:
+    """One row: what reading the weight once would take, and how far ahead of torch's int4 kernel that could be."""
+
+    def row(r: Data) -> list[str]:
+        t, nbytes = r["times"], r["bytes_per_second"] * r["times"]["ours"]
+        floor = nbytes / r["read_bytes_per_second"]
+        cells = [f"{nbytes / 1e6:.2f}", f"{r['read_bytes_per_second'] / 1e9:.1f}"]
+        cells += [f"{seconds * 1e6:.0f}" for seconds in (floor, t["ours"], t["aten_int4"])]
+        return [f"{r['in']} x {r['out']}", *cells, times(t["aten_int4"] / floor), times(r["ratios"]["aten_int4"])]
+
+    head = (
+        "one row",
+        "MB",
+        "read, GB/s",
+        "us to read",
+        "us",
+        "aten int4, us",
+        "aten int4 / reading",
+        "aten int4 / ours",
+    )
+    return markdown(head, (row(r) for r in read("bench_linear")["results"] if r["rows"] == 1))
+
+
 def summary() -> str:
     """One shape, for the README."""
     data = read("bench_linear")
@@ -111,7 +134,7 @@ def pack() -> str:
     return text
 
 
-TABLES = {"linear": linear, "summary": summary, "generate": generate, "int8": int8, "pack": pack}
+TABLES = {"linear": linear, "limits": limits, "summary": summary, "generate": generate, "int8": int8, "pack": pack}
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
