@@ -145,6 +145,48 @@ def doctor() -> None:
     console.print("[green]every level of kernels computes what the reference computes[/green]")
 
 
+def check_format(value: str) -> str:
+    """A layout that awq_ext knows, else a usage error (exit code 2)."""
+    from .formats import LAYOUTS
+
+    if value not in LAYOUTS:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(LAYOUTS)}")
+    return value
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of a quantized checkpoint, of any layout.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="Directory to write; what is a checkpoint in it is replaced.")
+    ],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            callback=check_format,
+            help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt or native (docs/formats.md).",
+        ),
+    ] = "awq",
+    max_shard_size: Annotated[str, typer.Option(help="Begin another file beyond this size.")] = "5GB",
+) -> None:
+    """Convert a quantized checkpoint to another layout, exactly: codes, scales and zeros stay what they are.
+
+    No model is built and nothing is quantized again. Where a layout cannot hold the checkpoint, all reasons are listed and
+    nothing is written.
+
+    awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors
+    """
+    from .convert import convert as run
+    from .formats import CheckpointError
+
+    try:
+        folder = run(source, target, format, max_shard_size)
+    except (CheckpointError, ValueError, OSError) as problem:
+        raise fail(Console(stderr=True), problem) from None
+    Console().print(f"{escape(str(folder))}: {format}", soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of the ``awq-ext`` script."""
     app()

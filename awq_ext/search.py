@@ -6,7 +6,7 @@ number of calibration rows (AWQ, arXiv 2306.00978, equation 4, rewritten).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -45,6 +45,13 @@ class Codes:
     in_features: int
     packed: bool
 
+    @classmethod
+    def store(cls, kernels: ModuleType, parts: tuple[Tensor, Tensor, Tensor], bits: int) -> Codes:
+        """From codes uint8 [N, K], scales and zeros [N, G], as the quantizing kernels return them."""
+        codes, scales, zeros = parts
+        packed = bits == 4
+        return cls(kernels.pack_int4(codes) if packed else codes, scales, zeros, codes.shape[1], packed)
+
     def unpacked(self, kernels: ModuleType) -> Tensor:
         """Codes uint8 [N, K]."""
         return kernels.unpack_int4(self.stored, self.in_features) if self.packed else self.stored
@@ -67,10 +74,10 @@ class Codes:
         return Codes(self.stored[index], self.scales[index], self.zeros[index], self.in_features, self.packed)
 
 
-def weight_mean(weights: Sequence[Tensor], group_size: int) -> Tensor:
+def weight_mean(weights: Sequence[Tensor], group_sizes: Sequence[int]) -> Tensor:
     """w_mean fp32 [K]: mean over all rows of |W[:, k]| / (largest |W| of its weight group)."""
     total = torch.zeros(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
-    for weight in weights:
+    for weight, group_size in zip(weights, group_sizes, strict=True):
         for rows in weight.split(_ROWS_AT_ONCE):
             magnitude = rows.float().abs()
             g = reference.group_length(magnitude.shape[1], group_size)
@@ -113,27 +120,33 @@ def search_scale(
     kernels: ModuleType,
     weights: Sequence[Tensor],
     x_mean: Tensor,
-    second_moment: Tensor,
-    config: AwqConfig,
+    second_moments: Iterable[Tensor],
+    settings: Sequence[AwqConfig],
     tie: Callable[[Tensor], Tensor] | None = None,
+    alone: bool = False,
 ) -> ScaleChoice:
     """The candidate with the least output error summed over the group's Linears that makes no single one worse than RTN.
 
-    weights: each [N_i, K]; x_mean fp32 [K]; second_moment fp32 [K, K]. Ranked on evenly spaced rows (``ranking_rows``).
-    tie: turns candidates [C, K] into the nearest ones that can be folded.
+    weights: each [N_i, K], with the second moment fp32 [K, K] of its input and the settings it will be rounded by; x_mean fp32
+    [K]. Ranked on evenly spaced rows (``ranking_rows``).
+    tie: turns candidates [C, K] into the nearest ones that can be folded. alone: a Linear that a candidate makes worse will do
+    without, so that it only counts as RTN does.
     """
-    candidates, labels = candidate_scales(x_mean, weight_mean(weights, config.group_size), config.n_grid)
+    group_sizes = [config.group_size for config in settings]
+    candidates, labels = candidate_scales(x_mean, weight_mean(weights, group_sizes), settings[0].n_grid)
     if tie is not None:
         candidates = tie(candidates)
-    wanted = ranking_rows(config.search_rows, candidates.shape[1])
+    wanted = ranking_rows(settings[0].search_rows, candidates.shape[1])
     total_rows = sum(len(weight) for weight in weights)
     losses = []
-    for weight in weights:
+    for weight, second_moment, config in zip(weights, second_moments, settings, strict=True):
         # rows in proportion to the Linear's height, but enough for a thin one to be judged by
         rows = min(len(weight), max(_FEWEST_ROWS, wanted * len(weight) // total_rows)) if wanted else 0
         sampled = kernels.scale_losses(weight, candidates, second_moment, max_rows=rows, **config.quantizer)
         losses.append(sampled * (len(weight) / (rows or len(weight))))
     per_linear = torch.stack(losses)
+    if alone:
+        per_linear = per_linear.minimum(per_linear[:, :1])
     worse = (per_linear > per_linear[:, :1]).any(0)
     best = int(per_linear.sum(0).masked_fill(worse, float("inf")).argmin())
     if best == 0:
@@ -153,9 +166,8 @@ def quantize(
     kernels: ModuleType, weight: Tensor, config: AwqConfig, scale: Tensor | None = None, clip: Tensor | None = None
 ) -> Codes:
     """Round ``weight`` * scale to codes, ranges shrunk by ``clip`` [N, G]."""
-    codes, scales, zeros = kernels.quantize_weight(weight, channel_scale=scale, clip=clip, **config.quantizer)
-    packed = config.bits == 4
-    return Codes(kernels.pack_int4(codes) if packed else codes, scales, zeros, weight.shape[1], packed)
+    parts = kernels.quantize_weight(weight, channel_scale=scale, clip=clip, **config.quantizer)
+    return Codes.store(kernels, parts, config.bits)
 
 
 def search_clip(

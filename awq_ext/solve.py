@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 
@@ -11,32 +11,55 @@ from torch import Tensor, nn
 
 from . import search
 from .backend import kernels_for
-from .calibrate import BlockSurvey, GroupStatistics
+from .calibrate import BlockSurvey, GroupStatistics, InputStatistics
 from .config import AwqConfig
-from .fold import Change, Fold, LinearFold, NormFold, prove_linear_folds, prove_norm_folds
+from .feedback import Feedback
+from .fold import Change, Fold, LinearFold, NormFold
 from .groups import ScaleGroup
 from .probe import Probe, Substitutes, combined
+from .proof import find_folds
 from .qlinear import QuantLinear, take_hooks
 from .report import BlockReport, LayerReport
 from .search import Codes, ScaleChoice
 
+NO_ROWS = "no calibration row reached it"
+
 
 @dataclass
 class LayerSolution:
-    """A Linear and the codes that replace its weight; ``scale`` fp32 [K] multiplied the columns before rounding.
+    """A Linear, its settings and the codes that replace its weight; ``scale`` fp32 [K] multiplied the columns before rounding.
 
     divisor: fp32 [N], by which the rows were divided, where a later group's scale is folded into this Linear.
-    unclipped: the codes without clipping, where there is a choice.
+    book: statistics of its input; problem: why they were not used. unclipped: the codes without clipping, where there is a choice.
+    fed_back: whether ``codes`` were rounded with error feedback.
     """
 
     name: str
     linear: nn.Linear
+    settings: AwqConfig
+    book: InputStatistics
     codes: Codes
     scale: Tensor | None = None
     divisor: Tensor | None = None
     unclipped: Codes | None = None
     loss_rtn: float | None = None
     loss: float | None = None
+    problem: str = ""
+    fed_back: bool = False
+
+    @property
+    def method(self) -> str:
+        """What was really done: the wanted method, without the error feedback where that did not lower the loss."""
+        if self.problem:
+            return "rtn"
+        if self.settings.feeds_back and not self.fed_back:
+            return "awq" if self.settings.searches_scale else "rtn"
+        return self.settings.method
+
+    @property
+    def seldom_called(self) -> bool:
+        """Whether its problem is that few calibration rows reached it, or none."""
+        return self.problem == NO_ROWS or "min_tokens" in self.problem
 
     @property
     def clipped(self) -> bool:
@@ -46,19 +69,19 @@ class LayerSolution:
 
 @dataclass
 class GroupSolution:
-    """A scale group: its statistics, its choice, and what takes 1/s (None: division at run time)."""
+    """A scale group: its statistics, its choice, and what takes 1/s (None: division at run time, or in fake-quantized weights)."""
 
+    group: ScaleGroup
     book: GroupStatistics
     choice: ScaleChoice = field(default_factory=lambda: ScaleChoice(None))
     fold: Fold | None = None
     layers: list[LayerSolution] = field(default_factory=list)
-    problem: str = ""
 
-    def reports(self, config: AwqConfig) -> list[LayerReport]:
+    def reports(self) -> list[LayerReport]:
         """The rows of the report."""
         applied = ""
         if self.choice.scale is not None:
-            applied = "run time" if config.packed else "weights"
+            applied = "run time" if self.layers[0].settings.packed else "weights"
             if self.fold is not None:
                 applied = "norm" if isinstance(self.fold, NormFold) else "linear"
         return [
@@ -66,16 +89,19 @@ class GroupSolution:
                 name=layer.name,
                 in_features=layer.linear.in_features,
                 out_features=layer.linear.out_features,
-                status="int4" if config.packed else "fake",
-                method="rtn" if self.problem else config.method,
-                scale=self.choice.kind,
-                alpha=self.choice.alpha,
-                applied=applied,
+                status="int4" if layer.settings.packed else "fake",
+                bits=layer.settings.bits,
+                group_size=layer.settings.group_size,
+                method=layer.method,
+                group=self.layers[0].name,
+                scale="identity" if layer.scale is None else self.choice.kind,
+                alpha=None if layer.scale is None else self.choice.alpha,
+                applied="" if layer.scale is None else applied,
                 clipped=layer.clipped,
                 loss_rtn=layer.loss_rtn,
                 loss=layer.loss,
-                tokens=self.book.rows,
-                note=self.problem,
+                tokens=layer.book.rows,
+                note=layer.problem,
             )
             for layer in self.layers
         ]
@@ -100,24 +126,52 @@ class BlockSolver:
         self.config = config
         self.foldable = foldable
         self.divisors: dict[nn.Linear, Tensor] = {}
+        self.problems: dict[str, str] = {}
+        self.experts = {name for group in surveyed.groups for name in group.experts}
 
     def solve(self) -> tuple[list[GroupSolution], BlockReport]:
         """All groups of the block, and how far its output moved."""
+        report = BlockReport(self.surveyed.block.name)
         folds = self._find_folds()
+        groups = self._solve_without_worse(folds)
+        report.fold_error = self._fold_error(groups)
+        if report.fold_error > (allowed := self._allowed_fold_error()):
+            report.note = (
+                f"no folds: they would move its float output by {report.fold_error:.2g} (allowed {allowed:.2g})"
+            )
+            groups = self._solve_without_worse([None] * len(folds))
+            report.fold_error = 0.0
+        report.output_error = self._settle_clips(groups) / (self.probe.norm or 1.0)
+        return groups, report
+
+    def _solve_without_worse(self, folds: Sequence[Fold | None]) -> list[GroupSolution]:
+        """All groups; folds that leave a Linear with more error than RTN are given up."""
         while True:
             groups = self._solve_groups(folds)
             worse = {x.linear for group in groups for x in group.layers if x.loss is not None and x.loss > x.loss_rtn}
             if not worse:
-                break
+                return groups
             # Dividing a row changes how its group scales are rounded: nothing but that can be left. Without the fold the
             # Linear falls back to RTN's codes.
             kept = [None if isinstance(fold, LinearFold) and fold.module in worse else fold for fold in folds]
             assert kept != folds, "only a fold into its rows can leave a Linear worse than RTN"
             folds = kept
-        size = self.probe.norm or 1.0
+
+    def _fold_error(self, groups: Sequence[GroupSolution]) -> float:
+        """Relative change of the block's float output once the folds are applied, with the scales that were chosen."""
         folded = _folded_float(groups)
-        fold_error = self.probe.distance(folded) / size if folded else 0.0
-        return groups, BlockReport(self.surveyed.block.name, fold_error, self._settle_clips(groups) / size)
+        return self.probe.distance(folded) / (self.probe.norm or 1.0) if folded else 0.0
+
+    def _allowed_fold_error(self) -> float:
+        """Each folded parameter is rounded once more, at most eps / 2 of it, and so are the columns that make up for it.
+
+        A path through a block meets four folds (norm, values, norm, up), so 4 eps, and as much again for what sums cancel. The
+        folds themselves were proven exactly; this catches scales that leave the range of the dtype.
+        """
+        linears = list(self.surveyed.linears.values())
+        # autocast computes in less than the weights' precision
+        dtypes = {linear.weight.dtype for linear in linears} | self.probe.output_dtypes(linears)
+        return 8 * max(torch.finfo(dtype).eps for dtype in dtypes)
 
     def _solve_groups(self, folds: Sequence[Fold | None]) -> list[GroupSolution]:
         self.divisors = {}
@@ -128,145 +182,216 @@ class BlockSolver:
         return [self._solve_group(*one, choice) for one, choice in pairs][::-1]
 
     def _choose(self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None) -> ScaleChoice:
-        if _unusable(group, book) or self.config.method == "rtn" or (fold is None and self.config.fold == "always"):
+        usable = [name for name in group.linears if not self._problem(name, book)]
+        settings = [self.config.for_layer(name) for name in usable]
+        if not usable or not settings[0].searches_scale:
             return ScaleChoice(None)
-        weights = [self.surveyed.linears[name].weight.detach() for name in group.linears]
+        if fold is None and settings[0].packed and self.config.fold == "always":
+            return ScaleChoice(None)
+        weights = [self.surveyed.linears[name].weight.detach() for name in usable]
+        moments = (book.inputs[name].stats.second_moment() for name in usable)
         tie = None if fold is None else fold.tie
-        return search.search_scale(self.kernels, weights, book.x_mean, book.stats.second_moment(), self.config, tie)
+        return search.search_scale(
+            self.kernels, weights, book.x_mean(usable), moments, settings, tie, alone=_each_alone(group, fold)
+        )
+
+    def _problem(self, name: str, book: GroupStatistics) -> str:
+        """Why the statistics of a Linear's input cannot guide a search, or ""."""
+        if name not in self.problems:
+            searched = name in self.experts and self.config.for_layer(name).method != "rtn"
+            few = self.config.min_tokens if searched else 0
+            self.problems[name] = _unusable(book.inputs[name], few)
+        return self.problems[name]
 
     def _solve_group(
         self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None, choice: ScaleChoice
     ) -> GroupSolution:
-        linears = {name: self.surveyed.linears[name] for name in group.linears}
-        problem = _unusable(group, book)
-        if problem or self.config.method == "rtn":
-            return self._rounded(linears, book, problem)
-        solution = self._scaled(linears, choice, fold, book)
-        if any(layer.loss > layer.loss_rtn for layer in solution.layers):
-            # Ranking saw a sample of the rows, this loss all of them: a group that fails here keeps the identity
-            solution = self._scaled(linears, ScaleChoice(None), None, book)
+        if book.rows == 0 and book.rows_seen > 0:
+            raise ValueError(
+                f"{', '.join(group.linears)}: all {book.rows_seen} calibration rows are masked out; "
+                "check the attention_mask of the calibration batches"
+            )
+        if all(self._problem(name, book) for name in group.linears) or self._settings(group).method == "rtn":
+            return GroupSolution(group, book, layers=[self._rounded(name, book) for name in group.linears])
+        if choice.scale is None and self._could_divide(group, fold):
+            fold, choice = None, self._choose(group, book, None)
+        solution = self._scaled(group, choice, fold, book)
+        worse = [layer for layer in solution.layers if layer.loss is not None and layer.loss > layer.loss_rtn]
+        # Ranking saw a sample of the rows, this loss all of them: what fails here keeps the identity
+        if worse and _each_alone(group, solution.fold):
+            for layer in worse:
+                feedback = Feedback(self.kernels, layer.book.stats.second_moment(), None)
+                apart = self._searched(layer.name, layer.book, None, feedback)
+                solution.layers[solution.layers.index(layer)] = apart
+        elif worse and self._could_divide(group, fold):
+            return self._solve_group(group, book, None, self._choose(group, book, None))
+        elif worse:
+            solution = self._scaled(group, ScaleChoice(None), None, book)
         if isinstance(solution.fold, LinearFold):
             self.divisors[solution.fold.module] = solution.fold.divisor(solution.choice.scale)
         return solution
 
-    def _rounded(self, linears: Mapping[str, nn.Linear], book: GroupStatistics, problem: str = "") -> GroupSolution:
-        solution = GroupSolution(book, problem=problem)
-        for name, linear in linears.items():
-            divisor = self.divisors.get(linear)
-            layer = LayerSolution(name, linear, self._quantize(linear, divisor=divisor), divisor=divisor)
-            if not problem:
-                layer.loss = layer.loss_rtn = self._loss(layer, layer.codes, book)
-            solution.layers.append(layer)
-        return solution
+    def _could_divide(self, group: ScaleGroup, fold: Fold | None) -> bool:
+        """Whether experts of which some gain nothing from a scale in the norm may divide their rows at run time, each or not."""
+        return fold is not None and len(group.inputs) > 1 and self.config.fold == "auto"
+
+    def _settings(self, group: ScaleGroup) -> AwqConfig:
+        return self.config.for_layer(group.linears[0])
 
     def _scaled(
-        self, linears: Mapping[str, nn.Linear], choice: ScaleChoice, fold: Fold | None, book: GroupStatistics
+        self, group: ScaleGroup, choice: ScaleChoice, fold: Fold | None, book: GroupStatistics
     ) -> GroupSolution:
         scale = choice.scale if fold is None or choice.scale is None else fold.effective_scale(choice.scale)
-        solution = GroupSolution(book, replace(choice, scale=scale), None if scale is None else fold)
-        for name, linear in linears.items():
-            rtn = self._quantize(linear)
-            divisor = self.divisors.get(linear)
-            full = rtn if scale is None and divisor is None else self._quantize(linear, scale, divisor)
-            layer = LayerSolution(name, linear, full, scale, divisor)
-            clipped = self._clipped(layer, book)
-            if clipped:
-                layer.codes, layer.unclipped = clipped, full
-            layer.loss_rtn = self._loss(LayerSolution(name, linear, rtn), rtn, book)
-            layer.loss = layer.loss_rtn if layer.codes is rtn else self._loss(layer, layer.codes, book)
-            if layer.clipped and layer.loss > layer.loss_rtn:
-                layer.codes, layer.unclipped = full, None
-                layer.loss = self._loss(layer, full, book)
-            solution.layers.append(layer)
+        fold = None if scale is None else fold
+        solution = GroupSolution(group, book, replace(choice, scale=scale), fold)
+        feedbacks: dict[int, Feedback] = {}  # one for each input: its second moment is factorized once
+        for name in group.linears:
+            if self._problem(name, book):
+                # a norm that holds 1/s holds it for all that read it
+                solution.layers.append(self._rounded(name, book, None if fold is None else scale))
+            else:
+                one = book.inputs[name]
+                if id(one) not in feedbacks:
+                    feedbacks = {id(one): Feedback(self.kernels, one.stats.second_moment(), scale)}
+                solution.layers.append(self._searched(name, one, scale, feedbacks[id(one)]))
         return solution
+
+    def _rounded(self, name: str, book: GroupStatistics, scale: Tensor | None = None) -> LayerSolution:
+        linear, settings = self.surveyed.linears[name], self.config.for_layer(name)
+        divisor, problem = self.divisors.get(linear), self._problem(name, book)
+        codes = search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), settings, scale)
+        layer = LayerSolution(name, linear, settings, book.inputs[name], codes, scale, divisor, problem=problem)
+        if not problem:
+            layer.loss = layer.loss_rtn = self._loss(layer, layer.codes)
+        return layer
+
+    def _searched(self, name: str, book: InputStatistics, scale: Tensor | None, feedback: Feedback) -> LayerSolution:
+        linear, settings = self.surveyed.linears[name], self.config.for_layer(name)
+        weight, divisor = linear.weight.detach(), self.divisors.get(linear)
+        nearest = rtn = search.quantize(self.kernels, weight, settings)
+        if scale is not None or divisor is not None:
+            nearest = search.quantize(self.kernels, _divided(weight, divisor), settings, scale)
+        layer = LayerSolution(name, linear, settings, book, nearest, scale, divisor)
+        layer.loss_rtn = self._loss(replace(layer, scale=None, divisor=None), rtn)
+        if settings.feeds_back:
+            self._feed_back(layer, feedback)
+        clipped = self._clipped(layer, feedback)
+        if clipped:
+            layer.codes, layer.unclipped = clipped, layer.codes
+        layer.loss = layer.loss_rtn if layer.codes is rtn else self._loss(layer, layer.codes)
+        if layer.clipped and layer.loss > layer.loss_rtn:
+            layer.codes, layer.unclipped = layer.unclipped, None
+            layer.loss = self._loss(layer, layer.codes)
+        return layer
+
+    def _feed_back(self, layer: LayerSolution, feedback: Feedback) -> None:
+        """Codes rounded with error feedback, where their loss is below that of rounding to nearest."""
+        codes = feedback.quantize(_divided(layer.linear.weight.detach(), layer.divisor), layer.settings)
+        if self._loss(layer, codes) < min(self._loss(layer, layer.codes), layer.loss_rtn):
+            layer.codes, layer.fed_back = codes, True
 
     def _find_folds(self) -> list[Fold | None]:
         """For each group, what takes its 1/s, proven."""
-        # fake-quantized weights hold 1/s themselves: nothing to fold
-        if self.config.method == "rtn" or self.config.fold == "never" or not self.config.packed:
-            return [None] * len(self.surveyed.groups)
-        members = [[self.surveyed.linears[name] for name in group.linears] for group in self.surveyed.groups]
-        norms = {
-            i: self.foldable[g.producer] for i, g in enumerate(self.surveyed.groups) if g.producer in self.foldable
-        }
-        proven = prove_norm_folds(self.probe, [(norm, members[i]) for i, norm in norms.items()])
-        folds: dict[int, Fold] = {i: fold for i, fold in zip(norms, proven, strict=True) if fold is not None}
-        folds |= prove_linear_folds(self.probe, members, [i for i in range(len(members)) if i not in folds])
-        return [folds.get(i) for i in range(len(members))]
+        groups = self.surveyed.groups
+        wanted = [takes_fold(group, self.config) for group in groups]
+        return find_folds(self.probe, groups, self.surveyed.linears, self.foldable, wanted)
 
-    def _quantize(self, linear: nn.Linear, scale: Tensor | None = None, divisor: Tensor | None = None) -> Codes:
-        return search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), self.config, scale)
-
-    def _clipped(self, layer: LayerSolution, book: GroupStatistics) -> Codes | None:
+    def _clipped(self, layer: LayerSolution, feedback: Feedback) -> Codes | None:
         """Codes of clipped ranges, if their output error is below that of the full ranges (on the rows of the search).
 
-        The ranges were searched on diagonal blocks of the second moment; here all of it counts.
+        The ranges were searched on diagonal blocks of the second moment; here all of it counts. With error feedback both are
+        damped like the feedback itself.
         """
-        if self.config.clip is False:
+        settings = layer.settings
+        if settings.clip is False:
             return None
-        weight, second_moment = _divided(layer.linear.weight.detach(), layer.divisor), book.stats.second_moment()
-        clip = search.search_clip(self.kernels, weight, second_moment, self.config, layer.scale)
-        codes = search.quantize(self.kernels, weight, self.config, layer.scale, clip)
-        rows = search.spread_rows(len(weight), self.config.search_rows, weight.device)
+        weight = _divided(layer.linear.weight.detach(), layer.divisor)
+        second_moment = feedback.damped(settings.damping) if layer.fed_back else layer.book.stats.second_moment()
+        clip = search.search_clip(self.kernels, weight, second_moment, settings, layer.scale)
+        if layer.fed_back:
+            codes = feedback.quantize(weight, settings, clip)
+        else:
+            codes = search.quantize(self.kernels, weight, settings, layer.scale, clip)
+        rows = search.spread_rows(len(weight), settings.search_rows, weight.device)
         full_loss, loss = (
             search.output_loss(
-                self.kernels, weight[rows], c.rows(rows), layer.scale, second_moment, self.config.group_size
+                self.kernels, weight[rows], c.rows(rows), layer.scale, second_moment, settings.group_size
             )
             for c in (layer.codes, codes)
         )
         return codes if loss < full_loss else None
 
-    def _loss(self, layer: LayerSolution, codes: Codes, book: GroupStatistics) -> float:
+    def _loss(self, layer: LayerSolution, codes: Codes) -> float:
         """Mean squared output error a calibration row, over all output rows, in the space of the original weight."""
-        weight, second_moment = layer.linear.weight.detach(), book.stats.second_moment()
-        group_size = self.config.group_size
+        weight, second_moment = layer.linear.weight.detach(), layer.book.stats.second_moment()
+        group_size = layer.settings.group_size
         return (
             search.output_loss(self.kernels, weight, codes, layer.scale, second_moment, group_size, layer.divisor)
-            / book.rows
+            / layer.book.rows
         )
 
     def _settle_clips(self, groups: Sequence[GroupSolution]) -> float:
         """Distance of the quantized block's output from the float one, clips that raise it taken back.
 
         Only with clip="auto": a clip lowers its own Linear's error, but may raise what the block makes of it (scores of
-        queries and keys). Each layer in turn is tried without its clip, all others as they stand.
+        queries and keys). Each layer in turn is tried without its clip, all others as they stand; experts of one kind together.
         """
-        layers = [(group.book, layer) for group in groups for layer in group.layers]
-        substitutes = {(layer.linear, "weight"): self._weight(layer, layer.codes) for _, layer in layers}
+        substitutes = {
+            (layer.linear, "weight"): self._weight(layer, layer.codes) for group in groups for layer in group.layers
+        }
         best = self.probe.distance(substitutes)
-        for book, layer in layers:
-            if self.config.clip != "auto" or not layer.clipped:
+        for layers in _clip_units(groups):
+            losses = [(layer, self._loss(layer, layer.unclipped)) for layer in layers]
+            losses = [(layer, loss) for layer, loss in losses if loss <= layer.loss_rtn]
+            trial = substitutes | {
+                (layer.linear, "weight"): self._weight(layer, layer.unclipped) for layer, _ in losses
+            }
+            if not losses or (distance := self.probe.distance(trial)) >= best:
                 continue
-            trial = substitutes | {(layer.linear, "weight"): self._weight(layer, layer.unclipped)}
-            distance = self.probe.distance(trial)
-            if distance >= best:
-                continue
-            loss = self._loss(layer, layer.unclipped, book)
-            if loss <= layer.loss_rtn:
-                best, substitutes = distance, trial
+            best, substitutes = distance, trial
+            for layer, loss in losses:
                 layer.codes, layer.unclipped, layer.loss = layer.unclipped, None, loss
         return best
 
     def _weight(self, layer: LayerSolution, codes: Codes) -> Tensor:
         """What ``codes`` stand for in the original space (scales undone, so no fold is needed) and dtype: [N, K]."""
-        weight = codes.dequantize(self.kernels, self.config.group_size, layer.scale, layer.divisor)
+        weight = codes.dequantize(self.kernels, layer.settings.group_size, layer.scale, layer.divisor)
         return weight.to(layer.linear.weight.dtype)
+
+
+def takes_fold(group: ScaleGroup, config: AwqConfig) -> bool:
+    """Whether the group will have a scale that something can take over; fake-quantized weights hold 1/s themselves."""
+    settings = config.for_layer(group.linears[0])
+    return settings.searches_scale and settings.packed and config.fold != "never"
 
 
 def _divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
     return weight if divisor is None else weight.float() / divisor[:, None]
 
 
-def _unusable(group: ScaleGroup, book: GroupStatistics) -> str:
-    """Why the statistics cannot guide a search, or ""; rows that are all masked out are the caller's mistake."""
-    if book.rows == 0 and book.rows_seen > 0:
-        raise ValueError(
-            f"{', '.join(group.linears)}: all {book.rows_seen} calibration rows are masked out; "
-            "check the attention_mask of the calibration batches"
-        )
+def _unusable(book: InputStatistics, few: int) -> str:
     if book.rows == 0:
-        return "no calibration row reached it"
-    return "" if book.finite else "its calibration input holds NaN or Inf"
+        return NO_ROWS
+    if not book.finite:
+        return "its calibration input holds NaN or Inf"
+    return f"{book.rows} calibration rows, fewer than min_tokens={few}" if book.rows < few else ""
+
+
+def _each_alone(group: ScaleGroup, fold: Fold | None) -> bool:
+    """Whether a Linear can do without the group's scale: experts that divide their own rows at run time."""
+    return fold is None and len(group.inputs) > 1
+
+
+def _clip_units(groups: Sequence[GroupSolution]) -> Iterator[list[LayerSolution]]:
+    """Clipped layers with clip="auto" to be tried together: a layer alone, but experts by the dozen."""
+    units: dict[Hashable, list[LayerSolution]] = {}
+    for group in groups:
+        for layer in group.layers:
+            if layer.settings.clip == "auto" and layer.clipped:
+                family = group.group.family or group.group.linears
+                expert = layer.name in group.group.experts
+                units.setdefault(family if expert else layer.name, []).append(layer)
+    yield from units.values()
 
 
 def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:
@@ -281,16 +406,16 @@ def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:
 
 
 @torch.no_grad()
-def build_layer(layer: LayerSolution, fold: Fold | None, config: AwqConfig) -> nn.Module:
-    """The module that takes the Linear's place: a QuantLinear, or for ``packed=False`` a Linear of the same class."""
-    if not config.packed:
+def build_layer(layer: LayerSolution, fold: Fold | None) -> nn.Module:
+    """The module that takes the Linear's place: a QuantLinear, or for ``packed=False`` a plain Linear."""
+    if not layer.settings.packed:
         linear = nn.Linear(layer.linear.in_features, layer.linear.out_features, device="meta")
         kernels = kernels_for(layer.linear.weight.device)
-        weight = layer.codes.dequantize(kernels, config.group_size, layer.scale).to(layer.linear.weight.dtype)
+        weight = layer.codes.dequantize(kernels, layer.settings.group_size, layer.scale).to(layer.linear.weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=layer.linear.weight.requires_grad)
         linear.bias = layer.linear.bias
         take_hooks(linear, layer.linear)
         return linear.train(layer.linear.training)
     pre_quant_scale = 1 / layer.scale if layer.scale is not None and fold is None else None
     parts = (layer.codes.stored, layer.codes.scales, layer.codes.zeros)
-    return QuantLinear.from_packed(layer.linear, *parts, config.group_size, pre_quant_scale)
+    return QuantLinear.from_packed(layer.linear, *parts, layer.settings.group_size, pre_quant_scale)
