@@ -7,8 +7,10 @@ from . import _abi
 _abi.check()
 
 from .blocks import CalibrationError  # noqa: E402
+from .bootstrap import Bootstrap, Estimate  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .config import AwqConfig  # noqa: E402
+from .evaluate import Evaluation, evaluate  # noqa: E402
 from .qlinear import QuantLinear  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
@@ -19,11 +21,15 @@ __all__ = [
     "AwqConfig",
     "AwqReport",
     "BlockReport",
+    "Bootstrap",
     "CalibrationError",
     "CheckpointError",
+    "Estimate",
+    "Evaluation",
     "LayerReport",
     "QuantLinear",
     "__version__",
+    "evaluate",
     "load",
     "quantize",
     "save",

@@ -70,7 +70,7 @@ def quantize(
     calls = read_calls(calib_loader, device, tokenizer, inputs, config.seq_len)
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
     # tensors made in inference mode could never be trained around
-    with torch.inference_mode(False), Journal() as journal, _calibration_mode(model), torch.no_grad():
+    with torch.inference_mode(False), Journal() as journal, calibration_mode(model), torch.no_grad():
         memory = PeakMemory(device)
         surveys = _survey(model, calls, eligible, blocks)
         report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, calls, config)
@@ -202,7 +202,7 @@ def _foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _calibration_mode(model: nn.Module) -> Iterator[None]:
+def calibration_mode(model: nn.Module) -> Iterator[None]:
     """eval mode, and no key/value cache for models that have the switch (every suspended forward would hold one)."""
     training = [(name, module, module.training) for name, module in model.named_modules()]
     owners = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
