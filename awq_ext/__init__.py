@@ -9,6 +9,8 @@ _abi.check()
 from .blocks import CalibrationError  # noqa: E402
 from .bootstrap import Bootstrap, Estimate  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
+from .compare import compare  # noqa: E402
+from .comparison import Comparison  # noqa: E402
 from .config import AwqConfig  # noqa: E402
 from .evaluate import Evaluation, evaluate  # noqa: E402
 from .qlinear import QuantLinear  # noqa: E402
@@ -24,11 +26,13 @@ __all__ = [
     "Bootstrap",
     "CalibrationError",
     "CheckpointError",
+    "Comparison",
     "Estimate",
     "Evaluation",
     "LayerReport",
     "QuantLinear",
     "__version__",
+    "compare",
     "evaluate",
     "load",
     "quantize",
