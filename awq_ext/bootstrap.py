@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -88,6 +89,13 @@ class Bootstrap:
 
         Raises ValueError when they were not.
         """
+        return self._paired(one, other, operator.sub)
+
+    def ratio(self, one: Measure, other: Measure) -> Estimate:
+        """one / other, paired like :meth:`difference`."""
+        return self._paired(one, other, operator.truediv)
+
+    def _paired(self, one: Measure, other: Measure, operation: Callable[[Any, Any], Any]) -> Estimate:
         if one.counts.shape != other.counts.shape or not torch.equal(one.counts, other.counts):
             raise ValueError(
                 f"the two were scored on different windows ({len(one.counts)} and {len(other.counts)}, or other lengths): "
@@ -95,9 +103,9 @@ class Bootstrap:
             )
 
         def replicates() -> Tensor:
-            return one.replicates(self.resamples, self.seed) - other.replicates(self.resamples, self.seed)
+            return operation(one.replicates(self.resamples, self.seed), other.replicates(self.resamples, self.seed))
 
-        return Estimate(one.value - other.value, *self._interval(replicates, one))
+        return Estimate(operation(one.value, other.value), *self._interval(replicates, one))
 
     def _interval(self, replicates: Callable[[], Tensor], measure: Measure) -> tuple[float, float]:
         n = len(measure.totals)

@@ -149,7 +149,7 @@ class Comparison:
             mark = f" {NOISE}" if row.label in order[1:] else ""
             cells.append(Cell(text + mark, best=row.label in order[:1]))
             if measure == "perplexity":
-                cells.append(Cell(plus_minus(self.difference(row.label, FLOAT, traffic), "+") if row.config else ""))
+                cells.append(Cell(_over_float(found, self.rows[0].evaluations[traffic]) if row.config else ""))
             if measure == "perplexity" and baseline:
                 share = self.gap_closed(row.label, traffic) if self._like_rtn(row) else None
                 cells.append(Cell("" if share is None else f"{share:.0%}"))
@@ -221,6 +221,13 @@ class Comparison:
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
+
+
+def _over_float(one: Evaluation, float_one: Evaluation) -> str:
+    """How much higher the perplexity is, in percent: a ratio varies less between easy and hard windows than a difference."""
+    ratio = one.ratio(float_one, "perplexity")
+    percent = Estimate(*(100 * (value - 1) for value in (ratio.value, ratio.low, ratio.high)))
+    return f"{plus_minus(percent, '+')} %"
 
 
 def plus_minus(estimate: Estimate, sign: str = "") -> str:

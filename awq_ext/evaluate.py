@@ -53,6 +53,10 @@ class Evaluation:
         """self - other in the measure ``name``, paired window by window. ValueError unless both saw the same samples."""
         return self.bootstrap.difference(self._measure(name), other._measure(name))
 
+    def ratio(self, other: Evaluation, name: str) -> Estimate:
+        """self / other in the measure ``name``, paired like :meth:`difference`."""
+        return self.bootstrap.ratio(self._measure(name), other._measure(name))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = {name: self[name].to_dict() for name in self.measures}

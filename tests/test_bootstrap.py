@@ -57,6 +57,14 @@ def test_a_difference_is_paired() -> None:
     assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low), abs=3e-4)
 
 
+def test_a_ratio_is_paired() -> None:
+    easy_and_hard = torch.linspace(1, 3, 40)
+    plain = measure(easy_and_hard, transform=torch.exp)
+    worse = measure(easy_and_hard + 0.1, transform=torch.exp)
+    found = QUICK.ratio(worse, plain)
+    assert (found.value, found.low, found.high) == pytest.approx((math.exp(0.1),) * 3)
+
+
 def test_a_difference_of_nothing_is_noise() -> None:
     one = measure(torch.randn(30))
     found = QUICK.difference(one, measure(torch.randn(30)))
