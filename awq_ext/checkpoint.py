@@ -88,6 +88,14 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
     return target
 
 
+def read_report(directory: str | os.PathLike[str]) -> AwqReport:
+    """The report of the quantization that made a checkpoint. CheckpointError where there is none."""
+    report = _read_index(Path(directory))["report"]
+    if report is None:
+        raise CheckpointError(f"{directory} holds no report: its model was not quantized by awq_ext.quantize")
+    return report
+
+
 def _describe(layer: QuantLinear) -> dict[str, Any]:
     return {
         "in_features": layer.in_features,
