@@ -13,6 +13,7 @@ from .compare import compare  # noqa: E402
 from .comparison import Comparison  # noqa: E402
 from .config import AwqConfig  # noqa: E402
 from .evaluate import Evaluation, evaluate  # noqa: E402
+from .plan import GroupPlan, Plan, plan  # noqa: E402
 from .qlinear import QuantLinear  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
@@ -29,12 +30,15 @@ __all__ = [
     "Comparison",
     "Estimate",
     "Evaluation",
+    "GroupPlan",
     "LayerReport",
+    "Plan",
     "QuantLinear",
     "__version__",
     "compare",
     "evaluate",
     "load",
+    "plan",
     "quantize",
     "save",
 ]

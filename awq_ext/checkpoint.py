@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import GROUP_SIZES, SCALE_DTYPES
+from .prepare import unwrapped
 from .qlinear import TILED, QuantLinear
 from .report import AwqReport
 
@@ -34,6 +35,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     into place last and names the tensor file, so a reader sees the old checkpoint or the new one, never a mixture.
     Raises CheckpointError when the model holds no QuantLinear or tensors on the meta device.
     """
+    model = unwrapped(model)
     layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not layers:
         raise CheckpointError(
@@ -72,7 +74,8 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
     """
     folder = Path(directory)
     index = _read_index(folder)
-    target = model if isinstance(model, nn.Module) else model()
+    given = model if isinstance(model, nn.Module) else model()
+    target = unwrapped(given)
     tensors = _read_tensors(folder / index["tensors"])
     skeleton = {name: _empty_layer(target, name, entry, tensors) for name, entry in index["layers"].items()}
     plan = _match(target, skeleton, tensors, index["tied"])
@@ -85,7 +88,7 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
         (parent._parameters if leaf in parent._parameters else parent._buffers)[leaf] = value
     if index["report"] is not None:
         target.awq_report = index["report"]
-    return target
+    return given
 
 
 def read_report(directory: str | os.PathLike[str]) -> AwqReport:

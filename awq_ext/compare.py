@@ -19,7 +19,8 @@ from .comparison import FLOAT, Comparison, Variant
 from .config import AwqConfig
 from .evaluate import Evaluation, Metric, evaluate, targets_of
 from .memory import release_free_memory
-from .quantize import calibration_mode, quantize
+from .prepare import calibration_mode, unwrapped
+from .quantize import quantize
 from .size import model_bytes
 from .speed import race
 from .twin import Twin
@@ -63,7 +64,7 @@ def compare(
     configs = read_methods(methods, settings)
     samples = {name: list(loader) for name, loader in traffic.items()}
     scoring = {"metric": metric, "tokenizer": tokenizer, "inputs": inputs, "seq_len": shared_config.seq_len}
-    run = _Run(model, list(calib), samples, {**scoring, "bootstrap": bootstrap}, speed_seconds)
+    run = _Run(unwrapped(model), list(calib), samples, {**scoring, "bootstrap": bootstrap}, speed_seconds)
     reading = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks}
     total = (1 + len(configs)) * len(samples) + len(configs)
     with tqdm(total=total, desc="comparing", disable=not progress) as bar:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .batches import Call, read_calls
 from .blocks import run_call
 from .bootstrap import Bootstrap, Estimate, Measure
-from .quantize import calibration_mode
+from .prepare import calibration_mode, unwrapped
 
 # fp32 log-probabilities made at a time, in elements: a vocabulary of 128 k times 512 tokens would be 256 MiB at once
 _ELEMENTS_AT_ONCE = 1 << 23
@@ -95,6 +95,7 @@ def evaluate(
     The models run in evaluation mode without gradients and are left as they were. Raises TypeError and ValueError for
     unusable arguments, CalibrationError when a model rejects a sample.
     """
+    model = unwrapped(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     samples = (
         list(loader) if isinstance(loader, Iterable) and not isinstance(loader, (str, Mapping, Tensor)) else loader

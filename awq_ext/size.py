@@ -9,10 +9,10 @@ from .qlinear import QuantLinear
 from .report import AwqReport, LayerReport
 
 
-def linear_bytes(layer: LayerReport, bits: int, group_size: int) -> int:
+def linear_bytes(layer: LayerReport) -> int:
     """Packed size of a Linear: its codes, and for each group of each row a 2-byte scale and a zero of half a byte."""
-    groups = reference.group_count(layer.in_features, group_size)
-    return -(-layer.out_features * (layer.in_features * bits + 20 * groups) // 8)
+    groups = reference.group_count(layer.in_features, layer.group_size)
+    return -(-layer.out_features * (layer.in_features * layer.bits + 20 * groups) // 8)
 
 
 def model_bytes(model: nn.Module, float_bytes: int | None = None) -> int:
@@ -24,14 +24,9 @@ def model_bytes(model: nn.Module, float_bytes: int | None = None) -> int:
     report = getattr(model, "awq_report", None)
     fake = {row.name: row for row in report.layers if row.status == "fake"} if isinstance(report, AwqReport) else {}
     total = sum(module.nbytes for module in int4.values())
-    total += sum(linear_bytes(row, *_quantizer(row, report)) for row in fake.values())
+    total += sum(linear_bytes(row) for row in fake.values())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         if owner not in int4 and not (owner in fake and leaf == "weight"):
             total += tensor.numel() * (float_bytes or tensor.element_size())
     return total
-
-
-def _quantizer(row: LayerReport, report: AwqReport) -> tuple[int, int]:
-    """Bits and group size of one layer."""
-    return report.config["bits"], report.config["group_size"]
