@@ -17,6 +17,7 @@ from .plan import GroupPlan, Plan, plan  # noqa: E402
 from .qlinear import QuantLinear  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
+from .salience import Salience, salience  # noqa: E402
 
 __version__ = _version("awq-ext")
 
@@ -34,12 +35,14 @@ __all__ = [
     "LayerReport",
     "Plan",
     "QuantLinear",
+    "Salience",
     "__version__",
     "compare",
     "evaluate",
     "load",
     "plan",
     "quantize",
+    "salience",
     "save",
 ]
 

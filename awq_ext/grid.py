@@ -34,7 +34,7 @@ class Grid:
         """For a terminal. The title is no part of the table, which would wrap it to its own width."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for position, name in enumerate(self.header):
-            table.add_column(escape_rich(name), justify="right" if position else "left")
+            table.add_column(escape_rich(name), justify="right" if position else "left", no_wrap=position == 0)
         for row in self.rows:
             table.add_row(*(Text(cell.text, style="bold green" if cell.best else "") for cell in row))
         return Group(Text(self.title, style="bold"), table)
