@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 TOP_SHARE = 0.01
+# Places in a ranking from the largest to the smallest at which tail() reads it; closer together where few channels hold much.
+TAIL_PLACES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,25 @@ class ChannelMeans:
 def top_count(channels: int) -> int:
     """How many channels are the top 1 %: at least one."""
     return max(1, round(TOP_SHARE * channels))
+
+
+def channel_salience(x_mean: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """x_mean [K] times the mean |weight| of each channel over Linears [N_i, K] that read it: fp32 [K]."""
+    total = sum(weight.abs().sum(0, dtype=torch.float32) for weight in weights)
+    return x_mean * total / sum(len(weight) for weight in weights)
+
+
+def tail(salience: Tensor) -> list[float]:
+    """The ranked salience [K] at TAIL_PLACES, in multiples of its mean."""
+    ranked = salience.sort(descending=True).values / salience.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    places = torch.tensor(TAIL_PLACES, dtype=torch.float64).mul(len(ranked) - 1).round().long()
+    return [round(value, 5) for value in ranked[places.to(ranked.device)].tolist()]
+
+
+def top_share(salience: Tensor) -> float:
+    """Part of all salience [K] that the top 1 % of the channels hold."""
+    top = salience.topk(top_count(len(salience))).values
+    return float(top.sum() / salience.sum().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def agreement(one: Tensor, other: Tensor) -> Agreement:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .batches import read_calls
 from .blocks import Stop, lockstep
 from .calibrate import BlockSurvey, collect
-from .channels import Agreement, ChannelMeans, agreement, top_count
+from .channels import Agreement, ChannelMeans, agreement, channel_salience, top_share
 from .config import AwqConfig
 from .grid import Cell, Grid, as_text
 from .prepare import calibration_mode, select_linears, survey_model, unwrapped
@@ -136,7 +136,7 @@ class _Seen:
     """One scale group on one text."""
 
     layers: tuple[str, ...]
-    weight: Tensor
+    weight: Tensor  # mean |weight| of each channel
     means: ChannelMeans
 
     def salience(self, x_mean: Tensor) -> Tensor:
@@ -209,8 +209,8 @@ def _one_block(surveyed: BlockSurvey, stops: list[Stop], device: torch.device, l
     found = []
     for group, book in zip(surveyed.groups, books, strict=True):
         weights = [surveyed.linears[name].weight.detach() for name in group.linears]
-        total = sum(weight.abs().sum(0, dtype=torch.float32) for weight in weights)
-        found.append(_Seen(group.linears, total / sum(len(weight) for weight in weights), book.stats))
+        ones = torch.ones(weights[0].shape[1], device=device)
+        found.append(_Seen(group.linears, channel_salience(ones, weights), book.stats))
     return found
 
 
@@ -221,13 +221,12 @@ def _row(one: _Seen, others: Mapping[str, _Seen | None], tolerance: float) -> La
     if error is not None:
         share = torch.quantile(error, 0.9).item() / tolerance
         enough = max(1, math.ceil(means.rows * share**2))
-    top = values.topk(top_count(len(values))).values
     return LayerSalience(
         layers=one.layers,
         tokens=means.rows,
         x_mean=x_mean,
         salience=values,
-        top_share=float(top.sum() / values.sum().clamp_min(torch.finfo(torch.float32).tiny)),
+        top_share=top_share(values),
         halves=halves and agreement(*map(one.salience, halves)),
         enough_tokens=enough,
         convergence=[(rows, _distance(then, x_mean)) for rows, then in means.snapshots],

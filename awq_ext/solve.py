@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import search
 from .backend import kernels_for
 from .calibrate import BlockSurvey, GroupStatistics
+from .channels import channel_salience, tail, top_share
 from .config import AwqConfig
 from .fold import Change, Fold, LinearFold, NormFold
 from .groups import ScaleGroup
@@ -63,7 +64,7 @@ class GroupSolution:
             applied = "run time" if self.layers[0].settings.packed else "weights"
             if self.fold is not None:
                 applied = "norm" if isinstance(self.fold, NormFold) else "linear"
-        return [
+        rows = [
             LayerReport(
                 name=layer.name,
                 in_features=layer.linear.in_features,
@@ -84,6 +85,10 @@ class GroupSolution:
             )
             for layer in self.layers
         ]
+        if not self.problem:
+            salience = channel_salience(self.book.x_mean, [layer.linear.weight.detach() for layer in self.layers])
+            rows[0].tail, rows[0].top_share = tail(salience), top_share(salience)
+        return rows
 
 
 class BlockSolver:

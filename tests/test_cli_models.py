@@ -101,6 +101,8 @@ def test_report(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
     shown = run("report", quantized, "--json", tmp_path / "r.json")
     assert shown.exit_code == 0 and "model.layers.1.mlp.down_proj" in shown.output
     assert len(json.loads((tmp_path / "r.json").read_text())["layers"]) == 15
+    page = run("report", quantized, tmp_path / "r.html")
+    assert page.exit_code == 0 and "model.layers.1.mlp.down_proj" in (tmp_path / "r.html").read_text(encoding="utf-8")
     failed = run("report", model_dir)
     assert failed.exit_code == 1 and "has no awq_ext.json" in failed.output
 
