@@ -18,6 +18,7 @@ from .qlinear import QuantLinear  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
 from .salience import Salience, salience  # noqa: E402
+from .sensitivity import Sensitivity, sensitivity  # noqa: E402
 
 __version__ = _version("awq-ext")
 
@@ -36,6 +37,7 @@ __all__ = [
     "Plan",
     "QuantLinear",
     "Salience",
+    "Sensitivity",
     "__version__",
     "compare",
     "evaluate",
@@ -44,6 +46,7 @@ __all__ = [
     "quantize",
     "salience",
     "save",
+    "sensitivity",
 ]
 
 _AUTOAWQ_KERNELS = ("dequantize_weights_cuda", "gemm_forward_cuda", "gemmv2_forward_cuda", "gemv_forward_cuda")

@@ -14,7 +14,17 @@ import awq_ext
 from awq_ext.twin import Twin
 
 
-@pytest.mark.parametrize("settings", [{}, {"fold": "always"}, {"method": "rtn"}, {"packed": False, "bits": 3}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"fold": "always"},
+        {"method": "rtn"},
+        {"packed": False, "bits": 3},
+        {"method": "awq+gptq", "propagate": "quantized"},
+    ],
+    ids=str,
+)
 def test_quantizing_a_twin_leaves_the_model_alone(case: models.Case, settings: dict[str, object]) -> None:
     snapshot = Snapshot(case.model)
     twin = Twin.of(case.model)
