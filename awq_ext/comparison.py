@@ -49,7 +49,7 @@ class Variant:
         return plain | {"speeds": speeds, "evaluations": {k: v.to_dict() for k, v in self.evaluations.items()}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # its __str__ is what is to be seen
 class Comparison:
     """All rows, the float model first. ``print`` it, show it in a notebook, or take ``to_markdown()`` or ``to_json()``."""
 
@@ -183,6 +183,8 @@ class Comparison:
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
+
+    __repr__ = __str__
 
     def to_markdown(self) -> str:
         """All tables and notes as Markdown."""

@@ -25,7 +25,7 @@ IGNORED_LABEL = -100  # what torch's cross entropy and Transformers use
 Metric = Callable[[Any, Any, Any], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # its __str__ is what is to be seen
 class Evaluation:
     """What a model scored on some samples. ``print`` shows it; ``evaluation["perplexity"]`` is an Estimate.
 
@@ -66,6 +66,8 @@ class Evaluation:
         lines = [f"{name:12} {self[name]}" for name in self.measures]
         share = f"{self.bootstrap.confidence:.0%}"
         return "\n".join([*lines, f"{self.tokens} scored in {self.windows} windows; {share} intervals over windows"])
+
+    __repr__ = __str__
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class LayerSalience:
         return found < 0.5 and found < chance - 0.2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # its __str__ is what is to be seen
 class Salience:
     """What :func:`salience` found, one row for each scale group; ``print`` shows it."""
 
@@ -109,6 +109,8 @@ class Salience:
 
     def __str__(self) -> str:
         return "\n".join([as_text(self.grid().to_rich(), width=240), *(f"warning: {text}" for text in self.warnings())])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.grid().to_html()

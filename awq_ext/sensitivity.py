@@ -60,7 +60,7 @@ class Kept:
         return f"keep {names}: {self.bits:.2f} bits a weight, cost {self.cost_before:.4g} -> {self.cost:.4g} expected"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # its __str__ is what is to be seen
 class Sensitivity:
     """The cost of each part; ``print`` shows the costliest first, :meth:`keep` chooses.
 
@@ -144,6 +144,8 @@ class Sensitivity:
 
     def __str__(self) -> str:
         return as_text(self.grid().to_rich(), width=160)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self.grid(30).to_html()
