@@ -12,8 +12,10 @@ from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .compare import compare  # noqa: E402
 from .comparison import Comparison  # noqa: E402
 from .config import AwqConfig  # noqa: E402
+from .convert import convert  # noqa: E402
 from .evaluate import Evaluation, evaluate  # noqa: E402
 from .plan import GroupPlan, Plan, plan  # noqa: E402
+from .pretrained import from_pretrained, save_pretrained  # noqa: E402
 from .qlinear import QuantLinear  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
@@ -40,12 +42,15 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "compare",
+    "convert",
     "evaluate",
+    "from_pretrained",
     "load",
     "plan",
     "quantize",
     "salience",
     "save",
+    "save_pretrained",
     "sensitivity",
 ]
 

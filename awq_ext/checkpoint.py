@@ -15,17 +15,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import GROUP_SIZES, SCALE_DTYPES
+from .experts import ExpertLinears
+from .formats.packed import CheckpointError
+from .journal import Journal
+from .placement import place
 from .prepare import unwrapped
 from .qlinear import TILED, QuantLinear
+from .quantdir import QuantDir
+from .renaming import Renamed
 from .report import AwqReport
+from .shards import PICKLES
+from .standins import stand_in_as
 
 INDEX_NAME = "awq_ext.json"
 FORMAT_VERSION = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the model; the model is as it was."""
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -55,6 +59,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "version": FORMAT_VERSION,
         "tensors": tensor_file,
         "layers": layers,
+        "experts": {name: m.use for name, m in model.named_modules() if isinstance(m, ExpertLinears)},
         "tied": tied,
         "report": report.to_dict() if isinstance(report, AwqReport) else None,
     }
@@ -66,17 +71,41 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
 
 def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLike[str]) -> nn.Module:
-    """Give ``model`` the quantized layers and all tensors of a checkpoint that :func:`save` wrote; returns it.
+    """Give ``model`` the quantized layers and all tensors of a checkpoint; returns it.
 
+    directory: what :func:`save` wrote, or a checkpoint of any layout in ``awq_ext.formats.LAYOUTS`` whose tensors have the names
+        that ``model`` has for them.
     model: the float model's structure (its values do not matter; ``torch.device("meta")`` is fine), or a function that builds
-    it. Tensors land on the device of what they replace (meta: the CPU), with the bits and dtypes that were saved.
+        it. Tensors land on the device of what they replace (meta: the CPU), with the bits and dtypes that were saved.
     Raises CheckpointError, before anything is changed, for a damaged or foreign checkpoint or one of another model.
     """
     folder = Path(directory)
-    index = _read_index(folder)
     given = model if isinstance(model, nn.Module) else model()
     target = unwrapped(given)
+    if not (folder / INDEX_NAME).exists() and _is_foreign(folder):
+        place(target, Renamed(QuantDir(folder), target))
+        return given
+    index = read_index(folder)
     tensors = _read_tensors(folder / index["tensors"])
+    with Journal() as journal:
+        _take_apart(target, index, journal)
+        _fill(target, index, tensors)
+    if index["report"] is not None:
+        target.awq_report = index["report"]
+    return given
+
+
+def _take_apart(model: nn.Module, index: dict[str, Any], journal: Journal) -> None:
+    """Give ``model`` the Linears that the layers of the checkpoint were made from."""
+    entries = {name: entry for name, entry in index["layers"].items() if isinstance(entry, dict)}
+    sizes = {name: (entry.get("in_features"), entry.get("out_features")) for name, entry in entries.items()}
+    try:
+        stand_in_as(model, sizes, index.get("experts", {}), journal)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _fill(target: nn.Module, index: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     skeleton = {name: _empty_layer(target, name, entry, tensors) for name, entry in index["layers"].items()}
     plan = _match(target, skeleton, tensors, index["tied"])
     values = _placed(target, skeleton, plan, tensors)
@@ -86,14 +115,17 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
         parent_name, _, leaf = name.rpartition(".")
         parent = target.get_submodule(parent_name)
         (parent._parameters if leaf in parent._parameters else parent._buffers)[leaf] = value
-    if index["report"] is not None:
-        target.awq_report = index["report"]
-    return given
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether there is anything of another layout, or a pickle, which QuantDir refuses with its reason."""
+    files = set(folder.iterdir()) - set(_tensor_files(folder)) if folder.is_dir() else set()
+    return any(file.suffix in (".safetensors", *PICKLES) for file in files)
 
 
 def read_report(directory: str | os.PathLike[str]) -> AwqReport:
     """The report of the quantization that made a checkpoint. CheckpointError where there is none."""
-    report = _read_index(Path(directory))["report"]
+    report = read_index(Path(directory))["report"]
     if report is None:
         raise CheckpointError(f"{directory} holds no report: its model was not quantized by awq_ext.quantize")
     return report
@@ -172,7 +204,8 @@ def _write(path: Path, writer: Callable[[Path], Any]) -> None:
             os.close(handle)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """awq_ext.json, checked; CheckpointError if it is missing or damaged."""
     path = folder / INDEX_NAME
     try:
         index = json.loads(path.read_text())
@@ -192,6 +225,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     tied = index.get("tied")
     if not isinstance(index.get("layers"), dict) or not isinstance(tied, dict):
         raise CheckpointError(f"{path} is damaged: layers or tied is missing")
+    if not isinstance(index.get("experts", {}), dict):
+        raise CheckpointError(f"{path} is damaged: experts must name parameters")
     if not all(isinstance(source, str) for source in tied.values()):
         raise CheckpointError(f"{path} is damaged: tied must name tensors")
     try:
@@ -223,7 +258,9 @@ def _empty_layer(model: nn.Module, name: str, entry: Any, tensors: dict[str, Ten
         dtypes = (_DTYPES[entry["dtype"]], SCALE_DTYPES[entry["scale_dtype"]])
     except (KeyError, TypeError):
         raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}") from None
-    known = all(type(size) is int for size in sizes) and sizes[2] in GROUP_SIZES and all(type(f) is bool for f in flags)
+    known = (
+        all(type(size) is int for size in sizes) and _is_group_size(sizes[2]) and all(type(f) is bool for f in flags)
+    )
     if not known or min(sizes[:2]) < 1:
         raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}")
     if not isinstance(old, (nn.Linear, QuantLinear)) or (old.in_features, old.out_features) != sizes[:2]:
@@ -231,6 +268,11 @@ def _empty_layer(model: nn.Module, name: str, entry: Any, tensors: dict[str, Ten
             f"layer {name!r} is {sizes[0]} -> {sizes[1]} features in the checkpoint, in the model it is {old!r}"
         )
     return QuantLinear(*sizes, *flags, *dtypes, device="meta").train(old.training)
+
+
+def _is_group_size(size: int) -> bool:
+    """One that quantize() makes, or that checkpoints of other tools have."""
+    return size in GROUP_SIZES or (size > 0 and size % 8 == 0)
 
 
 def _match(

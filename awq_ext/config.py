@@ -58,6 +58,7 @@ class AwqConfig:
     skip: what stays as it is: fnmatch patterns of layer names, or functions of (name, module) that return a bool. By default
         the output layer of language models.
     only: likewise, what alone is quantized; empty for all.
+    min_tokens: experts that see fewer calibration rows are rounded to nearest, with a warning.
     min_weights: Linears with fewer weights stay as they are.
     per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
         ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8, "packed": False}}``.
@@ -79,12 +80,13 @@ class AwqConfig:
     packed: bool = True
     skip: tuple[Selector, ...] = ("lm_head", "*.lm_head", OUTPUT_EMBEDDINGS)
     only: tuple[Selector, ...] = ()
+    min_tokens: int = 32
     min_weights: int = 0
     per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     seq_len: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size", "n_grid", "search_rows", "seq_len", "min_weights"):
+        for name in ("bits", "group_size", "n_grid", "search_rows", "seq_len", "min_tokens", "min_weights"):
             self._check_int(name)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -139,7 +141,13 @@ class AwqConfig:
             )
         if not 2 <= self.bits <= 8:
             raise ValueError(f"AwqConfig.bits={self.bits}: 2 to 8 are possible")
-        for name, smallest in (("n_grid", 1), ("search_rows", 0), ("seq_len", 2), ("min_weights", 0)):
+        for name, smallest in (
+            ("n_grid", 1),
+            ("search_rows", 0),
+            ("seq_len", 2),
+            ("min_tokens", 0),
+            ("min_weights", 0),
+        ):
             if getattr(self, name) < smallest:
                 raise ValueError(f"AwqConfig.{name}={getattr(self, name)}: at least {smallest} is needed")
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import read_calls
+from .batches import Call, read_calls
 from .blocks import Stop, lockstep
 from .calibrate import BlockSurvey, collect
 from .channels import Agreement, ChannelMeans, agreement, channel_salience, top_share
 from .config import AwqConfig
 from .grid import Cell, Grid, as_text
-from .prepare import calibration_mode, select_linears, survey_model, unwrapped
+from .journal import Journal
+from .prepare import calibration_mode, check_layers, select_linears, survey_model, unwrapped
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class LayerSalience:
 
     layers: the Linears that read it. top_share: part of all salience that the top 1 % of the channels hold. halves: agreement of
     two halves of the calibration text, which is what chance allows to expect. enough_tokens: from how many on nine channels of ten
-    are known to within the tolerance (one standard error; extrapolated by 1 / sqrt(tokens)). traffic: agreement with each kind.
+    are known to within the tolerance (one standard error; extrapolated by 1 / sqrt(tokens)). traffic: agreement with each kind,
+    None where it does not come to this input.
     convergence: (tokens, mean relative distance of x_mean from its value over all tokens), for growing shares of the text.
     """
 
@@ -40,7 +42,7 @@ class LayerSalience:
     halves: Agreement | None
     enough_tokens: int | None
     convergence: Sequence[tuple[int, float]]
-    traffic: Mapping[str, Agreement] = field(default_factory=dict)
+    traffic: Mapping[str, Agreement | None] = field(default_factory=dict)
 
     def unlike(self, traffic: str) -> bool:
         """Whether the calibration text fails to show the channels that matter to this traffic.
@@ -48,8 +50,8 @@ class LayerSalience:
         Fewer than half of the top channels are the same, and that is no matter of few tokens: two halves of the calibration text
         agree clearly better.
         """
-        found, chance = self.traffic[traffic].overlap, self.halves.overlap if self.halves else 1.0
-        return found < 0.5 and found < chance - 0.2
+        found, chance = self.traffic[traffic], self.halves.overlap if self.halves else 1.0
+        return found is not None and found.overlap < 0.5 and found.overlap < chance - 0.2
 
 
 @dataclass(frozen=True, repr=False)  # its __str__ is what is to be seen
@@ -122,7 +124,7 @@ class Salience:
         for row in self.rows:
             agreements = {
                 "halves": row.halves and vars(row.halves),
-                "traffic": {k: vars(v) for k, v in row.traffic.items()},
+                "traffic": {k: v and vars(v) for k, v in row.traffic.items()},
             }
             rows.append({name: getattr(row, name) for name in plain} | agreements)
         return {
@@ -193,16 +195,25 @@ def _watch(
     names: Sequence[str] | None,
 ) -> list[_Seen]:
     """The channel means of every scale group, from one lockstep pass as quantize() makes it."""
-    eligible = select_linears(model, config)
-    device = next(iter(eligible.linears.values())).weight.device
+    device = check_layers(model, config)
     calls = read_calls(samples, device, tokenizer, inputs, config.seq_len)
+    with torch.inference_mode(False), Journal() as journal, torch.no_grad():
+        try:
+            eligible, _ = select_linears(model, calls[0], config, journal)
+            with calibration_mode(model):
+                return _means(model, calls, survey_model(model, calls[0], eligible, names, config), device)
+        finally:
+            journal.rollback()
+
+
+def _means(
+    model: nn.Module, calls: Sequence[Call], surveys: Sequence[BlockSurvey], device: torch.device
+) -> list[_Seen]:
     found = []
-    with torch.inference_mode(False), calibration_mode(model), torch.no_grad():
-        surveys = survey_model(model, calls[0], eligible, names, config)
-        with lockstep(model, [s.block for s in surveys], calls) as visits:
-            for surveyed, (_, stops) in zip(surveys, visits, strict=True):
-                if surveyed.groups:
-                    found += _one_block(surveyed, stops, device, last=surveyed is surveys[-1])
+    with lockstep(model, [s.block for s in surveys], calls) as visits:
+        for surveyed, (_, stops) in zip(surveys, visits, strict=True):
+            if surveyed.groups:
+                found += _one_block(surveyed, stops, device, last=surveyed is surveys[-1])
     return found
 
 
@@ -210,9 +221,10 @@ def _one_block(surveyed: BlockSurvey, stops: list[Stop], device: torch.device, l
     books, _ = collect(surveyed, stops, SimpleNamespace(ActivationStats=ChannelMeans), device, hold=last)
     found = []
     for group, book in zip(surveyed.groups, books, strict=True):
-        weights = [surveyed.linears[name].weight.detach() for name in group.linears]
-        ones = torch.ones(weights[0].shape[1], device=device)
-        found.append(_Seen(group.linears, channel_salience(ones, weights), book.stats))
+        for layers in group.inputs:
+            weights = [surveyed.linears[name].weight.detach() for name in layers]
+            ones = torch.ones(weights[0].shape[1], device=device)
+            found.append(_Seen(tuple(layers), channel_salience(ones, weights), book.inputs[layers[0]].stats))
     return found
 
 
@@ -232,11 +244,15 @@ def _row(one: _Seen, others: Mapping[str, _Seen | None], tolerance: float) -> La
         halves=halves and agreement(*map(one.salience, halves)),
         enough_tokens=enough,
         convergence=[(rows, _distance(then, x_mean)) for rows, then in means.snapshots],
-        traffic={
-            name: agreement(values, other.salience(other.means.x_mean())) if other else Agreement(0.0, 0.0)
-            for name, other in others.items()
-        },
+        traffic={name: _agreement(one, values, other) for name, other in others.items()},
     )
+
+
+def _agreement(one: _Seen, values: Tensor, other: _Seen | None) -> Agreement | None:
+    """None where the traffic does not come to this input; nothing agrees where the calibration does not (rare experts)."""
+    if other is None or other.means.rows == 0:
+        return None
+    return agreement(values, other.salience(other.means.x_mean())) if one.means.rows else Agreement(0.0, 0.0)
 
 
 def _distance(then: Tensor, now: Tensor) -> float:

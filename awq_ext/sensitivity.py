@@ -196,33 +196,39 @@ def sensitivity(
     report = quantized.module.awq_report
     device = next(model.parameters()).device
     calls = read_calls(loader, device, tokenizer, inputs, config.seq_len)[:samples]
-    parts = _parts(report, by)
+    parts = _parts(report, by, model)
     bootstrap = bootstrap or Bootstrap()
     with torch.no_grad(), calibration_mode(model), calibration_mode(trial.module), calibration_mode(quantized.module):
         judge = _Judge(model, calls)
         together = judge.cost(quantized.module).value
         found = []
-        for name, layers in tqdm(parts.items(), "quantizing alone", disable=not progress):
-            with _swapped(trial.module, {layer: quantized.module.get_submodule(layer) for layer in layers}):
+        for name, places in tqdm(parts.items(), "quantizing alone", disable=not progress):
+            with _swapped(trial.module, {place: quantized.module.get_submodule(place) for place in places}):
                 cost = bootstrap.estimate(judge.cost(trial.module))
+            layers = tuple(layer for held in places.values() for layer in held)
             found.append(_part(name, layers, cost, report, model))
     quantized.check()
     trial.check()
     return Sensitivity(found, judge.measure, together, config)
 
 
-def _parts(report: AwqReport, by: str) -> dict[str, tuple[str, ...]]:
-    """Name of each part -> its layers, in calling order."""
-    done = [row.name for row in report.layers if row.status != "float"]
-    if by == "layer":
-        return {name: (name,) for name in done}
-    found: dict[str, tuple[str, ...]] = {}
-    for block in report.blocks:
-        inside = tuple(
-            name for name in done if not block.name or name == block.name or name.startswith(f"{block.name}.")
-        )
-        if inside:
-            found[block.name or "(whole model)"] = inside
+def _parts(report: AwqReport, by: str, model: nn.Module) -> dict[str, dict[str, list[str]]]:
+    """Name of each part -> the modules to swap -> their quantized layers, in calling order.
+
+    Layers that the float model has not as modules (experts fused into one parameter) are swapped with what holds them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    blocks = [block.name for block in report.blocks]
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in report.layers:
+        if row.status == "float":
+            continue
+        place = row.name
+        while place not in modules:
+            place = place.rpartition(".")[0]
+        block = next((name for name in blocks if not name or f"{row.name}.".startswith(f"{name}.")), "")
+        part = place if by == "layer" else block or "(whole model)"
+        found.setdefault(part, {}).setdefault(place, []).append(row.name)
     return found
 
 
@@ -230,7 +236,7 @@ def _part(name: str, layers: tuple[str, ...], cost: Estimate, report: AwqReport,
     rows = [report[layer] for layer in layers]
     weights = sum(row.in_features * row.out_features for row in rows)
     stored = 8 * sum(linear_bytes(row) for row in rows) / weights
-    float_bits = 8 * model.get_submodule(layers[0]).weight.element_size()
+    float_bits = 8 * next(model.parameters()).element_size()
     return Part(name, layers, weights, stored, float_bits, cost)
 
 

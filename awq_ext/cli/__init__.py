@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, compare, demo, doctor, eval, inspect, quantize, report
+from . import bench, compare, convert, demo, doctor, eval, inspect, quantize, report
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,7 @@ app = typer.Typer(
         "awq-ext quantize  quantize with it\n\n"
         "awq-ext eval      score the result\n\n"
         "awq-ext report    read what was done to every layer\n\n"
+        "awq-ext convert   hand it to other tools\n\n"
         "[bold]In Python[/bold]\n\n"
         "model = awq_ext.quantize(model, calib_loader)\n\n"
         "Exit codes: 0 done, 1 failed (one line says why), 2 a wrong option."
@@ -38,6 +39,7 @@ for _module, _name in (
     (eval, "eval"),
     (report, "report"),
     (inspect, "inspect"),
+    (convert, "convert"),
     (bench, "bench"),
     (doctor, "doctor"),
     (demo, "demo"),

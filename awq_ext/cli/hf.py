@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import INDEX_NAME, load, save
+from ..checkpoint import INDEX_NAME, CheckpointError
+from ..checkpoint import read_report as checkpoint_report
+from ..pretrained import from_pretrained, save_pretrained
+from ..report import AwqReport
 
+REPORT_NAME = "awq_report.json"
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
-# what belongs to a model beside its weights
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-)
-_MORE_COMPANIONS = ("chat_template*", "*.model", "preprocessor_config.json", "processor_config.json")
 _LONGEST_TOKEN = (
     24  # characters: so much of a text is enough for a number of tokens, without reading all of a large file
 )
@@ -39,19 +32,22 @@ def transformers() -> Any:
 
 
 def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
-    """The causal language model in a directory, in evaluation mode: a float one, or one that ``awq-ext quantize`` wrote."""
+    """The causal language model in a directory, in evaluation mode: float, or quantized in any layout."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
     if not (directory / "config.json").exists():
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    if is_quantized(directory):
+        return from_pretrained(directory, None if dtype == "auto" else chosen)
     auto = transformers().AutoModelForCausalLM
-    if not (directory / INDEX_NAME).exists():
-        chosen = dtype if dtype == "auto" else getattr(torch, dtype)
-        return auto.from_pretrained(directory, dtype=chosen, local_files_only=True).eval()
-    config = transformers().AutoConfig.from_pretrained(directory, local_files_only=True)
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    return load(model, directory).eval()
+    return auto.from_pretrained(directory, dtype=chosen, local_files_only=True).eval()
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether a directory says of itself that its weights are quantized."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return (directory / INDEX_NAME).exists() or "quantization_config" in config
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -59,12 +55,23 @@ def load_tokenizer(directory: Path) -> Any:
     return transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
-def save_model(model: nn.Module, source: Path, directory: Path) -> None:
-    """Write the quantized model in the native format, with the files beside the weights of ``source``."""
-    save(model, directory)
-    for pattern in (*_COMPANIONS, *_MORE_COMPANIONS):
-        for file in source.glob(pattern):
-            shutil.copyfile(file, directory / file.name)
+def save_model(model: nn.Module, directory: Path, format: str) -> None:
+    """Write the quantized model with its tokenizer, and its report beside it, which most layouts have no place for."""
+    save_pretrained(model, directory, format)
+    (directory / REPORT_NAME).write_text(json.dumps(model.awq_report.to_dict()), encoding="utf-8")
+
+
+def read_report(directory: Path) -> AwqReport:
+    """The report that :func:`save_model` or ``awq_ext.save`` left. ValueError where there is none."""
+    path = directory / REPORT_NAME
+    if path.exists():
+        return AwqReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return checkpoint_report(directory)
+    except CheckpointError as error:
+        raise ValueError(
+            f"{directory} holds no report: {REPORT_NAME} is written by awq-ext quantize ({error})"
+        ) from error
 
 
 def read_text(path: Path, tokenizer: Any) -> str:

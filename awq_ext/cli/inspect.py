@@ -45,6 +45,10 @@ def describe(directory: Path) -> dict[str, Any]:
     if quantization := config.get("quantization_config"):
         facts["format"] = quantization.get("quant_method", "unknown")
         facts["quantization_config"] = {k: v for k, v in quantization.items() if not isinstance(v, (dict, list))}
+    if report := _json(directory / "awq_report.json"):
+        from ..report import AwqReport
+
+        facts["report"] = AwqReport.from_dict(report).summary()
     native = _json(directory / "awq_ext.json")
     if native:
         layers = native["layers"].values()

@@ -47,6 +47,15 @@ def check_group_size(value: int) -> int:
     return value
 
 
+def check_format(value: str) -> str:
+    """A layout that awq_ext knows, else a usage error (exit code 2)."""
+    from ..formats import LAYOUTS
+
+    if value not in LAYOUTS:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(LAYOUTS)}")
+    return value
+
+
 def check_output(value: Path | None) -> Path | None:
     """A file that can be written, checked before the work rather than after; "-" is standard output."""
     if value is not None and str(value) != "-" and (value.is_dir() or not value.absolute().parent.is_dir()):

@@ -17,6 +17,7 @@ from .options import (
     SeqLen,
     Settings,
     Threads,
+    check_format,
     check_group_size,
     check_output,
     console_for,
@@ -32,10 +33,18 @@ def quantize(
     model_dir: ModelDir,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Where the quantized model goes; made if need be.")],
     calib: Calib,
-    method: Annotated[str, typer.Option(help="How to round: awq (searched scales) or rtn (to nearest).")] = "awq",
+    method: Annotated[
+        str, typer.Option(help="awq (searched scales), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).")
+    ] = "awq",
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
     ] = 128,
+    format: Annotated[
+        str,
+        typer.Option(
+            callback=check_format, help="Layout of OUT: native, awq, compressed-tensors, ... (docs/formats.md)."
+        ),
+    ] = "native",
     samples: Samples = 32,
     seq_len: SeqLen = 512,
     skip: Annotated[
@@ -58,14 +67,17 @@ def quantize(
 
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
-    OUT holds the weights in the native format (awq_ext.json and safetensors) with the tokenizer and config of MODEL.
+    OUT holds config, tokenizer, weights and the report. Layouts without a place for scales that are applied at run time get a model
+    whose scales are all folded (fold=always).
     """
     from .. import quantize as quantize_model
+    from ..formats import LAYOUTS
     from . import hf
 
     if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite):
         raise typer.BadParameter(f"{out_dir} is not empty: give another, or --overwrite", param_hint="OUT")
-    chosen = read_settings({"method": method, "group_size": group_size}, settings)
+    fold = "auto" if LAYOUTS[format].run_time_scales else "always"
+    chosen = read_settings({"method": method, "group_size": group_size, "fold": fold}, settings)
     if skip:
         chosen["skip"] = ("lm_head", "*.lm_head", *skip)
     if chosen.get("packed") is False:
@@ -75,10 +87,10 @@ def quantize(
     model, tokenizer = hf.load_model(model_dir, dtype), hf.load_tokenizer(model_dir)
     batches = hf.windows(calib, tokenizer, samples, seq_len)
     quantize_model(model, batches, progress=console.is_terminal, **chosen)
-    hf.save_model(model, model_dir, out_dir)
+    hf.save_model(model, out_dir, format)
     report = model.awq_report
     if html is not None:
         report.to_html(html)
     console.print(escape(report.summary()))
-    console.print(f"written to {escape(str(out_dir))}")
-    write_json({"out": str(out_dir), "report": report.to_dict()}, json_path)
+    console.print(f"written to {escape(str(out_dir))} ({format})")
+    write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)

@@ -27,8 +27,8 @@ COLUMNS = ("norm", "linear", "run time", "unscaled")
 def row(name: str, group_size: int) -> str:
     """One line of the table."""
     case = architectures.make(name)
-    awq_ext.quantize(case.model, case.batches, group_size=group_size, progress=False)
-    counts = architectures.fold_counts(architectures.make(name), case.model.awq_report)
+    awq_ext.quantize(case.model, case.batches, group_size=group_size, min_tokens=1, progress=False)
+    counts = architectures.fold_counts(case.model.awq_report)
     cells = [name, str(sum(counts.values())), *(str(counts[column]) for column in COLUMNS)]
     return f"| {' | '.join(cells)} |"
 

@@ -1,0 +1,80 @@
+"""awq_ext's own tensors under a Hugging Face config: the one layout that holds everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import FLOATS, Layout, Settings, Summary, checked_group_size, int_setting, require_bits
+from .packed import CheckpointError, PackedLinear, expect
+
+
+class Native(Layout):
+    """qweight uint8 [N, ceil(K/2)], scales [N, G], zeros uint8 [N, G], pre_quant_scale fp32 [K]: docs/checkpoint.md.
+
+    The config has ``layers``: name -> [in_features, group_size], because shapes do not tell them.
+    """
+
+    name = "native"
+    suffixes = ("qweight", "scales", "zeros")
+    optional = ("pre_quant_scale", "bias")
+    scale_dtypes = (torch.float16, torch.bfloat16)
+    mixes_group_sizes = True
+    short_groups = True
+    run_time_scales = True
+
+    def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
+        tensors = {"qweight": layer.qweight, "scales": self.stored_scales(layer), "zeros": layer.zeros}
+        rest = {"pre_quant_scale": layer.pre_quant_scale, "bias": layer.bias}
+        return tensors | {name: tensor for name, tensor in rest.items() if tensor is not None}
+
+    def unpack(self, tensors: Mapping[str, Tensor], settings: Settings) -> PackedLinear:
+        self.require(tensors)
+        qweight, scales, zeros = (tensors[suffix] for suffix in self.suffixes)
+        scale = tensors.get("pre_quant_scale")
+        if len(settings.per_layer) != 1:
+            raise CheckpointError("quantization_config does not describe this layer")
+        ((k, size),) = settings.per_layer.values()
+        if qweight.dim() != 2:
+            raise CheckpointError(f"qweight has shape {tuple(qweight.shape)}, two dimensions are needed")
+        n = qweight.shape[0]
+        layer = PackedLinear(qweight, scales, zeros, k, size, self.bias_of(tensors, n), scale)
+        expect("qweight", qweight, (n, (k + 1) // 2), (torch.uint8,))
+        expect("scales", scales, (n, layer.groups), FLOATS[:2])
+        expect("zeros", zeros, (n, layer.groups), (torch.uint8,))
+        if bool((zeros > 15).any()):
+            raise CheckpointError(f"zeros must be below 16, got {int(zeros.max())}")
+        if scale is not None:
+            expect("pre_quant_scale", scale, (k,), (torch.float32,))
+        return layer
+
+    def quantization_config(self, summary: Summary) -> dict[str, Any]:
+        return {
+            "quant_method": "awq_ext",
+            "bits": 4,
+            "version": 1,
+            "layers": {name: [facts.in_features, facts.group_size] for name, facts in summary.layers.items()},
+            "modules_to_not_convert": list(summary.float_linears) or None,
+        }
+
+    def reads(self, config: Mapping[str, Any]) -> Settings | None:
+        if config.get("quant_method") != "awq_ext":
+            return None
+        require_bits(config, "bits")
+        layers, version = config.get("layers"), int_setting(config, "version")
+        if version != 1:
+            raise CheckpointError(f"quantization_config: version {version}; this awq_ext reads version 1")
+        if not isinstance(layers, dict) or not all(_is_pair(entry) for entry in layers.values()):
+            raise CheckpointError("quantization_config: layers must be name -> [in_features, group_size]")
+        per_layer = {name: (k, checked_group_size(size)) for name, (k, size) in layers.items()}
+        return Settings(tuple(dict.fromkeys(size for _, size in per_layer.values())), per_layer)
+
+    def claims(self, leaves: Mapping[str, torch.dtype]) -> bool:
+        return leaves.get("qweight") == torch.uint8 and "zeros" in leaves
+
+
+def _is_pair(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(type(v) is int for v in entry) and entry[0] > 0

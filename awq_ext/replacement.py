@@ -1,0 +1,147 @@
+"""Replacement: a directory that appears whole, in place of what was there, or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@contextmanager
+def replaced(directory: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of ``directory`` when the block ends, and vanishes when it raises.
+
+    Files of ``directory`` that the new folder lacks are taken over (as hard links where possible), except those of the top level
+    whose name is ``stale``. Everything is flushed to the disk first. Where the system can exchange two directories (Linux),
+    a kill at any moment leaves the old directory or the new one; elsewhere one between two renames leaves the old one under
+    the name ``.NAME.old-...`` beside its place.
+    """
+    target = directory.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    fresh = target.with_name(f".{target.name}.partial-{_owner()}-{uuid.uuid4().hex[:8]}")
+    fresh.mkdir()
+    try:
+        yield fresh
+        if target.is_dir():
+            shutil.copymode(target, fresh)
+            _take_over(target, fresh, stale)
+        _flush(fresh)
+        _commit(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _owner() -> str:
+    """This process, so that only leftovers of dead ones are removed."""
+    host = socket.gethostname().replace("-", "_") or "host"
+    return f"{host}-{os.getpid()}"
+
+
+def _remove_leftovers(target: Path) -> None:
+    host = _owner().rpartition("-")[0]
+    for left in target.parent.glob(f".{_escaped(target.name)}.partial-{_escaped(host)}-*-*"):
+        pid = left.name.rsplit("-", 2)[1]
+        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _take_over(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
+    for entry in old.iterdir():
+        if stale(entry.name) or (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, new / entry.name)
+
+
+def _link(source: str | Path, to: str | Path) -> None:
+    """A hard link, or a copy on file systems without."""
+    if os.path.islink(source):
+        os.symlink(os.readlink(source), to)
+        return
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copy2(source, to)
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        # a link's target is not ours; directories can be opened for flushing on POSIX only
+        if path.is_symlink() or not (path.is_file() or os.name == "posix"):
+            continue
+        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _commit(fresh: Path, target: Path) -> None:
+    inside = _working_directory(target)
+    if not target.exists():
+        fresh.rename(target)
+    elif not _exchange(fresh, target):
+        aside = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+        target.rename(aside)
+        try:
+            fresh.rename(target)
+        except OSError:
+            aside.rename(target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    if os.name == "posix":
+        handle = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    if inside is not None and inside.is_dir():
+        os.chdir(inside)  # else the process would stand in the directory that is about to be removed
+
+
+def _working_directory(target: Path) -> Path | None:
+    """The current directory if it is ``target`` or below."""
+    try:
+        here = Path.cwd().resolve()
+    except OSError:
+        return None
+    return here if here == target or target in here.parents else None
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    done = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+    if not done and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP, errno.EPERM):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
+    return done

@@ -1,0 +1,144 @@
+"""Shards: the safetensors files of a directory as one set of named tensors, read one at a time. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .formats.packed import CheckpointError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Shards:
+    """Names, dtypes and shapes of all tensors in the safetensors files of ``folder``; :meth:`get` reads one.
+
+    The files are those given, else those of the index, else model.safetensors, else every *.safetensors. CheckpointError for
+    files that are missing, damaged or outside the folder, for a name that two files have, and for a directory with pickles only.
+    """
+
+    def __init__(self, folder: Path, files: Iterable[str] | None = None) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self._home: dict[str, str] = {}
+        files, listed = self._listed() if files is None else (files, {})
+        for file in files:
+            self._open(file)
+        for name, file in listed.items():
+            if self._home.get(name) != file:
+                raise CheckpointError(f"{folder / INDEX} says that {name} is in {file}, which it is not")
+
+    def _listed(self) -> tuple[list[str], dict[str, str]]:
+        """The files to open, and tensor name -> file where there is an index."""
+        path = self.folder / INDEX
+        if path.exists():
+            weights = read_json(path).get("weight_map")
+            if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
+                raise CheckpointError(f"{path} is damaged: weight_map must map tensor names to files")
+            return sorted(set(weights.values())), weights
+        if (self.folder / WEIGHTS).exists():
+            return [WEIGHTS], {}
+        if found := sorted(file.name for file in self.folder.glob("*.safetensors")):
+            return found, {}
+        if pickles := sorted(file.name for suffix in PICKLES for file in self.folder.glob(f"*{suffix}")):
+            raise CheckpointError(
+                f"{self.folder} has its tensors in {pickles[0]}, a pickle, which can run any code when it is read: "
+                "only safetensors are read; get the checkpoint in that form from a source you trust"
+            )
+        raise CheckpointError(f"{self.folder} has no safetensors file: it is no checkpoint")
+
+    def _open(self, file: str) -> None:
+        path = self._inside(file)
+        try:
+            # stays open (mapped into memory) as long as this object lives
+            opened = safe_open(path, framework="pt", device="cpu")
+            names = list(opened.keys())
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+        self._files[file] = opened
+        for name in names:
+            if name in self._home:
+                raise CheckpointError(f"{self.folder}: {name} is in two files, {self._home[name]} and {file}")
+            self._home[name] = file
+
+    def _inside(self, file: str) -> Path:
+        """The path of a file that must lie in the folder (or in the blob store of a Hugging Face cache, which it links to)."""
+        problem = f"{self.folder / INDEX} names {file!r}: a .safetensors file of this directory is needed"
+        if not file.endswith(".safetensors") or Path(file).name != file or "\0" in file or "\\" in file:
+            raise CheckpointError(problem)
+        path, folder = self.folder / file, self.folder.resolve()
+        real = path.resolve()
+        cached = folder.parent.name == "snapshots" and real.parent == folder.parent.parent / "blobs"
+        if real.parent != folder and not cached:
+            raise CheckpointError(f"{path} is a link to {real}, outside the directory")
+        return path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._home
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Without reading the tensor; CheckpointError for one that torch lacks."""
+        kind = self._slice(name).get_dtype()
+        if kind not in _DTYPES:
+            raise CheckpointError(f"{self.folder}: {name} has dtype {kind}, which is not known here")
+        return _DTYPES[kind]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._home[name]].get_slice(name)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, on the CPU."""
+        try:
+            return self._files[self._home[name]].get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder / self._home[name]} is damaged: {error}") from None
+
+    def leaves(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
+        """Module name -> its tensors: last part of the name -> name."""
+        modules: dict[str, dict[str, str]] = {}
+        for name in self if names is None else names:
+            prefix, _, leaf = name.rpartition(".")
+            modules.setdefault(prefix, {})[leaf] = name
+        return modules
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError if it cannot be read or is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: an object is needed, not {type(content).__name__}")
+    return content
+
+
+def first_json(folder: Path, *names: str) -> Mapping[str, Any] | None:
+    """The first of these files that exists."""
+    return next((read_json(folder / name) for name in names if (folder / name).exists()), None)
