@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from .batches import Call
-from .experts import ExpertLinears, Unfused, find_fused, unfuse, unfuse_as
+from .experts import ExpertLinears
+from .fused import Unfused, find_fused, unfuse, unfuse_as
 from .groups import parameter_owners
 from .journal import Journal
 from .lookalikes import has_transposed_form, linear_of, multiplies_transposed, with_weight_of
