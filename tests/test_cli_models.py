@@ -110,7 +110,7 @@ def test_report(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
 def test_inspect(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
     shown = run("inspect", quantized)
     assert shown.exit_code == 0, shown.output
-    for word in ("LlamaForCausalLM", "awq_ext 1", "int4 layers", "32: 14", "14 of 15 Linears quantized"):
+    for word in ("LlamaForCausalLM", "awq_ext", "int4 layers", "32: 14", "14 of 15 Linears quantized"):
         assert word in shown.output
     plain = run("inspect", model_dir, "--json", tmp_path / "i.json")
     assert plain.exit_code == 0

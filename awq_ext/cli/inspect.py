@@ -45,6 +45,11 @@ def describe(directory: Path) -> dict[str, Any]:
     if quantization := config.get("quantization_config"):
         facts["format"] = quantization.get("quant_method", "unknown")
         facts["quantization_config"] = {k: v for k, v in quantization.items() if not isinstance(v, (dict, list))}
+        if isinstance(
+            layers := quantization.get("layers"), dict
+        ):  # the native layout: name -> [in_features, group_size]
+            facts["int4 layers"] = len(layers)
+            facts["group sizes"] = dict(Counter(str(size) for _, size in layers.values()))
     if report := _json(directory / "awq_report.json"):
         from ..report import AwqReport
 

@@ -78,9 +78,10 @@ def llmcompressor(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[
 def autoawq(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[Any, float]:
     """Its quantize(), zero points on."""
     from awq import AutoAWQForCausalLM
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    # the directory may name a tokenizer class of a newer transformers
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(job["model"]) / "tokenizer.json"))
     model = AutoAWQForCausalLM.from_pretrained(job["model"], device_map="cpu", torch_dtype=torch.bfloat16)
     settings = {"zero_point": True, "q_group_size": job["group_size"], "w_bit": 4, "version": "GEMM"}
     began = time.perf_counter()
