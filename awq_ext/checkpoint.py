@@ -123,6 +123,14 @@ def _is_foreign(folder: Path) -> bool:
     return any(file.suffix in (".safetensors", *PICKLES) for file in files)
 
 
+def read_report(directory: str | os.PathLike[str]) -> AwqReport:
+    """The report of the quantization that made a checkpoint. CheckpointError where there is none."""
+    report = read_index(Path(directory))["report"]
+    if report is None:
+        raise CheckpointError(f"{directory} holds no report: its model was not quantized by awq_ext.quantize")
+    return report
+
+
 def _describe(layer: QuantLinear) -> dict[str, Any]:
     entry = {
         "in_features": layer.in_features,
