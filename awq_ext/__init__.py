@@ -10,6 +10,7 @@ from .blocks import CalibrationError  # noqa: E402
 from .checkpoint import CheckpointError, load, save  # noqa: E402
 from .config import AwqConfig  # noqa: E402
 from .convert import convert  # noqa: E402
+from .plan import GroupPlan, Plan, plan  # noqa: E402
 from .pretrained import from_pretrained, save_pretrained  # noqa: E402
 from .qlinear import QuantLinear  # noqa: E402
 from .quantize import quantize  # noqa: E402
@@ -23,12 +24,15 @@ __all__ = [
     "BlockReport",
     "CalibrationError",
     "CheckpointError",
+    "GroupPlan",
     "LayerReport",
+    "Plan",
     "QuantLinear",
     "__version__",
     "convert",
     "from_pretrained",
     "load",
+    "plan",
     "quantize",
     "save",
     "save_pretrained",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -47,9 +47,15 @@ class BlockSurvey:
 
 
 def survey(
-    model: nn.Module, blocks: Sequence[Block], linears: Mapping[str, nn.Linear], call: Call
+    model: nn.Module,
+    blocks: Sequence[Block],
+    linears: Mapping[str, nn.Linear],
+    call: Call,
+    kind: Callable[[str], Hashable] = lambda _: None,
 ) -> list[BlockSurvey]:
     """Run the first batch through the whole model: the blocks in calling order, each with its scale groups.
+
+    kind: Linears for whose names it differs are not put into one group.
 
     A block that is called twice in one forward cannot be finished after its first call: then the whole model counts as one
     block. Raises CalibrationError when the model rejects the batch.
@@ -68,11 +74,11 @@ def survey(
             # on copies: a model that writes its input must find the batch untouched when it is calibrated
             run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
     if len({block.name for block in order}) < len(order):
-        return survey(model, [Block("", model)], linears, call)
+        return survey(model, [Block("", model)], linears, call, kind)
     found = []
     for block in order:
         inside = linears_of(block, linears)
-        found.append(BlockSurvey(block, inside, watches[block.name].groups(inside), sizes[block.name]))
+        found.append(BlockSurvey(block, inside, watches[block.name].groups(inside, kind), sizes[block.name]))
     return found
 
 

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from .config import GROUP_SIZES, SCALE_DTYPES
 from .formats.packed import CheckpointError
+from .huggingface import names_in
 from .placement import place
+from .prepare import unwrapped
 from .qlinear import TILED, QuantLinear
 from .quantdir import QuantDir
 from .report import AwqReport
@@ -34,6 +36,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     into place last and names the tensor file, so a reader sees the old checkpoint or the new one, never a mixture.
     Raises CheckpointError when the model holds no QuantLinear or tensors on the meta device.
     """
+    model = unwrapped(model)
     layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not layers:
         raise CheckpointError(
@@ -73,9 +76,11 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
     Raises CheckpointError, before anything is changed, for a damaged or foreign checkpoint or one of another model.
     """
     folder = Path(directory)
-    target = model if isinstance(model, nn.Module) else model()
+    given = model if isinstance(model, nn.Module) else model()
+    target = unwrapped(given)
     if not (folder / INDEX_NAME).exists() and _is_foreign(folder):
-        return place(target, QuantDir(folder))
+        place(target, QuantDir(folder), rename=names_in(target))
+        return given
     index = read_index(folder)
     tensors = _read_tensors(folder / index["tensors"])
     skeleton = {name: _empty_layer(target, name, entry, tensors) for name, entry in index["layers"].items()}
@@ -89,7 +94,7 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
         (parent._parameters if leaf in parent._parameters else parent._buffers)[leaf] = value
     if index["report"] is not None:
         target.awq_report = index["report"]
-    return target
+    return given
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch import nn
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# In ``skip``: the head of a model of transformers, whatever its name (``get_output_embeddings``).
+OUTPUT_EMBEDDINGS = "<output embeddings>"
+# fnmatch pattern of a module's name, or a function of the name and the module.
+Selector = str | Callable[[str, nn.Module], bool]
+# What ``per_layer`` may set: what concerns one Linear alone.
+LAYER_FIELDS = ("method", "bits", "group_size", "symmetric", "scale_dtype", "clip", "packed")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("awq", "rtn"),
     "group_size": GROUP_SIZES,
@@ -41,7 +50,12 @@ class AwqConfig:
         that have no place for a run-time scale.
     propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
     packed: True makes QuantLinear modules (int4); False leaves nn.Linear with fake-quantized weights, for experiments.
-    skip: fnmatch patterns of module names that stay as they are.
+    skip: what stays as it is: fnmatch patterns of layer names, or functions of (name, module) that return a bool. By default
+        the output layer of language models.
+    only: likewise, what alone is quantized; empty for all.
+    min_weights: Linears with fewer weights stay as they are.
+    per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
+        ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8, "packed": False}}``.
     seq_len: window length in tokens when calibration samples are texts.
     """
 
@@ -56,11 +70,14 @@ class AwqConfig:
     fold: str = "auto"
     propagate: str = "float"
     packed: bool = True
-    skip: tuple[str, ...] = ("lm_head", "*.lm_head")
+    skip: tuple[Selector, ...] = ("lm_head", "*.lm_head", OUTPUT_EMBEDDINGS)
+    only: tuple[Selector, ...] = ()
+    min_weights: int = 0
+    per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     seq_len: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size", "n_grid", "search_rows", "seq_len"):
+        for name in ("bits", "group_size", "n_grid", "search_rows", "seq_len", "min_weights"):
             self._check_int(name)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -68,9 +85,40 @@ class AwqConfig:
             if not any(value == choice and type(value) is type(choice) for choice in choices):
                 raise ValueError(f"AwqConfig.{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
         self._check_ranges()
-        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
-            raise TypeError(f"AwqConfig.skip={self.skip!r}: give a tuple of name patterns, such as ('*.router',)")
-        object.__setattr__(self, "skip", tuple(self.skip))
+        self._check_selectors("skip")
+        self._check_selectors("only")
+        self._check_per_layer()
+
+    def _check_selectors(self, name: str) -> None:
+        value = getattr(self, name)
+        unusable = isinstance(value, str) or not isinstance(value, Iterable)
+        if unusable or not all(isinstance(one, str) or callable(one) for one in value):
+            raise TypeError(
+                f"AwqConfig.{name}={value!r}: give a tuple of name patterns, such as ('*.router',), or functions of "
+                "(name, module)"
+            )
+        object.__setattr__(self, name, tuple(value))
+
+    def _check_per_layer(self) -> None:
+        if not isinstance(self.per_layer, Mapping):
+            raise TypeError(
+                f"AwqConfig.per_layer={self.per_layer!r}: a dict of name pattern -> dict of fields is needed"
+            )
+        for pattern, fields in self.per_layer.items():
+            if not isinstance(pattern, str) or not isinstance(fields, Mapping):
+                raise TypeError(
+                    f"AwqConfig.per_layer[{pattern!r}]={fields!r}: a name pattern -> dict of fields is needed"
+                )
+            if unknown := sorted(set(fields) - set(LAYER_FIELDS)):
+                raise ValueError(
+                    f"AwqConfig.per_layer[{pattern!r}] sets {', '.join(unknown)}: one layer can have its own "
+                    f"{', '.join(LAYER_FIELDS)}"
+                )
+            try:
+                replace(self, per_layer={}, **fields)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"AwqConfig.per_layer[{pattern!r}]: {error}") from None
+        object.__setattr__(self, "per_layer", {pattern: dict(fields) for pattern, fields in self.per_layer.items()})
 
     def _check_int(self, name: str) -> None:
         value = getattr(self, name)
@@ -84,7 +132,7 @@ class AwqConfig:
             )
         if not 2 <= self.bits <= 8:
             raise ValueError(f"AwqConfig.bits={self.bits}: 2 to 8 are possible")
-        for name, smallest in (("n_grid", 1), ("search_rows", 0), ("seq_len", 2)):
+        for name, smallest in (("n_grid", 1), ("search_rows", 0), ("seq_len", 2), ("min_weights", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"AwqConfig.{name}={getattr(self, name)}: at least {smallest} is needed")
 
@@ -103,9 +151,17 @@ class AwqConfig:
             "scale_dtype": self.torch_scale_dtype,
         }
 
+    def for_layer(self, name: str) -> AwqConfig:
+        """The settings of the layer called ``name``: these, with the fields of the first matching ``per_layer`` pattern."""
+        for pattern, fields in self.per_layer.items():
+            if fnmatchcase(name, pattern):
+                return replace(self, per_layer={}, **fields)
+        return self
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self) | {"skip": list(self.skip)}
+        """Plain values, ready for JSON; a function among ``skip`` or ``only`` becomes its name in brackets."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {name: [_named(one) for one in values[name]] for name in ("skip", "only")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AwqConfig:
@@ -114,3 +170,14 @@ class AwqConfig:
         if unknown := sorted(set(values) - known):
             raise ValueError(f"AwqConfig has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def configured(config: AwqConfig | None, overrides: Mapping[str, Any]) -> AwqConfig:
+    """``config`` (None: the defaults) with some fields set anew. TypeError for what is no AwqConfig."""
+    if not isinstance(config, (AwqConfig, type(None))):
+        raise TypeError(f"config is a {type(config).__name__}: an AwqConfig is needed")
+    return replace(config or AwqConfig(), **overrides)
+
+
+def _named(selector: Selector) -> str:
+    return selector if isinstance(selector, str) else f"<{getattr(selector, '__qualname__', repr(selector))}>"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +29,8 @@ class Eligible:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def eligible_linears(model: nn.Module, skipped: Callable[[str], bool]) -> Eligible:
-    """Sort the Linears of ``model``. Left out: names for which ``skipped`` is true, forwards of their own, shared weights.
+def eligible_linears(model: nn.Module, excluded: Callable[[str, nn.Linear], str | None]) -> Eligible:
+    """Sort the Linears of ``model``. Left out: those ``excluded`` gives a reason for, forwards of their own, shared weights.
 
     Layers that do a Linear's work without being one (Conv1D of transformers) are named among the reasons.
     Raises ValueError, naming the layer, for a model without Linears, one that is quantized already, integer or meta weights.
@@ -46,7 +46,7 @@ def eligible_linears(model: nn.Module, skipped: Callable[[str], bool]) -> Eligib
             if _multiplies_transposed(module):
                 found.reasons[name] = f"{type(module).__name__} is no nn.Linear (its weight is transposed)"
             continue
-        if reason := _reason_to_leave(name, module, owners, skipped):
+        if reason := _reason_to_leave(name, module, owners, excluded):
             found.reasons[name] = reason
         else:
             found.linears[name] = module
@@ -56,10 +56,10 @@ def eligible_linears(model: nn.Module, skipped: Callable[[str], bool]) -> Eligib
 
 
 def _reason_to_leave(
-    name: str, module: nn.Linear, owners: Mapping[int, list[str]], skipped: Callable[[str], bool]
+    name: str, module: nn.Linear, owners: Mapping[int, list[str]], excluded: Callable[[str, nn.Linear], str | None]
 ) -> str | None:
-    if skipped(name):
-        return "skipped by pattern"
+    if reason := excluded(name, module):
+        return reason
     if not _computes_linear(module):
         return f"{type(module).__name__} has a forward of its own"
     weight = module.weight
@@ -196,12 +196,14 @@ class Watch:
         """Let go of the tensors: the forward has left the block."""
         self._alive.clear()
 
-    def groups(self, linears: Mapping[str, nn.Linear]) -> list[ScaleGroup]:
-        """Linears that were called with the same tensors, call by call, in the order they were first called."""
+    def groups(
+        self, linears: Mapping[str, nn.Linear], kind: Callable[[str], Hashable] = lambda _: None
+    ) -> list[ScaleGroup]:
+        """Linears of one ``kind`` called with the same tensors, call by call, in the order they were first called."""
         members: dict[tuple[Any, ...], list[str]] = {}
         for name, identities in self.inputs.items():
-            members.setdefault((linears[name].in_features, *identities), []).append(name)
-        return [ScaleGroup(tuple(names), self._producer(key[1:])) for key, names in members.items()]
+            members.setdefault((linears[name].in_features, kind(name), *identities), []).append(name)
+        return [ScaleGroup(tuple(names), self._producer(key[2:])) for key, names in members.items()]
 
     def _producer(self, identities: tuple[Any, ...]) -> str | None:
         for name, outputs in self.outputs.items():

@@ -14,6 +14,7 @@ from . import huggingface
 from .export import parse_size, summarize, write
 from .formats import CheckpointError, PackedLinear, layout
 from .placement import place
+from .prepare import unwrapped
 from .qlinear import QuantLinear
 from .quantdir import QuantDir
 
@@ -38,6 +39,7 @@ def save_pretrained(
     it; ValueError for an unknown format or size.
     """
     target, limit = layout(format), parse_size(max_shard_size)
+    model = unwrapped(model)
     source = ModelSource(model)
     summary = summarize(source, target, source.float_linears)
 

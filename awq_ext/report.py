@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ class LayerReport:
 
     status: "int4", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
     scale: "identity", "plain" or "duo"; alpha its exponent; applied: "norm" or "linear" (folded into one), "run time", "weights"
-    (fake-quantized weights hold both) or "" (nothing to apply).
+    (fake-quantized weights hold both) or "" (nothing to apply). group: the first Linear of the scale group, which shares the scale.
     """
 
     name: str
@@ -23,6 +24,9 @@ class LayerReport:
     out_features: int
     status: str
     method: str = ""
+    bits: int = 0
+    group_size: int = 0
+    group: str = ""
     scale: str = ""
     alpha: float | None = None
     applied: str = ""
@@ -35,11 +39,15 @@ class LayerReport:
 
 @dataclass
 class BlockReport:
-    """One block: relative error of its float output once folds were applied, of its quantized output, on the first batch."""
+    """One block: relative error of its float output once folds were applied, of its quantized output, on the first batch.
+
+    note: why its folds were given up, if they were.
+    """
 
     name: str
     fold_error: float | None = None
     output_error: float | None = None
+    note: str = ""
 
 
 @dataclass
@@ -99,9 +107,13 @@ class AwqReport:
     def __str__(self) -> str:
         header = ("layer", "status", "scale", "alpha", "applied", "clip", "loss / RTN's", "tokens", "note")
         rows = [header, *(_cells(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, self.summary(), *(f"warning: {text}" for text in self.warnings)])
+        return "\n".join([*aligned(rows), self.summary(), *(f"warning: {text}" for text in self.warnings)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line a row, cells padded to the width of their column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:

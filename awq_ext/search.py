@@ -67,10 +67,10 @@ class Codes:
         return Codes(self.stored[index], self.scales[index], self.zeros[index], self.in_features, self.packed)
 
 
-def weight_mean(weights: Sequence[Tensor], group_size: int) -> Tensor:
+def weight_mean(weights: Sequence[Tensor], group_sizes: Sequence[int]) -> Tensor:
     """w_mean fp32 [K]: mean over all rows of |W[:, k]| / (largest |W| of its weight group)."""
     total = torch.zeros(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
-    for weight in weights:
+    for weight, group_size in zip(weights, group_sizes, strict=True):
         for rows in weight.split(_ROWS_AT_ONCE):
             magnitude = rows.float().abs()
             g = reference.group_length(magnitude.shape[1], group_size)
@@ -114,21 +114,23 @@ def search_scale(
     weights: Sequence[Tensor],
     x_mean: Tensor,
     second_moment: Tensor,
-    config: AwqConfig,
+    settings: Sequence[AwqConfig],
     tie: Callable[[Tensor], Tensor] | None = None,
 ) -> ScaleChoice:
     """The candidate with the least output error summed over the group's Linears that makes no single one worse than RTN.
 
-    weights: each [N_i, K]; x_mean fp32 [K]; second_moment fp32 [K, K]. Ranked on evenly spaced rows (``ranking_rows``).
+    weights: each [N_i, K], and the settings each will be rounded by; x_mean fp32 [K]; second_moment fp32 [K, K].
+    Ranked on evenly spaced rows (``ranking_rows``).
     tie: turns candidates [C, K] into the nearest ones that can be folded.
     """
-    candidates, labels = candidate_scales(x_mean, weight_mean(weights, config.group_size), config.n_grid)
+    group_sizes = [config.group_size for config in settings]
+    candidates, labels = candidate_scales(x_mean, weight_mean(weights, group_sizes), settings[0].n_grid)
     if tie is not None:
         candidates = tie(candidates)
-    wanted = ranking_rows(config.search_rows, candidates.shape[1])
+    wanted = ranking_rows(settings[0].search_rows, candidates.shape[1])
     total_rows = sum(len(weight) for weight in weights)
     losses = []
-    for weight in weights:
+    for weight, config in zip(weights, settings, strict=True):
         # rows in proportion to the Linear's height, but enough for a thin one to be judged by
         rows = min(len(weight), max(_FEWEST_ROWS, wanted * len(weight) // total_rows)) if wanted else 0
         sampled = kernels.scale_losses(weight, candidates, second_moment, max_rows=rows, **config.quantizer)

@@ -13,9 +13,10 @@ from . import search
 from .backend import kernels_for
 from .calibrate import BlockSurvey, GroupStatistics
 from .config import AwqConfig
-from .fold import Change, Fold, LinearFold, NormFold, prove_linear_folds, prove_norm_folds
+from .fold import Change, Fold, LinearFold, NormFold
 from .groups import ScaleGroup
 from .probe import Probe, Substitutes, combined
+from .proof import find_folds
 from .qlinear import QuantLinear, take_hooks
 from .report import BlockReport, LayerReport
 from .search import Codes, ScaleChoice
@@ -23,7 +24,7 @@ from .search import Codes, ScaleChoice
 
 @dataclass
 class LayerSolution:
-    """A Linear and the codes that replace its weight; ``scale`` fp32 [K] multiplied the columns before rounding.
+    """A Linear, its settings and the codes that replace its weight; ``scale`` fp32 [K] multiplied the columns before rounding.
 
     divisor: fp32 [N], by which the rows were divided, where a later group's scale is folded into this Linear.
     unclipped: the codes without clipping, where there is a choice.
@@ -31,6 +32,7 @@ class LayerSolution:
 
     name: str
     linear: nn.Linear
+    settings: AwqConfig
     codes: Codes
     scale: Tensor | None = None
     divisor: Tensor | None = None
@@ -46,7 +48,7 @@ class LayerSolution:
 
 @dataclass
 class GroupSolution:
-    """A scale group: its statistics, its choice, and what takes 1/s (None: division at run time)."""
+    """A scale group: its statistics, its choice, and what takes 1/s (None: division at run time, or in fake-quantized weights)."""
 
     book: GroupStatistics
     choice: ScaleChoice = field(default_factory=lambda: ScaleChoice(None))
@@ -54,11 +56,11 @@ class GroupSolution:
     layers: list[LayerSolution] = field(default_factory=list)
     problem: str = ""
 
-    def reports(self, config: AwqConfig) -> list[LayerReport]:
+    def reports(self) -> list[LayerReport]:
         """The rows of the report."""
         applied = ""
         if self.choice.scale is not None:
-            applied = "run time" if config.packed else "weights"
+            applied = "run time" if self.layers[0].settings.packed else "weights"
             if self.fold is not None:
                 applied = "norm" if isinstance(self.fold, NormFold) else "linear"
         return [
@@ -66,8 +68,11 @@ class GroupSolution:
                 name=layer.name,
                 in_features=layer.linear.in_features,
                 out_features=layer.linear.out_features,
-                status="int4" if config.packed else "fake",
-                method="rtn" if self.problem else config.method,
+                status="int4" if layer.settings.packed else "fake",
+                bits=layer.settings.bits,
+                group_size=layer.settings.group_size,
+                method="rtn" if self.problem else layer.settings.method,
+                group=self.layers[0].name,
                 scale=self.choice.kind,
                 alpha=self.choice.alpha,
                 applied=applied,
@@ -103,21 +108,47 @@ class BlockSolver:
 
     def solve(self) -> tuple[list[GroupSolution], BlockReport]:
         """All groups of the block, and how far its output moved."""
+        report = BlockReport(self.surveyed.block.name)
         folds = self._find_folds()
+        groups = self._solve_without_worse(folds)
+        report.fold_error = self._fold_error(groups)
+        if report.fold_error > (allowed := self._allowed_fold_error()):
+            report.note = (
+                f"no folds: they would move its float output by {report.fold_error:.2g} (allowed {allowed:.2g})"
+            )
+            groups = self._solve_without_worse([None] * len(folds))
+            report.fold_error = 0.0
+        report.output_error = self._settle_clips(groups) / (self.probe.norm or 1.0)
+        return groups, report
+
+    def _solve_without_worse(self, folds: Sequence[Fold | None]) -> list[GroupSolution]:
+        """All groups; folds that leave a Linear with more error than RTN are given up."""
         while True:
             groups = self._solve_groups(folds)
             worse = {x.linear for group in groups for x in group.layers if x.loss is not None and x.loss > x.loss_rtn}
             if not worse:
-                break
+                return groups
             # Dividing a row changes how its group scales are rounded: nothing but that can be left. Without the fold the
             # Linear falls back to RTN's codes.
             kept = [None if isinstance(fold, LinearFold) and fold.module in worse else fold for fold in folds]
             assert kept != folds, "only a fold into its rows can leave a Linear worse than RTN"
             folds = kept
-        size = self.probe.norm or 1.0
+
+    def _fold_error(self, groups: Sequence[GroupSolution]) -> float:
+        """Relative change of the block's float output once the folds are applied, with the scales that were chosen."""
         folded = _folded_float(groups)
-        fold_error = self.probe.distance(folded) / size if folded else 0.0
-        return groups, BlockReport(self.surveyed.block.name, fold_error, self._settle_clips(groups) / size)
+        return self.probe.distance(folded) / (self.probe.norm or 1.0) if folded else 0.0
+
+    def _allowed_fold_error(self) -> float:
+        """Each folded parameter is rounded once more, at most eps / 2 of it, and so are the columns that make up for it.
+
+        A path through a block meets four folds (norm, values, norm, up), so 4 eps, and as much again for what sums cancel. The
+        folds themselves were proven exactly; this catches scales that leave the range of the dtype.
+        """
+        linears = list(self.surveyed.linears.values())
+        # autocast computes in less than the weights' precision
+        dtypes = {linear.weight.dtype for linear in linears} | self.probe.output_dtypes(linears)
+        return 8 * max(torch.finfo(dtype).eps for dtype in dtypes)
 
     def _solve_groups(self, folds: Sequence[Fold | None]) -> list[GroupSolution]:
         self.divisors = {}
@@ -128,18 +159,20 @@ class BlockSolver:
         return [self._solve_group(*one, choice) for one, choice in pairs][::-1]
 
     def _choose(self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None) -> ScaleChoice:
-        if _unusable(group, book) or self.config.method == "rtn" or (fold is None and self.config.fold == "always"):
+        settings = [self.config.for_layer(name) for name in group.linears]
+        no_place = fold is None and settings[0].packed and self.config.fold == "always"
+        if _unusable(group, book) or settings[0].method == "rtn" or no_place:
             return ScaleChoice(None)
         weights = [self.surveyed.linears[name].weight.detach() for name in group.linears]
         tie = None if fold is None else fold.tie
-        return search.search_scale(self.kernels, weights, book.x_mean, book.stats.second_moment(), self.config, tie)
+        return search.search_scale(self.kernels, weights, book.x_mean, book.stats.second_moment(), settings, tie)
 
     def _solve_group(
         self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None, choice: ScaleChoice
     ) -> GroupSolution:
         linears = {name: self.surveyed.linears[name] for name in group.linears}
         problem = _unusable(group, book)
-        if problem or self.config.method == "rtn":
+        if problem or self.config.for_layer(group.linears[0]).method == "rtn":
             return self._rounded(linears, book, problem)
         solution = self._scaled(linears, choice, fold, book)
         if any(layer.loss > layer.loss_rtn for layer in solution.layers):
@@ -152,8 +185,9 @@ class BlockSolver:
     def _rounded(self, linears: Mapping[str, nn.Linear], book: GroupStatistics, problem: str = "") -> GroupSolution:
         solution = GroupSolution(book, problem=problem)
         for name, linear in linears.items():
-            divisor = self.divisors.get(linear)
-            layer = LayerSolution(name, linear, self._quantize(linear, divisor=divisor), divisor=divisor)
+            divisor, settings = self.divisors.get(linear), self.config.for_layer(name)
+            codes = search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), settings)
+            layer = LayerSolution(name, linear, settings, codes, divisor=divisor)
             if not problem:
                 layer.loss = layer.loss_rtn = self._loss(layer, layer.codes, book)
             solution.layers.append(layer)
@@ -165,14 +199,15 @@ class BlockSolver:
         scale = choice.scale if fold is None or choice.scale is None else fold.effective_scale(choice.scale)
         solution = GroupSolution(book, replace(choice, scale=scale), None if scale is None else fold)
         for name, linear in linears.items():
-            rtn = self._quantize(linear)
-            divisor = self.divisors.get(linear)
-            full = rtn if scale is None and divisor is None else self._quantize(linear, scale, divisor)
-            layer = LayerSolution(name, linear, full, scale, divisor)
+            weight, divisor, settings = linear.weight.detach(), self.divisors.get(linear), self.config.for_layer(name)
+            full = rtn = search.quantize(self.kernels, weight, settings)
+            if scale is not None or divisor is not None:
+                full = search.quantize(self.kernels, _divided(weight, divisor), settings, scale)
+            layer = LayerSolution(name, linear, settings, full, scale, divisor)
             clipped = self._clipped(layer, book)
             if clipped:
                 layer.codes, layer.unclipped = clipped, full
-            layer.loss_rtn = self._loss(LayerSolution(name, linear, rtn), rtn, book)
+            layer.loss_rtn = self._loss(LayerSolution(name, linear, settings, rtn), rtn, book)
             layer.loss = layer.loss_rtn if layer.codes is rtn else self._loss(layer, layer.codes, book)
             if layer.clipped and layer.loss > layer.loss_rtn:
                 layer.codes, layer.unclipped = full, None
@@ -182,35 +217,25 @@ class BlockSolver:
 
     def _find_folds(self) -> list[Fold | None]:
         """For each group, what takes its 1/s, proven."""
-        # fake-quantized weights hold 1/s themselves: nothing to fold
-        if self.config.method == "rtn" or self.config.fold == "never" or not self.config.packed:
-            return [None] * len(self.surveyed.groups)
-        members = [[self.surveyed.linears[name] for name in group.linears] for group in self.surveyed.groups]
-        norms = {
-            i: self.foldable[g.producer] for i, g in enumerate(self.surveyed.groups) if g.producer in self.foldable
-        }
-        proven = prove_norm_folds(self.probe, [(norm, members[i]) for i, norm in norms.items()])
-        folds: dict[int, Fold] = {i: fold for i, fold in zip(norms, proven, strict=True) if fold is not None}
-        folds |= prove_linear_folds(self.probe, members, [i for i in range(len(members)) if i not in folds])
-        return [folds.get(i) for i in range(len(members))]
-
-    def _quantize(self, linear: nn.Linear, scale: Tensor | None = None, divisor: Tensor | None = None) -> Codes:
-        return search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), self.config, scale)
+        groups = self.surveyed.groups
+        wanted = [takes_fold(group, self.config) for group in groups]
+        return find_folds(self.probe, groups, self.surveyed.linears, self.foldable, wanted)
 
     def _clipped(self, layer: LayerSolution, book: GroupStatistics) -> Codes | None:
         """Codes of clipped ranges, if their output error is below that of the full ranges (on the rows of the search).
 
         The ranges were searched on diagonal blocks of the second moment; here all of it counts.
         """
-        if self.config.clip is False:
+        settings = layer.settings
+        if settings.clip is False:
             return None
         weight, second_moment = _divided(layer.linear.weight.detach(), layer.divisor), book.stats.second_moment()
-        clip = search.search_clip(self.kernels, weight, second_moment, self.config, layer.scale)
-        codes = search.quantize(self.kernels, weight, self.config, layer.scale, clip)
-        rows = search.spread_rows(len(weight), self.config.search_rows, weight.device)
+        clip = search.search_clip(self.kernels, weight, second_moment, settings, layer.scale)
+        codes = search.quantize(self.kernels, weight, settings, layer.scale, clip)
+        rows = search.spread_rows(len(weight), settings.search_rows, weight.device)
         full_loss, loss = (
             search.output_loss(
-                self.kernels, weight[rows], c.rows(rows), layer.scale, second_moment, self.config.group_size
+                self.kernels, weight[rows], c.rows(rows), layer.scale, second_moment, settings.group_size
             )
             for c in (layer.codes, codes)
         )
@@ -219,7 +244,7 @@ class BlockSolver:
     def _loss(self, layer: LayerSolution, codes: Codes, book: GroupStatistics) -> float:
         """Mean squared output error a calibration row, over all output rows, in the space of the original weight."""
         weight, second_moment = layer.linear.weight.detach(), book.stats.second_moment()
-        group_size = self.config.group_size
+        group_size = layer.settings.group_size
         return (
             search.output_loss(self.kernels, weight, codes, layer.scale, second_moment, group_size, layer.divisor)
             / book.rows
@@ -235,7 +260,7 @@ class BlockSolver:
         substitutes = {(layer.linear, "weight"): self._weight(layer, layer.codes) for _, layer in layers}
         best = self.probe.distance(substitutes)
         for book, layer in layers:
-            if self.config.clip != "auto" or not layer.clipped:
+            if layer.settings.clip != "auto" or not layer.clipped:
                 continue
             trial = substitutes | {(layer.linear, "weight"): self._weight(layer, layer.unclipped)}
             distance = self.probe.distance(trial)
@@ -249,8 +274,14 @@ class BlockSolver:
 
     def _weight(self, layer: LayerSolution, codes: Codes) -> Tensor:
         """What ``codes`` stand for in the original space (scales undone, so no fold is needed) and dtype: [N, K]."""
-        weight = codes.dequantize(self.kernels, self.config.group_size, layer.scale, layer.divisor)
+        weight = codes.dequantize(self.kernels, layer.settings.group_size, layer.scale, layer.divisor)
         return weight.to(layer.linear.weight.dtype)
+
+
+def takes_fold(group: ScaleGroup, config: AwqConfig) -> bool:
+    """Whether the group will have a scale that something can take over; fake-quantized weights hold 1/s themselves."""
+    settings = config.for_layer(group.linears[0])
+    return settings.method != "rtn" and settings.packed and config.fold != "never"
 
 
 def _divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
@@ -281,16 +312,16 @@ def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:
 
 
 @torch.no_grad()
-def build_layer(layer: LayerSolution, fold: Fold | None, config: AwqConfig) -> nn.Module:
-    """The module that takes the Linear's place: a QuantLinear, or for ``packed=False`` a Linear of the same class."""
-    if not config.packed:
+def build_layer(layer: LayerSolution, fold: Fold | None) -> nn.Module:
+    """The module that takes the Linear's place: a QuantLinear, or for ``packed=False`` a plain Linear."""
+    if not layer.settings.packed:
         linear = nn.Linear(layer.linear.in_features, layer.linear.out_features, device="meta")
         kernels = kernels_for(layer.linear.weight.device)
-        weight = layer.codes.dequantize(kernels, config.group_size, layer.scale).to(layer.linear.weight.dtype)
+        weight = layer.codes.dequantize(kernels, layer.settings.group_size, layer.scale).to(layer.linear.weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=layer.linear.weight.requires_grad)
         linear.bias = layer.linear.bias
         take_hooks(linear, layer.linear)
         return linear.train(layer.linear.training)
     pre_quant_scale = 1 / layer.scale if layer.scale is not None and fold is None else None
     parts = (layer.codes.stored, layer.codes.scales, layer.codes.zeros)
-    return QuantLinear.from_packed(layer.linear, *parts, config.group_size, pre_quant_scale)
+    return QuantLinear.from_packed(layer.linear, *parts, layer.settings.group_size, pre_quant_scale)

@@ -194,6 +194,13 @@ def _stack(**settings: Any) -> Callable[[], Case]:
     return lambda: Case(loud(Stack(**settings)), [torch.randn(2, 9, HIDDEN) for _ in range(3)])
 
 
+def _compiled_stack() -> Case:
+    case = _stack()()
+    # inductor is tried in test_compile; what matters here is dynamo's wrapper and its traces
+    case.model = torch.compile(case.model, backend="eager")
+    return case
+
+
 def _checkpointed_llama() -> Case:
     case = _llama_like("Llama")()
     for module in case.model.modules():
@@ -268,6 +275,7 @@ PLAIN: dict[str, Callable[[], Case]] = {
     "weight shared by two blocks": _stack(shared=True),
     "every block called twice": _stack(rounds=2),
     "gradient checkpointing": _stack(recompute=True),
+    "torch.compile": _compiled_stack,
 }
 NAMES = [*TRANSFORMERS, *PLAIN]
 
@@ -285,7 +293,7 @@ def gpt2() -> Case:
 
 def fold_counts(case: Case, report: AwqReport) -> dict[str, int]:
     """How many scale groups of ``case`` (a float model) were folded into what, from the report on its quantized twin."""
-    eligible = eligible_linears(case.model, lambda name: name.split(".")[-1] == "lm_head")
+    eligible = eligible_linears(case.model, lambda name, _: "head" if name.split(".")[-1] == "lm_head" else None)
     (call, *_) = read_calls(case.batches[:1], torch.device("cpu"))
     case.model.eval()
     groups = [g for s in survey(case.model, find_blocks(case.model), eligible.linears, call) for g in s.groups]

@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 import awq_ext
 from awq_ext.blocks import copy_inputs, find_blocks
-from awq_ext.config import AwqConfig
-from awq_ext.fold import Fold, LinearFold, NormFold, find_rows, prove_norm_fold
+from awq_ext.fold import Fold, LinearFold, NormFold
 from awq_ext.groups import Watch, eligible_linears, tensor_identity
+from awq_ext.prepare import unwrapped
 from awq_ext.probe import Probe
+from awq_ext.proof import find_rows, prove_norm_fold
 from awq_ext.report import AwqReport
 from awq_ext.solve import LayerSolution
 
@@ -110,7 +111,7 @@ def matches(name: str, patterns: Any) -> bool:
 @every_architecture
 def test_every_linear_is_quantized_or_has_its_reason(name: str) -> None:
     report = report_of(name)
-    model = case_of(name).model
+    model = unwrapped(case_of(name).model)
     linears = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
     assert sorted(row.name for row in report.layers) == sorted(linears)
     blocks = [block.name for block in find_blocks(model)]
@@ -130,6 +131,9 @@ def test_every_linear_is_quantized_or_has_its_reason(name: str) -> None:
 def test_no_linear_is_worse_than_rounding_and_most_are_better(name: str) -> None:
     rows = [row for row in report_of(name).layers if row.status == "int4"]
     assert all(row.loss <= row.loss_rtn for row in rows)
+    for leader in {row.group for row in rows}:
+        members = [row for row in rows if row.group == leader]
+        assert sum(row.loss for row in members) <= sum(row.loss_rtn for row in members)
     assert sum(row.loss < row.loss_rtn for row in rows) > len(rows) / 2
     assert all(row.tokens > 0 for row in rows)
 
@@ -158,7 +162,7 @@ def test_folded_float_weights_compute_what_the_model_did(name: str, monkeypatch:
 
     made = []
 
-    def unrounded(layer: LayerSolution, fold: Fold | None, config: AwqConfig) -> nn.Module:
+    def unrounded(layer: LayerSolution, fold: Fold | None) -> nn.Module:
         linear = layer.linear
         twin = nn.Linear(linear.in_features, linear.out_features, device="meta")
         weight = linear.weight.detach() * (1 if layer.scale is None else layer.scale)
@@ -291,7 +295,7 @@ def test_a_forward_of_its_own_that_computes_a_linear_is_one(dtype: torch.dtype) 
     others = [Doubled(48, 32), Clamped(48, 32), Adapted(48, 32), Needy(48, 32)]
     model = nn.Sequential(Rewritten(48, 32), Rewritten(48, 32, bias=False), *others).to(dtype)
     model.append(Bytes(48, 32))
-    found = eligible_linears(model, lambda _: False)
+    found = eligible_linears(model, lambda *_: None)
     assert list(found.linears) == ["0", "1"]
     assert found.reasons == {
         str(i + 2): f"{type(m).__name__} has a forward of its own" for i, m in enumerate(model[2:])

@@ -11,8 +11,8 @@ from awq_ext import QuantLinear
 from awq_ext.groups import Watch, eligible_linears, norm_candidates, tensor_identity
 
 
-def never(_: str) -> bool:
-    return False
+def never(*_: object) -> None:
+    """No reason to leave any layer out."""
 
 
 def groups_of(block: nn.Module, x: Tensor) -> dict[tuple[str, ...], str | None]:
@@ -135,7 +135,8 @@ def test_norm_candidates() -> None:
 
 
 def test_eligible_linears_of_a_model() -> None:
-    found = eligible_linears(models.Net(), lambda name: name == "lm_head" or name.endswith("k_proj"))
+    skipped = ("lm_head", "k_proj")
+    found = eligible_linears(models.Net(), lambda name, _: "skipped by pattern" if name.endswith(skipped) else None)
     assert len(found.linears) == 18
     assert found.reasons == dict.fromkeys(
         ["layers.0.attention.k_proj", "layers.1.attention.k_proj", "layers.2.attention.k_proj", "lm_head"],

@@ -48,14 +48,14 @@ def module(name: str) -> Any:
 
 # (module, class or None, name, which call: some that happen after the first block was swapped)
 STAGES = [
-    ("quantize", None, "survey", 1),
+    ("prepare", None, "survey", 1),
     ("quantize", None, "collect", 1),
     ("quantize", None, "collect", 3),
     ("search", None, "search_scale", 6),
-    ("fold", None, "prove_norm_fold", 1),
-    ("solve", None, "prove_norm_folds", 2),
-    ("solve", None, "prove_linear_folds", 2),
-    ("fold", None, "find_rows", 2),
+    ("proof", None, "prove_norm_fold", 1),
+    ("proof", None, "prove_norm_folds", 2),
+    ("proof", None, "prove_linear_folds", 2),
+    ("proof", None, "find_rows", 2),
     ("probe", "Probe", "distance", 5),
     ("search", None, "quantize", 20),
     ("search", None, "search_clip", 9),
@@ -68,7 +68,7 @@ STAGES = [
     ("journal", "Journal", "write_tensor", 1),
     ("journal", "Journal", "write_tensor", 4),
     ("memory", "PeakMemory", "bytes", 2),
-    ("quantize", None, "_report_float_layers", 1),
+    ("quantize", None, "reasons_to_stay", 1),
 ]
 
 

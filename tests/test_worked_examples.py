@@ -239,7 +239,7 @@ def test_loss_over_alpha_is_lowest_inside(kernels: ModuleType) -> None:
     loud = torch.ones(256)
     loud[[30, 101, 200]] = torch.tensor([30.0, 18.0, 12.0])
     x = torch.randn(1024, 256, generator=generator(1)) * loud
-    candidates, labels = search.candidate_scales(x.abs().mean(0), search.weight_mean([weight], 64), n_grid=20)
+    candidates, labels = search.candidate_scales(x.abs().mean(0), search.weight_mean([weight], [64]), n_grid=20)
     losses = kernels.scale_losses(weight, candidates, x.T @ x, group_size=64).tolist()
     plain = {label.alpha: loss for label, loss in zip(labels, losses, strict=True) if label.kind == "plain"}
     best = min(plain, key=lambda alpha: plain[alpha])

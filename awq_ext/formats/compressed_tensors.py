@@ -7,21 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .layout import FLOATS, Layout, Settings, Summary, checked_group_size, int_setting, require_bits
-from .packed import SYMMETRIC_ZERO, CheckpointError, PackedLinear, expect, pack_rows
-
-
-def words_along_rows(values: Tensor) -> Tensor:
-    """uint8 [R, C] values below 16 -> int32 [R, ceil(C/8)], lowest bits first, padded with 0."""
-    return pack_rows(pad(values, (0, -values.shape[1] % 8))).view(torch.int32)
-
-
-def values_along_rows(words: Tensor, columns: int) -> Tensor:
-    """Inverse of words_along_rows."""
-    bytes_ = words.contiguous().view(torch.uint8)
-    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1)[:, :columns].contiguous()
+from .packed import SYMMETRIC_ZERO, CheckpointError, PackedLinear, expect
+from .words import pack_words, rows_of, unpack_words, words_of
 
 
 class CompressedTensors(Layout):
@@ -40,12 +29,12 @@ class CompressedTensors(Layout):
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         n, k = layer.out_features, layer.in_features
         tensors = {
-            "weight_packed": pad(layer.qweight, (0, -layer.qweight.shape[1] % 4)).view(torch.int32),
+            "weight_packed": words_of(layer.qweight),
             "weight_scale": layer.scales,
             "weight_shape": torch.tensor([n, k]),
         }
         if not (summary or layer).symmetric:
-            tensors["weight_zero_point"] = words_along_rows(layer.zeros.T.contiguous()).T.contiguous()
+            tensors["weight_zero_point"] = pack_words(layer.zeros.T).T.contiguous()
         return tensors if layer.bias is None else tensors | {"bias": layer.bias}
 
     def unpack(self, tensors: Mapping[str, Tensor], settings: Settings) -> PackedLinear:
@@ -67,11 +56,8 @@ class CompressedTensors(Layout):
             zeros = torch.full((n, groups), SYMMETRIC_ZERO, dtype=torch.uint8)
         else:
             expect("weight_zero_point", zeros, (-(-n // 8), groups), (torch.int32,))
-            zeros = values_along_rows(zeros.T, n).T.contiguous()
-        rows = packed.contiguous().view(torch.uint8)[:, : (k + 1) // 2].contiguous()
-        if k % 2:
-            rows[:, -1] &= 15
-        return PackedLinear(rows, scales.contiguous(), zeros, k, size, self.bias_of(tensors, n))
+            zeros = unpack_words(zeros.T, n).T.contiguous()
+        return PackedLinear(rows_of(packed, k), scales.contiguous(), zeros, k, size, self.bias_of(tensors, n))
 
     def quantization_config(self, summary: Summary) -> dict[str, Any]:
         schemes: dict[int, list[str]] = {}

@@ -9,23 +9,8 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, Settings, Summary, checked_group_size, int_setting, require_bits
-from .packed import CheckpointError, PackedLinear, expect, pack_rows
-
-
-def words_of(columns: Tensor) -> Tensor:
-    """uint8 [R, N] values below 16 -> int32 [R, N/8]: bits 4i to 4i+3 of word c hold column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i].
-
-    So byte b of a word has column 4 (b % 2) + b // 2 in its low nibble and that plus 2 in the high one.
-    """
-    parts = columns.view(columns.shape[0], -1, 2, 2, 2)  # column 4a + 2m + l of a word, at [a, m, l]
-    bytes_ = parts[..., 0, :] | parts[..., 1, :] << 4
-    return bytes_.transpose(-1, -2).reshape(columns.shape[0], -1).view(torch.int32)
-
-
-def columns_of(words: Tensor) -> Tensor:
-    """Inverse of words_of: int32 [R, N/8] -> uint8 [R, N]."""
-    bytes_ = words.contiguous().view(torch.uint8).view(words.shape[0], -1, 2, 2).transpose(-1, -2)
-    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-2).reshape(words.shape[0], -1)
+from .packed import CheckpointError, PackedLinear, expect
+from .words import gathered, pack_words, rows_of, spread, transposed, unpack_words, words_of
 
 
 def awq_config(summary: Summary, version: str) -> dict[str, Any]:
@@ -79,7 +64,10 @@ class AwqLayout(Layout):
 
 
 class Gemm(AwqLayout):
-    """qweight int32 [K, N/8], qzeros int32 [G, N/8] (zeros as they are), scales fp16 [G, N]."""
+    """qweight int32 [K, N/8], qzeros int32 [G, N/8] (zeros as they are), scales fp16 [G, N].
+
+    Bits 4i to 4i + 3 of word c hold column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i].
+    """
 
     name = "awq"
     version = "gemm"
@@ -88,8 +76,8 @@ class Gemm(AwqLayout):
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         tensors = {
-            "qweight": words_of(layer.codes().T.contiguous()),
-            "qzeros": words_of(layer.zeros.T.contiguous()),
+            "qweight": spread(transposed(words_of(layer.qweight), layer.in_features)),
+            "qzeros": spread(pack_words(layer.zeros.T)),
             "scales": self.stored_scales(layer).T.contiguous(),
         }
         return tensors if layer.bias is None else tensors | {"bias": layer.bias}
@@ -104,9 +92,9 @@ class Gemm(AwqLayout):
         expect("scales", scales, (groups, words * 8), (torch.float16, torch.bfloat16, torch.float32))
         expect("qzeros", tensors["qzeros"], (groups, words), (torch.int32,))
         return PackedLinear(
-            qweight=pack_rows(columns_of(qweight).T.contiguous()),
+            qweight=rows_of(transposed(gathered(qweight), words * 8), k),
             scales=scales.T.contiguous(),
-            zeros=columns_of(tensors["qzeros"]).T.contiguous(),
+            zeros=unpack_words(gathered(tensors["qzeros"]), words * 8).T.contiguous(),
             in_features=k,
             group_size=settings.group_size(k, groups),
             bias=self.bias_of(tensors, words * 8),

@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from .gemm import AwqLayout
 from .layout import FLOATS, Settings, Summary
-from .packed import CheckpointError, PackedLinear, expect, pack_rows
+from .packed import CheckpointError, PackedLinear, expect
+from .words import pack_words, rows_of, unpack_words, words_of
 
 PADDED_TO = {64: 2, 32: 4}  # words of zeros a row are a multiple of this; of 1 for groups of 128 and more
 
@@ -45,9 +46,8 @@ class Gemv(AwqLayout):
         size = layer.in_features if layer.group_size == -1 else layer.group_size
         width = 8 * zero_words(layer.in_features, size)
         tensors = {
-            # two codes a byte, low nibble first, is eight an int32, lowest bits first
-            "qweight": layer.qweight.contiguous().view(torch.int32),
-            "qzeros": pack_rows(pad(layer.zeros, (0, width - layer.groups))).view(torch.int32),
+            "qweight": words_of(layer.qweight),
+            "qzeros": pack_words(pad(layer.zeros, (0, width - layer.groups))),
             "scales": pad(self.stored_scales(layer), (0, width - layer.groups)),
         }
         return tensors if layer.bias is None else tensors | {"bias": layer.bias}
@@ -65,11 +65,10 @@ class Gemv(AwqLayout):
         expect("qweight", qweight, (n, k // 8), (torch.int32,))
         expect("qzeros", tensors["qzeros"], (n, words), (torch.int32,))
         expect("scales", tensors["scales"], (n, words * 8), FLOATS)
-        zeros = tensors["qzeros"].contiguous().view(torch.uint8)
         return PackedLinear(
-            qweight=qweight.contiguous().view(torch.uint8),
+            qweight=rows_of(qweight, k),
             scales=tensors["scales"][:, :groups].contiguous(),
-            zeros=torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(1)[:, :groups].contiguous(),
+            zeros=unpack_words(tensors["qzeros"], groups),
             in_features=k,
             group_size=settings.group_sizes[0],
             bias=self.bias_of(tensors, n),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .layout import FLOATS, Layout, Settings, Summary, checked_group_size, int_setting, require_bits
-from .packed import CheckpointError, PackedLinear, expect, pack_rows
+from .packed import CheckpointError, PackedLinear, expect
+from .words import pack_words, rows_of, unpack_words, words_of
 
 
 class Gptq(Layout):
@@ -21,6 +22,7 @@ class Gptq(Layout):
     name = "gptq"
     suffixes = ("qweight", "qzeros", "scales")
     optional = ("bias", "g_idx")
+    short_groups = True
     divisors = (8, 8)
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:
@@ -33,8 +35,8 @@ class Gptq(Layout):
         k = layer.in_features
         length = k if layer.group_size == -1 else layer.group_size
         tensors = {
-            "qweight": layer.qweight.contiguous().view(torch.int32).T.contiguous(),
-            "qzeros": pack_rows((layer.zeros - 1 & 15).T.contiguous()).view(torch.int32),
+            "qweight": words_of(layer.qweight).T.contiguous(),
+            "qzeros": pack_words((layer.zeros - 1 & 15).T),
             "scales": self.stored_scales(layer).T.contiguous(),
             "g_idx": torch.arange(k, dtype=torch.int32) // length,
         }
@@ -49,17 +51,16 @@ class Gptq(Layout):
         expect("qweight", qweight, (k // 8, n), (torch.int32,))
         expect("scales", scales, (groups, n), FLOATS)
         expect("qzeros", tensors["qzeros"], (groups, n // 8), (torch.int32,))
-        size = settings.group_size(k, groups)
+        size = settings.group_size(k, groups, short=True)
         if (order := tensors.get("g_idx")) is not None:
             expect("g_idx", order, (k,), (torch.int32, torch.int64))
             if not torch.equal(order.long(), torch.arange(k) // (k if size == -1 else size)):
                 raise CheckpointError(
                     "g_idx reorders the channels (desc_act): awq_ext reads GPTQ checkpoints made without it"
                 )
-        zeros = tensors["qzeros"].contiguous().view(torch.uint8)
-        zeros = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(1)
+        zeros = unpack_words(tensors["qzeros"], n)
         return PackedLinear(
-            qweight=qweight.T.contiguous().view(torch.uint8),
+            qweight=rows_of(qweight.T, k),
             scales=scales.T.contiguous(),
             zeros=(zeros + settings.zero_offset & 15).T.contiguous(),
             in_features=k,

@@ -33,17 +33,22 @@ class Settings:
             return replace(self, per_layer={})
         return replace(self, group_sizes=(entry[1],), per_layer={name: entry})
 
-    def group_size(self, in_features: int, groups: int) -> int:
-        """The size that makes ``groups`` groups of ``in_features`` channels; CheckpointError when none does, or several."""
-        fitting = {size for size in self.group_sizes if group_count(in_features, size) == groups}
-        if groups == 1 and fitting:
-            return self.group_sizes[0] if self.group_sizes[0] in fitting else fitting.pop()
-        if len(fitting) > 1:
-            fitting = {size for size in fitting if in_features % size == 0} or fitting
-        if len(fitting) != 1:
+    def group_size(self, in_features: int, groups: int, short: bool = False) -> int:
+        """The size that makes ``groups`` groups of ``in_features`` channels, all full unless ``short``.
+
+        CheckpointError when none does, or several.
+        """
+        fitting = [
+            size
+            for size in self.group_sizes
+            if in_features
+            and group_count(in_features, size) == groups
+            and (short or groups == 1 or in_features % size == 0)
+        ]
+        if not fitting or (groups > 1 and len(fitting) > 1):
             sizes = ", ".join(map(str, self.group_sizes))
             raise CheckpointError(f"{in_features} channels in {groups} groups do not fit the group size {sizes}")
-        return fitting.pop()
+        return fitting[0]
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class Summary:
         if several:
             return sorted(several)
         lengths = {facts.in_features for facts in self.layers.values()}
-        return [lengths.pop()] if lengths == {facts.group_size for facts in self.layers.values()} else [-1]
+        same = len(lengths) == 1 and lengths == {facts.group_size for facts in self.layers.values()}
+        return [lengths.pop()] if same else [-1]
 
     @property
     def symmetric(self) -> bool:

@@ -1,4 +1,4 @@
-"""Folding 1/s into norms: proven where it is right, refused where it is not."""
+"""Folding 1/s into norms: proven where it is right, refused where it is not; and what a fold then changes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import awq_ext
-from awq_ext.fold import NormFold, prove_norm_fold, prove_norm_folds
+from awq_ext.fold import NormFold
 from awq_ext.probe import Probe, combined, substituted
+from awq_ext.proof import prove_norm_fold, prove_norm_folds
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

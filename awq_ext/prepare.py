@@ -1,0 +1,146 @@
+"""What comes before any work on a model, for quantize() and plan() alike: the layers, the blocks, the memory it will take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batches import Call
+from .blocks import Block, CalibrationError, find_blocks
+from .calibrate import BlockSurvey, linears_of, survey
+from .config import AwqConfig
+from .groups import Eligible, eligible_linears, norm_candidates, parameter_owners
+from .selection import reason_to_skip
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module behind ``torch.compile(model)``, under whose names everything goes; any other module itself."""
+    return model._orig_mod if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
+
+
+def select_linears(model: nn.Module, config: AwqConfig) -> Eligible:
+    """The Linears that ``config`` wants quantized. ValueError if there is none, or a ``per_layer`` pattern fits none."""
+    if type(model) is nn.Linear:
+        raise ValueError(
+            "model is a bare Linear, which has no place to put another layer: wrap it, nn.Sequential(linear)"
+        )
+    eligible = eligible_linears(model, reason_to_skip(model, config))
+    if not eligible.linears:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in eligible.reasons.items())
+        raise ValueError(f"no Linear is left to quantize: {reasons}")
+    for pattern in config.per_layer:
+        if not any(fnmatchcase(name, pattern) for name in eligible.linears):
+            raise ValueError(
+                f"AwqConfig.per_layer[{pattern!r}] fits none of the {len(eligible.linears)} Linears to quantize, "
+                f"such as {next(iter(eligible.linears))}"
+            )
+    return eligible
+
+
+def survey_model(
+    model: nn.Module, call: Call, eligible: Eligible, names: Sequence[str] | None, config: AwqConfig
+) -> list[BlockSurvey]:
+    """The blocks (found, or those called ``names``) as one batch sees them. CalibrationError if it reaches nothing."""
+    blocks = find_blocks(model) if names is None else _named_blocks(model, names)
+
+    def kind(name: str) -> tuple[str, bool]:
+        # Linears of one input that are treated differently cannot share a scale
+        settings = config.for_layer(name)
+        return settings.method, settings.packed
+
+    surveys = survey(model, blocks, eligible.linears, call, kind)
+    called = {s.block.name for s in surveys}
+    if names and "" not in called and (unseen := {block.name for block in blocks} - called):
+        raise CalibrationError(f"the first calibration batch did not call the given blocks {', '.join(sorted(unseen))}")
+    if not any(s.groups for s in surveys):
+        raise CalibrationError(
+            "the first calibration batch reached no Linear that can be quantized: "
+            f"{len(eligible.linears)} are eligible, among them {next(iter(eligible.linears))}"
+        )
+    return surveys
+
+
+def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[Block]:
+    if isinstance(names, str):
+        raise TypeError(f"blocks={names!r}: a sequence of module names is needed")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for position, name in enumerate(names):
+        if name not in modules:
+            raise ValueError(f"blocks: {type(model).__name__} has no module {name!r}")
+        for other in names[:position]:
+            if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                raise ValueError(f"blocks: {other!r} and {name!r} overlap")
+    return [Block(name, modules[name]) for name in names] or [Block("", model)]
+
+
+def planned_bytes(surveys: Sequence[BlockSurvey], growth: float, config: AwqConfig) -> int:
+    """Memory that quantizing adds to what one plain forward of the first batch needs.
+
+    Hidden states of all batches (``growth`` times the first one's) at one block boundary + statistics of the largest block +
+    the new layers made so far (the float ones stay until the end, so that everything can be taken back) + scratch of one
+    block: its largest second moment packed for the kernels, its quantized weights in float for trials, its codes twice (with
+    and without clips).
+    """
+    hidden = max(s.input_bytes for s in surveys) * growth
+    statistics = max(s.statistics_bytes for s in surveys)
+    weights = {name: linear.weight for s in surveys for name, linear in s.linears.items()}
+    made = sum(0.6 * w.numel() if config.for_layer(name).packed else w.nbytes for name, w in weights.items())
+    return int(hidden + statistics + made + max(s.scratch_bytes for s in surveys))
+
+
+def growth_of(calls: Sequence[Call]) -> float:
+    """How many times the first batch all batches are, in elements."""
+    return sum(call.elements for call in calls) / max(calls[0].elements, 1)
+
+
+def foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Norm candidates whose parameters belong to them alone, by name."""
+    owners = parameter_owners(model)
+    return {
+        name: module
+        for name, module in norm_candidates(model).items()
+        if all(len(owners[id(p)]) == 1 for p in module.parameters())
+    }
+
+
+def reasons_to_stay(eligible: Eligible, surveys: Sequence[BlockSurvey]) -> dict[str, str]:
+    """Why each Linear that no scale group holds stays float."""
+    inside = {name for s in surveys for name in linears_of(s.block, eligible.linears)}
+    grouped = {name for s in surveys for group in s.groups for name in group.linears}
+    return eligible.reasons | {
+        name: "not called by the first calibration batch" if name in inside else "outside the calibrated blocks"
+        for name in eligible.linears
+        if name not in grouped
+    }
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """A compiled forward would be traced anew for every hook and every weight that is tried."""
+    # importing dynamo takes seconds, and what was compiled has imported it
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def calibration_mode(model: nn.Module) -> Iterator[None]:
+    """eval mode, nothing compiled, and no key/value cache where there is a switch (every suspended forward would hold one)."""
+    training = [(name, module, module.training) for name, module in model.named_modules()]
+    owners = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
+    caching = [(config, config.use_cache) for config in owners.values()]  # an encoder and a decoder may have one each
+    try:
+        model.eval()
+        for config, _ in caching:
+            config.use_cache = False
+        with _eager():
+            yield
+    finally:
+        # by name too: a module that took the place of another takes over its flag
+        for name, module, flag in training:
+            module.training = model.get_submodule(name).training = flag
+        for config, use_cache in caching:
+            config.use_cache = use_cache

@@ -1,0 +1,214 @@
+"""The proof that something may take over 1/s: the block's output stays what it was under random factors.
+
+Factors are random powers of two: multiplying by them is exact in binary floating point, so each product keeps its bits and
+every sum its order, in bfloat16 as in float32. None of them is 1, which would show nothing: what stays as it was is not driven
+by what was multiplied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .fold import Change, Fold, LinearFold, NormFold
+from .groups import ScaleGroup
+from .probe import Probe, combined, distance_of, norm_of
+
+# What exact arithmetic may still differ by: products that underflow in half precision.
+_EXACT = 2.0**-20
+EXPONENTS = (-2, -1, 1, 2)
+# Earlier Linears that are tried as a group's producer: each try runs the block, and what produces an input is close before it.
+_NEAREST = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A producer that may take over 1/s, and the Linears that read what it produces."""
+
+    fold: Fold
+    linears: tuple[nn.Linear, ...]
+
+    def random_changes(self, seed: int) -> tuple[list[Change], list[Change]]:
+        """Changes that divide the producer by random powers of two, and those of the columns that make up for it."""
+        weight = self.linears[0].weight
+        factors = self.fold.channels(_powers_of_two(self.fold.units, seed, weight.device))
+        columns: list[Change] = [(linear, "weight", lambda w: w * factors) for linear in self.linears]
+        return self.fold.changes(factors), columns
+
+
+def _powers_of_two(count: int, seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(EXPONENTS), (count,), generator=generator)
+    return (2.0 ** torch.tensor(EXPONENTS)[chosen]).to(device)
+
+
+def find_folds(
+    probe: Probe,
+    groups: Sequence[ScaleGroup],
+    linears: Mapping[str, nn.Linear],
+    norms: Mapping[str, nn.Module],
+    wanted: Sequence[bool],
+) -> list[Fold | None]:
+    """For each group that is ``wanted``, what takes its 1/s, proven: a norm of ``norms`` (by name) or an earlier Linear."""
+    members = [[linears[name] for name in group.linears] for group in groups]
+    fed = {i: norms[g.producer] for i, g in enumerate(groups) if wanted[i] and g.producer in norms}
+    proven = prove_norm_folds(probe, [(norm, members[i]) for i, norm in fed.items()])
+    folds: dict[int, Fold] = {i: fold for i, fold in zip(fed, proven, strict=True) if fold is not None}
+    folds |= prove_linear_folds(probe, members, [i for i in range(len(members)) if wanted[i] and i not in folds])
+    return [folds.get(i) for i in range(len(members))]
+
+
+def prove(probe: Probe, candidates: Sequence[Candidate]) -> list[bool]:
+    """For each candidate, whether folding random factors leaves the block's output what it was.
+
+    All are first tried together, one by one only if that fails. Anything else that reads what a producer makes (a residual tap,
+    another branch, a router) is not compensated, which shows at once.
+    """
+    if len(candidates) > 1 and _leaves_unchanged(probe, candidates):
+        return [True] * len(candidates)
+    return [_leaves_unchanged(probe, [candidate]) for candidate in candidates]
+
+
+def _leaves_unchanged(probe: Probe, candidates: Sequence[Candidate]) -> bool:
+    trial = [change for candidate in candidates for change in candidate.fold.trial()]
+    reference = probe.output(combined(trial)) if trial else probe.reference
+    allowed = _EXACT * norm_of(reference)
+    divided: list[Change] = []
+    columns: list[Change] = []
+    for seed, candidate in enumerate(candidates):
+        mine, others = candidate.random_changes(seed)
+        # factors without any effect on the output would prove nothing; each norm must show its own (those of a Linear were
+        # seen to arrive at the group's input)
+        silent = isinstance(candidate.fold, NormFold) and not (
+            distance_of(probe.output(combined(trial + mine)), reference) > allowed
+        )
+        if silent:
+            return False
+        divided += mine
+        columns += others
+    return distance_of(probe.output(combined(trial + divided + columns)), reference) <= allowed
+
+
+def prove_norm_fold(probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear]) -> NormFold | None:
+    """The kind of fold into ``norm`` that leaves the block's output unchanged, or None."""
+    for kind in ("plain", "offset"):
+        fold = NormFold(norm, kind, linears[0].in_features)
+        if _fits(norm, linears) and _leaves_unchanged(probe, [Candidate(fold, tuple(linears))]):
+            return fold
+    return None
+
+
+def prove_norm_folds(probe: Probe, pairs: Sequence[tuple[nn.Module, Sequence[nn.Linear]]]) -> list[NormFold | None]:
+    """For each norm and the Linears that read it, the proven fold, or None."""
+    plain = [Candidate(NormFold(norm, "plain", linears[0].in_features), tuple(linears)) for norm, linears in pairs]
+    if len(plain) > 1 and all(_fits(*pair) for pair in pairs) and _leaves_unchanged(probe, plain):
+        return [candidate.fold for candidate in plain]
+    return [prove_norm_fold(probe, norm, linears) for norm, linears in pairs]
+
+
+def _fits(norm: nn.Module, linears: Sequence[nn.Linear]) -> bool:
+    """Whether the norm's weight can cover the input channels, once or once for each head (BatchNorm over images cannot)."""
+    return linears[0].in_features % len(norm.weight) == 0
+
+
+def prove_linear_folds(
+    probe: Probe, groups: Sequence[Sequence[nn.Linear]], wanted: Sequence[int]
+) -> dict[int, LinearFold]:
+    """For groups (by number, in calling order) whose input is proportional to rows of an earlier group's Linear, the proven fold.
+
+    The nearest earlier Linear that fits and passes is taken; one Linear serves one group.
+    """
+    found: dict[int, LinearFold] = {}
+    refused: set[tuple[int, nn.Linear]] = set()
+    while wanted:
+        taken = {fold.module for fold in found.values()}
+        candidates: dict[int, Candidate] = {}
+        for i, x in zip(wanted, probe.inputs([groups[i][0] for i in wanted], {}), strict=True):
+            earlier = [linear for group in reversed(groups[:i]) for linear in reversed(group)][:_NEAREST]
+            for producer in (linear for linear in earlier if linear not in taken and (i, linear) not in refused):
+                rows = find_rows(probe, groups[i][0], x, producer)
+                if rows is not None:
+                    candidates[i] = Candidate(LinearFold(producer, rows), tuple(groups[i]))
+                    taken.add(producer)
+                    break
+        for (i, candidate), good in zip(candidates.items(), prove(probe, list(candidates.values())), strict=True):
+            if good:
+                found[i] = candidate.fold
+            else:
+                refused.add((i, candidate.fold.module))
+        wanted = [i for i in candidates if i not in found]
+    return found
+
+
+def find_rows(probe: Probe, consumer: nn.Linear, x: Tensor, producer: nn.Linear) -> Tensor | None:
+    """Which output row of ``producer`` each input channel of ``consumer`` is proportional to: int64 [K], or None.
+
+    x: the consumer's input [rows, K] with the real parameters. The producer's rows are multiplied by random powers of two; a
+    channel that comes from a row by operations linear in it (or through ReLU) is multiplied by exactly that power, any other
+    is not. Only some rows of a fused Linear (values of q, k, v; up of gate and up) are linear, so subsets are tried in turn.
+    """
+    for number, subset in enumerate(_subsets(producer.out_features, consumer.in_features)):
+        powers = torch.ones(producer.out_features, device=x.device)
+        powers[subset.to(x.device)] = _powers_of_two(len(subset), 1000 + number, x.device)
+        fold = LinearFold(producer, torch.arange(producer.out_features, device=x.device))
+        (seen,) = probe.inputs([consumer], combined(fold.changes(1 / powers)))
+        if seen.shape != x.shape:
+            return None
+        if (found := _matching_rows(x, seen, powers, subset.to(x.device))) is not None:
+            return found
+    return None
+
+
+def _subsets(rows: int, channels: int) -> Iterator[Tensor]:
+    """Sets of producer rows that may carry ``channels`` input channels.
+
+    All of them; or (gate and up) either half; or the values of fused queries, keys and values, or keys and values: the last
+    part of the rows, as a whole or of each head.
+    """
+    every = torch.arange(rows)
+    if rows <= channels:
+        if channels % rows == 0:
+            yield every
+        return
+    if rows == 2 * channels:
+        yield every[:channels]
+    # as many values as channels, or (queries, keys, values with fewer key/value heads) rows = channels + 2 * values
+    counts = [channels]
+    if (rows - channels) % 2 == 0 and channels % ((rows - channels) // 2) == 0 and rows != 3 * channels:
+        counts.append((rows - channels) // 2)
+    for count in counts:
+        common = math.gcd(rows, count)
+        for heads in (h for h in range(1, common + 1) if common % h == 0):
+            yield every.view(heads, -1)[:, -(count // heads) :].flatten()
+
+
+def _matching_rows(x: Tensor, seen: Tensor, powers: Tensor, subset: Tensor) -> Tensor | None:
+    exponents = torch.full((x.shape[1],), -128, device=x.device)
+    live = (x != 0).any(0)
+    for exponent in EXPONENTS:
+        scaled = x.float() * 2.0**exponent
+        fits = (seen.float() - scaled).norm(dim=0) <= _EXACT * scaled.norm(dim=0)
+        exponents = torch.where(fits & live, exponent, exponents)
+    if (exponents[live] == -128).any() or not live.any():
+        return None
+    of_row = powers.log2().round().long()
+    for rows in _layouts(subset, x.shape[1]):
+        if torch.equal(of_row[rows][live], exponents[live]):
+            return rows
+    return None
+
+
+def _layouts(subset: Tensor, channels: int) -> Iterator[Tensor]:
+    """Ways in which ``channels`` may come from a set of rows: one each, or heads repeated in place (grouped KV heads)."""
+    count = len(subset)
+    if count == channels:
+        yield subset
+        return
+    if channels % count:
+        return
+    for head in (h for h in range(count, 0, -1) if count % h == 0):
+        yield subset.view(-1, 1, head).expand(-1, channels // count, head).flatten()
