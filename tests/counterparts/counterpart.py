@@ -20,7 +20,14 @@ from awq_ext.ops import int4_weight
 PROGRAMS = Path(__file__).parent / "programs"
 FOLDER = os.environ.get("AWQ_EXT_COUNTERPARTS", "")
 LIMIT = 600  # seconds a program may take
-PROMPT = b"    if not isinstance("
+PROMPTS = (
+    b"    if not isinstance(",
+    b"    def __init__(self, ",
+    b"if __name__ == ",
+    b"        raise ValueError(",
+    b"        return self._",
+    b"import os\nimport sys\nfrom ",
+)
 
 
 def needed(name: str) -> Path:
@@ -100,20 +107,29 @@ def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
         assert weight.dtype == theirs[name].dtype and torch.equal(weight, theirs[name]), name
 
 
-def prompt_file(folder: Path) -> Path:
-    """A prompt whose greedy continuation by the trained model is clear, as safetensors: tokens int64 [1, T]."""
+def prompt_file(folder: Path, text: bytes = PROMPTS[0]) -> Path:
+    """The bytes of ``text`` as tokens int64 [1, T] of a safetensors file."""
     file = folder / "prompt.safetensors"
-    save_file({"tokens": torch.tensor([list(PROMPT)])}, file)
+    save_file({"tokens": torch.tensor([list(text)])}, file)
     return file
 
 
-def assert_clear(model: nn.Module, generated: Tensor, margin: float) -> None:
-    """Everywhere in the continuation the best logit of ``model`` leads by more than ``margin``, so others must agree."""
-    with torch.no_grad():
-        logits = model(generated).logits[0, len(PROMPT) - 1 : -1].float()
-    best = logits.topk(2).values
-    lead = (best[:, 0] - best[:, 1]).min().item()
-    assert lead > margin, f"the prompt decides nothing: a lead of {lead:.3f}"
+def clear_prompt(folder: Path, model: nn.Module, margin: float = 0.1) -> tuple[Path, Tensor]:
+    """A prompt and its greedy continuation by 16 tokens, int64 [1, T + 16], in which others must agree.
+
+    Of PROMPTS the one in which the best logit of ``model`` leads most clearly throughout: by more than ``margin``.
+    """
+    answers = {}
+    for text in PROMPTS:
+        tokens = torch.tensor([list(text)])
+        generated = model.generate(tokens, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        with torch.no_grad():
+            best = model(generated).logits[0, len(text) - 1 : -1].float().topk(2).values
+        answers[(best[:, 0] - best[:, 1]).min().item()] = (text, generated)
+    lead = max(answers)
+    assert lead > margin, f"no prompt decides anything: a lead of {lead:.3f}"
+    text, generated = answers[lead]
+    return prompt_file(folder, text), generated
 
 
 def tiny_qwen2(dtype: torch.dtype = torch.float16, **settings: Any) -> nn.Module:
@@ -133,3 +149,11 @@ def tiny_qwen2(dtype: torch.dtype = torch.float16, **settings: Any) -> nn.Module
             nn.init.normal_(parameter, std=0.1)
     batches = [torch.randint(64, (2, 32)) for _ in range(4)]
     return awq_ext.quantize(model.to(dtype).eval(), batches, **({"fold": "always"} | settings))
+
+
+def tiny_phi(**settings: Any) -> nn.Module:
+    """A random Phi in int4; its fc2 comes after a GELU, so its scale is applied at run time."""
+    transformers = pytest.importorskip("transformers", reason="no counterpart tested: pip install awq-ext[hf]")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, num_attention_heads=4)).eval()
+    return awq_ext.quantize(model, [torch.randint(64, (2, 32)) for _ in range(4)], **settings)
