@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import huggingface
+from .checkpoint import INDEX_NAME, load
 from .export import parse_size, summarize, write
 from .formats import CheckpointError, PackedLinear, layout
 from .placement import place
@@ -61,6 +62,10 @@ def from_pretrained(directory: str | os.PathLike[str], dtype: torch.dtype | None
     transformers.
     """
     folder = Path(directory)
+    if (folder / INDEX_NAME).exists():
+        model = load(huggingface.empty_model(folder, dtype, options), folder)
+        huggingface.finish(model, folder)
+        return model.eval()
     source = QuantDir(folder)
     model = huggingface.empty_model(folder, dtype, options)
     place(model, source, dtype, huggingface.names_in(model), huggingface.ignored(model))
