@@ -18,13 +18,14 @@ OUTPUT_EMBEDDINGS = "<output embeddings>"
 # fnmatch pattern of a module's name, or a function of the name and the module.
 Selector = str | Callable[[str, nn.Module], bool]
 # What ``per_layer`` may set: what concerns one Linear alone.
-LAYER_FIELDS = ("method", "bits", "group_size", "symmetric", "scale_dtype", "clip", "packed")
+LAYER_FIELDS = ("method", "bits", "group_size", "symmetric", "scale_dtype", "clip", "act_order", "damping", "packed")
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "method": ("awq", "rtn"),
+    "method": ("awq", "rtn", "gptq", "awq+gptq"),
     "group_size": GROUP_SIZES,
     "symmetric": (False, True),
     "scale_dtype": tuple(SCALE_DTYPES),
     "clip": ("auto", True, False),
+    "act_order": (True, False),
     "fold": ("auto", "always", "never"),
     "propagate": ("float", "quantized"),
     "packed": (True, False),
@@ -35,7 +36,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 class AwqConfig:
     """Settings of :func:`awq_ext.quantize`. Frozen; a bad value raises TypeError or ValueError naming field, value and choices.
 
-    method: "awq" searches scales and clips; "rtn" rounds to nearest.
+    method: "awq" searches scales and clips; "gptq" rounds with error feedback (arXiv 2210.17323), each channel making up for
+        the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
     bits: 4, or 2 to 8 with ``packed=False``.
     group_size: input channels that share one scale and zero, -1 for the whole row; a short last group is fine.
     symmetric: zero fixed at the middle code instead of one zero per group.
@@ -45,6 +47,9 @@ class AwqConfig:
         proportion fewer beyond), 0 for all. RTN's and the final loss always use every row.
     clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
         block's output (scores of queries and keys suffer from it).
+    act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
+    damping: what error feedback adds to each channel's second moment, as a share of their mean. More trusts the correlations
+        of the calibration inputs less.
     fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.
@@ -67,6 +72,8 @@ class AwqConfig:
     n_grid: int = 20
     search_rows: int = 512
     clip: bool | str = "auto"
+    act_order: bool = True
+    damping: float = 0.01
     fold: str = "auto"
     propagate: str = "float"
     packed: bool = True
@@ -135,6 +142,21 @@ class AwqConfig:
         for name, smallest in (("n_grid", 1), ("search_rows", 0), ("seq_len", 2), ("min_weights", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"AwqConfig.{name}={getattr(self, name)}: at least {smallest} is needed")
+
+        if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)):
+            raise TypeError(f"AwqConfig.damping={self.damping!r}: a float is needed, not {type(self.damping).__name__}")
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(f"AwqConfig.damping={self.damping}: a positive number is needed")
+
+    @property
+    def searches_scale(self) -> bool:
+        """Whether the method multiplies channels by AWQ's scales."""
+        return "awq" in self.method.split("+")
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether the method rounds with error feedback."""
+        return "gptq" in self.method.split("+")
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:

@@ -158,9 +158,9 @@ def _planned(
     place, producer = "", ""
     if fold is not None:
         place, producer = "norm" if isinstance(fold, NormFold) else "linear", names[id(fold.module)]
-    elif settings[0].method != "rtn" and not settings[0].packed:
+    elif settings[0].searches_scale and not settings[0].packed:
         place = "weights"
-    elif settings[0].method != "rtn" and config.fold != "always":
+    elif settings[0].searches_scale and config.fold != "always":
         place = "run time"
     return GroupPlan(
         block=block,

@@ -172,6 +172,64 @@ def search_clip(
     return chosen
 
 
+def gptq_factor(
+    second_moment: Tensor, order: Tensor, damping: float = 0.01, channel_scale: Tensor | None = None
+) -> Tensor:
+    """R, upper triangular, of H = R R^T: what :func:`gptq_quantize` feeds errors on with. fp32 [K, K].
+
+    H = diag(1/s) second_moment diag(1/s) + damping * its mean diagonal, both axes reordered by ``order`` int64 [K].
+    second_moment fp32 [K, K], finite (ValueError otherwise); channel_scale s fp32 [K]. Channels that nothing ever entered and
+    singular moments are fine: damping makes H positive definite, and where rounding undoes that, more damping is taken.
+    """
+    if not torch.isfinite(second_moment).all():
+        raise ValueError("gptq_factor: argument 'second_moment': expected finite numbers, got NaN or infinity")
+    h = second_moment.double()
+    if channel_scale is not None:
+        h = h / channel_scale.double() / channel_scale.double()[:, None]
+    mean = float(h.diagonal().mean()) or 1.0
+    h = h[order][:, order]
+    for attempt in range(40):
+        added = damping * mean * 10**attempt * torch.eye(len(h), dtype=h.dtype, device=h.device)
+        # The last channel first: the factor of the flipped matrix, flipped back, is upper triangular.
+        factor, failed = torch.linalg.cholesky_ex((h + added).flip(0, 1))
+        if not failed:
+            break
+    return factor.flip(0, 1).float()
+
+
+def gptq_quantize(
+    weight: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    scale_dtype: torch.dtype = torch.float16,
+    channel_scale: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quantize_weight` with error feedback: channels are rounded in ``order``, each making up for those before it.
+
+    GPTQ (arXiv 2210.17323) as nearest plane (arXiv 2507.18553): with e the errors so far, the output error is the sum over
+    channels j of (e_j R_jj + sum over i < j of e_i R_ij)^2, so channel j is rounded at w_j + (sum over i < j of e_i R_ij) / R_jj.
+    factor R fp32 [K, K] from :func:`gptq_factor` with the same order and channel_scale. Scales and zeros are those of
+    quantize_weight, whatever the order, so groups stay contiguous.
+    """
+    parts = quantize_weight(weight, group_size, bits, symmetric, scale_dtype, channel_scale, clip)
+    k = weight.shape[1]
+    w = weight.float() if channel_scale is None else weight.float() * channel_scale
+    w, step, zero = (
+        t[:, order] for t in (w, *(expand_groups(part.float(), k, group_size) for part in (parts[1], parts[2])))
+    )
+    error, codes = torch.zeros_like(w), torch.zeros_like(w)
+    with torch.autocast(weight.device.type, enabled=False):
+        for j in range(k):
+            target = w[:, j] + error[:, :j] @ factor[:j, j] / factor[j, j]
+            codes[:, j] = (torch.round(target / step[:, j]) + zero[:, j]).clamp(0, 2**bits - 1)
+            error[:, j] = w[:, j] - (codes[:, j] - zero[:, j]) * step[:, j]
+    return codes[:, order.argsort()].to(torch.uint8), parts[1], parts[2]
+
+
 TILE_OUTPUTS, STEP_CHANNELS = 32, 4  # of the compute layout, csrc/layout.h
 
 

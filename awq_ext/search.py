@@ -45,6 +45,13 @@ class Codes:
     in_features: int
     packed: bool
 
+    @classmethod
+    def store(cls, kernels: ModuleType, parts: tuple[Tensor, Tensor, Tensor], bits: int) -> Codes:
+        """From codes uint8 [N, K], scales and zeros [N, G], as the quantizing kernels return them."""
+        codes, scales, zeros = parts
+        packed = bits == 4
+        return cls(kernels.pack_int4(codes) if packed else codes, scales, zeros, codes.shape[1], packed)
+
     def unpacked(self, kernels: ModuleType) -> Tensor:
         """Codes uint8 [N, K]."""
         return kernels.unpack_int4(self.stored, self.in_features) if self.packed else self.stored
@@ -155,9 +162,8 @@ def quantize(
     kernels: ModuleType, weight: Tensor, config: AwqConfig, scale: Tensor | None = None, clip: Tensor | None = None
 ) -> Codes:
     """Round ``weight`` * scale to codes, ranges shrunk by ``clip`` [N, G]."""
-    codes, scales, zeros = kernels.quantize_weight(weight, channel_scale=scale, clip=clip, **config.quantizer)
-    packed = config.bits == 4
-    return Codes(kernels.pack_int4(codes) if packed else codes, scales, zeros, weight.shape[1], packed)
+    parts = kernels.quantize_weight(weight, channel_scale=scale, clip=clip, **config.quantizer)
+    return Codes.store(kernels, parts, config.bits)
 
 
 def search_clip(

@@ -13,6 +13,7 @@ from . import search
 from .backend import kernels_for
 from .calibrate import BlockSurvey, GroupStatistics
 from .config import AwqConfig
+from .feedback import Feedback
 from .fold import Change, Fold, LinearFold, NormFold
 from .groups import ScaleGroup
 from .probe import Probe, Substitutes, combined
@@ -27,7 +28,7 @@ class LayerSolution:
     """A Linear, its settings and the codes that replace its weight; ``scale`` fp32 [K] multiplied the columns before rounding.
 
     divisor: fp32 [N], by which the rows were divided, where a later group's scale is folded into this Linear.
-    unclipped: the codes without clipping, where there is a choice.
+    unclipped: the codes without clipping, where there is a choice. fed_back: whether ``codes`` were rounded with error feedback.
     """
 
     name: str
@@ -39,6 +40,14 @@ class LayerSolution:
     unclipped: Codes | None = None
     loss_rtn: float | None = None
     loss: float | None = None
+    fed_back: bool = False
+
+    @property
+    def method(self) -> str:
+        """What was really done: the wanted method, without the error feedback where that did not lower the loss."""
+        if self.settings.feeds_back and not self.fed_back:
+            return "awq" if self.settings.searches_scale else "rtn"
+        return self.settings.method
 
     @property
     def clipped(self) -> bool:
@@ -71,7 +80,7 @@ class GroupSolution:
                 status="int4" if layer.settings.packed else "fake",
                 bits=layer.settings.bits,
                 group_size=layer.settings.group_size,
-                method="rtn" if self.problem else layer.settings.method,
+                method="rtn" if self.problem else layer.method,
                 group=self.layers[0].name,
                 scale=self.choice.kind,
                 alpha=self.choice.alpha,
@@ -161,7 +170,7 @@ class BlockSolver:
     def _choose(self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None) -> ScaleChoice:
         settings = [self.config.for_layer(name) for name in group.linears]
         no_place = fold is None and settings[0].packed and self.config.fold == "always"
-        if _unusable(group, book) or settings[0].method == "rtn" or no_place:
+        if _unusable(group, book) or not settings[0].searches_scale or no_place:
             return ScaleChoice(None)
         weights = [self.surveyed.linears[name].weight.detach() for name in group.linears]
         tie = None if fold is None else fold.tie
@@ -198,22 +207,32 @@ class BlockSolver:
     ) -> GroupSolution:
         scale = choice.scale if fold is None or choice.scale is None else fold.effective_scale(choice.scale)
         solution = GroupSolution(book, replace(choice, scale=scale), None if scale is None else fold)
+        feedback = Feedback(self.kernels, book.stats.second_moment(), scale)
         for name, linear in linears.items():
             weight, divisor, settings = linear.weight.detach(), self.divisors.get(linear), self.config.for_layer(name)
-            full = rtn = search.quantize(self.kernels, weight, settings)
+            nearest = rtn = search.quantize(self.kernels, weight, settings)
             if scale is not None or divisor is not None:
-                full = search.quantize(self.kernels, _divided(weight, divisor), settings, scale)
-            layer = LayerSolution(name, linear, settings, full, scale, divisor)
-            clipped = self._clipped(layer, book)
-            if clipped:
-                layer.codes, layer.unclipped = clipped, full
+                nearest = search.quantize(self.kernels, _divided(weight, divisor), settings, scale)
+            layer = LayerSolution(name, linear, settings, nearest, scale, divisor)
             layer.loss_rtn = self._loss(LayerSolution(name, linear, settings, rtn), rtn, book)
+            if settings.feeds_back:
+                self._feed_back(layer, feedback, book)
+            clipped = self._clipped(layer, feedback, book)
+            if clipped:
+                layer.codes, layer.unclipped = clipped, layer.codes
             layer.loss = layer.loss_rtn if layer.codes is rtn else self._loss(layer, layer.codes, book)
             if layer.clipped and layer.loss > layer.loss_rtn:
-                layer.codes, layer.unclipped = full, None
-                layer.loss = self._loss(layer, full, book)
+                layer.codes, layer.unclipped = layer.unclipped, None
+                layer.loss = self._loss(layer, layer.codes, book)
             solution.layers.append(layer)
         return solution
+
+    def _feed_back(self, layer: LayerSolution, feedback: Feedback, book: GroupStatistics) -> None:
+        """Codes rounded with error feedback, where their loss is below that of rounding to nearest."""
+        weight = _divided(layer.linear.weight.detach(), layer.divisor)
+        codes = feedback.quantize(weight, layer.settings)
+        if self._loss(layer, codes, book) < min(self._loss(layer, layer.codes, book), layer.loss_rtn):
+            layer.codes, layer.fed_back = codes, True
 
     def _find_folds(self) -> list[Fold | None]:
         """For each group, what takes its 1/s, proven."""
@@ -221,17 +240,21 @@ class BlockSolver:
         wanted = [takes_fold(group, self.config) for group in groups]
         return find_folds(self.probe, groups, self.surveyed.linears, self.foldable, wanted)
 
-    def _clipped(self, layer: LayerSolution, book: GroupStatistics) -> Codes | None:
+    def _clipped(self, layer: LayerSolution, feedback: Feedback, book: GroupStatistics) -> Codes | None:
         """Codes of clipped ranges, if their output error is below that of the full ranges (on the rows of the search).
 
-        The ranges were searched on diagonal blocks of the second moment; here all of it counts.
+        The ranges were searched on diagonal blocks of the second moment; here all of it counts. Error feedback makes up for what
+        clipping is good for: with it, only clip=True clips.
         """
         settings = layer.settings
-        if settings.clip is False:
+        if settings.clip is False or (layer.fed_back and settings.clip == "auto"):
             return None
         weight, second_moment = _divided(layer.linear.weight.detach(), layer.divisor), book.stats.second_moment()
         clip = search.search_clip(self.kernels, weight, second_moment, settings, layer.scale)
-        codes = search.quantize(self.kernels, weight, settings, layer.scale, clip)
+        if layer.fed_back:
+            codes = feedback.quantize(weight, settings, clip)
+        else:
+            codes = search.quantize(self.kernels, weight, settings, layer.scale, clip)
         rows = search.spread_rows(len(weight), settings.search_rows, weight.device)
         full_loss, loss = (
             search.output_loss(
@@ -281,7 +304,7 @@ class BlockSolver:
 def takes_fold(group: ScaleGroup, config: AwqConfig) -> bool:
     """Whether the group will have a scale that something can take over; fake-quantized weights hold 1/s themselves."""
     settings = config.for_layer(group.linears[0])
-    return settings.method != "rtn" and settings.packed and config.fold != "never"
+    return settings.searches_scale and settings.packed and config.fold != "never"
 
 
 def _divided(weight: Tensor, divisor: Tensor | None) -> Tensor:

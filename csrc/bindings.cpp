@@ -5,8 +5,12 @@
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include <cmath>
+#include <vector>
+
 #include "adapters.h"
 #include "checks.h"
+#include "gptq.h"
 #include "isa.h"
 #include "layout.h"
 #include "search.h"
@@ -176,6 +180,60 @@ Tensor py_search_clip(const Tensor& weight, const Tensor& second_moment, const T
   return chosen;
 }
 
+// int64 [K], every channel once.
+Tensor order_argument(const char* function, const Tensor& order, int64_t in_features) {
+  check_shape(function, "order", order, {in_features});
+  check_dtype(function, "order", order, at::kLong);
+  const Tensor o = order.contiguous();
+  std::vector<bool> seen(static_cast<size_t>(in_features));
+  for (int64_t i = 0; i < in_features; ++i) {
+    const int64_t channel = o.const_data_ptr<int64_t>()[i];
+    AWQ_CHECK(channel >= 0 && channel < in_features && !seen[static_cast<size_t>(channel)], function, "order",
+              "every channel once", channel);
+    seen[static_cast<size_t>(channel)] = true;
+  }
+  return o;
+}
+
+Tensor py_gptq_factor(const Tensor& second_moment, const Tensor& order, double damping,
+                      const OptionalTensor& channel_scale) {
+  constexpr const char* kName = "gptq_factor";
+  const Tensor g = float_argument(kName, "second_moment", second_moment, {-1, -1});
+  const int64_t k = g.size(0);
+  AWQ_CHECK(k > 0 && g.size(1) == k, kName, "second_moment", "a square matrix", g.sizes());
+  AWQ_CHECK(damping > 0.0 && std::isfinite(damping), kName, "damping", "a positive number", damping);
+  AWQ_CHECK(g.isfinite().all().item<bool>(), kName, "second_moment", "finite numbers", "NaN or infinity");
+  const Tensor o = order_argument(kName, order, k), s = float_argument(kName, "channel_scale", channel_scale, {k});
+  const Tensor factor = at::empty({factor_rows(kernels(), k), k}, at::kFloat);
+  py::gil_scoped_release release;
+  gptq_factor(kernels(), float_data(g), k, o.const_data_ptr<int64_t>(), float_data(s), damping,
+              factor.mutable_data_ptr<float>(), at::get_num_threads());
+  return factor.narrow(0, 0, k);
+}
+
+py::tuple py_gptq_quantize(const Tensor& weight, const Tensor& factor, const Tensor& order, int64_t group_size,
+                           int64_t bits, bool symmetric, at::ScalarType scale_dtype,
+                           const OptionalTensor& channel_scale, const OptionalTensor& clip) {
+  constexpr const char* kName = "gptq_quantize";
+  Tensor holder;
+  const WeightView view = view_weight(kName, weight, holder);
+  const int64_t n = view.out_features, k = view.in_features;
+  const QuantSpec spec = make_spec(kName, k, group_size, bits, symmetric, scale_dtype);
+  const int64_t groups = group_count(k, group_size);
+  const Tensor f = float_argument(kName, "factor", factor, {k, k}), o = order_argument(kName, order, k);
+  const Tensor s = float_argument(kName, "channel_scale", channel_scale, {k});
+  const Tensor c = float_argument(kName, "clip", clip, {n, groups});
+  const Tensor codes = at::empty({n, k}, at::kByte), scales = at::empty({n, groups}, scale_dtype),
+               zeros = at::empty({n, groups}, at::kByte);
+  {
+    py::gil_scoped_release release;
+    gptq_quantize(kernels(), view, spec, float_data(s), float_data(c), float_data(f), o.const_data_ptr<int64_t>(),
+                  codes.mutable_data_ptr<uint8_t>(), static_cast<uint16_t*>(scales.mutable_data_ptr()),
+                  zeros.mutable_data_ptr<uint8_t>(), at::get_num_threads());
+  }
+  return py::make_tuple(codes, scales, zeros);
+}
+
 void bind_isa(py::module_& m) {
   m.def("isa", [] { return isa_name(current_isa()); }, "Name of the instruction set whose kernels run.");
   m.def("set_isa", &set_isa, py::arg("name"),
@@ -230,6 +288,18 @@ void bind_search(py::module_& m) {
         "second_moment fp32 [K, K] symmetric, ratios fp32 [R] -> fp32 [N, G].");
 }
 
+void bind_gptq(py::module_& m) {
+  m.def("gptq_factor", &py_gptq_factor, py::arg("second_moment"), py::arg("order"), py::arg("damping") = 0.01,
+        py::arg("channel_scale") = py::none(),
+        "R fp32 [K, K], upper triangular, with R R^T = diag(1/s) second_moment diag(1/s) + damping * mean diagonal,\n"
+        "both axes reordered by `order` int64 [K]. ValueError for numbers that are not finite.");
+  m.def("gptq_quantize", &py_gptq_quantize, py::arg("weight"), py::arg("factor"), py::arg("order"),
+        py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,
+        py::arg("channel_scale") = py::none(), py::arg("clip") = py::none(),
+        "quantize_weight with error feedback: channels are rounded in the given order, each making up for the errors\n"
+        "of those before it. factor and order as gptq_factor takes and gives them.");
+}
+
 // c10's errors carry the C++ stack; Python gets the sentence.
 void translate_errors(std::exception_ptr error) {
   try {
@@ -251,5 +321,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   awq::bind_isa(m);
   awq::bind_quantize(m);
   awq::bind_search(m);
+  awq::bind_gptq(m);
   awq::bind_stats(m);
 }

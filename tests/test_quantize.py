@@ -50,7 +50,7 @@ def assert_never_worse(report: AwqReport) -> None:
 
 
 @pytest.mark.parametrize("propagate", ["float", "quantized"])
-@pytest.mark.parametrize("method", ["awq", "rtn"])
+@pytest.mark.parametrize("method", ["awq", "rtn", "awq+gptq"])
 def test_every_model(case: models.Case, method: str, propagate: str) -> None:
     model, batches = case.model, case.batches
     original = copy.deepcopy(model)

@@ -39,6 +39,19 @@ struct Int4Block {
   int64_t last_steps;
 };
 
+// One panel of at most tile_rows channels of a rounding with error feedback, tile_cols weight rows at a time: arrays of
+// channels, or of groups, hold one value for each of these rows.
+struct FeedbackPanel {
+  int channels;
+  const float* factor;    // [channels][tile_rows], the panel's diagonal block: entry [c][later]
+  const float* weights;   // [channels][tile_cols]
+  const float* steps;     // [groups][tile_cols]
+  const float* zeros;     // [groups][tile_cols]
+  const int64_t* order;   // [channels], where in the row a channel comes from
+  const int64_t* groups;  // [channels], its group there
+  float top;
+};
+
 struct KernelTable {
   // dst[i] = (float)src[i], exact, subnormals included.
   void (*to_float)(const void* src, Dtype dtype, int64_t n, float* dst);
@@ -56,6 +69,10 @@ struct KernelTable {
   // null.
   void (*group_error)(const float* scaled, const float* w, const float* channel_scale, int64_t n, const Grid* grid,
                       float* error);
+  // Channel c is rounded at weights[c] + sums[c] / factor[c][c]; its error, weights[c] - value, goes to errors[c] and,
+  // times factor[c][later], into sums[later]. sums, errors [channels][tile_cols]; codes [all channels][tile_cols], in
+  // the row's own order.
+  void (*feedback_panel)(const FeedbackPanel* panel, float* sums, float* errors, uint8_t* codes);
   // x[i] rounded to bf16, half to even, and kept in fp32. Finite values only become infinite above bf16's range.
   void (*round_to_bf16)(float* x, int64_t n);
 

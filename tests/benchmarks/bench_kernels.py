@@ -1,6 +1,6 @@
 """Times the kernels beside what torch alone offers for the same job, interleaved in one run, and prints the ratio.
 
-    python tests/benchmarks/bench_kernels.py [--json FILE] [--only stats,clip,...] [--repeat N] [--threads N] [--small]
+    python tests/benchmarks/bench_kernels.py [--only stats,gptq,...] [--shape NxK | --small] [--repeat N] [--threads N] [--json FILE]
 
 The shapes are those of one block of a Llama with hidden size 2048: (out_features, in_features) of each group of Linears
 that share an input. `total` adds them up as one block's quantization does. Not a test: nothing here passes or fails.
@@ -112,12 +112,43 @@ def bench_quantize(n: int, k: int, repeat: int) -> tuple[dict[str, float], float
     return interleaved(functions, repeat), 0.0
 
 
+def torch_gptq(weight: torch.Tensor, g: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """GPTQ as it is usually written: the Cholesky factor of the inverse, 128 columns at a time, the rest by a product."""
+    k, block = weight.shape[1], 128
+    _, scales, zeros = reference.quantize_weight(weight, GROUP)
+    step, zero = (reference.expand_groups(part.float(), k, GROUP)[:, order].T.contiguous() for part in (scales, zeros))
+    w, h = weight.float()[:, order].T.contiguous(), g[order][:, order]
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    codes = torch.empty_like(w)
+    for start in range(0, k, block):
+        end = min(k, start + block)
+        errors = torch.empty(end - start, w.shape[1])
+        for j in range(start, end):
+            codes[j] = (torch.round(w[j] / step[j]) + zero[j]).clamp_(0, 15)
+            errors[j - start] = (w[j] - (codes[j] - zero[j]) * step[j]) / inverse[j, j]
+            w[j + 1 : end].addr_(inverse[j, j + 1 : end], errors[j - start], alpha=-1)
+        w[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
+    return codes.T[:, order.argsort()].byte()
+
+
+def bench_gptq(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    weight, g = torch.randn(n, k).bfloat16(), moment(k)
+    order = g.diagonal().argsort(descending=True)
+    functions = {
+        "ours": lambda: _C.gptq_quantize(weight, _C.gptq_factor(g, order), order, GROUP),
+        "torch": lambda: torch_gptq(weight, g, order),
+    }
+    return interleaved(functions, min(repeat, 2)), n * k * k + k**3 / 3
+
+
 KERNELS = {
     "stats": bench_stats,
     "quadratic": bench_quadratic,
     "scales": bench_scales,
     "clip": bench_clip,
     "quantize": bench_quantize,
+    "gptq": bench_gptq,
 }
 
 
@@ -127,9 +158,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(KERNELS), help="comma-separated part of the list")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--shape", help="one shape of your own instead, such as 4096x4096")
     parser.add_argument("--small", action="store_true", help="a quarter of each dimension")
     args = parser.parse_args()
     shapes = {name: (n // 4, k // 4) if args.small else (n, k) for name, (n, k) in SHAPES.items()}
+    if args.shape:
+        n, k = map(int, args.shape.split("x"))
+        shapes = {"": (n, k)}
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     results = []

@@ -1,0 +1,44 @@
+"""Feedback: what rounding with error feedback needs to know of a scale group's input (GPTQ, arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .config import AwqConfig
+from .search import Codes
+
+
+class Feedback:
+    """The factored second moment of one group under one scale: made when first asked for, shared by the group's Linears.
+
+    second_moment fp32 [K, K]; scale fp32 [K], by which columns are multiplied before rounding, or None.
+    """
+
+    def __init__(self, kernels: ModuleType, second_moment: Tensor, scale: Tensor | None) -> None:
+        self._kernels = kernels
+        self._second_moment = second_moment
+        self._scale = scale
+        self._factors: dict[tuple[bool, float], tuple[Tensor, Tensor]] = {}
+
+    def quantize(self, weight: Tensor, settings: AwqConfig, clip: Tensor | None = None) -> Codes:
+        """Codes of ``weight`` [N, K], ranges shrunk by ``clip`` fp32 [N, G]: each channel makes up for those before it."""
+        factor, order = self._factor(settings.act_order, settings.damping)
+        parts = self._kernels.gptq_quantize(
+            weight, factor, order, channel_scale=self._scale, clip=clip, **settings.quantizer
+        )
+        return Codes.store(self._kernels, parts, settings.bits)
+
+    def _factor(self, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:
+        if (act_order, damping) not in self._factors:
+            diagonal = self._second_moment.diagonal()
+            if self._scale is not None:
+                diagonal = diagonal / self._scale**2
+            order = torch.arange(len(diagonal), device=diagonal.device)
+            if act_order:
+                order = diagonal.argsort(descending=True, stable=True)
+            factor = self._kernels.gptq_factor(self._second_moment, order, damping, self._scale)
+            self._factors[act_order, damping] = factor, order
+        return self._factors[act_order, damping]
