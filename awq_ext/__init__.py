@@ -14,6 +14,7 @@ from .plan import GroupPlan, Plan, plan  # noqa: E402
 from .pretrained import from_pretrained, save_pretrained  # noqa: E402
 from .qlinear import QuantLinear  # noqa: E402
 from .quantize import quantize  # noqa: E402
+from .registration import register_with_transformers  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
 
 __version__ = _version("awq-ext")
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "register_with_transformers",
     "save",
     "save_pretrained",
 ]
