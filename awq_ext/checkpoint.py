@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from .config import GROUP_SIZES, SCALE_DTYPES
 from .formats.packed import CheckpointError
-from .huggingface import names_in
 from .placement import place
 from .prepare import unwrapped
 from .qlinear import TILED, QuantLinear
 from .quantdir import QuantDir
+from .renaming import Renamed
 from .report import AwqReport
 from .shards import PICKLES
 
@@ -79,7 +79,7 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
     given = model if isinstance(model, nn.Module) else model()
     target = unwrapped(given)
     if not (folder / INDEX_NAME).exists() and _is_foreign(folder):
-        place(target, QuantDir(folder), rename=names_in(target))
+        place(target, Renamed(QuantDir(folder), target))
         return given
     index = read_index(folder)
     tensors = _read_tensors(folder / index["tensors"])
@@ -228,7 +228,9 @@ def _empty_layer(model: nn.Module, name: str, entry: Any, tensors: dict[str, Ten
         dtypes = (_DTYPES[entry["dtype"]], SCALE_DTYPES[entry["scale_dtype"]])
     except (KeyError, TypeError):
         raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}") from None
-    known = all(type(size) is int for size in sizes) and sizes[2] in GROUP_SIZES and all(type(f) is bool for f in flags)
+    known = (
+        all(type(size) is int for size in sizes) and _is_group_size(sizes[2]) and all(type(f) is bool for f in flags)
+    )
     if not known or min(sizes[:2]) < 1:
         raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}")
     if not isinstance(old, (nn.Linear, QuantLinear)) or (old.in_features, old.out_features) != sizes[:2]:
@@ -236,6 +238,11 @@ def _empty_layer(model: nn.Module, name: str, entry: Any, tensors: dict[str, Ten
             f"layer {name!r} is {sizes[0]} -> {sizes[1]} features in the checkpoint, in the model it is {old!r}"
         )
     return QuantLinear(*sizes, *flags, *dtypes, device="meta").train(old.training)
+
+
+def _is_group_size(size: int) -> bool:
+    """One that quantize() makes, or that checkpoints of other tools have."""
+    return size in GROUP_SIZES or (size > 0 and size % 8 == 0)
 
 
 def _match(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .checkpoint import INDEX_NAME, read_index
@@ -66,9 +67,19 @@ class SavedDir:
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
 
+    outline = layer  # its tensors must all be read to be checked
+
     def float_tensor(self, name: str) -> Tensor:
         """One of ``floats``."""
         return self.shards.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of ``floats``."""
+        return self.shards.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one of ``floats``."""
+        return self.shards.dtype(name)
 
 
 def _sizes(name: str, entry: Any) -> tuple[int, int]:
@@ -86,9 +97,7 @@ def float_modules(source: QuantDir | SavedDir) -> Iterable[str]:
     names = [
         name.removesuffix(".weight")
         for name in source.floats
-        if name.endswith(".weight")
-        and len(source.shards.shape(name)) == 2
-        and source.shards.dtype(name).is_floating_point
+        if name.endswith(".weight") and len(source.shape(name)) == 2 and source.dtype(name).is_floating_point
     ]
     return names if "lm_head" in (*names, *source.layers) else [*names, "lm_head"]
 

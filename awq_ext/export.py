@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +30,10 @@ class Source(Protocol):
     floats: Iterable[str]
 
     def layer(self, name: str) -> PackedLinear: ...
+    def outline(self, name: str) -> PackedLinear: ...
     def float_tensor(self, name: str) -> Tensor: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
 
 
 def parse_size(size: int | str) -> int:
@@ -56,7 +60,7 @@ def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> S
     facts: dict[str, Facts] = {}
     found: dict[str, list[str]] = {}
     for name in source.layers:
-        layer = source.layer(name)
+        layer = source.outline(name)
         facts[name] = Facts.of(layer)
         for problem in layout.problems(name, layer):
             found.setdefault(problem, []).append(name)

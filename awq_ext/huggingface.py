@@ -139,46 +139,10 @@ def finish(model: nn.Module, folder: Path) -> None:
         model.generation_config = transformers().GenerationConfig.from_pretrained(folder)
 
 
-def names_in(model: nn.Module) -> Callable[[str], str]:
-    """Name in the files -> name in the model."""
-    renamings = _renamings(model)
-
-    def rename(name: str) -> str:
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name
-
-    return rename
-
-
-def names_out(model: nn.Module) -> Callable[[str], str]:
-    """Inverse of names_in, as far as the model's files have other names."""
-    renamings = [renaming.reverse_transform() for renaming in reversed(_renamings(model, legacy=False))]
-
-    def rename(name: str) -> str:
-        for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name
-
-    return rename
-
-
-def _renamings(model: nn.Module, legacy: bool = True) -> list[Any]:
-    """transformers 5 renames weights of some models between file and memory."""
-    if not is_transformers_model(model):
-        return []
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:
-        return []
-    return [t for t in get_model_conversion_mapping(model, add_legacy=legacy) if isinstance(t, WeightRenaming)]
-
-
-def dropped_ties(model: nn.Module) -> set[str]:
-    """Names that transformers leaves out of files because they are tied to others."""
-    keys = getattr(model, "_tied_weights_keys", None) or []
-    return {name for name in model.state_dict() if any(re.search(key, name) for key in keys)} if keys else set()
+def dropped_ties(model: nn.Module) -> Callable[[str], bool]:
+    """Whether transformers leaves a tensor of this name out of files if it is tied to another."""
+    patterns = list(getattr(model, "_tied_weights_keys", None) or [])
+    return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def ignored(model: nn.Module) -> Callable[[str], bool]:

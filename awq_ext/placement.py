@@ -13,26 +13,25 @@ from .formats import CheckpointError, PackedLinear
 from .formats.packed import exactly
 from .qlinear import QuantLinear, take_hooks
 from .quantdir import QuantDir
+from .renaming import Renamed
 
 
 def place(
     model: nn.Module,
-    source: QuantDir,
+    source: QuantDir | Renamed,
     dtype: torch.dtype | None = None,
-    rename: Callable[[str], str] = lambda name: name,
     ignore: Callable[[str], bool] | None = None,
 ) -> nn.Module:
     """Replace the Linears of ``model`` that ``source`` holds quantized by QuantLinear, and all other tensors; returns it.
 
     dtype: of float parameters; None keeps those of the files.
-    rename: name in the files -> name in the model.
     ignore: whether to pass over a tensor of this name, which the model lacks, in silence; others are warned about. None makes any
         such tensor an error.
     CheckpointError, before anything is changed, when a tensor is missing or does not fit.
     """
-    plan = _Plan(model, source, dtype, rename)
+    plan = _Plan(model, source, dtype)
     plan.match(ignore)
-    layers = {name: plan.layer(name, file_name) for name, file_name in plan.layers.items()}
+    layers = {name: plan.layer(name) for name in source.layers}
     values = plan.values()
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -46,26 +45,22 @@ def place(
 @dataclass
 class _Plan:
     model: nn.Module
-    source: QuantDir
+    source: QuantDir | Renamed
     dtype: torch.dtype | None
-    rename: Callable[[str], str]
-    layers: dict[str, str] = field(default_factory=dict)  # name in the model -> in the files
-    tensors: dict[str, str] = field(default_factory=dict)
+    tensors: list[str] = field(default_factory=list)
 
     def match(self, ignore: Callable[[str], bool] | None) -> None:
-        """Fill ``layers`` and ``tensors``; everything the headers tell is checked."""
-        self.layers = {self.rename(name): name for name in self.source.layers}
-        for name in self.layers:
+        """Fill ``tensors``; everything the headers tell is checked."""
+        for name in self.source.layers:
             self._linear(name)
         wanted = dict(self._wanted())
         extra = []
-        for file_name in self.source.floats:
-            name = self.rename(file_name)
+        for name in self.source.floats:
             if name in wanted:
-                self._check(name, wanted[name], file_name)
-                self.tensors[name] = file_name
+                self._check(name, wanted[name])
+                self.tensors.append(name)
             elif ignore is None or not ignore(name):
-                extra.append(file_name)
+                extra.append(name)
         self._refuse_extra(extra, fatal=ignore is None)
         self._refuse_missing(wanted)
 
@@ -106,11 +101,11 @@ class _Plan:
         """Names of the model's tensors outside the layers that are replaced, all names of shared ones."""
         for books in (self.model.named_parameters, self.model.named_buffers):
             for name, tensor in books(remove_duplicate=False):
-                if name.rpartition(".")[0] not in self.layers:
+                if name.rpartition(".")[0] not in self.source.layers:
                     yield name, tensor
 
-    def _check(self, name: str, old: Tensor, file_name: str) -> None:
-        shape, dtype = self.source.shards.shape(file_name), self.source.shards.dtype(file_name)
+    def _check(self, name: str, old: Tensor) -> None:
+        shape, dtype = self.source.shape(name), self.source.dtype(name)
         if shape != tuple(old.shape):
             raise CheckpointError(f"{name} has shape {shape} in the file, {tuple(old.shape)} in the model")
         if dtype.is_floating_point != old.is_floating_point():
@@ -126,11 +121,11 @@ class _Plan:
         made: dict[int, Tensor] = {}
         placed = {}
         wanted = dict(self._wanted())
-        for name, file_name in self.tensors.items():
+        for name in self.tensors:
             old = wanted[name]
             if id(old) not in made:
                 trained = isinstance(old, nn.Parameter)
-                tensor = self.source.float_tensor(file_name)
+                tensor = self.source.float_tensor(name)
                 tensor = self._cast(tensor, old) if trained else tensor.to("cpu" if old.is_meta else old.device)
                 made[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if trained else tensor
         for name, old in wanted.items():
@@ -138,9 +133,9 @@ class _Plan:
                 placed[name] = made[id(old)]
         return placed
 
-    def layer(self, name: str, file_name: str) -> QuantLinear:
+    def layer(self, name: str) -> QuantLinear:
         """The QuantLinear for one quantized layer of the files."""
-        old, packed = self._linear(name), self.source.layer(file_name)
+        old, packed = self._linear(name), self.source.layer(name)
         if (old.in_features, old.out_features) != (packed.in_features, packed.out_features):
             raise CheckpointError(
                 f"layer {name!r} is {packed.in_features} -> {packed.out_features} features in the files, in the model "
@@ -174,9 +169,9 @@ class _Plan:
     def _float_dtype(self, old: nn.Linear | QuantLinear) -> torch.dtype:
         """The dtype of the files' largest float tensor: what the weights had before."""
         if not hasattr(self, "_common"):
-            kinds = {n: self.source.shards.dtype(n) for n in self.source.floats}
+            kinds = {n: self.source.dtype(n) for n in self.source.floats}
             floats = [n for n, kind in kinds.items() if kind.is_floating_point]
-            largest = max(floats, key=lambda n: torch.Size(self.source.shards.shape(n)).numel(), default=None)
+            largest = max(floats, key=lambda n: torch.Size(self.source.shape(n)).numel(), default=None)
             self._common = None if largest is None else kinds[largest]
         return self._common or (old.dtype if isinstance(old, QuantLinear) else old.weight.dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .placement import place
 from .prepare import unwrapped
 from .qlinear import QuantLinear
 from .quantdir import QuantDir
+from .renaming import Renamed
 
 
 def save_pretrained(
@@ -41,8 +42,8 @@ def save_pretrained(
     """
     target, limit = layout(format), parse_size(max_shard_size)
     model = unwrapped(model)
-    source = ModelSource(model)
-    summary = summarize(source, target, source.float_linears)
+    source = Renamed(ModelSource(model), model, to_files=True)
+    summary = summarize(source, target, map(source.name_of, float_linears(model)))
 
     def extra(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
@@ -68,40 +69,44 @@ def from_pretrained(directory: str | os.PathLike[str], dtype: torch.dtype | None
         return model.eval()
     source = QuantDir(folder)
     model = huggingface.empty_model(folder, dtype, options)
-    place(model, source, dtype, huggingface.names_in(model), huggingface.ignored(model))
+    place(model, Renamed(source, model), dtype, huggingface.ignored(model))
     huggingface.finish(model, folder)
     return model.eval()
+
+
+def float_linears(model: nn.Module) -> list[str]:
+    """Names of the Linears that are not quantized."""
+    return [name for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear]
 
 
 class ModelSource:
     """A quantized model, layer by layer: what a QuantDir is for files. CheckpointError when nothing is quantized."""
 
     def __init__(self, model: nn.Module) -> None:
-        names = huggingface.names_out(model)
         modules = dict(model.named_modules(remove_duplicate=False))
-        self.layers: dict[str, QuantLinear] = {}
-        for name, module in modules.items():
-            if isinstance(module, QuantLinear):
-                self.layers[names(name)] = module
+        self.layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
         if not self.layers:
             raise CheckpointError(
                 f"{type(model).__name__} holds no QuantLinear: quantize it first (fake-quantized models, packed=False, are "
                 "ordinary float models: use their own save_pretrained)"
             )
-        self.float_linears = [names(name) for name, module in modules.items() if type(module) is nn.Linear]
-        self._floats = _float_tensors(model, modules, names)
+        self._floats = _float_tensors(model)
         self.floats = list(self._floats)
         if meta := [name for name, tensor in self._floats.items() if tensor.is_meta]:
             raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save")
 
     def layer(self, name: str) -> PackedLinear:
         """One QuantLinear in rows, on the CPU."""
+        return replace(self.outline(name), qweight=self.layers[name].qweight.cpu())
+
+    def outline(self, name: str) -> PackedLinear:
+        """The same without its codes, which are on the meta device."""
         layer = self.layers[name]
         if layer.tiles.is_meta:
             raise CheckpointError(f"{name} is on the meta device: it has no values to save")
         bias, scale = layer.bias, layer.pre_quant_scale
         return PackedLinear(
-            qweight=layer.qweight.cpu(),
+            qweight=torch.empty(layer.out_features, (layer.in_features + 1) // 2, dtype=torch.uint8, device="meta"),
             scales=layer.scales.cpu(),
             zeros=layer.zeros.cpu(),
             in_features=layer.in_features,
@@ -114,21 +119,28 @@ class ModelSource:
         """One of ``floats``."""
         return self._floats[name].detach()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of ``floats``."""
+        return tuple(self._floats[name].shape)
 
-def _float_tensors(model: nn.Module, modules: Mapping[str, nn.Module], names: Any) -> dict[str, Tensor]:
-    """Parameters and persistent buffers outside the quantized layers, tied ones under the name that files have them by."""
-    tied = huggingface.dropped_ties(model)
-    first: dict[int, str] = {}
-    found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(modules.get(name.rpartition(".")[0]), QuantLinear):
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one of ``floats``."""
+        return self._floats[name].dtype
+
+
+def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers outside the quantized layers, tied ones once, under the name files have them by.
+
+    Not from ``state_dict``, which would turn every int4 layer into rows.
+    """
+    ties = huggingface.dropped_ties(model)
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantLinear):
             continue
-        held = first.get(id(tensor))
-        if held is not None and held not in tied:
-            continue
-        if held is not None and name not in tied:
-            del found[held]
-        if held is None or name not in tied:
-            first[id(tensor)] = name
-            found[name] = tensor
-    return {names(name): tensor for name, tensor in found.items()}
+        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for leaf, tensor in (module._parameters | kept).items():
+            name = f"{prefix}.{leaf}".lstrip(".")
+            if tensor is not None and (id(tensor) not in found or (ties(found[id(tensor)][0]) and not ties(name))):
+                found[id(tensor)] = (name, tensor)
+    return dict(found.values())

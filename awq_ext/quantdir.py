@@ -56,9 +56,19 @@ class QuantDir:
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
 
+    outline = layer  # its tensors must all be read to be checked
+
     def float_tensor(self, name: str) -> Tensor:
         """One of ``floats``."""
         return self.shards.get(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of ``floats``."""
+        return self.shards.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one of ``floats``."""
+        return self.shards.dtype(name)
 
     def quantization_config(self) -> Mapping[str, Any] | None:
         """What the directory says of its quantization, from wherever that is written; None if nowhere."""
