@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import huggingface
 from .export import summarize
 from .formats import CheckpointError, PackedLinear
 from .placement import run_time_scales
-from .pretrained import ModelSource
+from .pretrained import ModelSource, float_linears
 from .qlinear import QuantLinear
 from .quantdir import QuantDir
+from .renaming import Renamed
 
 
 class AwqExtConfig(QuantizationConfigMixin):
@@ -67,7 +67,9 @@ class WaitingLinear(nn.Module):
         # some GPTQ writers give every layer a bias of zeros
         there = packed.bias is not None and (linear.bias is not None or bool(packed.bias.any()))
         if there != (linear.bias is not None):
-            raise CheckpointError(f"layer {self.file_name!r} has a bias in {'the files' if there else 'the model'} only")
+            raise CheckpointError(
+                f"layer {self.file_name!r} has a bias in {'the files' if there else 'the model'} only"
+            )
         return nn.Parameter(packed.bias.to(linear.weight.dtype)) if there else None
 
 
@@ -79,9 +81,7 @@ class AwqExtQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         self.source = QuantDir(_folder(model, checkpoint_files))
         self.layout = self.source.layout
-        rename = huggingface.names_in(model)
-        for file_name in self.source.layers:
-            name = rename(file_name)
+        for name, file_name in Renamed(self.source, model).layers.items():
             try:
                 linear = model.get_submodule(name)
             except AttributeError:
@@ -102,16 +102,18 @@ class AwqExtQuantizer(HfQuantizer):
         del self.source  # lets go of the files
         return model
 
-    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What ``save_pretrained`` writes: the quantized layers in ``layout``, and a config that says so."""
         source = ModelSource(model)
-        summary = summarize(source, self.layout, source.float_linears)
-        file_names = {id(layer): file_name for file_name, layer in source.layers.items()}
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-        own = tuple(f"{name}." for name in layers)
+        renamed = Renamed(source, model, to_files=True)
+        summary = summarize(renamed, self.layout, map(renamed.name_of, float_linears(model)))
+        # under the model's names: Transformers renames what it writes
+        own = tuple(f"{name}." for name in source.layers)
         state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
-        for name, layer in layers.items():
-            packed = self.layout.pack(source.layer(file_names[id(layer)]), summary)
+        for name in source.layers:
+            packed = self.layout.pack(source.layer(name), summary)
             state |= {f"{name}.{leaf}": tensor for leaf, tensor in packed.items()}
         config = self.layout.quantization_config(summary)
         self.quantization_config = model.config.quantization_config = type(self.quantization_config).from_dict(config)

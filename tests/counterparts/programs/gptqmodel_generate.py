@@ -15,8 +15,14 @@ from transformers import AutoModelForCausalLM
 folder, prompt, out = sys.argv[1:]
 tokens = load_file(prompt)["tokens"]
 model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32)
-kernels = {type(module).__module__ + "." + type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}
-kernels |= {type(module).__module__ + "." + type(module).__name__ for module in model.modules() if "gptqmodel" in type(module).__module__}
+kernels = {
+    type(module).__module__ + "." + type(module).__name__ for module in model.modules() if hasattr(module, "qweight")
+}
+kernels |= {
+    type(module).__module__ + "." + type(module).__name__
+    for module in model.modules()
+    if "gptqmodel" in type(module).__module__
+}
 with torch.no_grad():
     logits = model(tokens).logits.float()
 generated = model.generate(tokens, max_new_tokens=16, do_sample=False, pad_token_id=0)
