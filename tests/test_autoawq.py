@@ -62,7 +62,7 @@ def test_functions_of_fused_modules_are_explained(name: str) -> None:
 
 def test_other_names_are_ordinary_errors() -> None:
     with pytest.raises(AttributeError, match="module 'awq_ext' has no attribute 'nothing'"):
-        awq_ext.nothing
+        _ = awq_ext.nothing
 
 
 EXTENSION = """
@@ -88,4 +88,4 @@ def test_a_real_extension_of_that_name_is_used(tmp_path: Path, monkeypatch: pyte
     assert awq_ext.gemm_forward_cuda(1, 2, 3) == 42
     assert sys.modules["awq_ext"] is awq_ext
     with pytest.raises(AttributeError):
-        awq_ext.layernorm_forward_cuda
+        _ = awq_ext.layernorm_forward_cuda

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from counterparts.counterpart import (
+    all_tensors,
     assert_same_weights,
     needed,
     prompt_file,
@@ -19,16 +20,29 @@ from safetensors.torch import load_file
 
 import awq_ext
 
-WRITTEN = [("llama", "gemm", 64), ("qwen2", "gemm", 32), ("llama", "gemv", 64), ("qwen2", "gemv", 32)]
+WRITTEN = [
+    ("llama", "gemm", 64),
+    ("qwen2", "gemm", 32),
+    ("llama", "gemv", 64),
+    ("qwen2", "gemv", 32),
+    ("llama", "gemv_fast", 64),
+]
 
 
-@pytest.mark.parametrize(("family", "version", "group_size"), WRITTEN, ids=lambda value: str(value))
-def test_a_model_that_autoawq_quantized_is_read(family: str, version: str, group_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "version", "group_size"), WRITTEN, ids=str)
+def test_a_model_that_autoawq_quantized_is_read_and_written_again(
+    family: str, version: str, group_size: int, tmp_path: Path
+) -> None:
     folder, weights = tmp_path / "model", tmp_path / "weights.safetensors"
     run("autoawq", "autoawq_write.py", folder, weights, family, version, group_size)
     model = awq_ext.from_pretrained(folder)
     assert_same_weights(weights_of(model, torch.float16), load_file(weights))
     assert model(torch.arange(8)[None]).logits.isfinite().all()
+    again = awq_ext.save_pretrained(model, tmp_path / "again", format="awq" if version == "gemm" else version)
+    theirs, ours = all_tensors(folder), all_tensors(again)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
 
 
 @pytest.mark.parametrize("layout", ["awq", "gemv"])

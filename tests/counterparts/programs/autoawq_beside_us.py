@@ -50,6 +50,6 @@ gemm(x).sum().backward()
 expected = linear.weight.sum(0).float()
 torch.testing.assert_close(x.grad[0, 0].float(), expected, rtol=0, atol=64 * 2**-11)  # 64 terms below 1, each rounded
 try:
-    awq_ext.layernorm_forward_cuda
+    _ = awq_ext.layernorm_forward_cuda
 except AttributeError as error:
     print(error)

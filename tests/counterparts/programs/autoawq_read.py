@@ -1,9 +1,10 @@
 """autoawq_read.py FOLDER WEIGHTS [TOKENS LOGITS]: AutoAWQ loads a directory; what its layers stand for is written to WEIGHTS.
 
 The steps of ``AutoAWQForCausalLM.from_quantized`` one by one, because on a CPU that function insists on Intel's
-extension for PyTorch, whose last release is for an older torch. WEIGHTS (safetensors): fp16 [out, in], GEMM by AutoAWQ's
-``dequantize_gemm``; GEMV, which it has only as a CUDA kernel, by its ``unpack_awq``, and packed again by its own packer, which
-must give the tensors of the directory bit for bit; biases as NAME.bias. TOKENS int64 [1, T] -> LOGITS [1, T, V], both safetensors: GEMM only.
+extension for PyTorch, whose last release is for an older torch. WEIGHTS (safetensors): fp16 [out, in], and biases as NAME.bias.
+GEMM by AutoAWQ's ``dequantize_gemm``; GEMV, which it has only as a CUDA kernel, by its ``unpack_awq``, and packed again by its
+own packer, which must give the tensors of the directory bit for bit.
+TOKENS int64 [1, T] -> LOGITS [1, T, V], both safetensors: GEMM only.
 """
 
 from __future__ import annotations

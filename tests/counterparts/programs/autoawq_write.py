@@ -12,7 +12,7 @@ import tempfile
 import tiny
 import torch
 from awq import AutoAWQForCausalLM
-from awq.modules.linear import WQLinear_GEMM, WQLinear_GEMV
+from awq.modules.linear import WQLinear_GEMM, WQLinear_GEMV, WQLinear_GEMVFast
 from awq.utils.packing_utils import dequantize_gemm
 from safetensors.torch import save_file
 
@@ -23,7 +23,7 @@ with tempfile.TemporaryDirectory() as float_folder:
     model = AutoAWQForCausalLM.from_pretrained(float_folder, device_map="cpu", safetensors=True)
 
 rounded: dict[int, torch.Tensor] = {}
-layer_class = {"gemm": WQLinear_GEMM, "gemv": WQLinear_GEMV}[version]
+layer_class = {"gemm": WQLinear_GEMM, "gemv": WQLinear_GEMV, "gemv_fast": WQLinear_GEMVFast}[version]
 from_linear = layer_class.from_linear.__func__
 
 

@@ -15,14 +15,8 @@ from transformers import AutoModelForCausalLM
 folder, prompt, out = sys.argv[1:]
 tokens = load_file(prompt)["tokens"]
 model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32)
-kernels = {
-    type(module).__module__ + "." + type(module).__name__ for module in model.modules() if hasattr(module, "qweight")
-}
-kernels |= {
-    type(module).__module__ + "." + type(module).__name__
-    for module in model.modules()
-    if "gptqmodel" in type(module).__module__
-}
+kernels = {f"{type(m).__module__}.{type(m).__name__}" for m in model.modules()}
+kernels = {kernel for kernel in kernels if kernel.startswith("gptqmodel")}
 with torch.no_grad():
     logits = model(tokens).logits.float()
 generated = model.generate(tokens, max_new_tokens=16, do_sample=False, pad_token_id=0)
