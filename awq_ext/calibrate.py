@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .batches import Call
 from .blocks import Block, Stop, copy_inputs, run_call, tensor_bytes
 from .groups import ScaleGroup, Watch, linear_input, norm_candidates
 from .memory import release_free_memory
+from .mixture import Mixture, MixtureWatch
+
+T = TypeVar("T")
 
 # Rows and packed panels that quadratic_losses (csrc/quadratic-inl.h) works on at a time, in bytes.
 _KERNEL_SLAB = 32 << 20
@@ -22,17 +25,18 @@ _KERNEL_SLAB = 32 << 20
 
 @dataclass(frozen=True)
 class BlockSurvey:
-    """A block as the first batch saw it."""
+    """A block as the first batch saw it; ``reasons``: why some of its Linears stay float."""
 
     block: Block
     linears: Mapping[str, nn.Linear]
     groups: Sequence[ScaleGroup]
     input_bytes: int
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def statistics_bytes(self) -> int:
-        """Bytes of the block's second moments (fp32 [K, K]) and sums of |x| (fp64 [K]), one of each a scale group."""
-        widths = [self.linears[group.linears[0]].in_features for group in self.groups]
+        """Bytes of the block's second moments (fp32 [K, K]) and sums of |x| (fp64 [K]), one of each an input."""
+        widths = [self.linears[part[0]].in_features for group in self.groups for part in group.inputs]
         return sum(4 * k * k + 8 * k for k in widths)
 
     @property
@@ -52,10 +56,11 @@ def survey(
     linears: Mapping[str, nn.Linear],
     call: Call,
     kind: Callable[[str], Hashable] = lambda _: None,
+    mixtures: Sequence[Mixture] = (),
 ) -> list[BlockSurvey]:
     """Run the first batch through the whole model: the blocks in calling order, each with its scale groups.
 
-    kind: Linears for whose names it differs are not put into one group.
+    kind: Linears for whose names it differs are not put into one group. mixtures: what may be experts.
 
     A block that is called twice in one forward cannot be finished after its first call: then the whole model counts as one
     block. Raises CalibrationError when the model rejects the batch.
@@ -63,26 +68,34 @@ def survey(
     order: list[Block] = []
     sizes: dict[str, int] = {}
     watches = {block.name: Watch() for block in blocks}
+    tokens = {
+        b.name: MixtureWatch([m for m in mixtures if len(linears_of(b, m.linears)) == len(m.linears)]) for b in blocks
+    }
     with ExitStack() as stack:
         for block in blocks:
             inside = linears_of(block, linears)
             norms = {f"{block.name}.{n}" if block.name else n: m for n, m in norm_candidates(block.module).items()}
             stack.enter_context(watches[block.name].on(inside, norms))
+            stack.enter_context(tokens[block.name].on(inside, norms))
             stack.enter_context(_entry_hook(block, order, sizes))
             stack.enter_context(_exit_hook(block, watches[block.name]))
         with torch.no_grad():
             # on copies: a model that writes its input must find the batch untouched when it is calibrated
             run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
     if len({block.name for block in order}) < len(order):
-        return survey(model, [Block("", model)], linears, call, kind)
+        return survey(model, [Block("", model)], linears, call, kind, mixtures)
     found = []
     for block in order:
         inside = linears_of(block, linears)
-        found.append(BlockSurvey(block, inside, watches[block.name].groups(inside, kind), sizes[block.name]))
+        groups = watches[block.name].groups(inside, kind)
+        groups = tokens[block.name].join(groups, watches[block.name], inside, kind)
+        reasons = tokens[block.name].reasons
+        inside = {name: linear for name, linear in inside.items() if name not in reasons}
+        found.append(BlockSurvey(block, inside, groups, sizes[block.name], reasons))
     return found
 
 
-def linears_of(block: Block, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+def linears_of(block: Block, linears: Mapping[str, T]) -> dict[str, T]:
     """Those of ``linears`` that are the block or lie below it."""
     prefix = f"{block.name}." if block.name else ""
     return {name: module for name, module in linears.items() if name == block.name or name.startswith(prefix)}
@@ -111,8 +124,8 @@ def _exit_hook(block: Block, watch: Watch) -> Iterator[None]:
 
 
 @dataclass
-class GroupStatistics:
-    """What a group's input was over all batches."""
+class InputStatistics:
+    """What one input was over all batches."""
 
     stats: Any
     rows_seen: int = 0
@@ -127,10 +140,30 @@ class GroupStatistics:
         """Whether no NaN or Inf was among them, nor a number whose square is none."""
         return bool(torch.isfinite(self.stats.second_moment().diagonal()).all())
 
+
+@dataclass
+class GroupStatistics:
+    """What the inputs of a group's Linears were, by name of the Linear: one object for those that read the same tensor."""
+
+    inputs: dict[str, InputStatistics]
+
     @property
-    def x_mean(self) -> Tensor:
-        """Mean of |x| per channel: fp32 [K]."""
-        return (self.stats.abs_sum() / max(self.rows, 1)).float()
+    def rows_seen(self) -> int:
+        """Rows of all inputs, masked out or not."""
+        return sum(book.rows_seen for book in self._distinct(self.inputs))
+
+    @property
+    def rows(self) -> int:
+        """Rows of all inputs that counted."""
+        return sum(book.rows for book in self._distinct(self.inputs))
+
+    def x_mean(self, names: Iterable[str] | None = None) -> Tensor:
+        """Mean of |x| per channel over all rows that came to the Linears called ``names`` (None: all): fp32 [K]."""
+        books = self._distinct(self.inputs if names is None else names)
+        return (sum(b.stats.abs_sum() for b in books) / max(sum(b.rows for b in books), 1)).float()
+
+    def _distinct(self, names: Iterable[str]) -> list[InputStatistics]:
+        return list({id(self.inputs[name]): self.inputs[name] for name in names}.values())
 
 
 def collect(
@@ -144,19 +177,22 @@ def collect(
     call = stops[0].call
     books = []
 
-    def feed(book: GroupStatistics, x: Tensor) -> None:
+    def feed(book: InputStatistics, x: Tensor) -> None:
         book.rows_seen += x.numel() // x.shape[-1]
         book.stats.update(x, call.row_mask(x))
 
     with ExitStack() as stack:
         for group in surveyed.groups:
-            leader = surveyed.linears[group.linears[0]]
-            book = GroupStatistics(_new_statistics(kernels, leader.in_features, device))
-            books.append(book)
-            hook = leader.register_forward_pre_hook(
-                lambda _, args, kwargs, book=book: feed(book, linear_input(args, kwargs)), with_kwargs=True
-            )
-            stack.callback(hook.remove)
+            inputs: dict[str, InputStatistics] = {}
+            for part in group.inputs:
+                leader = surveyed.linears[part[0]]
+                book = InputStatistics(_new_statistics(kernels, leader.in_features, device))
+                inputs |= dict.fromkeys(part, book)
+                hook = leader.register_forward_pre_hook(
+                    lambda _, args, kwargs, book=book: feed(book, linear_input(args, kwargs)), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+            books.append(GroupStatistics(inputs))
         output = stops[0].rehearse()
         for stop in stops[1:]:
             call = stop.call

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import GROUP_SIZES, SCALE_DTYPES
+from .experts import ExpertLinears
 from .formats.packed import CheckpointError
+from .journal import Journal
 from .placement import place
 from .prepare import unwrapped
 from .qlinear import TILED, QuantLinear
@@ -23,6 +25,7 @@ from .quantdir import QuantDir
 from .renaming import Renamed
 from .report import AwqReport
 from .shards import PICKLES
+from .standins import stand_in_as
 
 INDEX_NAME = "awq_ext.json"
 FORMAT_VERSION = 1
@@ -56,6 +59,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "version": FORMAT_VERSION,
         "tensors": tensor_file,
         "layers": layers,
+        "experts": {name: m.use for name, m in model.named_modules() if isinstance(m, ExpertLinears)},
         "tied": tied,
         "report": report.to_dict() if isinstance(report, AwqReport) else None,
     }
@@ -83,6 +87,25 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
         return given
     index = read_index(folder)
     tensors = _read_tensors(folder / index["tensors"])
+    with Journal() as journal:
+        _take_apart(target, index, journal)
+        _fill(target, index, tensors)
+    if index["report"] is not None:
+        target.awq_report = index["report"]
+    return given
+
+
+def _take_apart(model: nn.Module, index: dict[str, Any], journal: Journal) -> None:
+    """Give ``model`` the Linears that the layers of the checkpoint were made from."""
+    entries = {name: entry for name, entry in index["layers"].items() if isinstance(entry, dict)}
+    sizes = {name: (entry.get("in_features"), entry.get("out_features")) for name, entry in entries.items()}
+    try:
+        stand_in_as(model, sizes, index.get("experts", {}), journal)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _fill(target: nn.Module, index: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     skeleton = {name: _empty_layer(target, name, entry, tensors) for name, entry in index["layers"].items()}
     plan = _match(target, skeleton, tensors, index["tied"])
     values = _placed(target, skeleton, plan, tensors)
@@ -92,9 +115,6 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
         parent_name, _, leaf = name.rpartition(".")
         parent = target.get_submodule(parent_name)
         (parent._parameters if leaf in parent._parameters else parent._buffers)[leaf] = value
-    if index["report"] is not None:
-        target.awq_report = index["report"]
-    return given
 
 
 def _is_foreign(folder: Path) -> bool:
@@ -197,6 +217,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     tied = index.get("tied")
     if not isinstance(index.get("layers"), dict) or not isinstance(tied, dict):
         raise CheckpointError(f"{path} is damaged: layers or tied is missing")
+    if not isinstance(index.get("experts", {}), dict):
+        raise CheckpointError(f"{path} is damaged: experts must name parameters")
     if not all(isinstance(source, str) for source in tied.values()):
         raise CheckpointError(f"{path} is damaged: tied must name tensors")
     try:

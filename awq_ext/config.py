@@ -18,7 +18,18 @@ OUTPUT_EMBEDDINGS = "<output embeddings>"
 # fnmatch pattern of a module's name, or a function of the name and the module.
 Selector = str | Callable[[str, nn.Module], bool]
 # What ``per_layer`` may set: what concerns one Linear alone.
-LAYER_FIELDS = ("method", "bits", "group_size", "symmetric", "scale_dtype", "clip", "act_order", "damping", "packed")
+LAYER_FIELDS = (
+    "method",
+    "bits",
+    "group_size",
+    "symmetric",
+    "scale_dtype",
+    "clip",
+    "act_order",
+    "damping",
+    "refine",
+    "packed",
+)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("awq", "rtn", "gptq", "awq+gptq"),
     "group_size": GROUP_SIZES,
@@ -48,8 +59,9 @@ class AwqConfig:
     clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
         block's output (scores of queries and keys suffer from it).
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
-    damping: what error feedback adds to each channel's second moment, as a share of their mean. More trusts the correlations
-        of the calibration inputs less.
+    damping: what error feedback adds to each channel's second moment, as a share of it. With more, the correlations of the
+        calibration inputs count for less: errors on them grow, errors on other inputs fall (docs/quality.md).
+    refine: rounds of coordinate descent after error feedback, on the scales of the groups and on the codes; 0 for none.
     fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.
@@ -58,6 +70,7 @@ class AwqConfig:
     skip: what stays as it is: fnmatch patterns of layer names, or functions of (name, module) that return a bool. By default
         the output layer of language models.
     only: likewise, what alone is quantized; empty for all.
+    min_tokens: experts that see fewer calibration rows are rounded to nearest, with a warning.
     min_weights: Linears with fewer weights stay as they are.
     per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
         ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8, "packed": False}}``.
@@ -73,18 +86,20 @@ class AwqConfig:
     search_rows: int = 512
     clip: bool | str = "auto"
     act_order: bool = True
-    damping: float = 0.01
+    damping: float = 1.0
+    refine: int = 1
     fold: str = "auto"
     propagate: str = "float"
     packed: bool = True
     skip: tuple[Selector, ...] = ("lm_head", "*.lm_head", OUTPUT_EMBEDDINGS)
     only: tuple[Selector, ...] = ()
+    min_tokens: int = 32
     min_weights: int = 0
     per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     seq_len: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size", "n_grid", "search_rows", "seq_len", "min_weights"):
+        for name in ("bits", "group_size", "n_grid", "search_rows", "refine", "seq_len", "min_tokens", "min_weights"):
             self._check_int(name)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -139,7 +154,14 @@ class AwqConfig:
             )
         if not 2 <= self.bits <= 8:
             raise ValueError(f"AwqConfig.bits={self.bits}: 2 to 8 are possible")
-        for name, smallest in (("n_grid", 1), ("search_rows", 0), ("seq_len", 2), ("min_weights", 0)):
+        for name, smallest in (
+            ("n_grid", 1),
+            ("search_rows", 0),
+            ("refine", 0),
+            ("seq_len", 2),
+            ("min_tokens", 0),
+            ("min_weights", 0),
+        ):
             if getattr(self, name) < smallest:
                 raise ValueError(f"AwqConfig.{name}={getattr(self, name)}: at least {smallest} is needed")
 

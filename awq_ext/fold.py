@@ -18,11 +18,13 @@ class NormFold:
     """A norm that takes over 1/s: "plain" multiplies by its weight w, "offset" by 1 + w.
 
     width: input channels K of the group; a norm of each head (w is shorter) comes back every len(w) channels. None: len(w).
+    readers: parameters [., K] that read the output as well and stay float (routers), as (module, name).
     """
 
     module: nn.Module
     kind: str
     width: int | None = None
+    readers: tuple[tuple[nn.Module, str], ...] = ()
 
     @property
     def units(self) -> int:
@@ -45,7 +47,7 @@ class NormFold:
         return mean.expand(*mean.shape[:-2], self._heads, self.units).flatten(-2)
 
     def changes(self, scale: Tensor) -> list[Change]:
-        """The changes of parameters that divide the output by ``scale`` fp32 [K] (equal on tied channels)."""
+        """The changes of parameters that divide the output by ``scale`` fp32 [K] (equal on tied channels), but for readers."""
         divisor = scale[: self.units]
         if self.kind == "plain":
             changes: list[Change] = [(self.module, "weight", lambda w: w / divisor)]
@@ -53,7 +55,7 @@ class NormFold:
             changes = [(self.module, "weight", lambda w: (1 + w) / divisor - 1)]
         if self.module._parameters.get("bias") is not None:
             changes.append((self.module, "bias", lambda b: b / divisor))
-        return changes
+        return changes + [(module, name, lambda w: w * scale) for module, name in self.readers]
 
     def effective_scale(self, scale: Tensor) -> Tensor:
         """What the norm really divides by once its new weight is rounded to its dtype: the columns then compensate exactly.

@@ -10,15 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .lookalikes import computes_linear, multiplies_transposed
 from .qlinear import QuantLinear
 
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """Linears that share one input scale, and the module (by name) whose output is their input, if one was seen."""
+    """Linears that share one input scale, and the module (by name) whose output is their input, if one was seen.
+
+    parts: the Linears that read the very same tensor, together; several for experts, each of which reads rows of its own.
+    readers: parameters [., K], as (module, name), that read the producer's output too and can be multiplied by the scale.
+    experts: those of the Linears that are experts. near: for Linears of one expert, the others of it, which alone may be its
+    producers; family: equal for such groups of all experts.
+    """
 
     linears: tuple[str, ...]
     producer: str | None
+    parts: tuple[tuple[str, ...], ...] = ()
+    readers: tuple[tuple[nn.Module, str], ...] = ()
+    experts: frozenset[str] = frozenset()
+    near: tuple[str, ...] = ()
+    family: str = ""
+
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """``parts``, of which there is one if nothing else is said."""
+        return self.parts or (self.linears,)
 
 
 @dataclass
@@ -33,7 +50,7 @@ def eligible_linears(model: nn.Module, excluded: Callable[[str, nn.Linear], str 
     """Sort the Linears of ``model``. Left out: those ``excluded`` gives a reason for, forwards of their own, shared weights.
 
     Layers that do a Linear's work without being one (Conv1D of transformers) are named among the reasons.
-    Raises ValueError, naming the layer, for a model without Linears, one that is quantized already, integer or meta weights.
+    Raises ValueError, naming the layer, for a model that is quantized already, integer or meta weights.
     """
     owners = parameter_owners(model)
     found = Eligible()
@@ -43,15 +60,13 @@ def eligible_linears(model: nn.Module, excluded: Callable[[str, nn.Linear], str 
                 f"{name} is a QuantLinear already: quantize the float model, a quantized one cannot be again"
             )
         if not isinstance(module, nn.Linear):
-            if _multiplies_transposed(module):
+            if multiplies_transposed(module):
                 found.reasons[name] = f"{type(module).__name__} is no nn.Linear (its weight is transposed)"
             continue
         if reason := _reason_to_leave(name, module, owners, excluded):
             found.reasons[name] = reason
         else:
             found.linears[name] = module
-    if not found.linears and not found.reasons:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear: there is nothing to quantize")
     return found
 
 
@@ -60,7 +75,7 @@ def _reason_to_leave(
 ) -> str | None:
     if reason := excluded(name, module):
         return reason
-    if not _computes_linear(module):
+    if not computes_linear(module):
         return f"{type(module).__name__} has a forward of its own"
     weight = module.weight
     if not isinstance(weight, nn.Parameter) or torch.nn.utils.parametrize.is_parametrized(module, "weight"):
@@ -75,56 +90,6 @@ def _reason_to_leave(
     if not torch.isfinite(weight.detach().sum(dtype=torch.float32)):
         return "its weight holds NaN or Inf"
     return None
-
-
-@torch.no_grad()
-def _computes_linear(module: nn.Linear) -> bool:
-    """Whether ``module`` does what nn.Linear does: by class, or (a forward of its own that says the same) by trying."""
-    if type(module).forward is nn.Linear.forward:
-        return True
-    # what it holds beside weight and bias may change what it computes later (adapters start as zeros)
-    state = {*module._parameters, *module._buffers, *module._modules}
-    weight, bias = module.weight, module.bias
-    if state != {"weight", "bias"} or weight.is_meta or not weight.is_floating_point():
-        return False
-    rows, k = 7, module.in_features
-    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
-    # small rows and large ones: a clamp or an activation shows at one end
-    x = (x * 2.0 ** torch.arange(-6, 7, 2)[:, None]).to(weight)
-    try:
-        output = type(module).forward(module, x)
-    except Exception:  # whatever it needs, it is no plain Linear
-        return False
-    if not isinstance(output, Tensor) or output.shape != (rows, module.out_features) or output.dtype != weight.dtype:
-        return False
-    expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
-    size = x.float().abs() @ weight.float().abs().T + (0 if bias is None else bias.float().abs())
-    # k products added up in fp32 here and there, and two roundings to the dtype (before and after the bias)
-    allowed = (2 * k * torch.finfo(torch.float32).eps + 2 * torch.finfo(weight.dtype).eps) * size
-    return bool(((output.float() - expected).abs() <= allowed).all())
-
-
-@torch.no_grad()
-def _multiplies_transposed(module: nn.Module) -> bool:
-    """Whether ``module`` holds no more than weight [K, N] and bias [N] and returns x @ weight + bias, found by trying."""
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if (
-        {*module._parameters, *module._buffers, *module._modules} != {"weight", "bias"}
-        or weight is None
-        or bias is None
-    ):
-        return False
-    if weight.dim() != 2 or bias.shape != weight.shape[1:] or weight.is_meta or not weight.is_floating_point():
-        return False
-    try:
-        # one entry of 1, at channel 0: row 0 of the weight comes out
-        output = type(module).forward(module, torch.eye(1, len(weight)).to(weight))
-    except Exception:  # whatever it needs, it is something else
-        return False
-    expected = weight[:1] + bias
-    return (
-        isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, 1e-2, 1e-3)
-    )
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
@@ -169,7 +134,9 @@ class Watch:
     def _see(self, book: dict[str, list[tuple[Any, ...]]], name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             self._alive.append(value)
-            book.setdefault(name, []).append(tensor_identity(value))
+            # empty ones lie nowhere: experts that no token came to would all seem to read one tensor
+            identity = tensor_identity(value) if value.numel() else ("no rows of", name)
+            book.setdefault(name, []).append(identity)
 
     @contextmanager
     def on(self, linears: Mapping[str, nn.Linear], producers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -203,9 +170,10 @@ class Watch:
         members: dict[tuple[Any, ...], list[str]] = {}
         for name, identities in self.inputs.items():
             members.setdefault((linears[name].in_features, kind(name), *identities), []).append(name)
-        return [ScaleGroup(tuple(names), self._producer(key[2:])) for key, names in members.items()]
+        return [ScaleGroup(tuple(names), self.producer(key[2:])) for key, names in members.items()]
 
-    def _producer(self, identities: tuple[Any, ...]) -> str | None:
+    def producer(self, identities: tuple[Any, ...]) -> str | None:
+        """The module whose outputs had these identities, call by call."""
         for name, outputs in self.outputs.items():
             if tuple(outputs) == identities:
                 return name

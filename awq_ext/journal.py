@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -46,9 +46,37 @@ class Journal:
         self._undo.append(lambda: setattr(owner, name, old))
         setattr(owner, name, value)
 
-    def rollback(self) -> None:
-        """Take back every change, last one first."""
-        while self._undo:
+    def replace_parameter(self, owner: nn.Module, name: str, module: nn.Module) -> None:
+        """Put ``module`` where ``owner`` holds the parameter ``name``."""
+        self._keep_names(owner)
+        del owner._parameters[name]
+        owner._modules[name] = module
+
+    def put_parameter(self, owner: nn.Module, name: str, parameter: nn.Parameter, order: Sequence[str]) -> None:
+        """Put ``parameter`` where ``owner`` holds the module ``name``; ``order``: the names of the owner's parameters."""
+        self._keep_names(owner)
+        held = owner._parameters | {name: parameter}
+        del owner._modules[name]
+        owner._parameters.clear()
+        owner._parameters.update((key, held[key]) for key in sorted(held, key=order.index))
+
+    def _keep_names(self, owner: nn.Module) -> None:
+        parameters, modules = dict(owner._parameters), dict(owner._modules)
+
+        def restore() -> None:  # whole dictionaries: the order of names is part of the model
+            for held, before in ((owner._parameters, parameters), (owner._modules, modules)):
+                held.clear()
+                held.update(before)
+
+        self._undo.append(restore)
+
+    def __len__(self) -> int:
+        """Changes that are recorded: a point to come back to."""
+        return len(self._undo)
+
+    def rollback(self, mark: int = 0) -> None:
+        """Take back every change, last one first; with ``mark`` only those since the journal had that length."""
+        while len(self._undo) > mark:
             self._undo[-1]()
             self._undo.pop()
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches import read_calls
+from .batches import Call, read_calls
 from .blocks import lockstep
 from .config import AwqConfig, configured
 from .fold import Fold, NormFold
+from .journal import Journal
 from .memory import format_bytes
 from .prepare import (
     calibration_mode,
+    check_layers,
     foldable_norms,
     planned_bytes,
     reasons_to_stay,
@@ -120,12 +122,27 @@ def plan(
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches={batches!r}: a number of calibration batches, at least 1, is needed")
     model = unwrapped(model)
-    eligible = select_linears(model, config)
-    device = next(iter(eligible.linears.values())).weight.device
+    device = check_layers(model, config)
     calls = read_calls([example_batch], device, tokenizer, inputs, config.seq_len)
+    with torch.inference_mode(False), Journal() as journal, torch.no_grad():
+        try:
+            return _plan(model, calls, batches, blocks, config, journal)
+        finally:
+            journal.rollback()
+
+
+def _plan(
+    model: nn.Module,
+    calls: Sequence[Call],
+    batches: int,
+    blocks: Sequence[str] | None,
+    config: AwqConfig,
+    journal: Journal,
+) -> Plan:
+    eligible, _ = select_linears(model, calls[0], config, journal)
     names = {id(module): name for name, module in model.named_modules()}
     found: list[GroupPlan] = []
-    with torch.inference_mode(False), calibration_mode(model), torch.no_grad():
+    with calibration_mode(model):
         surveys = survey_model(model, calls[0], eligible, blocks, config)
         norms = foldable_norms(model)
         with lockstep(model, [s.block for s in surveys], calls[:1]) as visits:

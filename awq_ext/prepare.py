@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,8 +15,12 @@ from .batches import Call
 from .blocks import Block, CalibrationError, find_blocks
 from .calibrate import BlockSurvey, linears_of, survey
 from .config import AwqConfig
+from .fused import find_fused
 from .groups import Eligible, eligible_linears, norm_candidates, parameter_owners
+from .journal import Journal
+from .mixture import find_mixtures
 from .selection import reason_to_skip
+from .standins import StandIns, stand_in, transposed_layers
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -24,23 +28,47 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model._orig_mod if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
 
 
-def select_linears(model: nn.Module, config: AwqConfig) -> Eligible:
-    """The Linears that ``config`` wants quantized. ValueError if there is none, or a ``per_layer`` pattern fits none."""
+def check_layers(model: nn.Module, config: AwqConfig) -> torch.device:
+    """The device of the weights to quantize. ValueError if ``config`` leaves none, before a single sample is read."""
     if type(model) is nn.Linear:
         raise ValueError(
             "model is a bare Linear, which has no place to put another layer: wrap it, nn.Sequential(linear)"
         )
-    eligible = eligible_linears(model, reason_to_skip(model, config))
+    excluded = reason_to_skip(model, config)
+    eligible = eligible_linears(model, excluded)
+    weights = [linear.weight for linear in eligible.linears.values()]
+    weights += [fused.original for fused in find_fused(model, excluded) if not fused.reason]
+    weights += [module.weight for name, module in transposed_layers(model).items() if not excluded(name, module)]
+    if not weights:
+        _refuse(model, eligible)
+    return weights[0].device
+
+
+def _refuse(model: nn.Module, eligible: Eligible) -> NoReturn:
+    if not eligible.reasons:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear: there is nothing to quantize")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in eligible.reasons.items())
+    raise ValueError(f"no Linear is left to quantize: {reasons}")
+
+
+def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Journal) -> tuple[Eligible, StandIns]:
+    """The Linears that ``config`` wants quantized, and what some of them stand in for.
+
+    ValueError if there is none, or a ``per_layer`` pattern fits none.
+    """
+    excluded = reason_to_skip(model, config)
+    standins = stand_in(model, call, excluded, journal, calibration_mode)
+    eligible = eligible_linears(model, excluded)
+    eligible.reasons |= standins.unfused.reasons
     if not eligible.linears:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in eligible.reasons.items())
-        raise ValueError(f"no Linear is left to quantize: {reasons}")
+        _refuse(model, eligible)
     for pattern in config.per_layer:
         if not any(fnmatchcase(name, pattern) for name in eligible.linears):
             raise ValueError(
                 f"AwqConfig.per_layer[{pattern!r}] fits none of the {len(eligible.linears)} Linears to quantize, "
                 f"such as {next(iter(eligible.linears))}"
             )
-    return eligible
+    return eligible, standins
 
 
 def survey_model(
@@ -54,7 +82,7 @@ def survey_model(
         settings = config.for_layer(name)
         return settings.method, settings.packed
 
-    surveys = survey(model, blocks, eligible.linears, call, kind)
+    surveys = survey(model, blocks, eligible.linears, call, kind, find_mixtures(model))
     called = {s.block.name for s in surveys}
     if names and "" not in called and (unseen := {block.name for block in blocks} - called):
         raise CalibrationError(f"the first calibration batch did not call the given blocks {', '.join(sorted(unseen))}")
@@ -84,14 +112,17 @@ def planned_bytes(surveys: Sequence[BlockSurvey], growth: float, config: AwqConf
 
     Hidden states of all batches (``growth`` times the first one's) at one block boundary + statistics of the largest block +
     the new layers made so far (the float ones stay until the end, so that everything can be taken back) + scratch of one
-    block: its largest second moment packed for the kernels, its quantized weights in float for trials, its codes twice (with
-    and without clips).
+    block: its largest second moment packed for the kernels (and factored, where errors are fed back), its quantized weights in
+    float for trials, its codes twice (with and without clips).
     """
     hidden = max(s.input_bytes for s in surveys) * growth
     statistics = max(s.statistics_bytes for s in surveys)
     weights = {name: linear.weight for s in surveys for name, linear in s.linears.items()}
     made = sum(0.6 * w.numel() if config.for_layer(name).packed else w.nbytes for name, w in weights.items())
-    return int(hidden + statistics + made + max(s.scratch_bytes for s in surveys))
+    # the factor; the whole moment in panels for refining; and damped, for the clips
+    widths = [m.in_features for s in surveys for n, m in s.linears.items() if config.for_layer(n).feeds_back]
+    factored = 12 * max(widths, default=0) ** 2
+    return int(hidden + statistics + made + factored + max(s.scratch_bytes for s in surveys))
 
 
 def growth_of(calls: Sequence[Call]) -> float:
@@ -113,11 +144,16 @@ def reasons_to_stay(eligible: Eligible, surveys: Sequence[BlockSurvey]) -> dict[
     """Why each Linear that no scale group holds stays float."""
     inside = {name for s in surveys for name in linears_of(s.block, eligible.linears)}
     grouped = {name for s in surveys for group in s.groups for name in group.linears}
-    return eligible.reasons | {
-        name: "not called by the first calibration batch" if name in inside else "outside the calibrated blocks"
-        for name in eligible.linears
-        if name not in grouped
-    }
+    routers = {name: reason for s in surveys for name, reason in s.reasons.items()}
+    return (
+        eligible.reasons
+        | routers
+        | {
+            name: "not called by the first calibration batch" if name in inside else "outside the calibrated blocks"
+            for name in eligible.linears
+            if name not in grouped and name not in routers
+        }
+    )
 
 
 def _eager() -> AbstractContextManager[Any]:

@@ -18,6 +18,9 @@ from .fold import Change, Fold, LinearFold, NormFold
 from .groups import ScaleGroup
 from .probe import Probe, combined, distance_of, norm_of
 
+# Parameters [., K] that read what a norm returns, as (module, name): routers.
+Readers = Sequence[tuple[nn.Module, str]]
+
 # What exact arithmetic may still differ by: products that underflow in half precision.
 _EXACT = 2.0**-20
 EXPONENTS = (-2, -1, 1, 2)
@@ -56,9 +59,13 @@ def find_folds(
     """For each group that is ``wanted``, what takes its 1/s, proven: a norm of ``norms`` (by name) or an earlier Linear."""
     members = [[linears[name] for name in group.linears] for group in groups]
     fed = {i: norms[g.producer] for i, g in enumerate(groups) if wanted[i] and g.producer in norms}
-    proven = prove_norm_folds(probe, [(norm, members[i]) for i, norm in fed.items()])
+    proven = prove_norm_folds(probe, [(norm, members[i], groups[i].readers) for i, norm in fed.items()])
     folds: dict[int, Fold] = {i: fold for i, fold in zip(fed, proven, strict=True) if fold is not None}
-    folds |= prove_linear_folds(probe, members, [i for i in range(len(members)) if wanted[i] and i not in folds])
+    rest = [i for i in range(len(members)) if wanted[i] and i not in folds]
+    # an expert's output goes to its expert or out of the layer
+    dense = [[linears[name] for name in group.linears if name not in group.experts] for group in groups]
+    folds |= prove_linear_folds(probe, members, [i for i in rest if not groups[i].near], dense)
+    folds |= prove_expert_folds(probe, groups, linears, [i for i in rest if groups[i].near])
     return [folds.get(i) for i in range(len(members))]
 
 
@@ -93,21 +100,28 @@ def _leaves_unchanged(probe: Probe, candidates: Sequence[Candidate]) -> bool:
     return distance_of(probe.output(combined(trial + divided + columns)), reference) <= allowed
 
 
-def prove_norm_fold(probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear]) -> NormFold | None:
+def prove_norm_fold(
+    probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear], readers: Readers = ()
+) -> NormFold | None:
     """The kind of fold into ``norm`` that leaves the block's output unchanged, or None."""
     for kind in ("plain", "offset"):
-        fold = NormFold(norm, kind, linears[0].in_features)
+        fold = NormFold(norm, kind, linears[0].in_features, tuple(readers))
         if _fits(norm, linears) and _leaves_unchanged(probe, [Candidate(fold, tuple(linears))]):
             return fold
     return None
 
 
-def prove_norm_folds(probe: Probe, pairs: Sequence[tuple[nn.Module, Sequence[nn.Linear]]]) -> list[NormFold | None]:
-    """For each norm and the Linears that read it, the proven fold, or None."""
-    plain = [Candidate(NormFold(norm, "plain", linears[0].in_features), tuple(linears)) for norm, linears in pairs]
-    if len(plain) > 1 and all(_fits(*pair) for pair in pairs) and _leaves_unchanged(probe, plain):
+def prove_norm_folds(
+    probe: Probe, fed: Sequence[tuple[nn.Module, Sequence[nn.Linear], Readers]]
+) -> list[NormFold | None]:
+    """For each norm, the Linears and the other parameters that read it, the proven fold, or None."""
+    plain = [
+        Candidate(NormFold(norm, "plain", linears[0].in_features, tuple(readers)), tuple(linears))
+        for norm, linears, readers in fed
+    ]
+    if len(plain) > 1 and all(_fits(norm, linears) for norm, linears, _ in fed) and _leaves_unchanged(probe, plain):
         return [candidate.fold for candidate in plain]
-    return [prove_norm_fold(probe, norm, linears) for norm, linears in pairs]
+    return [prove_norm_fold(probe, *one) for one in fed]
 
 
 def _fits(norm: nn.Module, linears: Sequence[nn.Linear]) -> bool:
@@ -116,19 +130,26 @@ def _fits(norm: nn.Module, linears: Sequence[nn.Linear]) -> bool:
 
 
 def prove_linear_folds(
-    probe: Probe, groups: Sequence[Sequence[nn.Linear]], wanted: Sequence[int]
+    probe: Probe,
+    groups: Sequence[Sequence[nn.Linear]],
+    wanted: Sequence[int],
+    producers: Sequence[Sequence[nn.Linear]] | None = None,
 ) -> dict[int, LinearFold]:
     """For groups (by number, in calling order) whose input is proportional to rows of an earlier group's Linear, the proven fold.
 
-    The nearest earlier Linear that fits and passes is taken; one Linear serves one group.
+    The nearest earlier Linear that fits and passes is taken; one Linear serves one group. producers: those of each group that may
+    (None: all).
     """
+    producers = groups if producers is None else producers
     found: dict[int, LinearFold] = {}
     refused: set[tuple[int, nn.Linear]] = set()
     while wanted:
         taken = {fold.module for fold in found.values()}
         candidates: dict[int, Candidate] = {}
         for i, x in zip(wanted, probe.inputs([groups[i][0] for i in wanted], {}), strict=True):
-            earlier = [linear for group in reversed(groups[:i]) for linear in reversed(group)][:_NEAREST]
+            if not len(x):
+                continue
+            earlier = [linear for group in reversed(producers[:i]) for linear in reversed(group)][:_NEAREST]
             for producer in (linear for linear in earlier if linear not in taken and (i, linear) not in refused):
                 rows = find_rows(probe, groups[i][0], x, producer)
                 if rows is not None:
@@ -144,6 +165,66 @@ def prove_linear_folds(
     return found
 
 
+def prove_expert_folds(
+    probe: Probe, groups: Sequence[ScaleGroup], linears: Mapping[str, nn.Linear], wanted: Sequence[int]
+) -> dict[int, LinearFold]:
+    """Like :func:`prove_linear_folds` for groups of one expert each, whose producer is another Linear of that expert.
+
+    The experts of a layer do not read each other's outputs, so all of them are tried in the same runs of the block.
+    """
+    place = {name: i for i, group in enumerate(groups) for name in group.linears}
+    xs = dict(zip(wanted, probe.inputs([linears[groups[i].linears[0]] for i in wanted], {}), strict=True))
+    families: dict[str, list[int]] = {}
+    for i in wanted:
+        if len(xs[i]):
+            families.setdefault(groups[i].family, []).append(i)
+    candidates: dict[int, Candidate] = {}
+    taken: set[nn.Linear] = set()
+    for family in families.values():
+        for mate in range(max(len(groups[i].near) for i in family)):
+            pairs = {
+                i: linears[groups[i].near[mate]]
+                for i in family
+                if i not in candidates and mate < len(groups[i].near) and place.get(groups[i].near[mate], i) < i
+            }
+            pairs = {i: producer for i, producer in pairs.items() if producer not in taken}
+            consumers = {i: linears[groups[i].linears[0]] for i in pairs}
+            for i, rows in find_rows_of_all(probe, consumers, xs, pairs).items():
+                members = tuple(linears[name] for name in groups[i].linears)
+                candidates[i] = Candidate(LinearFold(pairs[i], rows), members)
+                taken.add(pairs[i])
+    proven = zip(candidates.items(), prove(probe, list(candidates.values())), strict=True)
+    return {i: candidate.fold for (i, candidate), good in proven if good}
+
+
+def find_rows_of_all(
+    probe: Probe,
+    consumers: Mapping[int, nn.Linear],
+    xs: Mapping[int, Tensor],
+    producers: Mapping[int, nn.Linear],
+) -> dict[int, Tensor]:
+    """What :func:`find_rows` finds for each pair, in the runs that one pair needs: they must not be fed by one another."""
+    subsets = {i: iter(_subsets(producer.out_features, consumers[i].in_features)) for i, producer in producers.items()}
+    found: dict[int, Tensor] = {}
+    number = 0
+    while tried := {i: subset for i, rest in subsets.items() if (subset := next(rest, None)) is not None}:
+        powers, changes = {}, []
+        for i, subset in tried.items():
+            device = xs[i].device
+            tried[i] = subset.to(device)
+            powers[i] = torch.ones(producers[i].out_features, device=device)
+            powers[i][tried[i]] = _powers_of_two(len(subset), 1000 + number, device)
+            every = torch.arange(producers[i].out_features, device=device)
+            changes += LinearFold(producers[i], every).changes(1 / powers[i])
+        for i, seen in zip(tried, probe.inputs([consumers[i] for i in tried], combined(changes)), strict=True):
+            rows = _matching_rows(xs[i], seen, powers[i], tried[i]) if seen.shape == xs[i].shape else None
+            if rows is not None:
+                found[i] = rows
+        subsets = {i: rest for i, rest in subsets.items() if i in tried and i not in found}
+        number += 1
+    return found
+
+
 def find_rows(probe: Probe, consumer: nn.Linear, x: Tensor, producer: nn.Linear) -> Tensor | None:
     """Which output row of ``producer`` each input channel of ``consumer`` is proportional to: int64 [K], or None.
 
@@ -151,16 +232,7 @@ def find_rows(probe: Probe, consumer: nn.Linear, x: Tensor, producer: nn.Linear)
     channel that comes from a row by operations linear in it (or through ReLU) is multiplied by exactly that power, any other
     is not. Only some rows of a fused Linear (values of q, k, v; up of gate and up) are linear, so subsets are tried in turn.
     """
-    for number, subset in enumerate(_subsets(producer.out_features, consumer.in_features)):
-        powers = torch.ones(producer.out_features, device=x.device)
-        powers[subset.to(x.device)] = _powers_of_two(len(subset), 1000 + number, x.device)
-        fold = LinearFold(producer, torch.arange(producer.out_features, device=x.device))
-        (seen,) = probe.inputs([consumer], combined(fold.changes(1 / powers)))
-        if seen.shape != x.shape:
-            return None
-        if (found := _matching_rows(x, seen, powers, subset.to(x.device))) is not None:
-            return found
-    return None
+    return find_rows_of_all(probe, {0: consumer}, {0: x}, {0: producer}).get(0)
 
 
 def _subsets(rows: int, channels: int) -> Iterator[Tensor]:

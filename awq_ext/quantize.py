@@ -21,6 +21,7 @@ from .journal import Journal
 from .memory import PeakMemory, format_bytes, release_free_memory
 from .prepare import (
     calibration_mode,
+    check_layers,
     foldable_norms,
     growth_of,
     planned_bytes,
@@ -62,21 +63,25 @@ def quantize(
     given, model = model, unwrapped(model)
     config = configured(config, overrides)
     started = time.perf_counter()
-    eligible = select_linears(model, config)
-    device = next(iter(eligible.linears.values())).weight.device
+    device = check_layers(model, config)
     calls = read_calls(calib_loader, device, tokenizer, inputs, config.seq_len)
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
     # tensors made in inference mode could never be trained around
-    with torch.inference_mode(False), Journal() as journal, calibration_mode(model), torch.no_grad():
+    with torch.inference_mode(False), Journal() as journal, torch.no_grad():
         memory = PeakMemory(device)
-        surveys = survey_model(model, calls[0], eligible, blocks, config)
-        report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls), config)
-        run = _Run(model, config, device, journal, report, foldable_norms(model))
-        with _bar(surveys, report, progress) as bar:
-            run.all_blocks(surveys, calls, memory, bar)
+        eligible, standins = select_linears(model, calls[0], config, journal)
+        with calibration_mode(model):
+            surveys = survey_model(model, calls[0], eligible, blocks, config)
+            report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls), config)
+            run = _Run(model, config, device, journal, report, foldable_norms(model))
+            with _bar(surveys, report, progress) as bar:
+                run.all_blocks(surveys, calls, memory, bar)
+        standins.settle(model, journal)
         report.peak_memory_bytes = memory.bytes()
         for name, reason in reasons_to_stay(eligible, surveys).items():
             report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
+        report.notes += standins.notes()
+        report.warnings += standins.warnings(report.parameters)
         report.seconds = time.perf_counter() - started
         for text in report.warnings:
             warnings.warn(text, UserWarning, stacklevel=2)
@@ -132,11 +137,9 @@ class _Run:
         self._swap(groups)
 
     def _swap(self, groups: Sequence[GroupSolution]) -> None:
+        self.report.warnings += _problems(groups)
         for group in groups:
             self.report.layers.extend(group.reports())
-            if group.problem:
-                names = ", ".join(layer.name for layer in group.layers)
-                self.report.warnings.append(f"{names}: {group.problem}; rounded to nearest instead")
             if group.fold is not None:
                 for (module, name), values in combined(group.fold.changes(group.choice.scale)).items():
                     # a Linear's divided rows are in its codes
@@ -145,6 +148,19 @@ class _Run:
             for layer in group.layers:
                 self.journal.set_module(self.model, layer.name, build_layer(layer, group.fold))
                 self.report.quantized_parameters += layer.linear.weight.numel()
+
+
+def _problems(groups: Sequence[GroupSolution]) -> list[str]:
+    """One warning for each group and problem, but one for all experts that saw too few rows."""
+    named: dict[Any, list[str]] = {}
+    for group in groups:
+        for layer in group.layers:
+            few = layer.seldom_called and layer.name in group.group.experts
+            key = "" if few else (group.group.linears, layer.problem)
+            if layer.problem:
+                named.setdefault(key, []).append(f"{layer.name} ({layer.book.rows})" if few else layer.name)
+    texts = {key: key[1] if key else "experts that fewer than min_tokens calibration rows reached" for key in named}
+    return [f"{', '.join(names)}: {texts[key]}; rounded to nearest instead" for key, names in named.items()]
 
 
 def _bar(surveys: Sequence[BlockSurvey], report: AwqReport, progress: bool) -> tqdm:

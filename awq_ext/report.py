@@ -69,6 +69,7 @@ class AwqReport:
     planned_memory_bytes: int = 0
     peak_memory_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def share_quantized(self) -> float:
@@ -107,7 +108,14 @@ class AwqReport:
     def __str__(self) -> str:
         header = ("layer", "status", "scale", "alpha", "applied", "clip", "loss / RTN's", "tokens", "note")
         rows = [header, *(_cells(layer) for layer in self.layers)]
-        return "\n".join([*aligned(rows), self.summary(), *(f"warning: {text}" for text in self.warnings)])
+        return "\n".join(
+            [
+                *aligned(rows),
+                self.summary(),
+                *(f"note: {text}" for text in self.notes),
+                *(f"warning: {text}" for text in self.warnings),
+            ]
+        )
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,7 +6,7 @@ number of calibration rows (AWQ, arXiv 2306.00978, equation 4, rewritten).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -120,15 +120,17 @@ def search_scale(
     kernels: ModuleType,
     weights: Sequence[Tensor],
     x_mean: Tensor,
-    second_moment: Tensor,
+    second_moments: Iterable[Tensor],
     settings: Sequence[AwqConfig],
     tie: Callable[[Tensor], Tensor] | None = None,
+    alone: bool = False,
 ) -> ScaleChoice:
     """The candidate with the least output error summed over the group's Linears that makes no single one worse than RTN.
 
-    weights: each [N_i, K], and the settings each will be rounded by; x_mean fp32 [K]; second_moment fp32 [K, K].
-    Ranked on evenly spaced rows (``ranking_rows``).
-    tie: turns candidates [C, K] into the nearest ones that can be folded.
+    weights: each [N_i, K], with the second moment fp32 [K, K] of its input and the settings it will be rounded by; x_mean fp32
+    [K]. Ranked on evenly spaced rows (``ranking_rows``).
+    tie: turns candidates [C, K] into the nearest ones that can be folded. alone: a Linear that a candidate makes worse will do
+    without, so that it only counts as RTN does.
     """
     group_sizes = [config.group_size for config in settings]
     candidates, labels = candidate_scales(x_mean, weight_mean(weights, group_sizes), settings[0].n_grid)
@@ -137,12 +139,14 @@ def search_scale(
     wanted = ranking_rows(settings[0].search_rows, candidates.shape[1])
     total_rows = sum(len(weight) for weight in weights)
     losses = []
-    for weight, config in zip(weights, settings, strict=True):
+    for weight, second_moment, config in zip(weights, second_moments, settings, strict=True):
         # rows in proportion to the Linear's height, but enough for a thin one to be judged by
         rows = min(len(weight), max(_FEWEST_ROWS, wanted * len(weight) // total_rows)) if wanted else 0
         sampled = kernels.scale_losses(weight, candidates, second_moment, max_rows=rows, **config.quantizer)
         losses.append(sampled * (len(weight) / (rows or len(weight))))
     per_linear = torch.stack(losses)
+    if alone:
+        per_linear = per_linear.minimum(per_linear[:, :1])
     worse = (per_linear > per_linear[:, :1]).any(0)
     best = int(per_linear.sum(0).masked_fill(worse, float("inf")).argmin())
     if best == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import search
 from .backend import kernels_for
-from .calibrate import BlockSurvey, GroupStatistics
+from .calibrate import BlockSurvey, GroupStatistics, InputStatistics
 from .config import AwqConfig
 from .feedback import Feedback
 from .fold import Change, Fold, LinearFold, NormFold
@@ -22,32 +22,44 @@ from .qlinear import QuantLinear, take_hooks
 from .report import BlockReport, LayerReport
 from .search import Codes, ScaleChoice
 
+NO_ROWS = "no calibration row reached it"
+
 
 @dataclass
 class LayerSolution:
     """A Linear, its settings and the codes that replace its weight; ``scale`` fp32 [K] multiplied the columns before rounding.
 
     divisor: fp32 [N], by which the rows were divided, where a later group's scale is folded into this Linear.
-    unclipped: the codes without clipping, where there is a choice. fed_back: whether ``codes`` were rounded with error feedback.
+    book: statistics of its input; problem: why they were not used. unclipped: the codes without clipping, where there is a choice.
+    fed_back: whether ``codes`` were rounded with error feedback.
     """
 
     name: str
     linear: nn.Linear
     settings: AwqConfig
+    book: InputStatistics
     codes: Codes
     scale: Tensor | None = None
     divisor: Tensor | None = None
     unclipped: Codes | None = None
     loss_rtn: float | None = None
     loss: float | None = None
+    problem: str = ""
     fed_back: bool = False
 
     @property
     def method(self) -> str:
         """What was really done: the wanted method, without the error feedback where that did not lower the loss."""
+        if self.problem:
+            return "rtn"
         if self.settings.feeds_back and not self.fed_back:
             return "awq" if self.settings.searches_scale else "rtn"
         return self.settings.method
+
+    @property
+    def seldom_called(self) -> bool:
+        """Whether its problem is that few calibration rows reached it, or none."""
+        return self.problem == NO_ROWS or "min_tokens" in self.problem
 
     @property
     def clipped(self) -> bool:
@@ -59,11 +71,11 @@ class LayerSolution:
 class GroupSolution:
     """A scale group: its statistics, its choice, and what takes 1/s (None: division at run time, or in fake-quantized weights)."""
 
+    group: ScaleGroup
     book: GroupStatistics
     choice: ScaleChoice = field(default_factory=lambda: ScaleChoice(None))
     fold: Fold | None = None
     layers: list[LayerSolution] = field(default_factory=list)
-    problem: str = ""
 
     def reports(self) -> list[LayerReport]:
         """The rows of the report."""
@@ -80,16 +92,16 @@ class GroupSolution:
                 status="int4" if layer.settings.packed else "fake",
                 bits=layer.settings.bits,
                 group_size=layer.settings.group_size,
-                method="rtn" if self.problem else layer.method,
+                method=layer.method,
                 group=self.layers[0].name,
-                scale=self.choice.kind,
-                alpha=self.choice.alpha,
-                applied=applied,
+                scale="identity" if layer.scale is None else self.choice.kind,
+                alpha=None if layer.scale is None else self.choice.alpha,
+                applied="" if layer.scale is None else applied,
                 clipped=layer.clipped,
                 loss_rtn=layer.loss_rtn,
                 loss=layer.loss,
-                tokens=self.book.rows,
-                note=self.problem,
+                tokens=layer.book.rows,
+                note=layer.problem,
             )
             for layer in self.layers
         ]
@@ -114,6 +126,8 @@ class BlockSolver:
         self.config = config
         self.foldable = foldable
         self.divisors: dict[nn.Linear, Tensor] = {}
+        self.problems: dict[str, str] = {}
+        self.experts = {name for group in surveyed.groups for name in group.experts}
 
     def solve(self) -> tuple[list[GroupSolution], BlockReport]:
         """All groups of the block, and how far its output moved."""
@@ -168,70 +182,112 @@ class BlockSolver:
         return [self._solve_group(*one, choice) for one, choice in pairs][::-1]
 
     def _choose(self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None) -> ScaleChoice:
-        settings = [self.config.for_layer(name) for name in group.linears]
-        no_place = fold is None and settings[0].packed and self.config.fold == "always"
-        if _unusable(group, book) or not settings[0].searches_scale or no_place:
+        usable = [name for name in group.linears if not self._problem(name, book)]
+        settings = [self.config.for_layer(name) for name in usable]
+        if not usable or not settings[0].searches_scale:
             return ScaleChoice(None)
-        weights = [self.surveyed.linears[name].weight.detach() for name in group.linears]
+        if fold is None and settings[0].packed and self.config.fold == "always":
+            return ScaleChoice(None)
+        weights = [self.surveyed.linears[name].weight.detach() for name in usable]
+        moments = (book.inputs[name].stats.second_moment() for name in usable)
         tie = None if fold is None else fold.tie
-        return search.search_scale(self.kernels, weights, book.x_mean, book.stats.second_moment(), settings, tie)
+        return search.search_scale(
+            self.kernels, weights, book.x_mean(usable), moments, settings, tie, alone=_each_alone(group, fold)
+        )
+
+    def _problem(self, name: str, book: GroupStatistics) -> str:
+        """Why the statistics of a Linear's input cannot guide a search, or ""."""
+        if name not in self.problems:
+            searched = name in self.experts and self.config.for_layer(name).method != "rtn"
+            few = self.config.min_tokens if searched else 0
+            self.problems[name] = _unusable(book.inputs[name], few)
+        return self.problems[name]
 
     def _solve_group(
         self, group: ScaleGroup, book: GroupStatistics, fold: Fold | None, choice: ScaleChoice
     ) -> GroupSolution:
-        linears = {name: self.surveyed.linears[name] for name in group.linears}
-        problem = _unusable(group, book)
-        if problem or self.config.for_layer(group.linears[0]).method == "rtn":
-            return self._rounded(linears, book, problem)
-        solution = self._scaled(linears, choice, fold, book)
-        if any(layer.loss > layer.loss_rtn for layer in solution.layers):
-            # Ranking saw a sample of the rows, this loss all of them: a group that fails here keeps the identity
-            solution = self._scaled(linears, ScaleChoice(None), None, book)
+        if book.rows == 0 and book.rows_seen > 0:
+            raise ValueError(
+                f"{', '.join(group.linears)}: all {book.rows_seen} calibration rows are masked out; "
+                "check the attention_mask of the calibration batches"
+            )
+        if all(self._problem(name, book) for name in group.linears) or self._settings(group).method == "rtn":
+            return GroupSolution(group, book, layers=[self._rounded(name, book) for name in group.linears])
+        if choice.scale is None and self._could_divide(group, fold):
+            fold, choice = None, self._choose(group, book, None)
+        solution = self._scaled(group, choice, fold, book)
+        worse = [layer for layer in solution.layers if layer.loss is not None and layer.loss > layer.loss_rtn]
+        # Ranking saw a sample of the rows, this loss all of them: what fails here keeps the identity
+        if worse and _each_alone(group, solution.fold):
+            for layer in worse:
+                feedback = Feedback(self.kernels, layer.book.stats.second_moment(), None)
+                apart = self._searched(layer.name, layer.book, None, feedback)
+                solution.layers[solution.layers.index(layer)] = apart
+        elif worse and self._could_divide(group, fold):
+            return self._solve_group(group, book, None, self._choose(group, book, None))
+        elif worse:
+            solution = self._scaled(group, ScaleChoice(None), None, book)
         if isinstance(solution.fold, LinearFold):
             self.divisors[solution.fold.module] = solution.fold.divisor(solution.choice.scale)
         return solution
 
-    def _rounded(self, linears: Mapping[str, nn.Linear], book: GroupStatistics, problem: str = "") -> GroupSolution:
-        solution = GroupSolution(book, problem=problem)
-        for name, linear in linears.items():
-            divisor, settings = self.divisors.get(linear), self.config.for_layer(name)
-            codes = search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), settings)
-            layer = LayerSolution(name, linear, settings, codes, divisor=divisor)
-            if not problem:
-                layer.loss = layer.loss_rtn = self._loss(layer, layer.codes, book)
-            solution.layers.append(layer)
-        return solution
+    def _could_divide(self, group: ScaleGroup, fold: Fold | None) -> bool:
+        """Whether experts of which some gain nothing from a scale in the norm may divide their rows at run time, each or not."""
+        return fold is not None and len(group.inputs) > 1 and self.config.fold == "auto"
+
+    def _settings(self, group: ScaleGroup) -> AwqConfig:
+        return self.config.for_layer(group.linears[0])
 
     def _scaled(
-        self, linears: Mapping[str, nn.Linear], choice: ScaleChoice, fold: Fold | None, book: GroupStatistics
+        self, group: ScaleGroup, choice: ScaleChoice, fold: Fold | None, book: GroupStatistics
     ) -> GroupSolution:
         scale = choice.scale if fold is None or choice.scale is None else fold.effective_scale(choice.scale)
-        solution = GroupSolution(book, replace(choice, scale=scale), None if scale is None else fold)
-        feedback = Feedback(self.kernels, book.stats.second_moment(), scale)
-        for name, linear in linears.items():
-            weight, divisor, settings = linear.weight.detach(), self.divisors.get(linear), self.config.for_layer(name)
-            nearest = rtn = search.quantize(self.kernels, weight, settings)
-            if scale is not None or divisor is not None:
-                nearest = search.quantize(self.kernels, _divided(weight, divisor), settings, scale)
-            layer = LayerSolution(name, linear, settings, nearest, scale, divisor)
-            layer.loss_rtn = self._loss(LayerSolution(name, linear, settings, rtn), rtn, book)
-            if settings.feeds_back:
-                self._feed_back(layer, feedback, book)
-            clipped = self._clipped(layer, feedback, book)
-            if clipped:
-                layer.codes, layer.unclipped = clipped, layer.codes
-            layer.loss = layer.loss_rtn if layer.codes is rtn else self._loss(layer, layer.codes, book)
-            if layer.clipped and layer.loss > layer.loss_rtn:
-                layer.codes, layer.unclipped = layer.unclipped, None
-                layer.loss = self._loss(layer, layer.codes, book)
-            solution.layers.append(layer)
+        fold = None if scale is None else fold
+        solution = GroupSolution(group, book, replace(choice, scale=scale), fold)
+        feedbacks: dict[int, Feedback] = {}  # one for each input: its second moment is factorized once
+        for name in group.linears:
+            if self._problem(name, book):
+                # a norm that holds 1/s holds it for all that read it
+                solution.layers.append(self._rounded(name, book, None if fold is None else scale))
+            else:
+                one = book.inputs[name]
+                if id(one) not in feedbacks:
+                    feedbacks = {id(one): Feedback(self.kernels, one.stats.second_moment(), scale)}
+                solution.layers.append(self._searched(name, one, scale, feedbacks[id(one)]))
         return solution
 
-    def _feed_back(self, layer: LayerSolution, feedback: Feedback, book: GroupStatistics) -> None:
+    def _rounded(self, name: str, book: GroupStatistics, scale: Tensor | None = None) -> LayerSolution:
+        linear, settings = self.surveyed.linears[name], self.config.for_layer(name)
+        divisor, problem = self.divisors.get(linear), self._problem(name, book)
+        codes = search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), settings, scale)
+        layer = LayerSolution(name, linear, settings, book.inputs[name], codes, scale, divisor, problem=problem)
+        if not problem:
+            layer.loss = layer.loss_rtn = self._loss(layer, layer.codes)
+        return layer
+
+    def _searched(self, name: str, book: InputStatistics, scale: Tensor | None, feedback: Feedback) -> LayerSolution:
+        linear, settings = self.surveyed.linears[name], self.config.for_layer(name)
+        weight, divisor = linear.weight.detach(), self.divisors.get(linear)
+        nearest = rtn = search.quantize(self.kernels, weight, settings)
+        if scale is not None or divisor is not None:
+            nearest = search.quantize(self.kernels, _divided(weight, divisor), settings, scale)
+        layer = LayerSolution(name, linear, settings, book, nearest, scale, divisor)
+        layer.loss_rtn = self._loss(replace(layer, scale=None, divisor=None), rtn)
+        if settings.feeds_back:
+            self._feed_back(layer, feedback)
+        clipped = self._clipped(layer, feedback)
+        if clipped:
+            layer.codes, layer.unclipped = clipped, layer.codes
+        layer.loss = layer.loss_rtn if layer.codes is rtn else self._loss(layer, layer.codes)
+        if layer.clipped and layer.loss > layer.loss_rtn:
+            layer.codes, layer.unclipped = layer.unclipped, None
+            layer.loss = self._loss(layer, layer.codes)
+        return layer
+
+    def _feed_back(self, layer: LayerSolution, feedback: Feedback) -> None:
         """Codes rounded with error feedback, where their loss is below that of rounding to nearest."""
-        weight = _divided(layer.linear.weight.detach(), layer.divisor)
-        codes = feedback.quantize(weight, layer.settings)
-        if self._loss(layer, codes, book) < min(self._loss(layer, layer.codes, book), layer.loss_rtn):
+        codes = feedback.quantize(_divided(layer.linear.weight.detach(), layer.divisor), layer.settings)
+        if self._loss(layer, codes) < min(self._loss(layer, layer.codes), layer.loss_rtn):
             layer.codes, layer.fed_back = codes, True
 
     def _find_folds(self) -> list[Fold | None]:
@@ -240,16 +296,17 @@ class BlockSolver:
         wanted = [takes_fold(group, self.config) for group in groups]
         return find_folds(self.probe, groups, self.surveyed.linears, self.foldable, wanted)
 
-    def _clipped(self, layer: LayerSolution, feedback: Feedback, book: GroupStatistics) -> Codes | None:
+    def _clipped(self, layer: LayerSolution, feedback: Feedback) -> Codes | None:
         """Codes of clipped ranges, if their output error is below that of the full ranges (on the rows of the search).
 
-        The ranges were searched on diagonal blocks of the second moment; here all of it counts. Error feedback makes up for what
-        clipping is good for: with it, only clip=True clips.
+        The ranges were searched on diagonal blocks of the second moment; here all of it counts. With error feedback both are
+        damped like the feedback itself.
         """
         settings = layer.settings
-        if settings.clip is False or (layer.fed_back and settings.clip == "auto"):
+        if settings.clip is False:
             return None
-        weight, second_moment = _divided(layer.linear.weight.detach(), layer.divisor), book.stats.second_moment()
+        weight = _divided(layer.linear.weight.detach(), layer.divisor)
+        second_moment = feedback.damped(settings.damping) if layer.fed_back else layer.book.stats.second_moment()
         clip = search.search_clip(self.kernels, weight, second_moment, settings, layer.scale)
         if layer.fed_back:
             codes = feedback.quantize(weight, settings, clip)
@@ -264,34 +321,35 @@ class BlockSolver:
         )
         return codes if loss < full_loss else None
 
-    def _loss(self, layer: LayerSolution, codes: Codes, book: GroupStatistics) -> float:
+    def _loss(self, layer: LayerSolution, codes: Codes) -> float:
         """Mean squared output error a calibration row, over all output rows, in the space of the original weight."""
-        weight, second_moment = layer.linear.weight.detach(), book.stats.second_moment()
+        weight, second_moment = layer.linear.weight.detach(), layer.book.stats.second_moment()
         group_size = layer.settings.group_size
         return (
             search.output_loss(self.kernels, weight, codes, layer.scale, second_moment, group_size, layer.divisor)
-            / book.rows
+            / layer.book.rows
         )
 
     def _settle_clips(self, groups: Sequence[GroupSolution]) -> float:
         """Distance of the quantized block's output from the float one, clips that raise it taken back.
 
         Only with clip="auto": a clip lowers its own Linear's error, but may raise what the block makes of it (scores of
-        queries and keys). Each layer in turn is tried without its clip, all others as they stand.
+        queries and keys). Each layer in turn is tried without its clip, all others as they stand; experts of one kind together.
         """
-        layers = [(group.book, layer) for group in groups for layer in group.layers]
-        substitutes = {(layer.linear, "weight"): self._weight(layer, layer.codes) for _, layer in layers}
+        substitutes = {
+            (layer.linear, "weight"): self._weight(layer, layer.codes) for group in groups for layer in group.layers
+        }
         best = self.probe.distance(substitutes)
-        for book, layer in layers:
-            if layer.settings.clip != "auto" or not layer.clipped:
+        for layers in _clip_units(groups):
+            losses = [(layer, self._loss(layer, layer.unclipped)) for layer in layers]
+            losses = [(layer, loss) for layer, loss in losses if loss <= layer.loss_rtn]
+            trial = substitutes | {
+                (layer.linear, "weight"): self._weight(layer, layer.unclipped) for layer, _ in losses
+            }
+            if not losses or (distance := self.probe.distance(trial)) >= best:
                 continue
-            trial = substitutes | {(layer.linear, "weight"): self._weight(layer, layer.unclipped)}
-            distance = self.probe.distance(trial)
-            if distance >= best:
-                continue
-            loss = self._loss(layer, layer.unclipped, book)
-            if loss <= layer.loss_rtn:
-                best, substitutes = distance, trial
+            best, substitutes = distance, trial
+            for layer, loss in losses:
                 layer.codes, layer.unclipped, layer.loss = layer.unclipped, None, loss
         return best
 
@@ -311,16 +369,29 @@ def _divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
     return weight if divisor is None else weight.float() / divisor[:, None]
 
 
-def _unusable(group: ScaleGroup, book: GroupStatistics) -> str:
-    """Why the statistics cannot guide a search, or ""; rows that are all masked out are the caller's mistake."""
-    if book.rows == 0 and book.rows_seen > 0:
-        raise ValueError(
-            f"{', '.join(group.linears)}: all {book.rows_seen} calibration rows are masked out; "
-            "check the attention_mask of the calibration batches"
-        )
+def _unusable(book: InputStatistics, few: int) -> str:
     if book.rows == 0:
-        return "no calibration row reached it"
-    return "" if book.finite else "its calibration input holds NaN or Inf"
+        return NO_ROWS
+    if not book.finite:
+        return "its calibration input holds NaN or Inf"
+    return f"{book.rows} calibration rows, fewer than min_tokens={few}" if book.rows < few else ""
+
+
+def _each_alone(group: ScaleGroup, fold: Fold | None) -> bool:
+    """Whether a Linear can do without the group's scale: experts that divide their own rows at run time."""
+    return fold is None and len(group.inputs) > 1
+
+
+def _clip_units(groups: Sequence[GroupSolution]) -> Iterator[list[LayerSolution]]:
+    """Clipped layers with clip="auto" to be tried together: a layer alone, but experts by the dozen."""
+    units: dict[Hashable, list[LayerSolution]] = {}
+    for group in groups:
+        for layer in group.layers:
+            if layer.settings.clip == "auto" and layer.clipped:
+                family = group.group.family or group.group.linears
+                expert = layer.name in group.group.experts
+                units.setdefault(family if expert else layer.name, []).append(layer)
+    yield from units.values()
 
 
 def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:

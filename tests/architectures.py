@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from awq_ext.batches import read_calls
-from awq_ext.blocks import find_blocks
-from awq_ext.calibrate import survey
-from awq_ext.groups import eligible_linears
 from awq_ext.report import AwqReport
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, TOKENS = 64, 32, 64, 2, 4, 16
@@ -201,6 +197,45 @@ def _compiled_stack() -> Case:
     return case
 
 
+class Expert(nn.Module):
+    """down(silu(gate) * up), as Mixtral's experts were before they were fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(HIDDEN, INNER, bias=False)
+        self.w2 = nn.Linear(INNER, HIDDEN, bias=False)
+        self.w3 = nn.Linear(HIDDEN, INNER, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class ExpertList(nn.Module):
+    """norm -> each token to the two experts that a router finds best -> residual."""
+
+    def __init__(self, count: int = 4) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.gate = nn.Linear(HIDDEN, count, bias=False)
+        self.experts = nn.ModuleList([Expert() for _ in range(count)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.norm(x).flatten(0, -2)
+        scores, chosen = self.gate(rows).softmax(-1).topk(2)
+        mixed = torch.zeros_like(rows)
+        for e, expert in enumerate(self.experts):
+            token, rank = torch.where(chosen == e)
+            if len(token):
+                mixed.index_add_(0, token, expert(rows[token]) * scores[token, rank, None])
+        return x + mixed.view(x.shape)
+
+
+def experts_in_a_list() -> Case:
+    """Two layers of experts that are modules of their own."""
+    model = nn.Sequential(ExpertList(), ExpertList())
+    return Case(loud(model), [torch.randn(3, TOKENS, HIDDEN) for _ in range(3)])
+
+
 def _checkpointed_llama() -> Case:
     case = _llama_like("Llama")()
     for module in case.model.modules():
@@ -212,6 +247,8 @@ def _checkpointed_llama() -> Case:
 
 
 _MIXTURE = {"num_experts_per_tok": 2}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_NO_SPECIALS = {"bos_token_id": 1, "eos_token_id": 2}
 TRANSFORMERS: dict[str, Callable[[], Case]] = {
     "Llama": _llama_like("Llama"),
     "Mistral": _llama_like("Mistral", sliding_window=8),
@@ -262,6 +299,13 @@ TRANSFORMERS: dict[str, Callable[[], Case]] = {
         layer_types=["linear_attention", "full_attention"],
         **_MIXTURE,
     ),
+    "gpt-oss": _llama_like("GptOss", num_local_experts=4, sliding_window=8, rope_parameters=_PLAIN_ROPE, **_MIXTURE),
+    "Llama 4": lambda: _language_model(
+        "Llama4TextConfig", "Llama4ForCausalLM", **_GROUPED, intermediate_size_mlp=48, num_local_experts=4, **_MIXTURE
+    ),
+    "GPT-2": lambda: _language_model(
+        "GPT2Config", "GPT2LMHeadModel", vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, **_NO_SPECIALS
+    ),
     "BERT": _bert,
     "T5": _t5,
     "ViT": _vit,
@@ -272,6 +316,7 @@ TRANSFORMERS: dict[str, Callable[[], Case]] = {
 PLAIN: dict[str, Callable[[], Case]] = {
     "torch.nn.TransformerEncoder": _torch_encoder,
     "convolutions": lambda: Case(loud(Pictures()), [torch.randn(4, 3, 16, 16) for _ in range(3)]),
+    "experts in a list": experts_in_a_list,
     "weight shared by two blocks": _stack(shared=True),
     "every block called twice": _stack(rounds=2),
     "gradient checkpointing": _stack(recompute=True),
@@ -286,18 +331,14 @@ def make(name: str, seed: int = 0) -> Case:
     return (TRANSFORMERS | PLAIN)[name]()
 
 
-def gpt2() -> Case:
-    """A model whose layers are transformers' Conv1D, but for the head."""
-    return _language_model("GPT2Config", "GPT2LMHeadModel", vocab_size=VOCAB, n_embd=HIDDEN, n_layer=2, n_head=HEADS)
-
-
-def fold_counts(case: Case, report: AwqReport) -> dict[str, int]:
-    """How many scale groups of ``case`` (a float model) were folded into what, from the report on its quantized twin."""
-    eligible = eligible_linears(case.model, lambda name, _: "head" if name.split(".")[-1] == "lm_head" else None)
-    (call, *_) = read_calls(case.batches[:1], torch.device("cpu"))
-    case.model.eval()
-    groups = [g for s in survey(case.model, find_blocks(case.model), eligible.linears, call) for g in s.groups]
+def fold_counts(report: AwqReport) -> dict[str, int]:
+    """How many scale groups were folded into what."""
+    places: dict[str, str] = {}
+    for row in report.layers:
+        if row.group:
+            # an expert may do without a scale that the others of its group have
+            places[row.group] = places.get(row.group) or row.applied
     counts = dict.fromkeys(("norm", "linear", "run time", "unscaled"), 0)
-    for group in groups:
-        counts[report[group.linears[0]].applied or "unscaled"] += 1
+    for place in places.values():
+        counts[place or "unscaled"] += 1
     return counts

@@ -186,7 +186,6 @@ def test_reasons_to_leave_a_linear() -> None:
         (QuantLinear(4, 4, -1), "x is a QuantLinear already"),
         (nn.Linear(4, 4, device="meta"), "x.weight is on the meta device"),
         (nn.Linear(4, 4, dtype=torch.float64), "x.weight is torch.float64: float32, bfloat16 or float16"),
-        (nn.LayerNorm(4), "ModuleDict has no nn.Linear"),
     ],
 )
 def test_models_that_are_refused(module: nn.Module, message: str) -> None:

@@ -41,8 +41,9 @@ def test_the_plan_is_what_is_done(name: str, fold: str) -> None:
         assert {row.group for row in members} == {group.layers[0]}
         assert {row.in_features for row in members} == {group.in_features}
         assert sum(row.in_features * row.out_features for row in members) == group.weights
-        # the identity may turn out to be best, or to be all that leaves every layer at RTN's error
-        assert {row.applied for row in members} <= {group.fold, ""}
+        # the identity may turn out to be best, or to be all that leaves every layer at RTN's error, the producer among them
+        given_up = {"run time"} if (group.fold, fold) == ("linear", "auto") else set()
+        assert {row.applied for row in members} <= {group.fold, ""} | given_up
         assert {(row.method, row.bits, row.group_size) for row in members} == {("awq", 4, 16)}
         assert bool(group.producer) == (group.fold in ("norm", "linear"))
         case.model.get_submodule(group.producer)

@@ -121,7 +121,7 @@ def test_norms_of_one_block_are_judged_each_for_itself() -> None:
     def kinds(block: models.LlamaBlock) -> list[str | None]:
         attention, mlp = block.attention, block.mlp
         readers = [(attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)]
-        pairs = list(zip((block.input_norm, block.post_norm), readers, strict=True))
+        pairs = list(zip((block.input_norm, block.post_norm), readers, ((), ()), strict=True))
         return [fold and fold.kind for fold in prove_norm_folds(probe_of(block), pairs)]
 
     assert kinds(models.LlamaBlock()) == ["plain", "plain"]

@@ -87,7 +87,7 @@ def test_the_choice_is_the_least_loss_that_hurts_no_linear(kernels: ModuleType, 
     x = activations(72)
     moment, x_mean = x.T @ x, x.abs().mean(0)
     weights = [torch.randn(90, 72), torch.randn(20, 72) * 0.1]
-    choice = search.search_scale(kernels, weights, x_mean, moment, [config] * len(weights))
+    choice = search.search_scale(kernels, weights, x_mean, [moment] * 2, [config] * 2)
     losses = []
     candidates, labels = search.candidate_scales(
         x_mean, search.weight_mean(weights, [config.group_size] * len(weights)), config.n_grid
@@ -121,7 +121,7 @@ def test_the_identity_wins_ties(kernels: ModuleType) -> None:
     weight = torch.randint(0, 16, (8, 32)).float()
     weight[:, ::16], weight[:, 1::16] = 0, 15
     x = activations(32)
-    assert search.search_scale(kernels, [weight], x.abs().mean(0), x.T @ x, [AwqConfig(group_size=16)]).scale is None
+    assert search.search_scale(kernels, [weight], x.abs().mean(0), [x.T @ x], [AwqConfig(group_size=16)]).scale is None
 
 
 def test_one_linear_is_not_sacrificed_for_another() -> None:
@@ -135,8 +135,10 @@ def test_one_linear_is_not_sacrificed_for_another() -> None:
         exact = torch.randint(0, 16, (64, 32), generator=generator).float()
         exact[:, 0], exact[:, 1] = 0, 15
         config = AwqConfig(group_size=-1, search_rows=0)
-        alone = search.search_scale(_C, [loud], x_mean, moment, [config])
-        both = search.search_scale(_C, [loud, exact], x_mean, moment, [config] * 2)
+        alone = search.search_scale(_C, [loud], x_mean, [moment], [config])
+        both = search.search_scale(_C, [loud, exact], x_mean, [moment] * 2, [config] * 2)
+        apart = search.search_scale(_C, [loud, exact], x_mean, [moment] * 2, [config] * 2, alone=True)
+        assert alone.scale is None or apart.scale is not None, "the second Linear does without"
         hurt += alone.scale is not None
         assert both.scale is None, "the second Linear is exact at the identity alone"
     assert hurt > 6
