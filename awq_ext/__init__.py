@@ -12,7 +12,7 @@ from .config import AwqConfig  # noqa: E402
 from .convert import convert  # noqa: E402
 from .plan import GroupPlan, Plan, plan  # noqa: E402
 from .pretrained import from_pretrained, save_pretrained  # noqa: E402
-from .qlinear import QuantLinear  # noqa: E402
+from .qlinear import QuantLinear, set_compute_dtype  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .registration import register_with_transformers  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
@@ -38,6 +38,7 @@ __all__ = [
     "register_with_transformers",
     "save",
     "save_pretrained",
+    "set_compute_dtype",
 ]
 
 
