@@ -48,7 +48,11 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     if not is_transformers_model(model):
         return {"architectures": [type(model).__name__]}
     config = json.loads(model.config.to_json_string())
-    config.pop("quantization_config", None)
+    for key in (
+        "quantization_config",
+        "_attn_implementation_autoset",
+    ):  # the latter: transformers 4 would skip its own choice
+        config.pop(key, None)
     config["architectures"] = [type(model).__name__]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # the latter: before transformers 4.56
@@ -78,12 +82,27 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
         for each in tokenizer if isinstance(tokenizer, (list, tuple)) else [tokenizer]:
             each.save_pretrained(folder)
         return
-    origin = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not origin or not os.path.isdir(origin):
-        return
-    for file in Path(origin).iterdir():
+    origin = _origin(model) if is_transformers_model(model) else None
+    for file in origin.iterdir() if origin else ():
         if file.is_file() and _COMPANIONS.fullmatch(file.name):
             shutil.copy2(file, folder / file.name)
+
+
+def _origin(model: nn.Module) -> Path | None:
+    """The directory that a model was loaded from, in the Hugging Face cache if it came from the hub."""
+    name = getattr(model.config, "_name_or_path", "")
+    if not isinstance(name, str) or not name:
+        return None
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, CONFIG, revision=getattr(model.config, "_commit_hash", None))
+    except HFValidationError:
+        return None  # the path of a directory that is gone
+    return Path(config).parent if isinstance(config, str) else None
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -120,6 +139,8 @@ def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, A
     for holder in (config, getattr(config, "text_config", None)):
         if getattr(holder, "quantization_config", None) is not None:
             del holder.quantization_config  # the model in memory is ours
+    if getattr(config, "_attn_implementation_autoset", False):
+        config._attn_implementation_autoset = False  # transformers 4 saves that it chose, but not what
     names = getattr(config, "architectures", None) or []
     kind = next((found for name in names if (found := getattr(package, name, None)) is not None), None)
     wanted = dtype or getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from .formats import CheckpointError, PackedLinear
 from .formats.packed import exactly
+from .journal import Journal
+from .lookalikes import has_transposed_form
 from .qlinear import QuantLinear, take_hooks
 from .quantdir import QuantDir
 from .renaming import Renamed
+from .standins import stand_in_as
 
 
 def place(
@@ -29,17 +32,29 @@ def place(
         such tensor an error.
     CheckpointError, before anything is changed, when a tensor is missing or does not fit.
     """
-    plan = _Plan(model, source, dtype)
-    plan.match(ignore)
-    layers = {name: plan.layer(name) for name in source.layers}
-    values = plan.values()
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    for name, value in values.items():
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value
+    with Journal() as journal:
+        _take_apart(model, source, journal)
+        plan = _Plan(model, source, dtype)
+        plan.match(ignore)
+        layers = {name: plan.layer(name) for name in source.layers}
+        values = plan.values()
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        for name, value in values.items():
+            parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value
     return model
+
+
+def _take_apart(model: nn.Module, source: QuantDir | Renamed, journal: Journal) -> None:
+    """Give ``model`` Linears where it has joined experts, or layers with a transposed weight."""
+    found = {name: module for name, module in model.named_modules() if name in source.layers}
+    transposed = {name: tuple(module.weight.shape) for name, module in found.items() if has_transposed_form(module)}
+    try:
+        stand_in_as(model, transposed, source.experts, journal)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 @dataclass

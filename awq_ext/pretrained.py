@@ -115,6 +115,10 @@ class ModelSource:
             pre_quant_scale=None if scale is None else scale.cpu(),
         )
 
+    def rows(self, name: str) -> int:
+        """out_features."""
+        return self.layers[name].out_features
+
     def float_tensor(self, name: str) -> Tensor:
         """One of ``floats``."""
         return self._floats[name].detach()

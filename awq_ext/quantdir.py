@@ -46,6 +46,7 @@ class QuantDir:
         }
         taken = {tensor for leaves in self.layers.values() for tensor in leaves.values()}
         self.floats = [name for name in self.shards if name not in taken]
+        self.experts = self.settings.experts
         self._check()
 
     def layer(self, name: str) -> PackedLinear:
@@ -57,6 +58,14 @@ class QuantDir:
             raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
 
     outline = layer  # its tensors must all be read to be checked
+
+    def rows(self, name: str) -> int:
+        """out_features of a layer, from the headers."""
+        leaf, dimension = self.layout.rows_at
+        shape = self.shards.shape(self.layers[name][leaf]) if leaf in self.layers[name] else ()
+        if len(shape) != 2:
+            raise CheckpointError(f"{self.folder}: layer {name} has no {leaf} of two dimensions")
+        return shape[dimension]
 
     def float_tensor(self, name: str) -> Tensor:
         """One of ``floats``."""

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .experts import ExpertLinears
 from .formats import CheckpointError, PackedLinear
+from .qlinear import QuantLinear
+from .rows import Numbered, take
+
+
+@dataclass
+class _Joined:
+    """Quantized layers that stand for one weight. use: of the parameter that they were, "" for an ordinary layer."""
+
+    name: str
+    layers: list[str]
+    use: str = ""
+    pattern: str = ""
+
+    def numbers(self, numbered: Numbered) -> Tensor:
+        """In place of the weight: [E, N, 1] for experts, [N, 1] for one layer."""
+        each = [numbered.numbers(name) for name in self.layers]
+        return torch.stack(each) if self.use else each[0]
 
 
 class Renamed:
     """A source of layers and float tensors (a QuantDir, a ModelSource) under the names of the other side.
 
     to_files False: a QuantDir with the names that ``model`` has; True: a ModelSource of ``model`` with those of its files.
-    Quantized layers are only renamed; float tensors are joined or divided too (experts), when they are asked for.
+    Tensors and layers that the model joins (experts) are joined or divided when they are asked for, layers by rows.
     """
 
     def __init__(self, source: Any, model: nn.Module, to_files: bool = False) -> None:
@@ -25,9 +44,11 @@ class Renamed:
         self._model = model
         self._to_files = to_files
         self._renamings, self._converters = _transforms(model, to_files)
-        self.layers: dict[str, str] = {}
-        for name in source.layers:
-            self.layers[self.name_of(name)] = name
+        # parameters whose experts are layers of their own -> how the model uses them
+        self.experts: dict[str, str] = dict(getattr(source, "experts", {}))
+        self.layers: dict[str, str] = {}  # name -> the source's, one of them where a layer is made of several
+        self._rows: dict[str, list[tuple[str, Tensor]]] = {}  # name -> layers of the source and their rows
+        self._add_layers()
         self._groups: dict[str, list[tuple[str, str]]] = {}  # first new name -> old names and the patterns they fit
         self._homes: dict[str, str | None] = {}  # new name -> its group, or None where it is only renamed
         self._old: dict[str, str] = {}
@@ -41,22 +62,71 @@ class Renamed:
         self.floats: Iterable[str] = list(self._homes)
 
     def name_of(self, module: str) -> str:
-        """The new name of a quantized layer, or of any Linear. CheckpointError when the model holds it joined with others."""
-        new, pattern = self._renamed(f"{module}.weight")
-        if pattern is not None:
-            raise CheckpointError(
-                f"{module} is an expert that this release of transformers holds in one tensor with the others, which has no "
-                "int4 layer: load it with another release, or build the model yourself and use awq_ext.load"
-            )
-        return new.removesuffix(".weight")
+        """The new name of a Linear that is not joined with others."""
+        return self._renamed(f"{module}.weight")[0].removesuffix(".weight")
 
     def layer(self, name: str) -> PackedLinear:
         """One of ``layers``."""
-        return self.source.layer(self.layers[name])
+        return self._read(name, self.source.layer)
 
     def outline(self, name: str) -> PackedLinear:
         """The same; a model's without codes."""
-        return self.source.outline(self.layers[name])
+        return self._read(name, self.source.outline)
+
+    def _read(self, name: str, read: Callable[[str], PackedLinear]) -> PackedLinear:
+        return take(self._rows[name], read) if name in self._rows else read(self.layers[name])
+
+    def _add_layers(self) -> None:
+        """Fill ``layers``: renamed, or made of the rows of others where the model joins experts."""
+        groups: dict[str, list[_Joined]] = {}  # by the first name of what they become
+        for joined in self._joined():
+            new, pattern = self._renamed(joined.name)
+            if pattern is not None and joined.use in ("", "linear"):
+                joined.pattern = pattern
+                groups.setdefault(new, []).append(joined)
+            else:
+                self._keep(joined)
+        for group, members in groups.items():
+            numbered = Numbered({name: self.source.rows(name) for joined in members for name in joined.layers})
+            stand_ins = {joined.name: joined.numbers(numbered) for joined in members}
+            made = self._convert(group, stand_ins.__getitem__, [(joined.name, joined.pattern) for joined in members])
+            try:
+                found = {
+                    new: [numbered.parts(rows) for rows in (t[None] if self._to_files else t)]
+                    for new, t in made.items()
+                }
+            except CheckpointError as error:
+                if not self._to_files:
+                    raise CheckpointError(f"{members[0].layers[0]}: {error}") from None
+                for joined in members:
+                    self._keep(joined)
+                continue
+            for new, parts in found.items():
+                if not self._to_files:
+                    self.experts[new] = "linear"
+                names = [new.removesuffix(".weight")] if self._to_files else [f"{new}.{e}" for e in range(len(parts))]
+                self._rows |= dict(zip(names, parts, strict=True))
+                self.layers |= {name: self._rows[name][0][0] for name in names}
+
+    def _keep(self, joined: _Joined) -> None:
+        """Layers that are only renamed: also experts that no file knows apart."""
+        self.layers |= {self.name_of(name): name for name in joined.layers}
+        if joined.use:
+            self.experts[joined.name] = joined.use
+
+    def _joined(self) -> list[_Joined]:
+        """What stands for one weight in conversions: all experts of a parameter in a model, a single layer otherwise."""
+        found: dict[str, _Joined] = {}
+        for name in self.source.layers:
+            parent = name.rpartition(".")[0]
+            experts = self._model.get_submodule(parent) if self._to_files else None
+            if not isinstance(experts, ExpertLinears):
+                found[f"{name}.weight"] = _Joined(f"{name}.weight", [name])
+                continue
+            found.setdefault(parent, _Joined(parent, [], experts.use)).layers.append(name)
+            if not all(isinstance(expert, QuantLinear) for expert in experts.children()):
+                raise CheckpointError(f"some experts of {parent} are float, others not: no file can hold both")
+        return list(found.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one of ``floats``."""
@@ -91,8 +161,10 @@ class Renamed:
                 return new, pattern
         return (_apply(self._renamings, name) if self._to_files else name), None
 
-    def _convert(self, group: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        members = self._groups[group]
+    def _convert(
+        self, group: str, read: Callable[[str], Tensor], members: Sequence[tuple[str, str]] | None = None
+    ) -> dict[str, Tensor]:
+        members = members or self._groups[group]
         converter = next(c for c in self._converters if members[0][1] in c.source_patterns)
         converter = deepcopy(converter)
         for name, pattern in members:

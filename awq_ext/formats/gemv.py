@@ -36,6 +36,7 @@ class Gemv(AwqLayout):
 
     name = "gemv"
     version = "gemv"
+    rows_at = ("scales", 0)
     suffixes = ("qweight", "qzeros", "scales")
     divisors = (8, 8)
 
