@@ -12,7 +12,7 @@ from .config import AwqConfig  # noqa: E402
 from .convert import convert  # noqa: E402
 from .plan import GroupPlan, Plan, plan  # noqa: E402
 from .pretrained import from_pretrained, save_pretrained  # noqa: E402
-from .qlinear import QuantLinear  # noqa: E402
+from .qlinear import QuantLinear, set_compute_dtype  # noqa: E402
 from .quantize import quantize  # noqa: E402
 from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
 
@@ -36,6 +36,7 @@ __all__ = [
     "quantize",
     "save",
     "save_pretrained",
+    "set_compute_dtype",
 ]
 
 _AUTOAWQ_KERNELS = ("dequantize_weights_cuda", "gemm_forward_cuda", "gemmv2_forward_cuda", "gemv_forward_cuda")
