@@ -37,7 +37,8 @@ class GroupPlan:
     """Linears that read one input and so share one scale, in calling order; their weights will be ``bits`` wide.
 
     fold: what takes the scale's inverse: "norm" or "linear" (``producer`` is its name), "run time" (a division in the layer),
-    "weights" (fake-quantized weights hold both) or "" (nothing: no scale will be searched, or fold="always" has no place).
+    "weights" (fake-quantized weights hold both) or "" (nothing: no scale will be searched, or fold="always" has no place). What
+    the statistics show may still lead to the identity, or from a fold to a division at run time.
     bits and group_size: of each layer.
     """
 

@@ -6,7 +6,7 @@ A shape is in_features x out_features. Every contender has so many copies of its
 turn comes again. One round gives each contender a turn of about two milliseconds, call after call on one copy after the
 other, as a model calls its layers; a ratio is the median over rounds of peer time / our time, so a disturbance of the
 machine that lasts longer than a round hits both sides. Reading a large array is timed in the same rounds: decoding cannot
-be faster than that. --json adds to the file, replacing the lines measured again; speed_tables.py makes the documents'
+be faster than that. --json adds to the file, replacing the lines measured again; tables.py makes the documents'
 tables and the plot from it. Not a test: nothing here passes or fails.
 """
 

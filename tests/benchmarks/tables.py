@@ -1,6 +1,6 @@
-"""Writes the tables of figures in README.md and docs/speed.md from the JSON files in docs/ that the benchmarks wrote.
+"""Writes the tables of figures in README.md and docs/ from the JSON files in docs/ that the benchmarks wrote.
 
-    python tests/benchmarks/speed_tables.py           # writes the tables, and docs/bench_linear.png (needs matplotlib)
+    python tests/benchmarks/tables.py           # writes the tables, and docs/bench_linear.png (needs matplotlib)
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`; nothing else is touched.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "docs/speed.md")
+DOCUMENTS = ("README.md", "docs/speed.md", "docs/architectures.md")
 PEERS = ("bf16", "fp16", "fp32", "aten_int4")
 SUMMARY_SHAPE = (4096, 4096)
 Data = dict[str, Any]
@@ -134,7 +134,36 @@ def pack() -> str:
     return text
 
 
-TABLES = {"linear": linear, "limits": limits, "summary": summary, "generate": generate, "int8": int8, "pack": pack}
+def folds() -> str:
+    """Every architecture: scale groups by what takes their 1/s."""
+    groups = read("folds")["groups"]
+    kinds = list(next(iter(groups.values())))
+    rows = ([name, sum(counts.values()), *counts.values()] for name, counts in groups.items())
+    return markdown(("architecture", "groups", *kinds), rows)
+
+
+def folded() -> str:
+    """For the README: architectures by the share of their groups that need no division at run time."""
+    shares: dict[str, list[str]] = {"all": [], "half or more": [], "fewer": []}
+    for name, counts in read("folds")["groups"].items():
+        part, whole = counts["norm"] + counts["linear"], sum(counts.values()) - counts["unscaled"]
+        key = "all" if part == whole else "half or more" if 2 * part >= whole else "fewer"
+        shares[key].append(name if key == "all" else f"{name} ({part} of {whole})")
+    return "| scale groups that fold | |\n| --- | --- |\n" + "\n".join(
+        f"| {key} | {' · '.join(names)} |" for key, names in shares.items()
+    )
+
+
+TABLES = {
+    "folds": folds,
+    "folded": folded,
+    "linear": linear,
+    "limits": limits,
+    "summary": summary,
+    "generate": generate,
+    "int8": int8,
+    "pack": pack,
+}
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 

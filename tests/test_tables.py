@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("speed_tables", ROOT / "tests" / "benchmarks" / "speed_tables.py")
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "tests" / "benchmarks" / "tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -23,7 +23,7 @@ def tables() -> ModuleType:
 def test_documents_hold_the_tables_that_the_figures_make(tables: ModuleType) -> None:
     for document in tables.DOCUMENTS:
         text = (ROOT / document).read_text()
-        assert tables.rendered(document) == text, f"{document}: run python tests/benchmarks/speed_tables.py"
+        assert tables.rendered(document) == text, f"{document}: run python tests/benchmarks/tables.py"
         assert tables.MARK.search(text)
     marked = {
         name for document in tables.DOCUMENTS for _, name, _ in tables.MARK.findall((ROOT / document).read_text())
@@ -35,7 +35,7 @@ def test_a_changed_figure_changes_the_documents(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "docs").mkdir()
-    for path in (*(ROOT / "docs").glob("bench_*.json"), *(ROOT / name for name in tables.DOCUMENTS)):
+    for path in (*(ROOT / "docs").glob("*.json"), *(ROOT / name for name in tables.DOCUMENTS)):
         (tmp_path / path.relative_to(ROOT)).write_text(path.read_text())
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     file = tmp_path / "docs" / "bench_linear.json"
