@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from .formats import CheckpointError, PackedLinear
 from .formats.packed import exactly
+from .journal import Journal
 from .qlinear import QuantLinear, take_hooks
 from .quantdir import QuantDir
 from .renaming import Renamed
+from .standins import stand_in_as
 
 
 def place(
@@ -24,21 +26,28 @@ def place(
 ) -> nn.Module:
     """Replace the Linears of ``model`` that ``source`` holds quantized by QuantLinear, and all other tensors; returns it.
 
+    Transposed layers and fused experts are Linears too: they are taken apart where the files have them quantized.
+
     dtype: of float parameters; None keeps those of the files.
     ignore: whether to pass over a tensor of this name, which the model lacks, in silence; others are warned about. None makes any
         such tensor an error.
     CheckpointError, before anything is changed, when a tensor is missing or does not fit.
     """
-    plan = _Plan(model, source, dtype)
-    plan.match(ignore)
-    layers = {name: plan.layer(name) for name in source.layers}
-    values = plan.values()
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    for name, value in values.items():
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value
+    with Journal() as journal:
+        try:
+            stand_in_as(model, dict.fromkeys(source.layers), getattr(source, "fused", {}), journal)
+        except ValueError as error:
+            raise CheckpointError(f"{source.folder} does not fit the model: {error}") from None
+        plan = _Plan(model, source, dtype)
+        plan.match(ignore)
+        layers = {name: plan.layer(name) for name in source.layers}
+        values = plan.values()
+        for name, layer in layers.items():
+            journal.set_module(model, name, layer)
+        for name, value in values.items():
+            parent, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value
     return model
 
 

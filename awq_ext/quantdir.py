@@ -58,6 +58,15 @@ class QuantDir:
 
     outline = layer  # its tensors must all be read to be checked
 
+    def rows(self, name: str) -> int:
+        """out_features of one of ``layers``, as the header of a file tells; CheckpointError where it does not."""
+        leaf, dim = self.layout.outputs
+        tensor = self.layers[name].get(leaf)
+        shape = () if tensor is None else self.shards.shape(tensor)
+        if len(shape) != 2:
+            raise CheckpointError(f"{self.folder}: layer {name}: {leaf} is missing or has shape {shape}")
+        return shape[dim]
+
     def float_tensor(self, name: str) -> Tensor:
         """One of ``floats``."""
         return self.shards.get(name)

@@ -22,6 +22,7 @@ class CompressedTensors(Layout):
 
     name = "compressed-tensors"
     suffixes = ("weight_packed", "weight_scale", "weight_shape")
+    outputs = ("weight_scale", 0)
     optional = ("weight_zero_point", "weight_g_idx", "bias")
     scale_dtypes = (torch.float16, torch.bfloat16, torch.float32)
     mixes_group_sizes = True

@@ -37,6 +37,7 @@ class Gemv(AwqLayout):
     name = "gemv"
     version = "gemv"
     suffixes = ("qweight", "qzeros", "scales")
+    outputs = ("scales", 0)
     divisors = (8, 8)
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:

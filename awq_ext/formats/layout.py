@@ -93,12 +93,13 @@ class Layout:
     """A way to lay out quantized Linears in a checkpoint. Stateless; ``formats.LAYOUTS`` has one object of each.
 
     name: what users call it; suffixes: the tensors that every layer has, the first of them only quantized layers; optional:
-    those that some layers have.
+    those that some layers have; outputs: the tensor and its dimension that is out_features.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ("bias",)
+    outputs: ClassVar[tuple[str, int]] = ("scales", 1)
     scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16,)
     mixes_group_sizes: ClassVar[bool] = False
     short_groups: ClassVar[bool] = False  # may the last group of a row be short

@@ -21,6 +21,7 @@ class ModelOpt(Layout):
 
     name = "modelopt"
     suffixes = ("weight", "weight_scale")
+    outputs = ("weight_scale", 0)
     optional = ("pre_quant_scale", "bias")
     scale_dtypes = (torch.float16, torch.bfloat16, torch.float32)
     run_time_scales = True

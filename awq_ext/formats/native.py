@@ -20,6 +20,7 @@ class Native(Layout):
 
     name = "native"
     suffixes = ("qweight", "scales", "zeros")
+    outputs = ("scales", 0)
     optional = ("pre_quant_scale", "bias")
     scale_dtypes = (torch.float16, torch.bfloat16)
     mixes_group_sizes = True
