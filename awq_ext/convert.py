@@ -48,6 +48,11 @@ class SavedDir:
         self.folder = folder
         self.config = first_json(folder, CONFIG) or {}
         self.shards = Shards(folder, [index["tensors"]])
+        if fused := index.get("experts"):
+            raise CheckpointError(
+                f"{folder} has the experts in {next(iter(fused))} under the names that the model has them by, which only the "
+                "model's class can translate: load it with awq_ext.load and write it with awq_ext.save_pretrained"
+            )
         native = LAYOUTS["native"]
         known = {*native.suffixes, *native.optional}
         entries = {name: _sizes(name, entry) for name, entry in index["layers"].items()}

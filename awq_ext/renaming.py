@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLinears
+from .experts import ExpertLinears, expert_count
 from .formats import CheckpointError, PackedLinear
 from .qlinear import QuantLinear
-from .rows import Run, RowNumbers, cut_layer, join_layers
+from .rows import RowNumbers, Run, cut_layer, join_layers
 
 
 @dataclass
@@ -176,7 +176,7 @@ class Renamed:
         try:
             made = self._convert(group, self._empty)
         except Exception as error:  # transformers' own code, on what may be anything
-            raise CheckpointError(f"{members[0].name} and the like cannot be made into {group}: {error}") from error
+            raise CheckpointError(self._failure(group, members, error)) from error
         for new, tensor in made.items():
             self._homes[new], self._meta[new] = group, tensor
 
@@ -193,7 +193,7 @@ class Renamed:
         try:
             made = self._convert(group, read)
         except Exception as error:  # transformers' own code, on what may be anything
-            raise CheckpointError(f"the rows of {members[0].name} cannot be followed to {group}: {error}") from error
+            raise CheckpointError(self._failure(group, members, error)) from error
         for new in sorted(made, key=_natural):
             for name, weight in self._weights(new, made[new], members).items():
                 self._put(name, numbers.runs(weight), members)
@@ -206,7 +206,7 @@ class Renamed:
             raise CheckpointError(
                 f"{members[0].name} is quantized, but would become {new} of {made.dim()} dimensions, which is no Linear"
             )
-        count = _expert_count(self._model, new)
+        count = expert_count(self._model, new)
         if count is not None and count != len(made):
             absent = _absent(members, count)
             what = f"lacks {absent[0]}" if absent else "does not fit"
@@ -231,10 +231,19 @@ class Renamed:
                 f"{quantized[0]} is quantized, {left} is not, and the model holds both as one layer: {name}"
             )
 
+    def _failure(self, group: str, members: list[_Member], error: Exception) -> str:
+        fitted = {member.pattern for member in members}
+        absent = [pattern for pattern in self._converter(members).source_patterns if pattern not in fitted]
+        found = f"{', '.join(sorted(fitted))} of {members[0].name.partition('.experts.')[0]}"
+        more = f"; nothing is called {', '.join(absent)}" if absent else ""
+        return f"transformers cannot convert {found} ({group}): {error}{more}"
+
+    def _converter(self, members: list[_Member]) -> Any:
+        return next(c for c in self._converters if members[0].pattern in c.source_patterns)
+
     def _convert(self, group: str, read: Callable[[_Member], Tensor]) -> dict[str, Tensor]:
         members = self._groups[group]
-        converter = next(c for c in self._converters if members[0].pattern in c.source_patterns)
-        converter = deepcopy(converter)
+        converter = deepcopy(self._converter(members))
         for member in members:
             converter.add_tensor(group, member.name, member.pattern, read(member))
         made = converter.convert(group, model=self._model, config=self._model.config)
@@ -260,17 +269,6 @@ def _absent(members: Iterable[_Member], count: int = 0) -> list[str]:
             found.setdefault(around, set()).add(int(match[1]))
     count = max([count, *(number + 1 for numbers in found.values() for number in numbers)], default=0)
     return [f"{a}{e}{b}" for (_, a, b), numbers in found.items() for e in range(count) if e not in numbers]
-
-
-def _expert_count(model: nn.Module, name: str) -> int | None:
-    """How many experts ``model`` has in the parameter (or, by now, ExpertLinears) of this name."""
-    parent, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(parent)
-    except AttributeError:
-        return None
-    held = module._parameters.get(leaf, module._modules.get(leaf))
-    return None if held is None else len(held)
 
 
 def _apply(renamings: Iterable[Any], name: str) -> str:
