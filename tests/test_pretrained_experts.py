@@ -12,6 +12,7 @@ import pytest
 import torch
 from checks import Snapshot
 from safetensors.torch import load_file, save_file
+from test_convert import make_directory
 from test_formats import random_layer
 from test_pretrained import BATCH, SIZES, float_model, logits
 from torch import Tensor, nn
@@ -88,10 +89,24 @@ def test_files_have_the_names_of_public_checkpoints_and_give_the_same_logits(
 
 
 def test_shards_and_zero_points(tmp_path: Path) -> None:
-    model, batch = quantized(symmetric=False)
+    model, batch = quantized(symmetric=False, method="awq", n_grid=2, min_tokens=1)
     awq_ext.save_pretrained(model, tmp_path, max_shard_size=30_000)
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), batch), logits(model, batch))
+
+
+def test_run_time_scales(tmp_path: Path) -> None:
+    model, batch = quantized(fold="never", method="awq", n_grid=2, min_tokens=1)
+    assert any(m.pre_quant_scale is not None for m in model.get_submodule(GATE_UP.format(0)).children())
+    awq_ext.save_pretrained(model, tmp_path, format="native")
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("format", list(LAYOUTS))
+def test_headers_tell_how_many_outputs_a_layer_has(format: str, tmp_path: Path) -> None:
+    layers = make_directory(tmp_path, format)
+    source = QuantDir(tmp_path)
+    assert {name: source.rows(name) for name in source.layers} == {n: x.out_features for n, x in layers.items()}
 
 
 def test_routers_and_other_float_linears_are_named_for_readers_that_take_every_linear_for_quantized(
