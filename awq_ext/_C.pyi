@@ -41,6 +41,32 @@ def search_clip(
     scale_dtype: torch.dtype = ...,
     channel_scale: Tensor | None = None,
 ) -> Tensor: ...
+def gptq_factor(
+    second_moment: Tensor, order: Tensor, damping: float = 1.0, channel_scale: Tensor | None = None
+) -> Tensor: ...
+def gptq_quantize(
+    weight: Tensor,
+    factor: Tensor,
+    order: Tensor,
+    group_size: int,
+    bits: int = 4,
+    symmetric: bool = False,
+    scale_dtype: torch.dtype = ...,
+    channel_scale: Tensor | None = None,
+    clip: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def refine_quantized(
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    second_moment: Tensor,
+    group_size: int,
+    bits: int = 4,
+    damping: float = 1.0,
+    rounds: int = 1,
+    channel_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 class ActivationStats:
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None: ...

@@ -18,7 +18,18 @@ OUTPUT_EMBEDDINGS = "<output embeddings>"
 # fnmatch pattern of a module's name, or a function of the name and the module.
 Selector = str | Callable[[str, nn.Module], bool]
 # What ``per_layer`` may set: what concerns one Linear alone.
-LAYER_FIELDS = ("method", "bits", "group_size", "symmetric", "scale_dtype", "clip", "act_order", "damping", "packed")
+LAYER_FIELDS = (
+    "method",
+    "bits",
+    "group_size",
+    "symmetric",
+    "scale_dtype",
+    "clip",
+    "act_order",
+    "damping",
+    "refine",
+    "packed",
+)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("awq", "rtn", "gptq", "awq+gptq"),
     "group_size": GROUP_SIZES,
@@ -48,8 +59,9 @@ class AwqConfig:
     clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
         block's output (scores of queries and keys suffer from it).
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
-    damping: what error feedback adds to each channel's second moment, as a share of their mean. More trusts the correlations
-        of the calibration inputs less.
+    damping: what error feedback adds to each channel's second moment, as a share of it. With more, the correlations of the
+        calibration inputs count for less: errors on them grow, errors on other inputs fall (docs/quality.md).
+    refine: rounds of coordinate descent after error feedback, on the scales of the groups and on the codes; 0 for none.
     fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.
@@ -74,7 +86,8 @@ class AwqConfig:
     search_rows: int = 512
     clip: bool | str = "auto"
     act_order: bool = True
-    damping: float = 0.01
+    damping: float = 1.0
+    refine: int = 1
     fold: str = "auto"
     propagate: str = "float"
     packed: bool = True
@@ -86,7 +99,7 @@ class AwqConfig:
     seq_len: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size", "n_grid", "search_rows", "seq_len", "min_tokens", "min_weights"):
+        for name in ("bits", "group_size", "n_grid", "search_rows", "refine", "seq_len", "min_tokens", "min_weights"):
             self._check_int(name)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -144,6 +157,7 @@ class AwqConfig:
         for name, smallest in (
             ("n_grid", 1),
             ("search_rows", 0),
+            ("refine", 0),
             ("seq_len", 2),
             ("min_tokens", 0),
             ("min_weights", 0),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,16 +44,18 @@ def convert(
 class SavedDir:
     """A checkpoint that ``awq_ext.save`` wrote, layer by layer; the interface of QuantDir."""
 
+    experts: Mapping[str, str] = MappingProxyType({})
+
     def __init__(self, folder: Path) -> None:
         index = read_index(folder)
+        if index.get("experts"):
+            raise CheckpointError(
+                f"{folder} holds experts under the names of a model in memory, which only that model can tell from those of "
+                "files: load it and use awq_ext.save_pretrained"
+            )
         self.folder = folder
         self.config = first_json(folder, CONFIG) or {}
         self.shards = Shards(folder, [index["tensors"]])
-        if fused := index.get("experts"):
-            raise CheckpointError(
-                f"{folder} has the experts in {next(iter(fused))} under the names that the model has them by, which only the "
-                "model's class can translate: load it with awq_ext.load and write it with awq_ext.save_pretrained"
-            )
         native = LAYOUTS["native"]
         known = {*native.suffixes, *native.optional}
         entries = {name: _sizes(name, entry) for name, entry in index["layers"].items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ class Source(Protocol):
     """What has quantized layers and float tensors: a model or a QuantDir."""
 
     layers: Mapping[str, Any]
+    experts: Mapping[str, str]
     floats: Iterable[str]
 
     def layer(self, name: str) -> PackedLinear: ...
@@ -64,12 +66,19 @@ def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> S
         facts[name] = Facts.of(layer)
         for problem in layout.problems(name, layer):
             found.setdefault(problem, []).append(name)
-    summary = Summary(facts, tuple(float_linears))
+    summary = Summary(facts, tuple(float_linears), source.experts)
     lines = [f"{_names(names)}: {problem}" for problem, names in found.items()]
     lines += layout.model_problems(summary)
     if lines:
         listed = "\n".join(f"  - {line}" for line in lines)
         raise CheckpointError(f"the format {layout.name!r} cannot hold this model; nothing was written:\n{listed}")
+    if layout.name != "native" and (odd := summary.half_joined()):
+        warnings.warn(
+            f"{_names(odd)}: neighbours are float or have other groups, which awq_ext, AutoAWQ and Transformers can run, but "
+            "servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings",
+            UserWarning,
+            stacklevel=3,
+        )
     return summary
 
 

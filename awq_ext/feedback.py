@@ -29,7 +29,24 @@ class Feedback:
         parts = self._kernels.gptq_quantize(
             weight, factor, order, channel_scale=self._scale, clip=clip, **settings.quantizer
         )
+        if settings.refine:
+            parts = self._kernels.refine_quantized(
+                weight,
+                *parts,
+                self._second_moment,
+                settings.group_size,
+                settings.bits,
+                settings.damping,
+                settings.refine,
+                self._scale,
+            )
         return Codes.store(self._kernels, parts, settings.bits)
+
+    def damped(self, damping: float) -> Tensor:
+        """The second moment that errors are measured by: fp32 [K, K], the diagonal raised by the share ``damping`` of itself."""
+        moment = self._second_moment.clone()
+        moment.diagonal().mul_(1 + damping)
+        return moment
 
     def _factor(self, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:
         if (act_order, damping) not in self._factors:

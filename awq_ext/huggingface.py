@@ -48,7 +48,11 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     if not is_transformers_model(model):
         return {"architectures": [type(model).__name__]}
     config = json.loads(model.config.to_json_string())
-    config.pop("quantization_config", None)
+    for key in (
+        "quantization_config",
+        "_attn_implementation_autoset",
+    ):  # the latter: transformers 4 would skip its own choice
+        config.pop(key, None)
     config["architectures"] = [type(model).__name__]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # the latter: before transformers 4.56
@@ -78,12 +82,27 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
         for each in tokenizer if isinstance(tokenizer, (list, tuple)) else [tokenizer]:
             each.save_pretrained(folder)
         return
-    origin = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not origin or not os.path.isdir(origin):
-        return
-    for file in Path(origin).iterdir():
+    origin = _origin(model) if is_transformers_model(model) else None
+    for file in origin.iterdir() if origin else ():
         if file.is_file() and _COMPANIONS.fullmatch(file.name):
             shutil.copy2(file, folder / file.name)
+
+
+def _origin(model: nn.Module) -> Path | None:
+    """The directory that a model was loaded from, in the Hugging Face cache if it came from the hub."""
+    name = getattr(model.config, "_name_or_path", "")
+    if not isinstance(name, str) or not name:
+        return None
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, CONFIG, revision=getattr(model.config, "_commit_hash", None))
+    except HFValidationError:
+        return None  # the path of a directory that is gone
+    return Path(config).parent if isinstance(config, str) else None
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -120,6 +139,8 @@ def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, A
     for holder in (config, getattr(config, "text_config", None)):
         if getattr(holder, "quantization_config", None) is not None:
             del holder.quantization_config  # the model in memory is ours
+    if getattr(config, "_attn_implementation_autoset", False):
+        config._attn_implementation_autoset = False  # transformers 4 saves that it chose, but not what
     names = getattr(config, "architectures", None) or []
     kind = next((found for name in names if (found := getattr(package, name, None)) is not None), None)
     wanted = dtype or getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
@@ -149,3 +170,28 @@ def ignored(model: nn.Module) -> Callable[[str], bool]:
     """Tensors of files that the model's class says it does not need."""
     patterns = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def weight_conversions(model: nn.Module, to_files: bool) -> tuple[list[Any], list[Any]]:
+    """Renamings and converters of a model's class, for this direction; none before transformers 5 and for other models."""
+    if not is_transformers_model(model):
+        return [], []
+    try:
+        from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+    except ImportError:
+        return [], []
+    if to_files:
+        # what the model came from, if transformers loaded it; else the class's own, of which a prefix may be none of its files'
+        known = getattr(model, "_weight_conversions", None)
+        if known is None:
+            known = [
+                t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)
+            ]
+        found = [transform.reverse_transform() for transform in reversed(known)]
+    else:
+        found = get_model_conversion_mapping(model)
+    return (
+        [transform for transform in found if isinstance(transform, WeightRenaming)],
+        [transform for transform in found if isinstance(transform, WeightConverter)],
+    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .formats import CheckpointError, PackedLinear
 from .formats.packed import exactly
 from .journal import Journal
+from .lookalikes import has_transposed_form
 from .qlinear import QuantLinear, take_hooks
 from .quantdir import QuantDir
 from .renaming import Renamed
@@ -26,18 +27,13 @@ def place(
 ) -> nn.Module:
     """Replace the Linears of ``model`` that ``source`` holds quantized by QuantLinear, and all other tensors; returns it.
 
-    Transposed layers and fused experts are Linears too: they are taken apart where the files have them quantized.
-
     dtype: of float parameters; None keeps those of the files.
     ignore: whether to pass over a tensor of this name, which the model lacks, in silence; others are warned about. None makes any
         such tensor an error.
     CheckpointError, before anything is changed, when a tensor is missing or does not fit.
     """
     with Journal() as journal:
-        try:
-            stand_in_as(model, dict.fromkeys(source.layers), getattr(source, "fused", {}), journal)
-        except ValueError as error:
-            raise CheckpointError(f"{source.folder} does not fit the model: {error}") from None
+        _take_apart(model, source, journal)
         plan = _Plan(model, source, dtype)
         plan.match(ignore)
         layers = {name: plan.layer(name) for name in source.layers}
@@ -49,6 +45,16 @@ def place(
             owner = model.get_submodule(parent)
             (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value
     return model
+
+
+def _take_apart(model: nn.Module, source: QuantDir | Renamed, journal: Journal) -> None:
+    """Give ``model`` Linears where it has joined experts, or layers with a transposed weight."""
+    found = {name: module for name, module in model.named_modules() if name in source.layers}
+    transposed = {name: tuple(module.weight.shape) for name, module in found.items() if has_transposed_form(module)}
+    try:
+        stand_in_as(model, transposed, source.experts, journal)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 @dataclass

@@ -112,14 +112,17 @@ def planned_bytes(surveys: Sequence[BlockSurvey], growth: float, config: AwqConf
 
     Hidden states of all batches (``growth`` times the first one's) at one block boundary + statistics of the largest block +
     the new layers made so far (the float ones stay until the end, so that everything can be taken back) + scratch of one
-    block: its largest second moment packed for the kernels, its quantized weights in float for trials, its codes twice (with
-    and without clips).
+    block: its largest second moment packed for the kernels (and factored, where errors are fed back), its quantized weights in
+    float for trials, its codes twice (with and without clips).
     """
     hidden = max(s.input_bytes for s in surveys) * growth
     statistics = max(s.statistics_bytes for s in surveys)
     weights = {name: linear.weight for s in surveys for name, linear in s.linears.items()}
     made = sum(0.6 * w.numel() if config.for_layer(name).packed else w.nbytes for name, w in weights.items())
-    return int(hidden + statistics + made + max(s.scratch_bytes for s in surveys))
+    # the factor; the whole moment in panels for refining; and damped, for the clips
+    widths = [m.in_features for s in surveys for n, m in s.linears.items() if config.for_layer(n).feeds_back]
+    factored = 12 * max(widths, default=0) ** 2
+    return int(hidden + statistics + made + factored + max(s.scratch_bytes for s in surveys))
 
 
 def growth_of(calls: Sequence[Call]) -> float:

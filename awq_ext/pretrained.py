@@ -76,9 +76,9 @@ def from_pretrained(directory: str | os.PathLike[str], dtype: torch.dtype | None
 
 def float_linears(model: nn.Module) -> list[str]:
     """Names of what is not quantized and has a Linear's weight: routers of experts too, which other readers have as Linears."""
-    weights = {name: module._parameters.get("weight") for name, module in model.named_modules(remove_duplicate=False)}
-    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    return [n for n, weight in weights.items() if n not in embeddings and weight is not None and weight.dim() == 2]
+    modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if not isinstance(m, nn.Embedding)}
+    weights = {name: module._parameters.get("weight") for name, module in modules.items()}
+    return [name for name, weight in weights.items() if weight is not None and weight.dim() == 2]
 
 
 class ModelSource:

@@ -46,6 +46,7 @@ class QuantDir:
         }
         taken = {tensor for leaves in self.layers.values() for tensor in leaves.values()}
         self.floats = [name for name in self.shards if name not in taken]
+        self.experts = self.settings.experts
         self._check()
 
     def layer(self, name: str) -> PackedLinear:
@@ -59,13 +60,12 @@ class QuantDir:
     outline = layer  # its tensors must all be read to be checked
 
     def rows(self, name: str) -> int:
-        """out_features of one of ``layers``, as the header of a file tells; CheckpointError where it does not."""
-        leaf, dim = self.layout.outputs
-        tensor = self.layers[name].get(leaf)
-        shape = () if tensor is None else self.shards.shape(tensor)
+        """out_features of a layer, from the headers."""
+        leaf, dimension = self.layout.rows_at
+        shape = self.shards.shape(self.layers[name][leaf]) if leaf in self.layers[name] else ()
         if len(shape) != 2:
-            raise CheckpointError(f"{self.folder}: layer {name}: {leaf} is missing or has shape {shape}")
-        return shape[dim]
+            raise CheckpointError(f"{self.folder}: layer {name} has no {leaf} of two dimensions")
+        return shape[dimension]
 
     def float_tensor(self, name: str) -> Tensor:
         """One of ``floats``."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .experts import ExpertLinears, expert_count
 from .formats import CheckpointError, PackedLinear
+from .huggingface import weight_conversions
 from .qlinear import QuantLinear
 from .rows import RowNumbers, Run, cut_layer, join_layers
 
@@ -36,8 +37,8 @@ class Renamed:
     to_files False: a QuantDir with the names that ``model`` has; True: a ModelSource of ``model`` with those of its files.
     Where one side holds the weights of several layers as one (experts), quantized layers are joined or cut by rows; which rows
     go where, transformers' own converters show on row numbers. Float tensors go through the converters themselves, when they
-    are asked for. ``fused``: parameters of ``model`` to be taken apart before it can hold ``layers``, and how they are used.
-    CheckpointError for quantized layers that cannot be cut or joined this way, and for missing experts.
+    are asked for. ``experts``: parameters whose experts are layers of their own under the names of the model, and how the model
+    uses them. CheckpointError for other quantized layers that cannot be cut or joined this way, and for missing experts.
     """
 
     def __init__(self, source: Any, model: nn.Module, to_files: bool = False) -> None:
@@ -45,9 +46,9 @@ class Renamed:
         self.folder = getattr(source, "folder", None)
         self._model = model
         self._to_files = to_files
-        self._renamings, self._converters = _transforms(model, to_files)
+        self._renamings, self._converters = weight_conversions(model, to_files)
         self.layers: dict[str, tuple[Run, ...]] = {}
-        self.fused: dict[str, str] = {}
+        self.experts: dict[str, str] = {}
         self._cuts: dict[str, tuple[Run, ...]] = {}  # float weights made of rows, by new name
         self._groups: dict[str, list[_Member]] = {}  # by first new name
         self._homes: dict[str, str | None] = {}  # new name -> its group, or None where it is only renamed
@@ -58,6 +59,9 @@ class Renamed:
         self._apart: set[str] = set()
         if to_files:
             self._add_experts()
+        for name, use in getattr(source, "experts", {}).items():
+            members = [each for each in (*source.layers, *source.floats) if each.startswith(f"{name}.")]
+            self._keep(_Member(name, "", dict.fromkeys(members, 0), stacked=True), use)
         for name in source.layers:
             if name not in self._apart:
                 self._add_layer(name)
@@ -127,19 +131,28 @@ class Renamed:
         for name, experts in self._model.named_modules():
             if not isinstance(experts, ExpertLinears):
                 continue
-            first, pattern = self._renamed(name)
-            if pattern is None or experts.use != "linear":
-                raise CheckpointError(
-                    f"the experts in {name} are int4 layers one by one, but files of this model hold them as one tensor"
-                    f"{'' if pattern is None else ' of another orientation'}, which no layout has: write the model with "
-                    "awq_ext.save, or leave them float with skip="
-                )
             sources = {}
             for e, expert in enumerate(experts.children()):
                 source = f"{name}.{e}" if isinstance(expert, QuantLinear) else f"{name}.{e}.weight"
                 sources[source] = expert.out_features
             self._apart |= set(sources)
-            self._groups.setdefault(first, []).append(_Member(name, pattern, sources, stacked=True))
+            first, pattern = self._renamed(name)
+            member = _Member(name, pattern or "", sources, stacked=True)
+            if pattern is None or experts.use != "linear":
+                self._keep(member, experts.use)
+            else:
+                self._groups.setdefault(first, []).append(member)
+
+    def _keep(self, member: _Member, use: str) -> None:
+        """Experts that no file knows apart: their names are those of the model, with what stands before them renamed."""
+        self.experts[_apply(self._renamings, member.name)] = use
+        self._apart |= set(member.sources)
+        for source in member.sources:
+            new = _apply(self._renamings, source)
+            if source in self.source.layers:
+                self.layers[new] = (Run(source),)
+            else:
+                self._homes[new], self._old[new] = None, source
 
     def _add_layer(self, name: str) -> None:
         new, pattern = self._renamed(f"{name}.weight")
@@ -170,17 +183,26 @@ class Renamed:
         """Find what the converter makes of one group."""
         if not self._to_files and (absent := _absent(members)):
             raise CheckpointError(f"{self.folder} lacks {absent[0]}: {group} is made of all of them")
-        if any(member.sources for member in members):
-            self._resolve_rows(group, members)
+        if not any(member.sources for member in members):
+            for new, tensor in self._try_convert(group, self._empty).items():
+                self._homes[new], self._meta[new] = group, tensor
             return
         try:
-            made = self._convert(group, self._empty)
-        except Exception as error:  # transformers' own code, on what may be anything
-            raise CheckpointError(self._failure(group, members, error)) from error
-        for new, tensor in made.items():
-            self._homes[new], self._meta[new] = group, tensor
+            made = self._made_of_rows(group, members)
+        except CheckpointError:
+            if not all(member.stacked for member in members):
+                raise
+            for member in members:
+                self._keep(member, "linear")
+            return
+        for name, runs in made.items():
+            if runs[0].source in self.source.layers:
+                self.layers[name] = runs
+            else:
+                self._cuts[f"{name}.weight"] = runs
 
-    def _resolve_rows(self, group: str, members: list[_Member]) -> None:
+    def _made_of_rows(self, group: str, members: list[_Member]) -> dict[str, tuple[Run, ...]]:
+        """Linears and the rows that the converter makes them of. CheckpointError where it does something else."""
         for member in members:
             if not member.sources:
                 member.sources = {member.name: self.source.shape(member.name)[0]}
@@ -190,13 +212,12 @@ class Renamed:
             tensors = [numbers.of(source) for source in member.sources]
             return torch.stack(tensors) if member.stacked else tensors[0]
 
-        try:
-            made = self._convert(group, read)
-        except Exception as error:  # transformers' own code, on what may be anything
-            raise CheckpointError(self._failure(group, members, error)) from error
-        for new in sorted(made, key=_natural):
-            for name, weight in self._weights(new, made[new], members).items():
-                self._put(name, numbers.runs(weight), members)
+        made = self._try_convert(group, read)
+        return {
+            name: self._checked(name, numbers.runs(weight), members)
+            for new in sorted(made, key=_natural)
+            for name, weight in self._weights(new, made[new], members).items()
+        }
 
     def _weights(self, new: str, made: Tensor, members: list[_Member]) -> dict[str, Tensor]:
         """Linears and their weights in what a converter made; experts in one tensor are as many Linears."""
@@ -211,40 +232,42 @@ class Renamed:
             absent = _absent(members, count)
             what = f"lacks {absent[0]}" if absent else "does not fit"
             raise CheckpointError(f"{self.folder} {what}: {new} has {count} experts in the model, {len(made)} there")
-        self.fused[new] = "linear"
+        self.experts[new] = "linear"
         return {f"{new}.{e}": weight for e, weight in enumerate(made)}
 
-    def _put(self, name: str, runs: tuple[Run, ...] | None, members: list[_Member]) -> None:
+    def _checked(self, name: str, runs: tuple[Run, ...] | None, members: list[_Member]) -> tuple[Run, ...]:
         if runs is None:
             raise CheckpointError(
                 f"{members[0].name} is quantized, and {name} is not made of its rows, so that its groups cannot be kept"
-                + (": write the model with awq_ext.save" if self._to_files else "")
             )
         quantized = [run.source for run in runs if run.source in self.source.layers]
-        if not quantized:
-            self._cuts[f"{name}.weight"] = runs
-        elif len(quantized) == len(runs):
-            self.layers[name] = runs
-        else:
-            left = next(run.source for run in runs if run.source not in self.source.layers)
+        left = [run.source for run in runs if run.source not in self.source.layers]
+        if quantized and left:
             raise CheckpointError(
-                f"{quantized[0]} is quantized, {left} is not, and the model holds both as one layer: {name}"
+                f"{quantized[0]} is quantized, {left[0]} is not, and both are one layer on the other side: {name}"
             )
+        return runs
 
-    def _failure(self, group: str, members: list[_Member], error: Exception) -> str:
-        fitted = {member.pattern for member in members}
-        absent = [pattern for pattern in self._converter(members).source_patterns if pattern not in fitted]
-        found = f"{', '.join(sorted(fitted))} of {members[0].name.partition('.experts.')[0]}"
-        more = f"; nothing is called {', '.join(absent)}" if absent else ""
-        return f"transformers cannot convert {found} ({group}): {error}{more}"
+    def _try_convert(self, group: str, read: Callable[[_Member], Tensor]) -> dict[str, Tensor]:
+        """CheckpointError where transformers' own code, on what may be anything, fails."""
+        try:
+            return self._convert(group, read)
+        except Exception as error:
+            members = self._groups[group]
+            fitted = {member.pattern for member in members}
+            absent = [pattern for pattern in self._converter(group).source_patterns if pattern not in fitted]
+            more = f"; nothing is called {', '.join(absent)}" if absent else ""
+            raise CheckpointError(
+                f"{members[0].name} and the like cannot be converted ({group}): {error}{more}"
+            ) from error
 
-    def _converter(self, members: list[_Member]) -> Any:
-        return next(c for c in self._converters if members[0].pattern in c.source_patterns)
+    def _converter(self, group: str) -> Any:
+        pattern = self._groups[group][0].pattern
+        return next(converter for converter in self._converters if pattern in converter.source_patterns)
 
     def _convert(self, group: str, read: Callable[[_Member], Tensor]) -> dict[str, Tensor]:
-        members = self._groups[group]
-        converter = deepcopy(self._converter(members))
-        for member in members:
+        converter = deepcopy(self._converter(group))
+        for member in self._groups[group]:
             converter.add_tensor(group, member.name, member.pattern, read(member))
         made = converter.convert(group, model=self._model, config=self._model.config)
         found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -275,28 +298,3 @@ def _apply(renamings: Iterable[Any], name: str) -> str:
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
     return name
-
-
-def _transforms(model: nn.Module, to_files: bool) -> tuple[list[Any], list[Any]]:
-    """Renamings and converters of a model's class, for this direction; none before transformers 5 and for other models."""
-    if not hasattr(model, "config") or not any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__):
-        return [], []
-    try:
-        from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-    except ImportError:
-        return [], []
-    if to_files:
-        # what the model came from, if transformers loaded it; else the class's own, of which a prefix may be none of its files'
-        known = getattr(model, "_weight_conversions", None)
-        if known is None:
-            known = [
-                t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)
-            ]
-        found = [transform.reverse_transform() for transform in reversed(known)]
-    else:
-        found = get_model_conversion_mapping(model)
-    return (
-        [transform for transform in found if isinstance(transform, WeightRenaming)],
-        [transform for transform in found if isinstance(transform, WeightConverter)],
-    )

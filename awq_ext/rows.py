@@ -69,6 +69,8 @@ def cut_layer(layer: PackedLinear, run: Run) -> PackedLinear:
         scales=layer.scales[rows],
         zeros=layer.zeros[rows],
         bias=None if layer.bias is None else layer.bias[rows],
+        # every part has its own: no file can hold one tensor under two names
+        pre_quant_scale=None if layer.pre_quant_scale is None else layer.pre_quant_scale.clone(),
     )
 
 

@@ -299,13 +299,14 @@ class BlockSolver:
     def _clipped(self, layer: LayerSolution, feedback: Feedback) -> Codes | None:
         """Codes of clipped ranges, if their output error is below that of the full ranges (on the rows of the search).
 
-        The ranges were searched on diagonal blocks of the second moment; here all of it counts. Error feedback makes up for what
-        clipping is good for: with it, only clip=True clips.
+        The ranges were searched on diagonal blocks of the second moment; here all of it counts. With error feedback both are
+        damped like the feedback itself.
         """
         settings = layer.settings
-        if settings.clip is False or (layer.fed_back and settings.clip == "auto"):
+        if settings.clip is False:
             return None
-        weight, second_moment = _divided(layer.linear.weight.detach(), layer.divisor), layer.book.stats.second_moment()
+        weight = _divided(layer.linear.weight.detach(), layer.divisor)
+        second_moment = feedback.damped(settings.damping) if layer.fed_back else layer.book.stats.second_moment()
         clip = search.search_clip(self.kernels, weight, second_moment, settings, layer.scale)
         if layer.fed_back:
             codes = feedback.quantize(weight, settings, clip)

@@ -90,9 +90,9 @@ def transposed_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stand_in_as(
-    model: nn.Module, layers: Mapping[str, tuple[int, int] | None], fused: Mapping[str, str], journal: Journal
+    model: nn.Module, layers: Mapping[str, tuple[int, int]], fused: Mapping[str, str], journal: Journal
 ) -> None:
-    """Give ``model`` the Linears that a checkpoint's layers were made from: name -> (in_features, out_features), None: any.
+    """Give ``model`` the Linears that a checkpoint's layers (name -> in_features, out_features) were made from.
 
     fused: how each fused parameter was used. Raises ValueError where the model does not fit.
     """
@@ -104,5 +104,5 @@ def stand_in_as(
         except AttributeError:
             continue
         other = not isinstance(module, (nn.Linear, QuantLinear)) and has_transposed_form(module)
-        if other and (sizes is None or tuple(module.weight.shape) == tuple(sizes)):
+        if other and tuple(module.weight.shape) == tuple(sizes):
             journal.set_module(model, name, linear_of(module))

@@ -13,6 +13,7 @@
 #include "gptq.h"
 #include "isa.h"
 #include "layout.h"
+#include "refine.h"
 #include "search.h"
 #include "tiles.h"
 
@@ -234,6 +235,35 @@ py::tuple py_gptq_quantize(const Tensor& weight, const Tensor& factor, const Ten
   return py::make_tuple(codes, scales, zeros);
 }
 
+// Codes, scales and zeros that quantize_weight or gptq_quantize made of the same weight.
+py::tuple py_refine_quantized(const Tensor& weight, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
+                              const Tensor& second_moment, int64_t group_size, int64_t bits, double damping,
+                              int64_t rounds, const OptionalTensor& channel_scale) {
+  constexpr const char* kName = "refine_quantized";
+  Tensor holder;
+  const WeightView view = view_weight(kName, weight, holder);
+  const int64_t n = view.out_features, k = view.in_features, groups = group_count(k, group_size);
+  const QuantSpec spec = make_spec(kName, k, group_size, bits, false, scales.scalar_type());
+  check_shape(kName, "codes", codes, {n, k});
+  check_dtype(kName, "codes", codes, at::kByte);
+  check_shape(kName, "scales", scales, {n, groups});
+  check_shape(kName, "zeros", zeros, {n, groups});
+  check_dtype(kName, "zeros", zeros, at::kByte);
+  const Tensor g = float_argument(kName, "second_moment", second_moment, {k, k});
+  const Tensor s = float_argument(kName, "channel_scale", channel_scale, {k});
+  AWQ_CHECK(damping >= 0.0 && std::isfinite(damping), kName, "damping", "a number from 0", damping);
+  AWQ_CHECK(rounds >= 0, kName, "rounds", "a count", rounds);
+  const Tensor c = codes.clone(at::MemoryFormat::Contiguous), t = scales.clone(at::MemoryFormat::Contiguous),
+               z = zeros.contiguous();
+  {
+    py::gil_scoped_release release;
+    refine_quantized(kernels(), view, spec, float_data(s), float_data(g), damping, rounds, z.const_data_ptr<uint8_t>(),
+                     c.mutable_data_ptr<uint8_t>(), static_cast<uint16_t*>(t.mutable_data_ptr()),
+                     at::get_num_threads());
+  }
+  return py::make_tuple(c, t, z);
+}
+
 void bind_isa(py::module_& m) {
   m.def("isa", [] { return isa_name(current_isa()); }, "Name of the instruction set whose kernels run.");
   m.def("set_isa", &set_isa, py::arg("name"),
@@ -289,15 +319,22 @@ void bind_search(py::module_& m) {
 }
 
 void bind_gptq(py::module_& m) {
-  m.def("gptq_factor", &py_gptq_factor, py::arg("second_moment"), py::arg("order"), py::arg("damping") = 0.01,
+  m.def("gptq_factor", &py_gptq_factor, py::arg("second_moment"), py::arg("order"), py::arg("damping") = 1.0,
         py::arg("channel_scale") = py::none(),
-        "R fp32 [K, K], upper triangular, with R R^T = diag(1/s) second_moment diag(1/s) + damping * mean diagonal,\n"
-        "both axes reordered by `order` int64 [K]. ValueError for numbers that are not finite.");
+        "R fp32 [K, K], upper triangular, with R R^T = H + damping * diag(H) + 1e-6 * its mean, where H =\n"
+        "diag(1/s) second_moment diag(1/s), both axes reordered by `order` int64 [K]. ValueError for numbers that are "
+        "not "
+        "finite.");
   m.def("gptq_quantize", &py_gptq_quantize, py::arg("weight"), py::arg("factor"), py::arg("order"),
         py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,
         py::arg("channel_scale") = py::none(), py::arg("clip") = py::none(),
         "quantize_weight with error feedback: channels are rounded in the given order, each making up for the errors\n"
         "of those before it. factor and order as gptq_factor takes and gives them.");
+  m.def("refine_quantized", &py_refine_quantized, py::arg("weight"), py::arg("codes"), py::arg("scales"),
+        py::arg("zeros"), py::arg("second_moment"), py::arg("group_size"), py::arg("bits") = 4,
+        py::arg("damping") = 1.0, py::arg("rounds") = 1, py::arg("channel_scale") = py::none(),
+        "Codes and scales that lower the output error further: in each round every scale, then every code, is set to\n"
+        "its best value while all others stand. Zeros stay. H as in gptq_factor.");
 }
 
 // c10's errors carry the C++ stack; Python gets the sentence.

@@ -14,8 +14,11 @@ namespace {
 // Columns of the factor that are finished at a time: a multiple of every level's tile_cols, and few enough that the
 // triangular solve, which is not done by tiles, stays a small share.
 constexpr int64_t kBlock = 64;
-// Each with ten times the damping of the one before. One is enough but for moments that fp32 cannot hold apart.
-constexpr int kAttempts = 40;
+// What every channel gets beside its own damping, as a share of the mean: enough for channels that nothing ever
+// entered.
+constexpr double kFloor = 1e-6;
+// Ten times the damping until the factor is sound. Once is enough but for moments that fp32 cannot tell from singular.
+constexpr double kMostDamping = 1e30;
 constexpr int64_t kMaxRows = 14, kMaxCols = 32;  // the largest tile
 
 // H = R R^T in place, a block of columns at a time, from the last to the first:
@@ -24,11 +27,11 @@ constexpr int64_t kMaxRows = 14, kMaxCols = 32;  // the largest tile
 //     R_12^T
 class Factorization {
  public:
-  Factorization(const KernelTable& table, float* h, int64_t k, double smallest, int threads)
+  Factorization(const KernelTable& table, float* h, int64_t k, const double* added, int threads)
       : table_(table),
         h_(h),
         k_(k),
-        smallest_(smallest),
+        added_(added),
         threads_(threads),
         row_panels_(threads * table.tile_rows * k),
         col_panels_(kBlock * k) {}
@@ -87,7 +90,8 @@ class Factorization {
       for (int64_t j = i; j < size; ++j) r[j * kBlock + i] = h_[(begin + i) * k_ + begin + j];
     for (int64_t j = size - 1; j >= 0; --j) {
       double* column = r + j * kBlock;
-      if (!(column[j] >= smallest_)) return false;
+      // exact arithmetic has no pivot below what was added to the diagonal
+      if (!(column[j] >= added_[begin + j] / 2.0)) return false;
       const double pivot = std::sqrt(column[j]);
       for (int64_t i = 0; i < j; ++i) column[i] /= pivot;
       column[j] = pivot;
@@ -118,7 +122,7 @@ class Factorization {
   const KernelTable& table_;
   float* h_;
   int64_t k_;
-  double smallest_;
+  const double* added_;
   int threads_;
   Buffer<float> row_panels_, col_panels_;
   double diagonal_[kBlock * kBlock];
@@ -203,7 +207,8 @@ class RowPanel {
                               zeros_.get(),
                               order + begin,
                               group_of + begin,
-                              static_cast<float>((1 << spec_.bits) - 1)};
+                              static_cast<float>((1 << spec_.bits) - 1),
+                              false};
     table_.feedback_panel(&panel, sums, errors_.get() + begin * width, codes_.get());
   }
 
@@ -233,20 +238,22 @@ void gptq_factor(const KernelTable& table, const float* moment, int64_t in_featu
                  const float* channel_scale, double damping, float* factor, int threads) {
   const int64_t k = in_features;
   const auto scale = [&](int64_t i) { return channel_scale == nullptr ? 1.0f : channel_scale[i]; };
+  const auto entry = [&](int64_t i, int64_t j) { return moment[i * k + j] / (scale(i) * scale(j)); };
   double total = 0.0;
-  for (int64_t i = 0; i < k; ++i) total += moment[i * (k + 1)] / (static_cast<double>(scale(i)) * scale(i));
+  for (int64_t i = 0; i < k; ++i) total += entry(i, i);
   // nothing ever came in: any positive number gives plain rounding
-  const double mean = total > 0.0 ? total / static_cast<double>(k) : 1.0;
+  const double floor = kFloor * (total > 0.0 ? total / static_cast<double>(k) : 1.0);
+  std::vector<double> added(static_cast<size_t>(k));
   bool done = false;
-  for (int attempt = 0; attempt < kAttempts && !done; ++attempt, damping *= 10.0) {
+  for (double more = 1.0; more < kMostDamping && !done; more *= 10.0) {
     parallel_for(k, threads, [&](int64_t i, int) {
-      const float* source = moment + order[i] * k;
-      for (int64_t j = i; j < k; ++j) factor[i * k + j] = source[order[j]] / (scale(order[i]) * scale(order[j]));
-      factor[i * k + i] += static_cast<float>(damping * mean);
+      for (int64_t j = i; j < k; ++j) factor[i * k + j] = entry(order[i], order[j]);
+      const double extra = more * (damping * std::max(factor[i * k + i], 0.0f) + floor);
+      added[static_cast<size_t>(i)] = extra;
+      factor[i * k + i] += static_cast<float>(extra);
     });
     std::fill_n(factor + k * k, (factor_rows(table, k) - k) * k, 0.0f);
-    // exact arithmetic has no pivot below the damping
-    done = Factorization(table, factor, k, damping * mean / 2.0, threads).run();
+    done = Factorization(table, factor, k, added.data(), threads).run();
   }
   parallel_for(k, threads, [&](int64_t i, int) { std::fill_n(factor + i * k, i, 0.0f); });
 }

@@ -21,9 +21,9 @@ namespace awq {
 int64_t factor_rows(const KernelTable& table, int64_t in_features);
 
 // factor [factor_rows][K], the first K rows of which become R, 0 below the diagonal:
-// R R^T = diag(1/s) moment diag(1/s) + damping * mean diagonal, both axes reordered by `order` [K].
-// channel_scale s [K] may be null. Where rounding makes that no longer positive definite, more damping is taken. fp32
-// products and sums, fp64 inside diagonal blocks.
+//     R R^T = H + damping * diagonal of H + 1e-6 * its mean,   H = diag(1/s) moment diag(1/s),
+// both axes reordered by `order` [K]; channel_scale s [K] may be null. Where rounding makes that no longer positive
+// definite, more is added. fp32 products and sums, fp64 inside diagonal blocks.
 void gptq_factor(const KernelTable& table, const float* moment, int64_t in_features, const int64_t* order,
                  const float* channel_scale, double damping, float* factor, int threads);
 

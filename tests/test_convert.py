@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import architectures
 import models
 import pytest
 import torch
@@ -151,6 +152,18 @@ def test_from_awq_ext_save(tmp_path: Path) -> None:
     assert 'fold="always"' in str(caught.value)
     assert "is not a multiple of group_size" in str(caught.value)
     assert not (tmp_path / "c").exists()
+
+
+def test_experts_of_awq_ext_save_need_their_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="for a mixture of experts")
+    case = architectures.make("Mixtral")
+    model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
+    awq_ext.save(model, tmp_path / "a")
+    if not json.loads((tmp_path / "a" / "awq_ext.json").read_text())["experts"]:
+        pytest.skip("transformers before release 5 has experts as Linears")
+    with pytest.raises(CheckpointError, match="which only that model can tell"):
+        awq_ext.convert(tmp_path / "a", tmp_path / "b", format="native")
+    assert not (tmp_path / "b").exists()
 
 
 class OnlyIntegers(TorchDispatchMode):

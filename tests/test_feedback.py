@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -49,7 +50,8 @@ def damped(second_moment: Tensor, order: Tensor, damping: float, scale: Tensor |
     h = second_moment.double()
     if scale is not None:
         h = h / scale.double() / scale.double()[:, None]
-    return h[order][:, order] + damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    h = h[order][:, order]
+    return h + (damping * h.diagonal() + 1e-6 * h.diagonal().mean()).diag()
 
 
 @KERNELS
@@ -57,14 +59,14 @@ def damped(second_moment: Tensor, order: Tensor, damping: float, scale: Tensor |
 @pytest.mark.parametrize("scaled", [False, True])
 def test_factor(kernels: ModuleType, isa: str, k: int, scaled: bool) -> None:
     second_moment, scale = moment(k), torch.rand(k) + 0.5 if scaled else None
-    for order in orders(second_moment):
-        factor = kernels.gptq_factor(second_moment, order, 0.01, scale)
+    for order, damping in itertools.product(orders(second_moment), (0.01, 1.0)):
+        factor = kernels.gptq_factor(second_moment, order, damping, scale)
         assert factor.dtype == torch.float32
         assert torch.equal(factor, factor.triu())
         assert (factor.diagonal() > 0).all()
         # Cholesky's backward error (Higham, Accuracy and Stability, theorem 10.3): gamma of at most k + 1 operations an
         # entry, on |R| |R^T|; H itself is rounded three times (two divisions, the damping), and R once more.
-        r, h = factor.double(), damped(second_moment, order, 0.01, scale)
+        r, h = factor.double(), damped(second_moment, order, damping, scale)
         assert ((r @ r.T - h).abs() <= EPS * (k + 8) * (r.abs() @ r.abs().T)).all()
 
 
@@ -106,7 +108,7 @@ def assert_decisions(
     off = EPS * (torch.arange(k) + 5) * (error.abs() @ above.abs()) / r.diagonal() + EPS * 4 * (target.abs() + w.abs())
     low, high = ((((target + d) / step).round() + zero).clamp(0, 2**bits - 1) for d in (-off, off))
     assert ((low <= codes) & (codes <= high)).all()
-    assert (low == high).double().mean() > 0.99
+    assert (low != high).sum() <= 1 + codes.numel() // 100
 
 
 @KERNELS
@@ -154,7 +156,8 @@ def test_the_number_of_threads_changes_nothing(isa: str) -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             factor = _C.gptq_factor(second_moment, order)
-            results.append((factor, *_C.gptq_quantize(weight, factor, order, 64)))
+            parts = _C.gptq_quantize(weight, factor, order, 64)
+            results.append((factor, *parts, *_C.refine_quantized(weight, *parts, second_moment, 64)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -223,6 +226,71 @@ def test_a_factor_is_made_once_for_all_linears_of_a_group(monkeypatch: pytest.Mo
     assert len(made) == 1
     feedback.quantize(weight, AwqConfig(method="gptq", damping=0.1))
     assert len(made) == 2
+
+
+def refined_loss(weight: Tensor, parts: tuple[Tensor, ...], second_moment: Tensor, group_size: int) -> Tensor:
+    """Of each row, in fp64, with a diagonal counted twice (damping 1)."""
+    error = (reference.dequantize_weight(*parts, group_size) - weight.float()).double()
+    h = second_moment.double() + second_moment.double().diagonal().diag()
+    return ((error @ h) * error).sum(1)
+
+
+@KERNELS
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", [-1, 128, 7])
+def test_refine(kernels: ModuleType, isa: str, shape: tuple[int, int], dtype: torch.dtype, group_size: int) -> None:
+    n, k = shape
+    second_moment, weight = moment(k), torch.randn(shape).to(dtype)
+    for bits, symmetric, scale_dtype in ((4, False, torch.float16), (3, True, torch.bfloat16)):
+        parts = reference.quantize_weight(weight, group_size, bits, symmetric, scale_dtype)
+        unchanged = tuple(part.clone() for part in parts)
+        losses = [refined_loss(weight, parts, second_moment, group_size)]
+        for rounds in (0, 1, 2):
+            refined = kernels.refine_quantized(weight, *parts, second_moment, group_size, bits, 1.0, rounds)
+            assert refined[0].max() < 2**bits
+            assert torch.equal(refined[2], parts[2])
+            losses.append(refined_loss(weight, refined, second_moment, group_size))
+        assert all(torch.equal(a, b) for a, b in zip(parts, unchanged, strict=True))
+        assert torch.equal(losses[0], losses[1])  # no round, no change
+        # A code never raises the loss (up to fp32 sums); a step may by its rounding to 11 or 8 bits, which is off by half a
+        # unit: (step * 2^-8)^2 of what the levels weigh, levels below 2^bits.
+        level = reference.dequantize_weight(parts[0], torch.ones_like(parts[1]), parts[2], group_size).double().abs()
+        steps = reference.expand_groups(parts[1].double(), k, group_size)
+        most = 2 * level * steps * 2.0**-8
+        slack = ((most @ (second_moment.double().abs() * 2)) * most).sum(1) + 1e-4 * losses[0]
+        assert (losses[2] <= losses[0] + slack).all()
+        assert losses[3].sum() <= losses[2].sum() + slack.sum()
+        if n * k > 1000:
+            assert losses[2].sum() < 0.9 * losses[0].sum()
+
+
+def test_refined_codes_are_best_one_by_one(isa: str) -> None:
+    second_moment, weight = moment(100), torch.randn(40, 100)
+    parts = _C.quantize_weight(weight, 32)
+    for _ in range(30):  # until nothing changes any more
+        before, parts = parts, _C.refine_quantized(weight, *parts, second_moment, 32)
+    settled = (parts[0] == before[0]).all(1) & (parts[1] == before[1]).all(1)
+    assert settled.sum() > 20
+    best = refined_loss(weight, parts, second_moment, 32)
+    for channel in range(0, 100, 7):
+        for change in (-1, 1):
+            codes = parts[0].clone()
+            codes[:, channel] = (codes[:, channel].int() + change).clamp(0, 15).byte()
+            other = refined_loss(weight, (codes, *parts[1:]), second_moment, 32)
+            # fp32 sums: relative 2^-24 times the number of terms, far below 1e-4
+            assert (best <= other * (1 + 1e-4))[settled].all()
+
+
+def test_both_implementations_refine_alike() -> None:
+    second_moment, weight, scale = moment(150), torch.randn(50, 150), torch.rand(150) + 0.5
+    parts = reference.quantize_weight(weight, 64, channel_scale=scale)
+    ours, expected = (
+        k.refine_quantized(weight, *parts, second_moment, 64, channel_scale=scale) for k in (_C, reference)
+    )
+    # A scale whose exact value lies between two storable ones may be rounded either way, and its row then goes another way
+    same = (ours[1] == expected[1]).all(1) & (ours[0] == expected[0]).all(1)
+    assert same.sum() >= 45
 
 
 def mlp() -> nn.Sequential:

@@ -134,8 +134,9 @@ def run(program: str, **given: Any) -> dict[str, int]:
         ("bfloat16", 12, {"group_size": 16}),
         ("float32", 8, {"propagate": "quantized"}),
         ("bfloat16", 12, {"packed": False}),
+        ("bfloat16", 12, {"method": "awq+gptq"}),
     ],
-    ids=["bf16", "fp32-propagate", "fake"],
+    ids=["bf16", "fp32-propagate", "fake", "gptq"],
 )
 def test_the_planned_peak_is_kept(dtype: str, blocks: int, options: dict[str, Any]) -> None:
     found = run(PROGRAM, dtype=dtype, blocks=blocks, batches=4, length=64, options=options)

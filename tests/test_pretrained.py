@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from checks import Snapshot, same_bits
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,7 +112,6 @@ def test_zero_points(format: str, tmp_path: Path) -> None:
         "T5",
         "ViT",
         "Whisper",
-        "GPT-2",
     ],
 )
 def test_architectures(name: str, tmp_path: Path) -> None:
@@ -118,6 +119,77 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
     awq_ext.save_pretrained(model, tmp_path)
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), case.batches[0]), logits(model, case.batches[0]))
+
+
+EXPERTS = {
+    "Mixtral": "model.layers.0.block_sparse_moe.experts.3.w2",
+    "Qwen2-MoE": "model.layers.1.mlp.experts.0.gate_proj",
+}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("format", ["awq", "compressed-tensors", "native"])
+@pytest.mark.parametrize("name", list(EXPERTS))
+def test_experts_that_transformers_joins_have_their_own_tensors_in_files(
+    name: str, format: str, kept: bool, tmp_path: Path
+) -> None:
+    case = architectures.make(name)
+    skip = ("*lm_head", "*gate", "*experts.*") if kept else ("*lm_head", "*gate")
+    options = {"group_size": 16, "method": "rtn", "fold": "always", "skip": skip, "progress": False}
+    model = awq_ext.quantize(case.model, case.batches, **options)
+    awq_ext.save_pretrained(model, tmp_path, format=format, max_shard_size=20_000)
+    names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    first = "weight" if kept else LAYOUTS[format].suffixes[0]
+    assert f"{EXPERTS[name]}.{first}" in names
+    expected = logits(model, case.batches[0])
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), case.batches[0]), expected)
+    other = architectures.make(name, seed=1).model
+    assert torch.equal(logits(awq_ext.load(other, tmp_path), case.batches[0]), expected)
+
+
+def test_experts_that_no_file_divides_are_for_the_native_layout(tmp_path: Path) -> None:
+    case = architectures.make("gpt-oss")
+    model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
+    with pytest.raises(
+        CheckpointError, match=r'mlp\.experts\.(gate_up|down)_proj and alike hold experts.*format="native"'
+    ):
+        awq_ext.save_pretrained(model, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+    awq_ext.save_pretrained(model, tmp_path / "x", format="native")
+    expected = logits(model, case.batches[0])
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path / "x"), case.batches[0]), expected)
+    other = architectures.make("gpt-oss", seed=1).model
+    assert torch.equal(logits(awq_ext.load(other, tmp_path / "x"), case.batches[0]), expected)
+    awq_ext.convert(tmp_path / "x", tmp_path / "y", format="native")
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path / "y"), case.batches[0]), expected)
+
+
+def test_layers_with_a_transposed_weight(tmp_path: Path) -> None:
+    case = architectures.make("GPT-2")
+    model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
+    assert isinstance(model.transformer.h[0].mlp.c_fc, QuantLinear)
+    awq_ext.save_pretrained(model, tmp_path)
+    expected = logits(model, case.batches[0])
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), case.batches[0]), expected)
+    assert torch.equal(
+        logits(awq_ext.load(architectures.make("GPT-2", seed=1).model, tmp_path), case.batches[0]), expected
+    )
+
+
+def test_a_damaged_expert_leaves_the_model_whole(tmp_path: Path) -> None:
+    case = architectures.make("Mixtral")
+    model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
+    awq_ext.save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.1.w3.qzeros"
+    for spoil in (lambda: tensors.pop(name), lambda: tensors.update({name: torch.zeros(1, 1, dtype=torch.int32)})):
+        spoil()
+        save_file(tensors, tmp_path / "model.safetensors")
+        other = architectures.make("Mixtral", seed=1).model
+        before = Snapshot(other)
+        with pytest.raises(CheckpointError):
+            awq_ext.load(other, tmp_path)
+        before.assert_unchanged()
 
 
 def test_run_time_scales_live_in_the_native_layout(tmp_path: Path) -> None:
@@ -138,6 +210,21 @@ def test_all_that_a_format_cannot_hold_is_listed_at_once(tmp_path: Path) -> None
     assert "more layers" in text
     assert list(tmp_path.iterdir()) == []
     before.assert_unchanged()
+
+
+def test_half_of_what_servers_join_is_a_warning(tmp_path: Path) -> None:
+    model = quantized(skip=("*lm_head", "*.1.self_attn.k_proj"))
+    with pytest.warns(
+        UserWarning, match=r"layers\.1\.self_attn\.q_proj, model\.layers\.1\.self_attn\.v_proj: neighbours"
+    ):
+        awq_ext.save_pretrained(model, tmp_path)
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path)), logits(model))
+    model = quantized(per_layer={"*.up_proj": {"group_size": 16}})
+    with pytest.warns(UserWarning, match="gate_proj"):
+        awq_ext.save_pretrained(model, tmp_path, format="compressed-tensors")
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path)), logits(model))
+    with pytest.raises(CheckpointError, match=r"different group sizes \(16, 32\)"):
+        awq_ext.save_pretrained(model, tmp_path, format="awq")
 
 
 def test_bad_arguments_write_nothing(tmp_path: Path) -> None:
@@ -256,6 +343,23 @@ def test_tokenizer_files_are_carried_over(tmp_path: Path) -> None:
     assert torch.equal(logits(awq_ext.from_pretrained(origin)), logits(model))
 
 
+def test_tokenizer_files_come_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--someone--some-model"
+    for folder in ("blobs", "snapshots/1234", "refs"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text("1234")
+    for name in ("config.json", "tokenizer.json"):
+        (repository / "blobs" / name).write_text(name)
+        (repository / "snapshots" / "1234" / name).symlink_to(Path("../../blobs") / name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = quantized()
+    for origin, found in (("someone/some-model", True), ("someone/other", False), ("/gone/for/good/ever", False)):
+        model.config._name_or_path = origin
+        folder = awq_ext.save_pretrained(model, tmp_path / "x")
+        assert (folder / "tokenizer.json").exists() == found
+        shutil.rmtree(folder)
+
+
 def test_a_tokenizer_of_one_s_own(tmp_path: Path) -> None:
     class Tokenizer:
         def save_pretrained(self, folder: Path) -> None:
@@ -284,6 +388,12 @@ def test_dtype_casts_what_is_not_quantized(saved: tuple[nn.Module, Path]) -> Non
     assert same_bits(layer.scales, original.scales)
     error = (logits(loaded).float() - logits(model)).norm() / logits(model).norm()
     assert error < 0.05  # bf16 has 8 bits: 2^-8 a rounding, of which a token sees some dozens
+
+
+def test_options_reach_the_config(saved: tuple[nn.Module, Path]) -> None:
+    loaded = awq_ext.from_pretrained(saved[1], attn_implementation="eager")
+    assert loaded.config._attn_implementation == "eager"
+    assert torch.allclose(logits(loaded), logits(saved[0]), atol=1e-4)  # another order of some dozen fp32 sums
 
 
 class NoFloatWeights(TorchDispatchMode):

@@ -21,8 +21,8 @@ class CompressedTensors(Layout):
     """
 
     name = "compressed-tensors"
+    rows_at = ("weight_scale", 0)
     suffixes = ("weight_packed", "weight_scale", "weight_shape")
-    outputs = ("weight_scale", 0)
     optional = ("weight_zero_point", "weight_g_idx", "bias")
     scale_dtypes = (torch.float16, torch.bfloat16, torch.float32)
     mixes_group_sizes = True

@@ -71,6 +71,7 @@ class Gemm(AwqLayout):
 
     name = "awq"
     version = "gemm"
+    rows_at = ("scales", 1)
     suffixes = ("qweight", "qzeros", "scales")
     divisors = (8, 1)
 

@@ -36,8 +36,8 @@ class Gemv(AwqLayout):
 
     name = "gemv"
     version = "gemv"
+    rows_at = ("scales", 0)
     suffixes = ("qweight", "qzeros", "scales")
-    outputs = ("scales", 0)
     divisors = (8, 8)
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:

@@ -44,6 +44,7 @@ class GemvFast(AwqLayout):
 
     name = "gemv_fast"
     version = "gemv_fast"
+    rows_at = ("scales", 1)
     suffixes = ("qweight", "qzeros", "scales")
     divisors = (8, CHANNELS)
 

@@ -20,6 +20,7 @@ class Gptq(Layout):
     """
 
     name = "gptq"
+    rows_at = ("scales", 1)
     suffixes = ("qweight", "qzeros", "scales")
     optional = ("bias", "g_idx")
     short_groups = True

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..reference import group_count
 from .packed import CheckpointError, PackedLinear, exactly, expect
 
+# what vLLM, SGLang and TensorRT-LLM make one matrix of
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -20,12 +22,13 @@ class Settings:
     """What a quantization_config says about its layers.
 
     group_sizes: the sizes that occur; a layer has the one that fits its number of groups. per_layer: name -> (in_features,
-    group_size) where the shapes alone do not tell. zero_offset: added to a stored zero, modulo 16.
+    group_size) where the shapes alone do not tell. zero_offset: added to a stored zero, modulo 16. experts: as in Summary.
     """
 
     group_sizes: tuple[int, ...]
     per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     zero_offset: int = 0
+    experts: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, name: str) -> Settings:
         """For the layer of this name."""
@@ -69,10 +72,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a config says of a model: its quantized layers by name, and the names of Linears left float."""
+    """What a config says of a model: its quantized layers by name, and the names of Linears left float.
+
+    experts: parameters [E, N, K] of which ``layers`` has each matrix, as ``name.0``, ``name.1``, ... -> how the model uses them.
+    """
 
     layers: Mapping[str, Facts]
     float_linears: Sequence[str] = ()
+    experts: Mapping[str, str] = field(default_factory=dict)
 
     def group_sizes(self) -> list[int]:
         """The sizes a reader must know: those of layers with several groups; [-1] (or the rows' one length) if there is none."""
@@ -82,6 +89,18 @@ class Summary:
         lengths = {facts.in_features for facts in self.layers.values()}
         same = len(lengths) == 1 and lengths == {facts.group_size for facts in self.layers.values()}
         return [lengths.pop()] if same else [-1]
+
+    def half_joined(self) -> list[str]:
+        """Layers that servers join with neighbours which are float, or have other groups: names of those quantized."""
+        found, known = [], {*self.layers, *self.float_linears}
+        for name, facts in self.layers.items():
+            prefix, _, leaf = name.rpartition(".")
+            for parts in JOINED:
+                others = [f"{prefix}.{part}".lstrip(".") for part in parts if leaf in parts and part != leaf]
+                mates = [self.layers.get(other) for other in others if other in known]
+                if any(mate is None or _size(mate) != _size(facts) for mate in mates):
+                    found.append(name)
+        return found
 
     @property
     def symmetric(self) -> bool:
@@ -93,19 +112,19 @@ class Layout:
     """A way to lay out quantized Linears in a checkpoint. Stateless; ``formats.LAYOUTS`` has one object of each.
 
     name: what users call it; suffixes: the tensors that every layer has, the first of them only quantized layers; optional:
-    those that some layers have; outputs: the tensor and its dimension that is out_features.
+    those that some layers have.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    rows_at: ClassVar[tuple[str, int]]  # the tensor and dimension that tell out_features
     optional: ClassVar[tuple[str, ...]] = ("bias",)
-    outputs: ClassVar[tuple[str, int]] = ("scales", 1)
     scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16,)
     mixes_group_sizes: ClassVar[bool] = False
     short_groups: ClassVar[bool] = False  # may the last group of a row be short
     run_time_scales: ClassVar[bool] = False
+    joined_experts: ClassVar[bool] = False  # experts under the names of transformers 5's parameters
     divisors: ClassVar[tuple[int, int]] = (1, 1)  # of out_features and in_features
-    extra_files: ClassVar[tuple[str, ...]] = ()
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         """The tensors of a layer for which :meth:`problems` is empty, by suffix; exact. ``summary`` is of the model it is in."""
@@ -161,13 +180,22 @@ class Layout:
 
     def model_problems(self, summary: Summary) -> list[str]:
         """What does not fit of the model as a whole, in the same form as :meth:`problems`."""
+        found = []
+        if summary.experts and not self.joined_experts:
+            found.append(
+                f"{next(iter(summary.experts))} and alike hold experts in a form of which this format's readers know none: "
+                'use format="native", or leave them float with skip='
+            )
         if self.mixes_group_sizes:
-            return []
+            return found
         size, *others = summary.group_sizes()
         if others:
-            return [f"layers have different group sizes ({size}, {', '.join(map(str, others))}): use one for all"]
+            sizes = ", ".join(map(str, (size, *others)))
+            return [*found, f"layers have different group sizes ({sizes}): use one for all"]
         odd = [name for name, facts in summary.layers.items() if not _same_groups(facts, size)]
-        return [f"{odd[0]} has other groups than group_size={size}: use one size that fits all layers"] if odd else []
+        if odd:
+            found.append(f"{odd[0]} has other groups than group_size={size}: use one size that fits all layers")
+        return found
 
     def require(self, tensors: Mapping[str, Tensor]) -> None:
         """CheckpointError unless all of ``suffixes`` are there."""
@@ -185,6 +213,10 @@ def largest_group(in_features: int) -> str:
     """The largest usual group size that divides ``in_features``, as a hint."""
     fitting = [size for size in (128, 64, 32, 16) if in_features % size == 0]
     return f"{fitting[0]} fits" if fitting else "none of the usual ones fits, -1 does"
+
+
+def _size(facts: Facts) -> int:
+    return -1 if facts.groups == 1 else facts.group_size
 
 
 def _same_groups(facts: Facts, group_size: int) -> bool:

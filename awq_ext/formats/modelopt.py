@@ -20,8 +20,8 @@ class ModelOpt(Layout):
     """weight uint8 [N/2, K] (output 2j in the low nibble, two's complement), weight_scale fp32 [N, K/g], pre_quant_scale [K]."""
 
     name = "modelopt"
+    rows_at = ("weight_scale", 0)
     suffixes = ("weight", "weight_scale")
-    outputs = ("weight_scale", 0)
     optional = ("pre_quant_scale", "bias")
     scale_dtypes = (torch.float16, torch.bfloat16, torch.float32)
     run_time_scales = True

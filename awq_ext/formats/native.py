@@ -15,17 +15,19 @@ from .packed import CheckpointError, PackedLinear, expect
 class Native(Layout):
     """qweight uint8 [N, ceil(K/2)], scales [N, G], zeros uint8 [N, G], pre_quant_scale fp32 [K]: docs/checkpoint.md.
 
-    The config has ``layers``: name -> [in_features, group_size], because shapes do not tell them.
+    The config has ``layers``: name -> [in_features, group_size], because shapes do not tell them; and ``experts``: name of a
+    parameter [E, N, K] whose matrices are layers -> how the model uses it (``fused.USES``).
     """
 
     name = "native"
+    rows_at = ("scales", 0)
     suffixes = ("qweight", "scales", "zeros")
-    outputs = ("scales", 0)
     optional = ("pre_quant_scale", "bias")
     scale_dtypes = (torch.float16, torch.bfloat16)
     mixes_group_sizes = True
     short_groups = True
     run_time_scales = True
+    joined_experts = True
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         tensors = {"qweight": layer.qweight, "scales": self.stored_scales(layer), "zeros": layer.zeros}
@@ -58,6 +60,7 @@ class Native(Layout):
             "bits": 4,
             "version": 1,
             "layers": {name: [facts.in_features, facts.group_size] for name, facts in summary.layers.items()},
+            "experts": dict(summary.experts),
             "modules_to_not_convert": list(summary.float_linears) or None,
         }
 
@@ -70,8 +73,11 @@ class Native(Layout):
             raise CheckpointError(f"quantization_config: version {version}; this awq_ext reads version 1")
         if not isinstance(layers, dict) or not all(_is_pair(entry) for entry in layers.values()):
             raise CheckpointError("quantization_config: layers must be name -> [in_features, group_size]")
+        experts = config.get("experts", {})
+        if not isinstance(experts, dict) or not all(isinstance(use, str) for use in experts.values()):
+            raise CheckpointError("quantization_config: experts must be name -> use")
         per_layer = {name: (k, checked_group_size(size)) for name, (k, size) in layers.items()}
-        return Settings(tuple(dict.fromkeys(size for _, size in per_layer.values())), per_layer)
+        return Settings(tuple(dict.fromkeys(size for _, size in per_layer.values())), per_layer, experts=experts)
 
     def claims(self, leaves: Mapping[str, torch.dtype]) -> bool:
         return leaves.get("qweight") == torch.uint8 and "zeros" in leaves

@@ -10,6 +10,12 @@ void feedback_panel(const FeedbackPanel* panel, float* sums, float* errors, uint
     const float* sum = sums + c * kWidth;
     uint8_t* code = codes + panel->order[c] * kWidth;
     const float pivot = factor[c], top = panel->top;
+    for (int later = c + 1; panel->again && later < panel->channels; ++later) {
+      const Vec share = splat(factor[later]);
+      float* out = sums + c * kWidth;
+      for (int v = 0; v < kWidth; v += kLanes)
+        store(out + v, fma(share, load(errors + later * kWidth + v), load(out + v)));
+    }
 #pragma omp simd
     for (int r = 0; r < kWidth; ++r) {
       const float q = code_of(weights[r] + sum[r] / pivot, Grid{steps[r], zeros[r], top, 0});

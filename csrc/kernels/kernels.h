@@ -50,6 +50,7 @@ struct FeedbackPanel {
   const int64_t* order;   // [channels], where in the row a channel comes from
   const int64_t* groups;  // [channels], its group there
   float top;
+  bool again;  // the channels have errors from an earlier round: those of later channels count for the ones before
 };
 
 struct KernelTable {
@@ -70,8 +71,8 @@ struct KernelTable {
   void (*group_error)(const float* scaled, const float* w, const float* channel_scale, int64_t n, const Grid* grid,
                       float* error);
   // Channel c is rounded at weights[c] + sums[c] / factor[c][c]; its error, weights[c] - value, goes to errors[c] and,
-  // times factor[c][later], into sums[later]. sums, errors [channels][tile_cols]; codes [all channels][tile_cols], in
-  // the row's own order.
+  // times factor[c][later], into sums[later]. With `again`, what errors[later] held goes into sums[c] first. sums,
+  // errors [channels][tile_cols]; codes [all channels][tile_cols], in the row's own order.
   void (*feedback_panel)(const FeedbackPanel* panel, float* sums, float* errors, uint8_t* codes);
   // x[i] rounded to bf16, half to even, and kept in fp32. Finite values only become infinite above bf16's range.
   void (*round_to_bf16)(float* x, int64_t n);

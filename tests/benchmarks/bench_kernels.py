@@ -142,6 +142,21 @@ def bench_gptq(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
     return interleaved(functions, min(repeat, 2)), n * k * k + k**3 / 3
 
 
+def bench_refine(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    weight, g = torch.randn(n, k).bfloat16(), moment(k)
+    parts = _C.quantize_weight(weight, GROUP)
+    error, row = torch.randn(n, k), torch.randn(k)
+
+    def torch_products_only() -> None:  # a lower bound for torch: one pass over the scales, one over the codes
+        for start in range(0, k, GROUP):
+            error @ g[:, start : start + GROUP]
+        for _ in range(k):
+            error @ row
+
+    functions = {"ours": lambda: _C.refine_quantized(weight, *parts, g, GROUP), "torch": torch_products_only}
+    return interleaved(functions, min(repeat, 2)), 4 * n * k * k
+
+
 KERNELS = {
     "stats": bench_stats,
     "quadratic": bench_quadratic,
@@ -149,6 +164,7 @@ KERNELS = {
     "clip": bench_clip,
     "quantize": bench_quantize,
     "gptq": bench_gptq,
+    "refine": bench_refine,
 }
 
 

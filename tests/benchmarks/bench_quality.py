@@ -9,6 +9,7 @@ first --tokens tokens of each text in windows of --seq without overlap; every wi
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import json
 import math
@@ -40,11 +41,16 @@ def variants(args: argparse.Namespace) -> dict[str, dict[str, object]]:
     chosen = {"rtn": common | {"method": "rtn"}, "awq": dict(common)}
     for extra in args.variant:
         pairs = dict(pair.split("=") for pair in extra.split(","))
-        values = {
-            k: {"True": True, "False": False}.get(v, int(v) if v.lstrip("-").isdigit() else v) for k, v in pairs.items()
-        }
-        chosen[f"awq {extra}"] = common | values
+        chosen[extra] = common | {key: literal(value) for key, value in pairs.items()}
     return chosen
+
+
+def literal(text: str) -> object:
+    """A number or a flag where ``text`` is one, otherwise ``text``."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def main() -> None:
@@ -59,7 +65,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
-        "--variant", action="append", default=[], help="more settings, such as clip=False,propagate=quantized"
+        "--variant", action="append", default=[], help="more settings, such as method=awq+gptq,clip=False"
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -98,14 +104,16 @@ def main() -> None:
 
 def show(name: str, row: dict[str, float], results: dict[str, dict[str, float]]) -> None:
     """One line: perplexity on each text, and behind it the share of RTN's gap that is closed."""
-    cells = []
+    cells, closed = [], []
     for text, value in row.items():
         cell = f"{text} {value:.3f}"
         if "rtn" in results and name != "rtn":
             gap = results["rtn"][text] - results["float"][text]
-            cell += f" ({(results['rtn'][text] - value) / gap:.0%})"
+            closed.append((results["rtn"][text] - value) / gap)
+            cell += f" ({closed[-1]:.0%})"
         cells.append(cell)
-    print(f"{name:12s} " + "  ".join(cells), flush=True)
+    mean = f"  mean {sum(closed) / len(closed):.0%}" if closed else ""
+    print(f"{name:12s} " + "  ".join(cells) + mean, flush=True)
 
 
 if __name__ == "__main__":
