@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,21 +12,9 @@ from torch import Tensor, nn
 from .experts import ExpertLinears, expert_count
 from .formats import CheckpointError, PackedLinear
 from .huggingface import weight_conversions
+from .members import Member, absent_experts, natural_order
 from .qlinear import QuantLinear
 from .rows import RowNumbers, Run, cut_layer, join_layers
-
-
-@dataclass
-class _Member:
-    """A tensor that a converter takes: its name, the pattern it fits, and what it consists of: sources with their rows.
-
-    sources are empty for a float tensor that is converted as it is.
-    """
-
-    name: str
-    pattern: str
-    sources: dict[str, int] = field(default_factory=dict)
-    stacked: bool = False
 
 
 class Renamed:
@@ -50,7 +36,7 @@ class Renamed:
         self.layers: dict[str, tuple[Run, ...]] = {}
         self.experts: dict[str, str] = {}
         self._cuts: dict[str, tuple[Run, ...]] = {}  # float weights made of rows, by new name
-        self._groups: dict[str, list[_Member]] = {}  # by first new name
+        self._groups: dict[str, list[Member]] = {}  # by first new name
         self._homes: dict[str, str | None] = {}  # new name -> its group, or None where it is only renamed
         self._old: dict[str, str] = {}
         self._meta: dict[str, Tensor] = {}
@@ -61,7 +47,7 @@ class Renamed:
             self._add_experts()
         for name, use in getattr(source, "experts", {}).items():
             members = [each for each in (*source.layers, *source.floats) if each.startswith(f"{name}.")]
-            self._keep(_Member(name, "", dict.fromkeys(members, 0), stacked=True), use)
+            self._keep(Member(name, "", dict.fromkeys(members, 0), stacked=True), use)
         for name in source.layers:
             if name not in self._apart:
                 self._add_layer(name)
@@ -70,7 +56,7 @@ class Renamed:
                 self._add_float(name)
         for group, members in self._groups.items():
             # files list expert 10 before expert 2, and converters join in the order they are given
-            members.sort(key=lambda member: _natural(member.name))
+            members.sort(key=lambda member: natural_order(member.name))
             self._resolve(group, members)
         self.floats: Iterable[str] = [*self._homes, *self._cuts]
 
@@ -137,13 +123,13 @@ class Renamed:
                 sources[source] = expert.out_features
             self._apart |= set(sources)
             first, pattern = self._renamed(name)
-            member = _Member(name, pattern or "", sources, stacked=True)
+            member = Member(name, pattern or "", sources, stacked=True)
             if pattern is None or experts.use != "linear":
                 self._keep(member, experts.use)
             else:
                 self._groups.setdefault(first, []).append(member)
 
-    def _keep(self, member: _Member, use: str) -> None:
+    def _keep(self, member: Member, use: str) -> None:
         """Experts that no file knows apart: their names are those of the model, with what stands before them renamed."""
         self.experts[_apply(self._renamings, member.name)] = use
         self._apart |= set(member.sources)
@@ -159,7 +145,7 @@ class Renamed:
         if pattern is None:
             self.layers[new.removesuffix(".weight")] = (Run(name),)
         else:
-            member = _Member(f"{name}.weight", pattern, {name: self.source.rows(name)})
+            member = Member(f"{name}.weight", pattern, {name: self.source.rows(name)})
             self._groups.setdefault(new, []).append(member)
 
     def _add_float(self, name: str) -> None:
@@ -167,7 +153,7 @@ class Renamed:
         if pattern is None:
             self._homes[new], self._old[new] = None, name
         else:
-            self._groups.setdefault(new, []).append(_Member(name, pattern))
+            self._groups.setdefault(new, []).append(Member(name, pattern))
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         """The new name, and the pattern of the converter it takes part in. Files: renaming comes last, after conversion."""
@@ -179,9 +165,9 @@ class Renamed:
                 return new, pattern
         return (_apply(self._renamings, name) if self._to_files else name), None
 
-    def _resolve(self, group: str, members: list[_Member]) -> None:
+    def _resolve(self, group: str, members: list[Member]) -> None:
         """Find what the converter makes of one group."""
-        if not self._to_files and (absent := _absent(members)):
+        if not self._to_files and (absent := absent_experts(members)):
             raise CheckpointError(f"{self.folder} lacks {absent[0]}: {group} is made of all of them")
         if not any(member.sources for member in members):
             for new, tensor in self._try_convert(group, self._empty).items():
@@ -201,25 +187,30 @@ class Renamed:
             else:
                 self._cuts[f"{name}.weight"] = runs
 
-    def _made_of_rows(self, group: str, members: list[_Member]) -> dict[str, tuple[Run, ...]]:
+    def _made_of_rows(self, group: str, members: list[Member]) -> dict[str, tuple[Run, ...]]:
         """Linears and the rows that the converter makes them of. CheckpointError where it does something else."""
         for member in members:
             if not member.sources:
-                member.sources = {member.name: self.source.shape(member.name)[0]}
+                shape = self.source.shape(member.name)
+                if len(shape) != 2:
+                    raise CheckpointError(
+                        f"{member.name} has shape {shape}, quantized layers beside it have two dimensions"
+                    )
+                member.sources = {member.name: shape[0]}
         numbers = RowNumbers({source: rows for member in members for source, rows in member.sources.items()})
 
-        def read(member: _Member) -> Tensor:
+        def read(member: Member) -> Tensor:
             tensors = [numbers.of(source) for source in member.sources]
             return torch.stack(tensors) if member.stacked else tensors[0]
 
         made = self._try_convert(group, read)
         return {
             name: self._checked(name, numbers.runs(weight), members)
-            for new in sorted(made, key=_natural)
+            for new in sorted(made, key=natural_order)
             for name, weight in self._weights(new, made[new], members).items()
         }
 
-    def _weights(self, new: str, made: Tensor, members: list[_Member]) -> dict[str, Tensor]:
+    def _weights(self, new: str, made: Tensor, members: list[Member]) -> dict[str, Tensor]:
         """Linears and their weights in what a converter made; experts in one tensor are as many Linears."""
         if made.dim() == 2 and new.endswith(".weight"):
             return {new.removesuffix(".weight"): made}
@@ -229,13 +220,13 @@ class Renamed:
             )
         count = expert_count(self._model, new)
         if count is not None and count != len(made):
-            absent = _absent(members, count)
+            absent = absent_experts(members, count)
             what = f"lacks {absent[0]}" if absent else "does not fit"
             raise CheckpointError(f"{self.folder} {what}: {new} has {count} experts in the model, {len(made)} there")
         self.experts[new] = "linear"
         return {f"{new}.{e}": weight for e, weight in enumerate(made)}
 
-    def _checked(self, name: str, runs: tuple[Run, ...] | None, members: list[_Member]) -> tuple[Run, ...]:
+    def _checked(self, name: str, runs: tuple[Run, ...] | None, members: list[Member]) -> tuple[Run, ...]:
         if runs is None:
             raise CheckpointError(
                 f"{members[0].name} is quantized, and {name} is not made of its rows, so that its groups cannot be kept"
@@ -246,9 +237,14 @@ class Renamed:
             raise CheckpointError(
                 f"{quantized[0]} is quantized, {left[0]} is not, and both are one layer on the other side: {name}"
             )
+        kinds = {(self.source.shape(source)[1:], self.source.dtype(source)) for source in left}
+        if len(kinds) > 1:
+            raise CheckpointError(
+                f"{left[0]} and {left[-1]} are one layer, but differ in input channels or dtype: {name}"
+            )
         return runs
 
-    def _try_convert(self, group: str, read: Callable[[_Member], Tensor]) -> dict[str, Tensor]:
+    def _try_convert(self, group: str, read: Callable[[Member], Tensor]) -> dict[str, Tensor]:
         """CheckpointError where transformers' own code, on what may be anything, fails."""
         try:
             return self._convert(group, read)
@@ -265,7 +261,7 @@ class Renamed:
         pattern = self._groups[group][0].pattern
         return next(converter for converter in self._converters if pattern in converter.source_patterns)
 
-    def _convert(self, group: str, read: Callable[[_Member], Tensor]) -> dict[str, Tensor]:
+    def _convert(self, group: str, read: Callable[[Member], Tensor]) -> dict[str, Tensor]:
         converter = deepcopy(self._converter(group))
         for member in self._groups[group]:
             converter.add_tensor(group, member.name, member.pattern, read(member))
@@ -273,25 +269,8 @@ class Renamed:
         found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         return {_apply(self._renamings, n): t for n, t in found.items()} if self._to_files else found
 
-    def _empty(self, member: _Member) -> Tensor:
+    def _empty(self, member: Member) -> Tensor:
         return torch.empty(self.source.shape(member.name), dtype=self.source.dtype(member.name), device="meta")
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key by which expert 2 comes before expert 10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
-
-
-def _absent(members: Iterable[_Member], count: int = 0) -> list[str]:
-    """Names of the experts that are missing among ``members``, of 0 to the highest number there, or of ``count``."""
-    found: dict[tuple[str, str, str], set[int]] = {}
-    for member in members:
-        pattern = re.sub(r"\\?\*\\?\.", r"(\\d+)\\.", member.pattern, count=1)
-        if "*" in member.pattern and (match := re.search(pattern, member.name)) and match.lastindex == 1:
-            around = (member.pattern, member.name[: match.start(1)], member.name[match.end(1) :])
-            found.setdefault(around, set()).add(int(match[1]))
-    count = max([count, *(number + 1 for numbers in found.values() for number in numbers)], default=0)
-    return [f"{a}{e}{b}" for (_, a, b), numbers in found.items() for e in range(count) if e not in numbers]
 
 
 def _apply(renamings: Iterable[Any], name: str) -> str:

@@ -237,6 +237,11 @@ def replaced(name: str, layer: PackedLinear | Tensor) -> Callable[[dict[str, Ten
         (replaced(f"{EXPERT}.up_proj", random_layer(32, 64, 16)), "do not fit the group size 32"),
         (replaced(f"{EXPERT}.up_proj", random_layer(32, 64, 32, bias=True)), "different biases"),
         (replaced(f"{EXPERT}.down_proj", torch.randn(64, 16)), "has shape"),
+        (replaced(f"{EXPERT}.down_proj", torch.tensor(1.0)), "beside it have two dimensions"),
+        (
+            lambda t: [replaced(f"{EXPERT}.{p}_proj", torch.randn(32, k))(t) for p, k in (("gate", 64), ("up", 32))],
+            "differ in input channels",
+        ),
         (without("model.norm"), "lacks model.norm.weight"),
         (lambda t: t.pop(f"{EXPERT}.up_proj.qzeros"), "qzeros is missing"),
         (lambda t: t.update({f"{EXPERT}.up_proj.scales": torch.ones(2)}), "has no scales of two dimensions"),
