@@ -20,7 +20,7 @@ from .formats.packed import CheckpointError
 from .journal import Journal
 from .placement import place
 from .prepare import unwrapped
-from .qlinear import TILED, QuantLinear
+from .qlinear import COMPUTE_DTYPES, TILED, QuantLinear
 from .quantdir import QuantDir
 from .renaming import Renamed
 from .report import AwqReport
@@ -123,8 +123,16 @@ def _is_foreign(folder: Path) -> bool:
     return any(file.suffix in (".safetensors", *PICKLES) for file in files)
 
 
+def read_report(directory: str | os.PathLike[str]) -> AwqReport:
+    """The report of the quantization that made a checkpoint. CheckpointError where there is none."""
+    report = read_index(Path(directory))["report"]
+    if report is None:
+        raise CheckpointError(f"{directory} holds no report: its model was not quantized by awq_ext.quantize")
+    return report
+
+
 def _describe(layer: QuantLinear) -> dict[str, Any]:
-    return {
+    entry = {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
         "group_size": layer.group_size,
@@ -133,6 +141,7 @@ def _describe(layer: QuantLinear) -> dict[str, Any]:
         "dtype": str(layer.dtype).removeprefix("torch."),
         "scale_dtype": str(layer.tile_scales.dtype).removeprefix("torch."),
     }
+    return entry if layer.compute == "auto" else entry | {"compute_dtype": layer.compute}
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -248,18 +257,21 @@ def _empty_layer(model: nn.Module, name: str, entry: Any, tensors: dict[str, Ten
         sizes = (entry["in_features"], entry["out_features"], entry["group_size"])
         flags = (entry["bias"], entry["pre_quant_scale"])
         dtypes = (_DTYPES[entry["dtype"]], SCALE_DTYPES[entry["scale_dtype"]])
+        compute_dtype = entry.get("compute_dtype", "auto")
     except (KeyError, TypeError):
         raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}") from None
     known = (
         all(type(size) is int for size in sizes) and _is_group_size(sizes[2]) and all(type(f) is bool for f in flags)
     )
-    if not known or min(sizes[:2]) < 1:
+    if not known or min(sizes[:2]) < 1 or compute_dtype not in COMPUTE_DTYPES:
         raise CheckpointError(f"the entry of layer {name!r} is damaged: {entry!r}")
     if not isinstance(old, (nn.Linear, QuantLinear)) or (old.in_features, old.out_features) != sizes[:2]:
         raise CheckpointError(
             f"layer {name!r} is {sizes[0]} -> {sizes[1]} features in the checkpoint, in the model it is {old!r}"
         )
-    return QuantLinear(*sizes, *flags, *dtypes, device="meta").train(old.training)
+    layer = QuantLinear(*sizes, *flags, *dtypes, device="meta").train(old.training)
+    layer.compute = compute_dtype
+    return layer
 
 
 def _is_group_size(size: int) -> bool:

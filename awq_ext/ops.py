@@ -24,6 +24,7 @@ def int4_linear(
     in_features: int,
     out_features: int,
     group_size: int,
+    compute_dtype: str = "auto",
 ) -> Tensor:
     """x [..., K] @ W^T + bias, W [N, K] in four bits.
 
@@ -32,10 +33,12 @@ def int4_linear(
     first, or None; group_size -1 or positive. Returns [..., N] in x's dtype. Sums are fp32 on the CPU; the weight is never
     rounded, x only in bf16, where its product with pre_quant_scale is rounded to bf16 again. Under autocast x is cast as
     a Linear's input is. Differentiable in x and bias; the weight is frozen.
-    ValueError for shapes that do not fit, TypeError for a wrong dtype.
+    compute_dtype "int8" rounds the activations to eight bits on the way (``reference.int8_activations``) and computes with
+    integers: faster with many rows, less accurate. Gradients are those of "auto".
+    ValueError for shapes that do not fit or an unknown compute_dtype, TypeError for a wrong dtype.
     """
     return torch.ops.awq_ext.int4_linear.default(
-        x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size
+        x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, compute_dtype
     )
 
 
@@ -56,6 +59,7 @@ def _linear_shape(
     in_features: int,
     out_features: int,
     group_size: int,
+    compute_dtype: str = "auto",
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 

@@ -19,6 +19,8 @@ _FROZEN_DTYPE = ("tile_scales", "pre_quant_scale")
 TILED = {"qweight": "tiles", "scales": "tile_scales", "zeros": "tile_zeros"}
 
 
+COMPUTE_DTYPES = ("auto", "int8")
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -37,6 +39,12 @@ def take_hooks(module: nn.Module, old: nn.Module) -> None:
     module._is_full_backward_hook = old._is_full_backward_hook
 
 
+def _known_compute_dtype(value: str) -> str:
+    if value not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype: expected one of {', '.join(COMPUTE_DTYPES)}, got {value!r}")
+    return value
+
+
 class QuantLinear(nn.Module):
     """y = (x * pre_quant_scale) @ W^T + bias, W in int4: W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
 
@@ -46,8 +54,10 @@ class QuantLinear(nn.Module):
     they can also be read (a copy) and assigned here. Beside them pre_quant_scale fp32 [K] or None (1/s where the scale s
     could not be folded into an earlier operation).
     Activations fp32, bf16 or fp16 of any leading shape; the output has their dtype. The weight is frozen; gradients reach
-    the input and the bias.
+    the input and the bias. ``compute`` says what the products are computed in (:func:`set_compute_dtype`).
     """
+
+    _compute = "auto"
 
     def __init__(
         self,
@@ -121,7 +131,18 @@ class QuantLinear(nn.Module):
             self.in_features,
             self.out_features,
             self.group_size,
+            self._compute,
         )
+
+    @property
+    def compute(self) -> str:
+        """What the products are computed in, "auto" or "int8": see :func:`set_compute_dtype`. Can be assigned."""
+        # Not named compute_dtype: PEFT would take that for a torch.dtype.
+        return self._compute
+
+    @compute.setter
+    def compute(self, value: str) -> None:
+        self._compute = _known_compute_dtype(value)
 
     @property
     def weight(self) -> Tensor:
@@ -232,7 +253,28 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         run_time = ", pre_quant_scale=True" if self.pre_quant_scale is not None else ""
+        if self.compute != "auto":
+            run_time += f", compute={self.compute!r}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits=4, group_size={self.group_size}{run_time}"
         )
+
+
+def set_compute_dtype(model: nn.Module, compute_dtype: str) -> nn.Module:
+    """Choose what all int4 layers of ``model`` compute in; returns the model.
+
+    "auto", what every layer has unless told otherwise: fp32 sums of products that lose nothing of the activations but, with
+    bf16 ones, what bf16 loses. "int8": each row of activations is rounded to eight bits on the fly, with a scale for each
+    weight group (at most 256 channels), and multiplied as integers. That is faster with many rows (prefill, batches, encoders)
+    and costs accuracy: docs/speed.md has both measured. Saved and loaded with the model; a single layer has the attribute
+    ``compute``.
+    ValueError, before anything changes, for another value or a model without int4 layers.
+    """
+    _known_compute_dtype(compute_dtype)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no QuantLinear: quantize it first")
+    for layer in layers:
+        layer.compute = compute_dtype
+    return model

@@ -33,7 +33,8 @@ class Renamed:
         self._model = model
         self._to_files = to_files
         self._renamings, self._converters = weight_conversions(model, to_files)
-        self.layers: dict[str, tuple[Run, ...]] = {}
+        self.layers: dict[str, str] = {}  # name -> the source's, the first of them where a layer is made of several
+        self._rows: dict[str, tuple[Run, ...]] = {}  # what they are made of
         self.experts: dict[str, str] = {}
         self._cuts: dict[str, tuple[Run, ...]] = {}  # float weights made of rows, by new name
         self._groups: dict[str, list[Member]] = {}  # by first new name
@@ -103,7 +104,7 @@ class Renamed:
         return self._made[1][name]
 
     def _assemble(self, name: str, read: Callable[[str], PackedLinear]) -> PackedLinear:
-        runs = self.layers[name]
+        runs = self._rows[name]
         parts = []
         for run in runs:
             key = f"{read.__name__} {run.source}"
@@ -136,14 +137,17 @@ class Renamed:
         for source in member.sources:
             new = _apply(self._renamings, source)
             if source in self.source.layers:
-                self.layers[new] = (Run(source),)
+                self._make(new, (Run(source),))
             else:
                 self._homes[new], self._old[new] = None, source
+
+    def _make(self, name: str, runs: tuple[Run, ...]) -> None:
+        self.layers[name], self._rows[name] = runs[0].source, runs
 
     def _add_layer(self, name: str) -> None:
         new, pattern = self._renamed(f"{name}.weight")
         if pattern is None:
-            self.layers[new.removesuffix(".weight")] = (Run(name),)
+            self._make(new.removesuffix(".weight"), (Run(name),))
         else:
             member = Member(f"{name}.weight", pattern, {name: self.source.rows(name)})
             self._groups.setdefault(new, []).append(member)
@@ -183,7 +187,7 @@ class Renamed:
             return
         for name, runs in made.items():
             if runs[0].source in self.source.layers:
-                self.layers[name] = runs
+                self._make(name, runs)
             else:
                 self._cuts[f"{name}.weight"] = runs
 

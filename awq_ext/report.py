@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .memory import format_bytes
@@ -17,6 +19,7 @@ class LayerReport:
     status: "int4", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
     scale: "identity", "plain" or "duo"; alpha its exponent; applied: "norm" or "linear" (folded into one), "run time", "weights"
     (fake-quantized weights hold both) or "" (nothing to apply). group: the first Linear of the scale group, which shares the scale.
+    tail, top_share: of the group's input, for its first Linear: ranked salience (``channels.tail``), and the part of the top 1 %.
     """
 
     name: str
@@ -35,6 +38,8 @@ class LayerReport:
     loss: float | None = None
     tokens: int = 0
     note: str = ""
+    tail: list[float] = field(default_factory=list)
+    top_share: float | None = None
 
 
 @dataclass
@@ -94,6 +99,15 @@ class AwqReport:
         parts["layers"] = [LayerReport(**row) for row in parts.get("layers", [])]
         parts["blocks"] = [BlockReport(**row) for row in parts.get("blocks", [])]
         return cls(**parts)
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one self-contained page, with plots; returns its path. Needs the extra ``report``."""
+        from .page import render
+
+        text = render(self)
+        target = Path(path)
+        target.write_text(text, encoding="utf-8")
+        return target
 
     def summary(self) -> str:
         """One line: what became of the model."""

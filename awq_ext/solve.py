@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import search
 from .backend import kernels_for
 from .calibrate import BlockSurvey, GroupStatistics, InputStatistics
+from .channels import channel_salience, tail, top_share
 from .config import AwqConfig
 from .feedback import Feedback
 from .fold import Change, Fold, LinearFold, NormFold
@@ -84,7 +85,7 @@ class GroupSolution:
             applied = "run time" if self.layers[0].settings.packed else "weights"
             if self.fold is not None:
                 applied = "norm" if isinstance(self.fold, NormFold) else "linear"
-        return [
+        rows = [
             LayerReport(
                 name=layer.name,
                 in_features=layer.linear.in_features,
@@ -105,6 +106,11 @@ class GroupSolution:
             )
             for layer in self.layers
         ]
+        x_mean = self.book.x_mean()
+        if self.book.rows and bool(x_mean.isfinite().all()):
+            salience = channel_salience(x_mean, [layer.linear.weight.detach() for layer in self.layers])
+            rows[0].tail, rows[0].top_share = tail(salience), top_share(salience)
+        return rows
 
 
 class BlockSolver:

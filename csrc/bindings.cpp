@@ -108,14 +108,19 @@ struct TileSizes {
   }
 };
 
+Tensor empty_large(at::IntArrayRef shape) {
+  const int64_t bytes = c10::multiply_integers(shape);
+  void* data = allocate_large(bytes);
+  return data == nullptr ? at::empty(shape, at::kByte) : at::from_blob(data, shape, free_large, at::kByte);
+}
+
 Tensor py_tile_int4(const Tensor& packed, int64_t in_features, int64_t group_size) {
   constexpr const char* kName = "tile_int4";
   const TileSizes sizes(kName, 0, in_features, group_size);
   check_shape(kName, "packed", packed, {-1, packed_bytes(in_features)});
   check_dtype(kName, "packed", packed, at::kByte);
-  const Tensor p = packed.contiguous(), tiles = at::empty({tile_count(p.size(0)), sizes.steps, kStepBytes}, at::kByte);
+  const Tensor p = packed.contiguous(), tiles = empty_large({tile_count(p.size(0)), sizes.steps, kStepBytes});
   py::gil_scoped_release release;
-  advise_large_pages(tiles.mutable_data_ptr(), tiles.numel());
   tile_codes(p.const_data_ptr<uint8_t>(), p.size(0), sizes.k, sizes.length, tiles.mutable_data_ptr<uint8_t>(),
              at::get_num_threads());
   return tiles;

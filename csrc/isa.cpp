@@ -14,21 +14,26 @@ struct Level {
   bool (*runs_here)();
 };
 
+#if defined(__x86_64__)
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+         __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
+}
+#endif
+
 // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
 constexpr Level kLevels[] = {
     {Isa::scalar, "scalar", &kScalarKernels, [] { return true; }},
 #if defined(__x86_64__)
     {Isa::avx2, "avx2", &kAvx2Kernels,
      [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; }},
-    {Isa::avx512, "avx512", &kAvx512Kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
-              __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
-     }},
+    {Isa::avx512, "avx512", &kAvx512Kernels, runs_avx512},
+    {Isa::avx512_vnni, "avx512_vnni", &kAvx512VnniKernels,
+     [] { return runs_avx512() && __builtin_cpu_supports("avx512vnni") != 0; }},
+    // No processor has the products of bf16 without those of bytes.
     {Isa::avx512_bf16, "avx512_bf16", &kAvx512Bf16Kernels,
      [] {
-       return __builtin_cpu_supports("avx512bf16") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
-              __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
+       return runs_avx512() && __builtin_cpu_supports("avx512vnni") != 0 && __builtin_cpu_supports("avx512bf16") != 0;
      }},
 #elif defined(__aarch64__)
     {Isa::neon, "neon", &kNeonKernels, [] { return true; }},

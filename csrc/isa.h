@@ -13,7 +13,7 @@
 
 namespace awq {
 
-enum class Isa { scalar, avx2, avx512, avx512_bf16, neon };
+enum class Isa { scalar, avx2, avx512, avx512_vnni, avx512_bf16, neon };
 
 const char* isa_name(Isa isa);
 // Levels that this build has and this processor runs, the least first, the one chosen by default last.

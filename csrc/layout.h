@@ -59,7 +59,14 @@ constexpr int64_t step_count(int64_t in_features, int64_t length) {
   return in_features / length * ceil_div(length, kStepChannels) + ceil_div(in_features % length, kStepChannels);
 }
 
+// Runs in the first `steps` of a row: every group is cut into runs of at most `run_steps`. steps end where a run does.
+constexpr int64_t run_count(int64_t steps, int64_t length, int64_t run_steps) {
+  const int64_t group_steps = ceil_div(length, kStepChannels);
+  return steps / group_steps * ceil_div(group_steps, run_steps) + ceil_div(steps % group_steps, run_steps);
+}
+
 static_assert(step_count(576, 128) == 144 && step_count(13, 7) == 4 && step_count(13, 13) == 4 && tile_count(33) == 2);
 static_assert(group_count(576, 128) == 5 && group_count(7, -1) == 1 && packed_bytes(13) == 7);
+static_assert(run_count(144, 128, 64) == 5 && run_count(275, 1100, 64) == 5 && run_count(256, 1100, 64) == 4);
 
 }  // namespace awq

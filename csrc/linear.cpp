@@ -25,11 +25,11 @@ struct Way {
   bool panel;
 };
 
-Way choose_way(const KernelTable& table, bool bf16, int64_t rows) {
-  constexpr int64_t kBf16Rows =
-      9;  // a block's activations and weights fit the first cache; twelve rows measured slower
-  constexpr int64_t kManyRows = 8, kPanelRows = 12;
-  if (bf16) return {table.dot_rows, kBf16Rows, false};
+Way choose_way(const KernelTable& table, Element element, int64_t rows) {
+  // Of bf16: a block's activations and weights fit the first cache; twelve rows measured slower.
+  constexpr int64_t kBf16Rows = 9, kManyRows = 8, kPanelRows = 12;
+  if (element == Element::bf16_pair) return {table.dot_rows, kBf16Rows, false};
+  if (element == Element::int8_step) return {table.dot_rows, table.dot_rows, false};
   if (table.dot_rows >= kManyRows || rows <= kPanelRows) return {table.dot_rows, table.dot_rows, false};
   return {table.dot_rows, table.tile_rows, true};
 }
@@ -39,23 +39,24 @@ constexpr int64_t kStreamTasks = 2;      // a thread: every task begins by waiti
 // Part of the weight that rows take turns on: with the activations of a block it fits the first cache, kPartTiles of
 // them the second. A panel is eight times as large as its codes.
 constexpr int64_t kDecodeSteps = 256, kPanelSteps = 128, kPartTiles = 4;
+static_assert(kDecodeSteps % kRunSteps == 0);  // a part of a group holds whole runs
 
-// Kernels and operands of one call. Elements are fp32, or pairs of bf16: 4 bytes.
+// Kernels and operands of one call.
 struct Call {
   const KernelTable& table;
   const TiledWeight& weight;
   const Activations& a;
   const Way way;
-  bool bf16;
+  Element element;
   int64_t rows;
   Dtype dtype;
   const float* bias;
   void* y;
   int64_t steps, groups, group_steps, last_steps;
 
-  Call(const KernelTable& table, const TiledWeight& w, const Activations& a, Way way, bool bf16, int64_t rows,
+  Call(const KernelTable& table, const TiledWeight& w, const Activations& a, Way way, Element element, int64_t rows,
        Dtype dtype, const float* bias, void* y)
-      : table(table), weight(w), a(a), way(way), bf16(bf16), rows(rows), dtype(dtype), bias(bias), y(y) {
+      : table(table), weight(w), a(a), way(way), element(element), rows(rows), dtype(dtype), bias(bias), y(y) {
     steps = step_count(w.in_features, w.group_length);
     groups = ceil_div(w.in_features, w.group_length);
     group_steps = ceil_div(w.group_length, kStepChannels);
@@ -90,10 +91,14 @@ void finish(const Call& c, float* sums, int64_t lds, int64_t first_row, int64_t 
 }
 
 void dot(const Call& c, const Int4Block& block, const void* a, int rows, float* y, int64_t ldy) {
-  if (c.bf16)
-    c.table.int4_dot_bf16(&block, static_cast<const uint16_t*>(a), rows, y, ldy);
-  else
-    c.table.int4_dot(&block, static_cast<const float*>(a), rows, y, ldy);
+  switch (c.element) {
+    case Element::f32:
+      return c.table.int4_dot(&block, static_cast<const float*>(a), rows, y, ldy);
+    case Element::bf16_pair:
+      return c.table.int4_dot_bf16(&block, static_cast<const uint16_t*>(a), rows, y, ldy);
+    case Element::int8_step:
+      return c.table.int4_dot_int8(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
+  }
 }
 
 void stream(const Call& c, int threads) {
@@ -164,17 +169,41 @@ void take_turns(const Call& c, int threads) {
   });
 }
 
+// A small weight and many rows: threads divide the rows, so that each packs what it reads and writes what it summed.
+// What one core has just written is slow to read for another: a tenth to a third of such a product. The number of
+// chunks changes no result: from five rows on all block sizes sum in the same order.
+int64_t row_chunks(const TiledWeight& weight, int64_t rows, int threads) {
+  constexpr int64_t kWeightBytes = 1 << 19, kChunkRows = 72, kLeastRows = 16;
+  const int64_t bytes =
+      tile_count(weight.out_features) * step_count(weight.in_features, weight.group_length) * kStepBytes;
+  if (threads == 1 || bytes > kWeightBytes || rows < kLeastRows * 2 * threads) return 1;
+  return std::min(round_up(ceil_div(rows, kChunkRows), threads), rows / kLeastRows);
+}
+
+void multiply_rows(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
+                   const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
+  const bool bf16 = dtype == Dtype::bf16 && table.int4_dot_bf16 != nullptr;
+  const Element element = compute == Compute::int8 ? Element::int8_step : bf16 ? Element::bf16_pair : Element::f32;
+  const Way way = choose_way(table, element, rows);
+  const bool once = rows <= way.stream_rows;
+  const InputView view{x, dtype, rows, weight.in_features, input_scale};
+  const Activations a(table, view, weight.group_length, element, once ? way.stream_rows : way.block_rows, threads);
+  const Call call(table, weight, a, way, element, rows, dtype, bias, y);
+  once ? stream(call, threads) : take_turns(call, threads);
+}
+
 }  // namespace
 
 void int4_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
-                 const float* input_scale, const float* bias, void* y, int threads) {
-  const bool bf16 = dtype == Dtype::bf16 && table.int4_dot_bf16 != nullptr;
-  const Way way = choose_way(table, bf16, rows);
-  const bool once = rows <= way.stream_rows;
-  const InputView view{x, dtype, rows, weight.in_features, input_scale};
-  const Activations a(table, view, weight.group_length, bf16, once ? way.stream_rows : way.block_rows, threads);
-  const Call call(table, weight, a, way, bf16, rows, dtype, bias, y);
-  once ? stream(call, threads) : take_turns(call, threads);
+                 const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
+  const int64_t chunks = row_chunks(weight, rows, threads), bytes = dtype == Dtype::f32 ? 4 : 2;
+  if (chunks == 1) return multiply_rows(table, weight, x, dtype, rows, input_scale, bias, compute, y, threads);
+  parallel_for(chunks, threads, [&](int64_t chunk, int) {
+    const int64_t first = chunk * rows / chunks, end = (chunk + 1) * rows / chunks;
+    const char* from = static_cast<const char*>(x) + first * weight.in_features * bytes;
+    char* to = static_cast<char*>(y) + first * weight.out_features * bytes;
+    multiply_rows(table, weight, from, dtype, end - first, input_scale, bias, compute, to, 1);
+  });
 }
 
 void int4_weight(const KernelTable& table, const TiledWeight& w, float* out, int threads) {

@@ -63,11 +63,14 @@ const float* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_p
 
 Tensor int4_linear_cpu(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                        const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                       int64_t out_features, int64_t group_size) {
+                       int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
   const Dtype dtype = float_dtype(kLinear, "x", x.scalar_type());
   AWQ_CHECK(x.dim() >= 1 && x.size(-1) == in_features, kLinear, "x", "shape [..., " + std::to_string(in_features) + "]",
             x.sizes());
   const TiledTensors w = view_tiles(kLinear, tiles, scales, zeros, in_features, out_features, group_size);
+  const bool int8 = compute_dtype == "int8";
+  AWQ_CHECK(int8 || compute_dtype == "auto", kLinear, "compute_dtype", "'auto' or 'int8'", compute_dtype);
+  const Compute compute = int8 ? Compute::int8 : Compute::automatic;
   const Tensor b = float_vector("bias", bias, out_features);
   const Tensor s = float_vector("pre_quant_scale", pre_quant_scale, in_features);
   at::DimVector shape(x.sizes().begin(), x.sizes().end());
@@ -75,7 +78,7 @@ Tensor int4_linear_cpu(const Tensor& x, const Tensor& tiles, const Tensor& scale
   const Tensor input = x.contiguous(), y = at::empty(shape, input.options());
   if (y.numel() == 0) return y;
   int4_linear(kernels(), w.view, input.const_data_ptr(), dtype, x.numel() / in_features, data_or_null(s),
-              data_or_null(b), y.mutable_data_ptr(), at::get_num_threads());
+              data_or_null(b), compute, y.mutable_data_ptr(), at::get_num_threads());
   return y;
 }
 
@@ -89,10 +92,10 @@ Tensor int4_weight_cpu(const Tensor& tiles, const Tensor& scales, const Tensor& 
 
 Tensor call_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                    const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                   int64_t out_features, int64_t group_size) {
+                   int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("awq_ext::int4_linear", "").typed<decltype(int4_linear_cpu)>();
-  return op.call(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size);
+  return op.call(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, compute_dtype);
 }
 
 Tensor call_weight(const Tensor& tiles, const Tensor& scales, const Tensor& zeros, int64_t in_features,
@@ -102,19 +105,21 @@ Tensor call_weight(const Tensor& tiles, const Tensor& scales, const Tensor& zero
   return op.call(tiles, scales, zeros, in_features, out_features, group_size);
 }
 
-// Gradients reach x, through the dequantized weight in the gradient's dtype, and the bias.
+// Gradients reach x, through the dequantized weight in the gradient's dtype, and the bias. The rounding of activations
+// to int8 counts as the identity.
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   using Context = torch::autograd::AutogradContext;
   using List = torch::autograd::variable_list;
 
   static Tensor forward(Context* ctx, const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                         const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                        int64_t out_features, int64_t group_size) {
+                        int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({tiles, scales, zeros, pre_quant_scale.value_or(Tensor())});
     ctx->saved_data["sizes"] = std::vector<int64_t>{in_features, out_features, group_size};
     if (bias.has_value()) ctx->saved_data["bias"] = static_cast<int64_t>(bias->scalar_type());
-    return call_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size);
+    return call_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
+                       compute_dtype);
   }
 
   static List backward(Context* ctx, const List& gradients) {
@@ -132,27 +137,30 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       const Tensor wide = grad.to(at::kFloat);
       to_bias = (grad.dim() > 1 ? wide.flatten(0, -2).sum(0) : wide).to(dtype);
     }
-    return {to_x, {}, {}, {}, to_bias, {}, {}, {}, {}};
+    return {to_x, {}, {}, {}, to_bias, {}, {}, {}, {}, {}};
   }
 };
 
 Tensor int4_linear_autograd(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                             const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                            int64_t out_features, int64_t group_size) {
+                            int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
   const bool trained = x.requires_grad() || (bias.has_value() && bias->requires_grad());
   if (at::GradMode::is_enabled() && trained)
-    return LinearFunction::apply(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size);
+    return LinearFunction::apply(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
+                                 compute_dtype);
   const at::AutoDispatchBelowADInplaceOrView below;
-  return call_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size);
+  return call_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
+                     compute_dtype);
 }
 
 // As nn.Linear under autocast: the input is cast, the output has its dtype.
 Tensor int4_linear_autocast(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                             const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                            int64_t out_features, int64_t group_size) {
+                            int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
   const c10::impl::ExcludeDispatchKeyGuard off(c10::DispatchKey::AutocastCPU);
   const Tensor cast = at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), x, at::kCPU);
-  return call_linear(cast, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size);
+  return call_linear(cast, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
+                     compute_dtype);
 }
 
 }  // namespace
@@ -161,7 +169,7 @@ Tensor int4_linear_autocast(const Tensor& x, const Tensor& tiles, const Tensor& 
 TORCH_LIBRARY(awq_ext, m) {
   m.def(
       "int4_linear(Tensor x, Tensor tiles, Tensor scales, Tensor zeros, Tensor? bias, Tensor? pre_quant_scale, "
-      "int in_features, int out_features, int group_size) -> Tensor");
+      "int in_features, int out_features, int group_size, str compute_dtype=\"auto\") -> Tensor");
   m.def(
       "int4_weight(Tensor tiles, Tensor scales, Tensor zeros, int in_features, int out_features, int group_size) "
       "-> Tensor");

@@ -11,8 +11,10 @@ void tile_codes(const uint8_t* rows, int64_t out_features, int64_t in_features, 
 void untile_codes(const uint8_t* tiles, int64_t out_features, int64_t in_features, int64_t group_length, uint8_t* rows,
                   int threads);
 
-// Asks the system to back fresh memory that will be read for long with large pages, where it can: a stream then misses
-// no address translations, a tenth of the time of a product with one row.
-void advise_large_pages(void* data, int64_t bytes);
+// Memory for what will be streamed for long, in large pages where the system has them: a product with one row then
+// misses no address translations, a tenth of its time. Begins with such a page, so that few bytes at its end are
+// outside. Null if it is too small for one, or there is no memory. To be released by free_large.
+void* allocate_large(int64_t bytes);
+void free_large(void* data);
 
 }  // namespace awq

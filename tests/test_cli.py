@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_no_command_shows_help() -> None:
     assert shown.exit_code == 2 and "Commands" in shown.output
 
 
-@pytest.mark.parametrize("command", ["demo", "doctor"])
+@pytest.mark.parametrize("command", ["quantize", "compare", "eval", "report", "inspect", "bench", "demo", "doctor"])
 def test_each_command_has_help(command: str) -> None:
     shown = runner.invoke(cli.app, [command, "--help"])
     assert shown.exit_code == 0 and len(shown.output) > 200
@@ -45,6 +46,8 @@ def test_each_command_has_help(command: str) -> None:
         ["demo", "--threads", "0"],
         ["demo", "--json", "/no such folder/figures.json"],
         ["doctor", "extra"],
+        ["bench", "--shape", "4096"],
+        ["bench", "--dtype", "int8"],
     ],
 )
 def test_a_bad_option_is_a_usage_error(arguments: list[str]) -> None:
@@ -62,7 +65,7 @@ def test_json_into_a_folder_is_refused(tmp_path) -> None:
 
 
 def test_defaults_are_those_of_the_demo() -> None:
-    parameters = inspect.signature(cli.demo).parameters
+    parameters = inspect.signature(cli.demo.demo).parameters
     assert parameters["tokens"].default == run.TOKENS
     assert parameters["group_size"].default == run.GROUP_SIZE
 
@@ -121,3 +124,31 @@ def test_doctor_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_module_can_be_run() -> None:
     done = run_python("-m", "awq_ext", "--help")
     assert done.returncode == 0 and "demo" in done.stdout
+
+
+def test_bench(tmp_path) -> None:
+    options = ["--shape", "64x96", "--rows", "1", "--rows", "3", "--group-size", "32", "--seconds", "0.05"]
+    shown = runner.invoke(cli.app, ["bench", *options, "--json", str(tmp_path / "b.json")])
+    assert shown.exit_code == 0, shown.output
+    layers = json.loads((tmp_path / "b.json").read_text())["layers"]
+    assert [layer["rows"] for layer in layers] == [1, 3] and "64 x 96" in shown.output
+    for layer in layers:
+        assert layer["ratio"] == layer["seconds"]["float"] / layer["seconds"]["int4"] > 0
+
+
+def test_doctor_as_json_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from awq_ext.cli import doctor
+
+    real = doctor.find_spec
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "jinja2" else real(name))
+    shown = runner.invoke(cli.app, ["doctor", "--json", "-"])
+    figures = json.loads(shown.stdout)
+    assert figures["extras"]["report"] == "missing jinja2: pip install 'awq-ext[report]'"
+    assert figures["facts"]["memory read at"].endswith(" GB/s") and figures["problems"] == []
+
+
+def test_bugs_keep_their_traceback() -> None:
+    from awq_ext.cli.options import one_line_errors
+
+    with pytest.raises(KeyError):
+        one_line_errors(lambda: {}["x"])()

@@ -12,9 +12,11 @@ from programs import run_python
 from torch import nn
 
 import awq_ext
+from awq_ext import speed
 from awq_ext.demo import data, display, run, train
 from awq_ext.demo import model as demo_model
 from awq_ext.demo.model import ByteLlama, ByteLlamaConfig, load_demo_model
+from awq_ext.size import model_bytes
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,7 @@ def test_score_is_the_mean_cross_entropy(trained: ByteLlama) -> None:
 
 
 def test_float_size_is_two_bytes_a_parameter(trained: ByteLlama) -> None:
-    assert run.model_bytes(trained) == 2 * sum(p.numel() for p in trained.parameters())
+    assert model_bytes(trained, run.BYTES_PER_FLOAT) == 2 * sum(p.numel() for p in trained.parameters())
 
 
 def test_race_counts_tokens_of_every_model() -> None:
@@ -223,7 +225,7 @@ def test_race_counts_tokens_of_every_model() -> None:
         return lambda ids: (calls.append(name), time.sleep(duration))
 
     speeds = run.race({"slow": model("slow", 0.02), "fast": model("fast", 0.002)}, torch.zeros(2, 5), seconds=0.0)
-    assert calls == ["slow", "fast"] * run.LEAST_TURNS
+    assert calls == ["slow", "fast"] * speed.LEAST_TURNS
     assert 0 < speeds["slow"] < speeds["fast"] <= 10 / 0.002
 
 
@@ -293,5 +295,9 @@ def test_size_formula_agrees_with_packed_layers() -> None:
     for packed in (True, False):
         batches = data.calibration_batches(count=1, batch=2)
         model = load_demo_model(torch.float32)
-        sizes.append(run.model_bytes(awq_ext.quantize(model, batches, progress=False, method="rtn", packed=packed)))
+        sizes.append(
+            model_bytes(
+                awq_ext.quantize(model, batches, progress=False, method="rtn", packed=packed), run.BYTES_PER_FLOAT
+            )
+        )
     assert sizes[0] == sizes[1]

@@ -134,8 +134,8 @@ def test_pack_int4(shape: tuple[int, int]) -> None:
     assert_same((_C.unpack_int4(packed, shape[1]),), (codes,))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("group_size", [-1, 128, 7])
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 258), (40, 600)])
+@pytest.mark.parametrize("group_size", [-1, 128, 16, 7])
 def test_tile_int4(shape: tuple[int, int], group_size: int) -> None:
     n, k = shape
     packed = _C.pack_int4(torch.randint(0, 16, shape, dtype=torch.uint8))

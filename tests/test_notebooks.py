@@ -24,7 +24,13 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 def test_the_notebooks_are_there() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["01_why_activations_matter", "02_quantize_a_model"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "01_why_activations_matter",
+        "02_quantize_a_model",
+        "03_compare_on_your_traffic",
+        "04_report_and_sensitivity",
+        "05_lora_on_int4",
+    ]
 
 
 @each_notebook
@@ -50,8 +56,10 @@ def test_runs(path: Path, tmp_path: Path) -> None:
     # whoever reads a warning in a notebook thinks that something is wrong
     assert not [output.text for output in outputs if output.get("name") == "stderr" and "Warning" in output.text]
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
-    if path.stem.startswith("01"):
+    if path.stem.startswith(("01", "04", "05")):
         assert figures
+    if path.stem.startswith("03"):
+        assert [output for output in outputs if "<table>" in output.get("data", {}).get("text/html", "")]
 
 
 def run(path: Path, tmp_path: Path) -> Any:

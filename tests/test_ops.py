@@ -37,8 +37,9 @@ def call(
     pre: Tensor | None,
     n: int,
     group_size: int,
+    compute_dtype: str = "auto",
 ) -> Tensor:
-    return function(x, *parts, bias, pre, x.shape[-1], n, group_size)
+    return function(x, *parts, bias, pre, x.shape[-1], n, group_size, compute_dtype)
 
 
 def tolerance(x: Tensor, weight: Tensor) -> Tensor:
@@ -75,6 +76,97 @@ def test_int4_linear(isa: str, dtype: torch.dtype, n: int, k: int, group_size: i
             assert torch.all((ours.float() - expected.float()).abs() <= bound)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "group_size"), CASES)
+@pytest.mark.parametrize("extras", [False, True])
+def test_int8(isa: str, dtype: torch.dtype, n: int, k: int, group_size: int, extras: bool) -> None:
+    parts = layer(n, k, group_size)
+    weight = reference.int4_weight(*parts, k, n, group_size)
+    bias = torch.randn(n).to(dtype) if extras else None
+    pre = torch.rand(k) + 0.5 if extras else None
+    for rows in ROWS:
+        x = (torch.randn(rows, k) * 10 ** (2 * torch.rand(rows, 1) - 1)).to(dtype)
+        ours, expected = (call(f.int4_linear, x, parts, bias, pre, n, group_size, "int8") for f in (ops, reference))
+        assert ours.dtype == dtype
+        q, scale = reference.int8_activations(x.float() if pre is None else x.float() * pre, group_size)
+        # the integers are equal, so what differs are fp32 products and sums, and the rounding of both results to 16 bits
+        bound = tolerance(q * scale, weight)
+        if dtype != torch.float32:
+            bound = bound + (expected.float().abs() + bound) * torch.finfo(dtype).eps
+        assert torch.all((ours.float() - expected.float()).abs() <= bound)
+
+
+def unit_layer(codes: Tensor, zeros: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights code - zero: scales of 1. codes [N, K], zeros [N, G], uint8."""
+    tiles = _C.tile_int4(_C.pack_int4(codes), codes.shape[1], group_size)
+    return tiles, reference.tile_scales(torch.ones(zeros.shape).half()), reference.tile_zeros(zeros)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "group_size"), [(40, 16), (300, -1), (70, 7), (128, 128)])
+def test_int8_activations_are_exact(isa: str, dtype: torch.dtype, k: int, group_size: int) -> None:
+    """A unit matrix shows q * scale, rounded once on both sides."""
+    parts = unit_layer(
+        torch.eye(k, dtype=torch.uint8),
+        torch.zeros(k, reference.group_count(k, group_size), dtype=torch.uint8),
+        group_size,
+    )
+    x = torch.randn(40, k) * 10 ** torch.randn(40, 1)
+    x[0], x[1], x[2], x[3] = 0, 1e-38, torch.arange(k) - k / 2 + 0.5, 1e-41
+    x[4, ::3] = 127.0  # a scale of 1: halves are rounded to even
+    x[4, 1::3] = torch.arange(len(x[4, 1::3])) % 100 + 0.5
+    x = x.to(dtype)
+    for pre in (None, torch.rand(k) + 0.5):
+        q, scale = reference.int8_activations(x.float() if pre is None else x.float() * pre, group_size)
+        assert q.abs().max() == 127
+        assert torch.equal(call(ops.int4_linear, x, parts, None, pre, k, group_size, "int8"), (q * scale).to(dtype))
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [(33, 13, -1), (7, 256, -1), (40, 256, 32), (64, 150, 30)])
+def test_int8_sums_are_exact(isa: str, n: int, k: int, group_size: int) -> None:
+    """Integers all the way: every x is its own q, every scale 1, all sums below 2^24."""
+    groups = reference.group_count(k, group_size)
+    codes, zeros = torch.randint(0, 16, (n, k)), torch.randint(0, 16, (n, groups))
+    codes[0], zeros[0], codes[-1], zeros[-1] = 15, 0, 0, 15
+    weight = codes - reference.expand_groups(zeros, k, group_size)
+    for rows in ROWS:
+        x = torch.randint(-127, 128, (rows, k))
+        x[0] = 127
+        x[:, :: reference.group_length(k, group_size)] = 127
+        ours = call(
+            ops.int4_linear,
+            x.float(),
+            unit_layer(codes.byte(), zeros.byte(), group_size),
+            None,
+            None,
+            n,
+            group_size,
+            "int8",
+        )
+        assert torch.equal(ours, (x @ weight.T).float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_shows_what_is_not_finite(isa: str, dtype: torch.dtype, value: float) -> None:
+    x = torch.randn(3, 70).to(dtype)
+    x[1, 66] = value
+    y = call(ops.int4_linear, x, layer(9, 70, 32), None, None, 9, 32, "int8")
+    assert torch.equal(y.isnan(), torch.tensor([[False], [True], [False]]).expand(3, 9))
+
+
+def test_int8_gradients_are_those_of_the_weight() -> None:
+    parts, pre, direction = layer(6, 20, 8), torch.rand(20) + 0.5, torch.randn(4, 6)
+    grads = []
+    for compute_dtype in ("auto", "int8"):
+        torch.manual_seed(3)
+        x, bias = torch.randn(4, 20, requires_grad=True), torch.randn(6, requires_grad=True)
+        call(ops.int4_linear, x, parts, bias, pre, 6, 8, compute_dtype).backward(direction)
+        grads.append((x.grad, bias.grad))
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.equal(grads[0][1], grads[1][1])
+
+
 def test_weights_that_are_zero_give_zero(isa: str) -> None:
     """code == zero contributes nothing, whatever the activations: no cancellation of large sums."""
     packed, zeros = torch.full((40, 32), 0xBB, dtype=torch.uint8), torch.full((40, 2), 11, dtype=torch.uint8)
@@ -82,7 +174,9 @@ def test_weights_that_are_zero_give_zero(isa: str) -> None:
     for dtype in DTYPES:
         for rows in ROWS:
             x = (torch.randn(rows, 64) * 1e4).to(dtype)
-            assert torch.equal(call(ops.int4_linear, x, parts, None, None, 40, 32), torch.zeros(rows, 40, dtype=dtype))
+            for compute_dtype in ("auto", "int8"):
+                y = call(ops.int4_linear, x, parts, None, None, 40, 32, compute_dtype)
+                assert torch.equal(y, torch.zeros(rows, 40, dtype=dtype))
 
 
 @pytest.mark.parametrize(("n", "k", "group_size"), CASES)
@@ -104,14 +198,15 @@ def test_leading_dimensions_and_strides() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 40])
-def test_threads_do_not_change_a_bit(isa: str, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 5, 40, 150, 301])
+@pytest.mark.parametrize("compute_dtype", ["auto", "int8"])
+def test_threads_do_not_change_a_bit(isa: str, compute_dtype: str, rows: int, dtype: torch.dtype) -> None:
     parts, x, before = layer(300, 640, 128), torch.randn(rows, 640).to(dtype), torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(call(ops.int4_linear, x, parts, None, None, 300, 128))
+            results.append(call(ops.int4_linear, x, parts, None, None, 300, 128, compute_dtype))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -121,12 +216,17 @@ def test_threads_do_not_change_a_bit(isa: str, rows: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize(
     ("dtype", "rows", "extras"), [(torch.float32, 2, True), (torch.bfloat16, 40, False), (torch.float16, 2, False)]
 )
-def test_opcheck(dtype: torch.dtype, rows: int, extras: bool) -> None:
+@pytest.mark.parametrize("compute_dtype", ["auto", "int8"])
+def test_opcheck(dtype: torch.dtype, rows: int, extras: bool, compute_dtype: str) -> None:
     parts = layer(6, 20, 8)
     x = torch.randn(2, rows, 20, dtype=dtype, requires_grad=True)
     bias = torch.randn(6, dtype=dtype, requires_grad=True) if extras else None
     pre = torch.rand(20) + 0.5 if extras else None
-    torch.library.opcheck(torch.ops.awq_ext.int4_linear.default, (x, *parts, bias, pre, 20, 6, 8))
+    torch.library.opcheck(torch.ops.awq_ext.int4_linear.default, (x, *parts, bias, pre, 20, 6, 8, compute_dtype))
+
+
+def test_opcheck_of_the_weight() -> None:
+    torch.library.opcheck(torch.ops.awq_ext.int4_weight.default, (*layer(6, 20, 8), 20, 6, 8))
 
 
 @pytest.mark.parametrize("rows", [(), (3,), (2, 30)])
@@ -192,7 +292,7 @@ def test_autocast_casts_the_input_as_for_a_linear(trained: bool) -> None:
         assert x.grad.dtype == torch.float32
 
 
-GOOD = (*layer(6, 20, 8), None, None, 20, 6, 8)
+GOOD = (*layer(6, 20, 8), None, None, 20, 6, 8, "auto")
 ERRORS = {
     "x": ({0: torch.zeros(2, 22)}, ValueError, r"'x'.*\[\.\.\., 20\], got \[2, 22\]"),
     "x dtype": ({0: torch.zeros(2, 20).double()}, TypeError, "'x'.*got Double"),
@@ -205,6 +305,7 @@ ERRORS = {
     "pre": ({5: torch.zeros(5)}, ValueError, "'pre_quant_scale'"),
     "out": ({7: 40}, ValueError, "'tiles'"),
     "group": ({8: 0}, ValueError, "'group_size'"),
+    "compute": ({9: "int4"}, ValueError, "'compute_dtype': expected 'auto' or 'int8', got int4"),
 }
 
 

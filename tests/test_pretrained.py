@@ -148,6 +148,8 @@ def test_experts_that_transformers_joins_have_their_own_tensors_in_files(
 
 
 def test_experts_that_no_file_divides_are_for_the_native_layout(tmp_path: Path) -> None:
+    if not hasattr(transformers, "GptOssForCausalLM"):
+        pytest.skip("this release of transformers has no gpt-oss")
     case = architectures.make("gpt-oss")
     model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
     with pytest.raises(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +126,22 @@ def test_shared_memory_is_shared_and_equal() -> None:
     assert torch.equal(module(x), before)
 
 
+def test_weights_in_large_pages_are_ordinary_tensors() -> None:
+    """From two megabytes on the tiles lie in memory that torch did not allocate."""
+    module, x = layer(k=4096, n=1056, group=128), torch.randn(3, 4096)
+    assert module.tiles.nbytes >= 2 << 20
+    assert module.tiles.data_ptr() % (2 << 20) == 0
+    assert_equal(module, copy.deepcopy(module))
+    assert_equal(module, pickle.loads(pickle.dumps(module)))
+    before = module(x)
+    assert all(t.is_shared() for t in module.share_memory().buffers())
+    assert torch.equal(module(x), before)
+    kept = module.tiles[1:]
+    del module
+    gc.collect()
+    assert kept.sum() > 0
+
+
 def assert_equal(a: QuantLinear, b: QuantLinear) -> None:
     assert type(a) is type(b)
     assert a.extra_repr() == b.extra_repr()
@@ -172,6 +190,63 @@ def test_what_it_says_about_itself() -> None:
     # a tile of 18 steps of 64 bytes, 5 groups of 32 two-byte scales and half-byte zeros; 9 bias, 72 input scales of 4
     assert layer().nbytes == 18 * 64 + 5 * 32 * 2 + 5 * 16 + 4 * 9 + 4 * 72
     assert layer(k=13, group=-1, bias=False, scaled=False).nbytes == 4 * 64 + 32 * 2 + 16
+
+
+def stored(module: QuantLinear, directory: Path) -> QuantLinear:
+    awq_ext.save(nn.Sequential(module), directory)
+    return awq_ext.load(nn.Sequential(nn.Linear(72, 9)), directory)[0]
+
+
+def test_compute_dtype_stays_with_the_layer(tmp_path: Path) -> None:
+    module = layer()
+    assert module.compute == "auto"
+    assert awq_ext.set_compute_dtype(nn.Sequential(module, nn.ReLU()), "int8")[0] is module
+    copies = [
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        save_and_load(module),
+        stored(module, tmp_path),
+    ]
+    assert "compute='int8'" in repr(module)
+    for other in copies:
+        assert other.compute == "int8"
+        assert_equal(module, other)
+    assert module.half().to("cpu").compute == "int8"
+    module.compute = "auto"
+    assert "compute" not in repr(module)
+    assert stored(module, tmp_path).compute == "auto"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compute_dtype_changes_what_is_computed_a_little(dtype: torch.dtype) -> None:
+    module, x = layer(dtype=dtype), torch.randn(30, 72).to(dtype)
+    with torch.no_grad():
+        before = module(x).double()
+        module.compute = "int8"
+        found = module(x).double()
+    # each x is off by at most half a step, a 127th of the largest in its group, here of the row
+    scaled = (x.double() * module.pre_quant_scale).abs()
+    bound = scaled.amax(-1, keepdim=True) / 127 / 2 * (exact_weight(module) / module.pre_quant_scale).abs().sum(1)
+    assert (found - before).abs().max() > 0
+    assert torch.all(
+        (found - before).abs() <= bound + (before.abs() + scaled.sum(-1, keepdim=True)) * torch.finfo(dtype).eps
+    )
+
+
+def test_compute_dtypes_that_do_not_exist(tmp_path: Path) -> None:
+    module = layer()
+    with pytest.raises(ValueError, match="compute_dtype: expected one of auto, int8, got 'int4'"):
+        module.compute = "int4"
+    with pytest.raises(ValueError, match="compute_dtype: expected one of auto, int8, got 'bf16'"):
+        awq_ext.set_compute_dtype(module, "bf16")
+    with pytest.raises(ValueError, match="Linear holds no QuantLinear"):
+        awq_ext.set_compute_dtype(nn.Linear(2, 2), "int8")
+    assert module.compute == "auto"
+    awq_ext.save(nn.Sequential(module), tmp_path)
+    index = tmp_path / "awq_ext.json"
+    index.write_text(index.read_text().replace('"scale_dtype"', '"compute_dtype": "int3", "scale_dtype"'))
+    with pytest.raises(awq_ext.CheckpointError, match="entry of layer '0' is damaged"):
+        awq_ext.load(nn.Sequential(nn.Linear(72, 9)), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

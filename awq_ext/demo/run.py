@@ -10,16 +10,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import reference
-from ..qlinear import QuantLinear
+from .. import speed
 from ..quantize import quantize
-from ..report import LayerReport
+from ..size import model_bytes
 from . import data
 from .model import ByteLlama, load_demo_model
 
@@ -31,7 +31,6 @@ TOKENS = 131_072
 PROMPT = b"class Stack:\n    def __init__(self, items=None):\n"
 COMPLETION_BYTES = 96
 SPEED_SECONDS = 0.6  # for each speed
-LEAST_TURNS = 3
 BYTES_PER_FLOAT = 2  # the shipped weights are bf16, and what is not quantized would be saved as such
 
 
@@ -151,40 +150,10 @@ def score(model: nn.Module, windows: Tensor, batch: int = 16) -> Tensor:
     return torch.cat(losses)
 
 
-@torch.no_grad()
 def race(models: dict[str, nn.Module], input_ids: Tensor, seconds: float = SPEED_SECONDS) -> dict[str, float]:
-    """Tokens a second of each ``model(input_ids)``: the best of many calls, since other programs only slow one down.
-
-    The models take turns, so that whatever else the machine does meets all of them.
-    """
-    best = dict.fromkeys(models, math.inf)
-    end, turns = time.perf_counter() + seconds * len(models), 0
-    while turns < LEAST_TURNS or time.perf_counter() < end:
-        turns += 1
-        for name, model in models.items():
-            began = time.perf_counter()
-            model(input_ids)
-            best[name] = min(best[name], time.perf_counter() - began)
-    return {name: input_ids.numel() / duration for name, duration in best.items()}
-
-
-def linear_bytes(layer: LayerReport, bits: int, group_size: int) -> int:
-    """Packed size of a Linear: its codes, and for each group of each row a 2-byte scale and a zero of half a byte."""
-    groups = reference.group_count(layer.in_features, group_size)
-    return -(-layer.out_features * (layer.in_features * bits + 20 * groups) // 8)
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Size of all parameters and buffers: floats as bf16, int4 layers as they are, fake-quantized ones as if packed."""
-    int4 = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    report = getattr(model, "awq_report", None)
-    fake = {layer.name: layer for layer in report.layers if layer.status == "fake"} if report else {}
-    total = sum(module.nbytes for module in int4.values())
-    total += sum(linear_bytes(layer, report.config["bits"], report.config["group_size"]) for layer in fake.values())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name.rpartition(".")[0] not in int4.keys() | fake.keys():
-            total += tensor.numel() * BYTES_PER_FLOAT
-    return total
+    """Tokens a second of each ``model(input_ids)``."""
+    took = speed.race({name: partial(model, input_ids) for name, model in models.items()}, seconds)
+    return {name: input_ids.numel() / duration for name, duration in took.items()}
 
 
 def measure(name: str, model: ByteLlama, windows: Tensor, variant: Variant | None, seconds: float | None) -> Row:
@@ -194,7 +163,7 @@ def measure(name: str, model: ByteLlama, windows: Tensor, variant: Variant | Non
         bits=variant.bits if variant else 16,
         simulated=variant is not None and not variant.packed,
         losses=score(model, windows),
-        size_bytes=model_bytes(model),
+        size_bytes=model_bytes(model, BYTES_PER_FLOAT),
         completion=model.generate(PROMPT, COMPLETION_BYTES),
         seconds=seconds,
     )

@@ -1,10 +1,11 @@
-// AVX-512 and its products of bf16 pairs: the avx512 level with three more kernels.
+// AVX-512, its products of bytes and of bf16 pairs: the avx512_vnni level with three more kernels.
 #include "kernels.h"
 
 #include <immintrin.h>
 #include <cstddef>
 
 #define AWQ_LEVEL_AVX512
+#define AWQ_LEVEL_VNNI
 #define AWQ_LEVEL_BF16
 #include "table-inl.h"
 

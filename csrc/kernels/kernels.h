@@ -39,6 +39,16 @@ struct Int4Block {
   int64_t last_steps;
 };
 
+// Activations in eight bits: x ~ q * scale for the channels of one run, |q| <= 127.
+struct Int8Run {
+  float scale;
+  int32_t sum;  // of q
+};
+
+// A run is a group or a part of one, of at most so many steps of 4 channels. 256 channels keep the sums of a run below
+// 2^24, exact in fp32, whatever the group size.
+constexpr int64_t kRunSteps = 64;
+
 // One panel of at most tile_rows channels of a rounding with error feedback, tile_cols weight rows at a time: arrays of
 // channels, or of groups, hold one value for each of these rows.
 struct FeedbackPanel {
@@ -92,6 +102,12 @@ struct KernelTable {
   int dot_rows;
   void (*int4_dot)(const Int4Block* block, const float* a, int rows, float* y, int64_t ldy);
   void (*int4_dot_bf16)(const Int4Block* block, const uint16_t* a, int rows, float* y, int64_t ldy);
+  // The same with activations in eight bits and 32-bit sums, exact: y[m][n] += weight scale * activation scale * sum,
+  // run by run. quantize_int8: n <= 4 * kRunSteps numbers as q = round(x / scale), scale = max(max |x| / 127, 2^-126),
+  // four a step in the order 0, 2, 1, 3, filled with 0. An infinite or NaN x gives such a scale, and q of 0.
+  // Of a row's run int4_dot_int8 reads 2 elements, -sum and scale, and then its steps, interleaved as above.
+  Int8Run (*quantize_int8)(const float* x, int64_t n, uint32_t* steps);
+  void (*int4_dot_int8)(const Int4Block* block, const uint32_t* a, int rows, float* y, int64_t ldy);
   // code - zero as fp32 [channels][32], and the products from such values, rows <= tile_rows. Of the block int4_panel
   // reads only scales and group sizes.
   void (*int4_values)(const Int4Block* block, float* values);
@@ -131,6 +147,7 @@ struct KernelTable {
 extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512VnniKernels;
 extern const KernelTable kAvx512Bf16Kernels;
 extern const KernelTable kNeonKernels;
 

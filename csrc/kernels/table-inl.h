@@ -15,7 +15,8 @@ namespace {
 #include "tile-inl.h"
 //
 #include "feedback-inl.h"   // uses gemm-inl.h and quantize-inl.h
-#include "tile-bf16-inl.h"  // uses tile-inl.h
+#include "tile-bf16-inl.h"  // these two use tile-inl.h
+#include "tile-int8-inl.h"
 
 constexpr KernelTable make_table() {
   KernelTable table{};
@@ -33,6 +34,8 @@ constexpr KernelTable make_table() {
   table.dot_rows = kDotRows;
   table.int4_dot = int4_dot;
   table.int4_dot_bf16 = int4_dot_bf16;
+  table.quantize_int8 = quantize_int8;
+  table.int4_dot_int8 = int4_dot_int8;
   table.int4_values = int4_values;
   table.int4_panel = int4_panel;
   table.interleave = interleave;

@@ -1,23 +1,26 @@
 """Times int4_linear beside torch's Linears and its own int4 kernel, interleaved in one run.
 
     python tests/benchmarks/bench_linear.py [--shapes 4096x4096,...] [--rows 1,2,...] [--seconds S] [--json FILE]
-    python tests/benchmarks/bench_linear.py --render FILE      # Markdown table and plot from such a file
 
 A shape is in_features x out_features. Every contender has so many copies of its weight that none is in a cache when its
-turn comes again. One round calls each contender once; a ratio is the median over rounds of peer time / our time, so a
-disturbance of the machine that lasts longer than a round hits both sides. Reading a large array is timed in the same
-rounds: decoding cannot be faster than that. Not a test: nothing here passes or fails.
+turn comes again. One round gives each contender a turn of about two milliseconds, call after call on one copy after the
+other, as a model calls its layers; a ratio is the median over rounds of peer time / our time, so a disturbance of the
+machine that lasts longer than a round hits both sides. Reading a large array is timed in the same rounds: decoding cannot
+be faster than that. --json adds to the file, replacing the lines measured again; speed_tables.py makes the documents'
+tables and the plot from it. Not a test: nothing here passes or fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,9 @@ from awq_ext import _C, ops, reference
 
 SHAPES = "4096x4096,4096x11008,4096x14336,2048x8192,896x4864,576x1536"
 ROWS = "1,2,4,8,16,32,64,128,512"
-GROUP = 128
 CACHE_BYTES = 256 << 20  # of copies of one weight
-READ_BYTES = 32 << 20  # read by one sample of the bandwidth, of an array eight times as long
+TURN_SECONDS = 2e-3
+READ_BYTES = 32 << 20  # read by one sample of the bandwidth, of eight times as much
 PEERS = ("fp32", "bf16", "fp16", "aten_int4")
 Result = dict[str, Any]
 
@@ -48,9 +51,10 @@ def turns(calls: list[Callable[[], object]]) -> Callable[[], object]:
     return call
 
 
-def ours(x: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+def ours(
+    x: torch.Tensor, n: int, group: int, dtype: torch.dtype, compute_dtype: str = "auto"
+) -> tuple[Callable[[], object], int]:
     k = x.shape[1]
-    group = GROUP if k % GROUP == 0 else 64
     codes, scales, zeros = _C.quantize_weight(torch.randn(n, k) / k**0.5, group, scale_dtype=torch.bfloat16)
     packed = _C.pack_int4(codes)
 
@@ -61,7 +65,7 @@ def ours(x: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[Callable[[], obje
     x = x.to(dtype)
 
     def call(own: tuple[torch.Tensor, ...]) -> Callable[[], object]:
-        return lambda: ops.int4_linear(x, *own, None, None, k, n, group)
+        return lambda: ops.int4_linear(x, *own, None, None, k, n, group, compute_dtype)
 
     return turns([call(layer()) for _ in range(copies(nbytes))]), nbytes
 
@@ -75,9 +79,8 @@ def linear(x: torch.Tensor, n: int, dtype: torch.dtype) -> Callable[[], object]:
     return turns([call(weight.clone()) for _ in range(copies(weight.nbytes))])
 
 
-def aten_int4(x: torch.Tensor, n: int) -> Callable[[], object]:
+def aten_int4(x: torch.Tensor, n: int, group: int) -> Callable[[], object]:
     k = x.shape[1]
-    group = GROUP if k % GROUP == 0 else 64
     x, codes = x.bfloat16(), torch.randint(0, 16, (n, k), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     scales = torch.randn(k // group, n, 2, dtype=torch.bfloat16)
@@ -89,52 +92,103 @@ def aten_int4(x: torch.Tensor, n: int) -> Callable[[], object]:
 
 
 def read_memory() -> Callable[[], object]:
-    array = torch.ones(8, READ_BYTES, dtype=torch.uint8)
-    return turns([lambda part=part: part.amax() for part in array])  # the fastest reader in torch
+    """The fastest reader in torch, of memory in large pages, as our weights have it."""
+    codes = torch.zeros(READ_BYTES // 4096, 4096, dtype=torch.uint8)
+    parts = [_C.tile_int4(codes, 8192, 128).view(torch.float32) for _ in range(8)]
+    return turns([lambda part=part: part.sum() for part in parts])
 
 
-def measure(k: int, n: int, rows: int, seconds: float, dtype: torch.dtype) -> Result:
-    """Median times in seconds, ratios, bandwidths in bytes a second."""
+def contenders(
+    k: int, n: int, rows: int, group: int, dtype: torch.dtype
+) -> tuple[dict[str, Callable[[], object]], int]:
+    """Name -> call, and the bytes of our weight."""
     x = torch.randn(rows, k)
-    own, nbytes = ours(x, n, dtype)
-    calls = {"ours": own, "read": read_memory(), "bf16": linear(x, n, torch.bfloat16)}
+    own, nbytes = ours(x, n, group, dtype)
+    calls = {"ours": own, "int8": ours(x, n, group, dtype, "int8")[0]}
+    calls |= {"read": read_memory(), "bf16": linear(x, n, torch.bfloat16)}
     if rows <= 8 or dtype != torch.bfloat16:  # beyond, no peer comes near bf16 and one call takes long
         calls |= {"fp32": linear(x, n, torch.float32), "fp16": linear(x, n, torch.float16)}
     if rows <= 32:
-        calls["aten_int4"] = aten_int4(x, n)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+        calls["aten_int4"] = aten_int4(x, n, group)
+    return calls, nbytes
+
+
+def turn(call: Callable[[], object], count: int) -> float:
+    """Seconds a call."""
+    start = time.perf_counter()
+    for _ in range(count):
         call()
+    return (time.perf_counter() - start) / count
+
+
+def rounds(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Seconds a call in every round, of each contender."""
+    counts = {}
+    for name, call in calls.items():
+        turn(call, 1)
+        counts[name] = max(1, round(TURN_SECONDS / turn(call, 3)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["ours"]) < 7:
+    while time.perf_counter() < end or min(map(len, times.values())) < 7:
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(turn(call, counts[name]))
+    return times
+
+
+def measure(k: int, n: int, rows: int, group: int, args: argparse.Namespace) -> Result:
+    """Median times in seconds, ratios, bandwidths in bytes a second."""
+    calls, nbytes = contenders(k, n, rows, group, getattr(torch, args.dtype))
+    calls["bf16"]()  # every thread exists when priorities are set
+    with priority(args.realtime):
+        times = rounds(calls, args.seconds)
     peers = [name for name in PEERS if name in times]
-    ratios = {p: statistics.median(a / b for a, b in zip(times[p], times["ours"], strict=True)) for p in peers}
+
+    def ratios(name: str) -> dict[str, float]:
+        return {p: statistics.median(a / b for a, b in zip(times[p], times[name], strict=True)) for p in peers}
+
     middle = {name: statistics.median(values) for name, values in times.items()}
     return {
         "in": k,
         "out": n,
         "rows": rows,
+        "group_size": group,
         "rounds": len(times["ours"]),
         "times": middle,
         "best": {name: min(values) for name, values in times.items()},
-        "ratios": ratios,
+        "ratios": ratios("ours"),
+        "int8_ratios": ratios("int8"),
         "gflops": 2 * rows * n * k / middle["ours"] / 1e9,
         "bytes_per_second": nbytes / middle["ours"],
         "read_bytes_per_second": READ_BYTES / middle["read"],
+        "share_of_read": statistics.median(
+            nbytes / b * a / READ_BYTES for a, b in zip(times["read"], times["ours"], strict=True)
+        ),
     }
 
 
+@contextlib.contextmanager
+def priority(realtime: bool) -> Iterator[None]:
+    """All threads before every other process, where that is asked for and allowed."""
+
+    def change(policy: int, level: int) -> None:
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setscheduler(int(thread), policy, os.sched_param(level))
+
+    if realtime:
+        change(os.SCHED_FIFO, 10)
+    try:
+        yield
+    finally:
+        if realtime:
+            change(os.SCHED_OTHER, 0)
+
+
 def describe(r: Result) -> str:
-    share = r["bytes_per_second"] / r["read_bytes_per_second"]
     ratios = "  ".join(f"{peer} {ratio:6.2f}" for peer, ratio in r["ratios"].items())
     return (
         f"{r['in']:5d}x{r['out']:<5d} rows {r['rows']:3d}  {r['times']['ours'] * 1e6:8.0f} us "
         f"(best {r['best']['ours'] * 1e6:8.0f})  {r['gflops']:5.0f} GFLOP/s  {r['bytes_per_second'] / 1e9:5.1f} GB/s = "
-        f"{share:4.0%} of read   peer/ours: {ratios}"
+        f"{r['share_of_read']:4.0%} of read   peer/ours: {ratios}   bf16/int8: {r['int8_ratios']['bf16']:.2f}"
     )
 
 
@@ -143,74 +197,46 @@ def machine() -> Result:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
         "isa": _C.isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def table(data: Result) -> str:
-    """One line a shape and row count, ratios against the best peer in bold."""
-    facts = ", ".join(f"{key} {value}" for key, value in data["machine"].items())
-    lines = [f"Measured on: {facts}. Times are medians, ratios medians of interleaved pairs.", ""]
-    lines += ["| in x out | rows | ours, us | GFLOP/s | of read bandwidth | bf16 | fp16 | fp32 | aten int4 |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
-    for r in data["results"]:
-        closest = min(r["ratios"].values())
-        cells = [r["ratios"].get(peer) for peer in ("bf16", "fp16", "fp32", "aten_int4")]
-        text = ["" if c is None else f"**{c:.2f}x**" if c == closest else f"{c:.2f}x" for c in cells]
-        share = f"{r['bytes_per_second'] / r['read_bytes_per_second']:.0%}" if r["rows"] <= 4 else ""
-        start = [f"{r['in']} x {r['out']}", r["rows"], f"{r['times']['ours'] * 1e6:.0f}", f"{r['gflops']:.0f}", share]
-        lines.append("| " + " | ".join(str(cell) for cell in [*start, *text]) + " |")
-    return "\n".join(lines)
-
-
-def plot(data: Result, path: Path) -> None:
-    """Speed over rows, one panel a shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shapes = list(dict.fromkeys((r["in"], r["out"]) for r in data["results"]))
-    figure, axes = pyplot.subplots(
-        1, len(shapes), figsize=(3.2 * len(shapes), 3.2), squeeze=False, layout="constrained"
-    )
-    for axis, (k, n) in zip(axes[0], shapes, strict=True):
-        for name in ("ours", *PEERS):
-            points = [r for r in data["results"] if (r["in"], r["out"]) == (k, n) and name in r["times"]]
-            speed = [2 * r["rows"] * n * k / r["times"][name] / 1e9 for r in points]
-            axis.loglog([r["rows"] for r in points], speed, marker="o", label=name)
-        axis.set(title=f"{k} x {n}", xlabel="rows", ylabel="GFLOP/s" if k == shapes[0][0] else "")
-    axes[0][0].legend()
-    figure.savefig(path, dpi=120)
+def merge(path: Path, dtype: str, result: Result) -> None:
+    """Add a line to the file, in the place of one of the same shape and rows."""
+    fresh: Result = {"machine": machine(), "dtype": dtype, "results": []}
+    data = json.loads(path.read_text()) if path.exists() else fresh
+    if (data["machine"], data["dtype"]) != (fresh["machine"], dtype):
+        raise SystemExit(
+            f"{path} holds figures of {data['machine']} {data['dtype']}, not of this run: name another file"
+        )
+    lines = {(-r["in"], r["out"], r["rows"]): r for r in (*data["results"], result)}
+    data["results"] = [lines[key] for key in sorted(lines)]
+    path.write_text(json.dumps(data, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--rows", default=ROWS)
+    parser.add_argument("--group-size", type=int, help="default: 128, or 64 where 128 does not divide the width")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of our input")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--render", type=Path, help="measure nothing: table and plot (.png beside it) of this file")
+    parser.add_argument("--realtime", action="store_true", help="before all other processes while timing (Linux, root)")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
     args = parser.parse_args()
-    if args.render:
-        data = json.loads(args.render.read_text())
-        plot(data, args.render.with_suffix(".png"))
-        print(table(data))
-        return
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    data = {"machine": machine(), "dtype": args.dtype, "results": []}
     for shape in args.shapes.split(","):
         k, n = map(int, shape.split("x"))
         for rows in map(int, args.rows.split(",")):
-            data["results"].append(measure(k, n, rows, args.seconds, getattr(torch, args.dtype)))
-            print(describe(data["results"][-1]), flush=True)
+            result = measure(k, n, rows, args.group_size or (128 if k % 128 == 0 else 64), args)
+            print(describe(result), flush=True)
             if args.json:
-                args.json.write_text(json.dumps(data, indent=1))
+                merge(args.json, args.dtype, result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""``awq-ext``: the command line. Each command is a thin shell around a function of the package, in a module of its name.
+
+What only one command needs is imported inside it, so that ``--help`` is quick and extras stay optional.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from . import bench, compare, convert, demo, doctor, eval, inspect, quantize, report
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="awq-ext",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help=(
+        "Activation-aware Weight Quantization: models with 4-bit weights and 16- or 32-bit activations.\n\n"
+        "[bold]Start here[/bold]\n\n"
+        "awq-ext demo      see it work in about a minute; nothing is downloaded\n\n"
+        "awq-ext doctor    see which kernels this machine uses, and whether they compute what they should\n\n"
+        "[bold]Your own model[/bold], a Hugging Face directory (pip install 'awq-ext\\[hf]')\n\n"
+        "awq-ext compare   which method loses least on your traffic?\n\n"
+        "awq-ext quantize  quantize with it\n\n"
+        "awq-ext eval      score the result\n\n"
+        "awq-ext report    read what was done to every layer\n\n"
+        "awq-ext convert   hand it to other tools\n\n"
+        "[bold]In Python[/bold]\n\n"
+        "model = awq_ext.quantize(model, calib_loader)\n\n"
+        "Exit codes: 0 done, 1 failed (one line says why), 2 a wrong option."
+    ),
+)
+
+for _module, _name in (
+    (quantize, "quantize"),
+    (compare, "compare"),
+    (eval, "eval"),
+    (report, "report"),
+    (inspect, "inspect"),
+    (convert, "convert"),
+    (bench, "bench"),
+    (doctor, "doctor"),
+    (demo, "demo"),
+):
+    app.command(_name)(getattr(_module, _name))
+
+
+def main() -> None:
+    """Entry point of the ``awq-ext`` script."""
+    app()

@@ -1,0 +1,79 @@
+"""``awq-ext bench``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from ..grid import Cell, Grid
+from .options import JsonPath, Threads, check_group_size, console_for, one_line_errors, set_threads, write_json
+
+SHAPES = ["4096x4096"]
+ROWS = [1, 8, 128]
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """``4096x11008`` -> (in_features, out_features)."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not IN_FEATURESxOUT_FEATURES, such as 4096x4096", param_hint="--shape")
+    return int(parts[0]), int(parts[1])
+
+
+@one_line_errors
+def bench(
+    shape: Annotated[
+        list[str], typer.Option(metavar="INxOUT", help="Sizes of a Linear: in_features x out_features.")
+    ] = SHAPES,
+    rows: Annotated[
+        list[int], typer.Option(min=1, help="Tokens at once: 1 is generating, hundreds are reading.")
+    ] = ROWS,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16 or float32: activations and the float Linear.")
+    ] = "bfloat16",
+    group_size: Annotated[
+        int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
+    ] = 128,
+    seconds: Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")] = 1.0,
+    threads: Threads = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Time the int4 layer against torch's Linear on this machine, in turns.
+
+    Will my model be faster? Where a Linear's weight does not fit in the processor's cache, generating (1 row) is bound by how fast
+    the memory is read, and int4 reads less. The best of many calls counts.
+
+    Example: awq-ext bench --shape 2048x8192 --rows 1 --rows 64
+    """
+    import torch
+
+    from ..speed import race, rotating_layers
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"{dtype!r}: choose bfloat16, float16 or float32", param_hint="--dtype")
+    set_threads(threads)
+    shapes = [parse_shape(text) for text in shape]
+    console = console_for(json_path)
+    lines, figures = [], []
+    for in_features, out_features in shapes:
+        for count in rows:
+            x = torch.randn(count, in_features).to(getattr(torch, dtype))
+            runners = rotating_layers(in_features, out_features, group_size, x.dtype)
+            took = race({name: partial(run, x) for name, run in runners.items()}, seconds)
+            ratio = took["float"] / took["int4"]
+            lines.append(
+                [
+                    f"{in_features} x {out_features}",
+                    str(count),
+                    *(f"{took[n] * 1e6:,.0f}" for n in took),
+                    f"{ratio:.2f}",
+                ]
+            )
+            entry = {"in_features": in_features, "out_features": out_features, "rows": count, "dtype": dtype}
+            figures.append(entry | {"seconds": took, "ratio": ratio})
+    title = f"{dtype}, groups of {group_size}, {torch.get_num_threads()} threads"
+    header = ["in x out", "rows", "float, us", "int4, us", "times faster"]
+    console.print(Grid(title, header, [[Cell(text) for text in line] for line in lines]).to_rich())
+    write_json({"threads": torch.get_num_threads(), "group_size": group_size, "layers": figures}, json_path)

@@ -1,0 +1,41 @@
+"""``awq-ext convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .options import check_format, one_line_errors
+
+
+@one_line_errors
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of a quantized checkpoint, of any layout.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="Directory to write; what is a checkpoint in it is replaced.")
+    ],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            callback=check_format,
+            help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt or native (docs/formats.md).",
+        ),
+    ] = "awq",
+    max_shard_size: Annotated[str, typer.Option(help="Begin another file beyond this size.")] = "5GB",
+) -> None:
+    """Convert a quantized checkpoint to another layout, exactly: codes, scales and zeros stay what they are.
+
+    No model is built and nothing is quantized again. Where a layout cannot hold the checkpoint, all reasons are listed and
+    nothing is written.
+
+    awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors
+    """
+    from ..convert import convert as run
+
+    folder = run(source, target, format, max_shard_size)
+    Console().print(f"{escape(str(folder))}: {format}", soft_wrap=True)

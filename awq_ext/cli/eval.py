@@ -1,0 +1,66 @@
+"""``awq-ext eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..grid import Cell, Grid
+from .options import (
+    Dtype,
+    JsonPath,
+    ModelDir,
+    SeqLen,
+    Threads,
+    Tokens,
+    console_for,
+    one_line_errors,
+    set_threads,
+    write_json,
+)
+
+
+@one_line_errors
+def eval(
+    model_dir: ModelDir,
+    texts: Annotated[list[str], typer.Argument(metavar="[NAME=]PATH...", help="Texts to score on.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="The float model: also measure the distance from it."),
+    ] = None,
+    seq_len: SeqLen = 512,
+    tokens: Tokens = 8192,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Score a model, float or quantized, on texts.
+
+    Perplexity on the first tokens of each text, in windows without overlap; with --reference also the mean KL divergence from that
+    model in nats a token, and the share of tokens for which both find the same next one most likely. 95 % intervals over windows.
+
+    Example: awq-ext eval ./Llama-int4 --reference ./Llama code.txt prose.txt
+    """
+    from .. import evaluate
+    from ..comparison import plus_minus
+    from . import hf
+
+    set_threads(threads)
+    console = console_for(json_path)
+    named = hf.named_texts(texts)
+    tokenizer = hf.load_tokenizer(model_dir)
+    model = hf.load_model(model_dir, dtype)
+    other = None if reference is None else hf.load_model(reference, dtype)
+    found = {}
+    for name, path in named.items():
+        samples = hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len)
+        found[name] = evaluate(model, samples, reference=other, progress=console.is_terminal)
+    measures = list(next(iter(found.values())).measures)
+    rows = [
+        [Cell(name), Cell(f"{one.tokens:,}"), *(Cell(plus_minus(one[measure])) for measure in measures)]
+        for name, one in found.items()
+    ]
+    console.print(Grid(str(model_dir), ["text", "tokens", *measures], rows).to_rich())
+    write_json({name: one.to_dict() for name, one in found.items()}, json_path)

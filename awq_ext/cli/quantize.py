@@ -1,0 +1,96 @@
+"""``awq-ext quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .options import (
+    Calib,
+    Dtype,
+    JsonPath,
+    ModelDir,
+    Samples,
+    SeqLen,
+    Settings,
+    Threads,
+    check_format,
+    check_group_size,
+    check_output,
+    console_for,
+    one_line_errors,
+    read_settings,
+    set_threads,
+    write_json,
+)
+
+
+@one_line_errors
+def quantize(
+    model_dir: ModelDir,
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Where the quantized model goes; made if need be.")],
+    calib: Calib,
+    method: Annotated[
+        str, typer.Option(help="awq (searched scales), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).")
+    ] = "awq",
+    group_size: Annotated[
+        int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
+    ] = 128,
+    format: Annotated[
+        str,
+        typer.Option(
+            callback=check_format, help="Layout of OUT: native, awq, compressed-tensors, ... (docs/formats.md)."
+        ),
+    ] = "native",
+    samples: Samples = 32,
+    seq_len: SeqLen = 512,
+    skip: Annotated[
+        list[str],
+        typer.Option(metavar="PATTERN", help="Layers that stay float, such as '*.router'. lm_head always does."),
+    ] = [],  # noqa: B006
+    settings: Settings = [],  # noqa: B006
+    dtype: Dtype = "auto",
+    html: Annotated[
+        Path | None, typer.Option("--report", callback=check_output, help="Also write the report as an HTML page.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Write into a directory that is not empty.")] = False,
+    threads: Threads = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Quantize a Hugging Face model to int4.
+
+    The calibration text decides which channels are protected: take a few dozen windows of the traffic you serve (prompts with
+    their answers, in the model's chat format), not only prose. [bold]awq-ext compare[/bold] tells which method suits it best.
+
+    Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
+
+    OUT holds config, tokenizer, weights and the report. Layouts without a place for scales that are applied at run time get a model
+    whose scales are all folded (fold=always).
+    """
+    from .. import quantize as quantize_model
+    from ..formats import LAYOUTS
+    from . import hf
+
+    if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite):
+        raise typer.BadParameter(f"{out_dir} is not empty: give another, or --overwrite", param_hint="OUT")
+    fold = "auto" if LAYOUTS[format].run_time_scales else "always"
+    chosen = read_settings({"method": method, "group_size": group_size, "fold": fold}, settings)
+    if skip:
+        chosen["skip"] = ("lm_head", "*.lm_head", *skip)
+    if chosen.get("packed") is False:
+        raise typer.BadParameter("a fake-quantized model is for experiments: use awq-ext compare", param_hint="--set")
+    set_threads(threads)
+    console = console_for(json_path)
+    model, tokenizer = hf.load_model(model_dir, dtype), hf.load_tokenizer(model_dir)
+    batches = hf.windows(calib, tokenizer, samples, seq_len)
+    quantize_model(model, batches, progress=console.is_terminal, **chosen)
+    hf.save_model(model, out_dir, format)
+    report = model.awq_report
+    if html is not None:
+        report.to_html(html)
+    console.print(escape(report.summary()))
+    console.print(f"written to {escape(str(out_dir))} ({format})")
+    write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)

@@ -1,0 +1,39 @@
+"""``awq-ext report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .options import JsonPath, check_output, console_for, one_line_errors, write_json
+
+
+@one_line_errors
+def report(
+    model_dir: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, metavar="MODEL", help="A directory that awq-ext wrote.")
+    ],
+    html: Annotated[
+        Path | None, typer.Argument(callback=check_output, metavar="[HTML]", help="Write a page here, self-contained.")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Show what quantizing did to every layer of a model: scales, losses, folds, clips, what stayed float and why.
+
+    Without HTML it is a table in the terminal. The page has plots and needs no network (pip install 'awq-ext\\[report]').
+
+    Example: awq-ext report ./Llama-int4 report.html
+    """
+    from . import hf
+
+    found = hf.read_report(model_dir)
+    console = console_for(json_path)
+    if html is None:
+        console.print(escape(str(found)), soft_wrap=True)
+    else:
+        found.to_html(html)
+        console.print(f"written to {escape(str(html))}")
+    write_json(found.to_dict(), json_path)

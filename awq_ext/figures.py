@@ -1,0 +1,245 @@
+"""The plots of the HTML report, as SVG text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from io import StringIO
+from typing import Any
+
+from .channels import TAIL_PLACES
+from .report import AwqReport, LayerReport
+
+# Colour-blind safe (Okabe and Ito 2008), without the yellow, which is hard to see on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#555555")
+MARKERS = "osD^vPX*"
+QUIET, LINE = "#b8c4cc", "#33414e"
+_STYLE = {
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8795a1",
+    "axes.labelcolor": LINE,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.fonttype": "none",  # text stays text: small files, and readers can search it
+    "svg.hashsalt": "awq_ext",
+}
+
+
+def depth_and_kind(name: str) -> tuple[int | None, str]:
+    """``model.layers.3.mlp.up_proj`` -> (3, "mlp.up_proj"): the first number in a name is the block's; (None, name) without."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit() and position + 1 < len(parts):
+            return int(part), ".".join(parts[position + 1 :])
+    return None, name
+
+
+def by_kind(rows: Sequence[LayerReport]) -> dict[str, list[tuple[float, LayerReport]]]:
+    """Layers that play the same part in different blocks, with their place on the x axis: the block, or the order."""
+    places = [depth_and_kind(row.name) for row in rows]
+    kinds: dict[str, list[tuple[float, LayerReport]]] = {}
+    # numbers mean blocks only where they repeat: a chain 0, 2, 4 of layers is one series
+    repeated = len({kind for _, kind in places}) < len(rows) and all(depth is not None for depth, _ in places)
+    for order, (row, (depth, kind)) in enumerate(zip(rows, places, strict=True)):
+        if repeated:
+            kinds.setdefault(kind, []).append((depth, row))
+        else:
+            kinds.setdefault("layers", []).append((order, row))
+    if len(kinds) > len(COLOURS):  # too many to tell apart
+        return {"layers": [(order, row) for order, row in enumerate(rows)]}
+    return kinds
+
+
+def losses(report: AwqReport) -> str | None:
+    """Each layer's loss as a share of RTN's."""
+    rows = [row for row in report.layers if row.loss is not None and row.loss_rtn]
+
+    def draw(axis: Any) -> None:
+        axis.axhline(1, color=QUIET, lw=1.5, label="RTN")
+        axis.axhline(0, color=LINE, lw=1, label="float")
+        scatter(axis, rows, lambda row: row.loss / row.loss_rtn)
+        axis.set(xlabel=x_label(rows), ylabel="loss / RTN's loss", ylim=(-0.04, 1.09))
+
+    return drawn("losses", draw) if rows else None
+
+
+def absolute_losses(report: AwqReport) -> str | None:
+    """Both losses of each layer, on a logarithmic scale."""
+    rows = [row for row in report.layers if row.loss and row.loss_rtn]
+
+    def draw(axis: Any) -> None:
+        places = {row.name: x for pairs in by_kind(rows).values() for x, row in pairs}
+        for row in rows:
+            axis.plot([places[row.name]] * 2, [row.loss_rtn, row.loss], color=QUIET, lw=0.6, zorder=1)
+        x = [places[row.name] for row in rows]
+        axis.plot(x, [row.loss_rtn for row in rows], "_", ms=7, color=COLOURS[1], label="RTN")
+        axis.plot(
+            x, [row.loss for row in rows], ".", ms=6, color=COLOURS[0], label=str(report.config.get("method", ""))
+        )
+        axis.set(xlabel=x_label(rows), ylabel="mean squared output error", yscale="log")
+
+    return drawn("absolute", draw) if rows else None
+
+
+def block_errors(report: AwqReport) -> str | None:
+    """How far the output of each block moved."""
+    errors = [block.output_error for block in report.blocks]
+    known = [(x, error) for x, error in enumerate(errors) if error is not None]
+
+    def draw(axis: Any) -> None:
+        axis.bar(*zip(*known, strict=True), color=COLOURS[0], width=0.75)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axis.set(xlabel="block", ylabel="relative output error", ylim=(0, None))
+        whole_numbers(axis)
+
+    return drawn("blocks", draw, legend=False) if known else None
+
+
+def alphas(report: AwqReport) -> str | None:
+    """The exponent that was chosen for each scale group; the identity lies at zero."""
+    rows = [row for row in report.layers if row.status != "float" and row.group in ("", row.name) and row.scale]
+
+    def draw(axis: Any) -> None:
+        scatter(axis, rows, lambda row: row.alpha or 0.0)
+        axis.set(xlabel=x_label(rows), ylabel="alpha (identity: 0)", ylim=(-0.04, 1.04))
+
+    return drawn("alphas", draw) if any(row.alpha is not None for row in rows) else None
+
+
+def tails(report: AwqReport) -> str | None:
+    """Salience of the channels, ranked: how much more the loudest hold than the mean."""
+    rows = [row for row in report.layers if row.tail]
+
+    def draw(axis: Any) -> None:
+        for color, (kind, pairs) in zip(COLOURS, by_kind(rows).items(), strict=False):
+            for position, (_, row) in enumerate(pairs):
+                # the channels lie evenly on the axis; a logarithm needs the first one to lie right of zero
+                places = [max(place, 0.5 / row.in_features) for place in TAIL_PLACES]
+                label = kind if position == 0 else None
+                axis.plot(places, row.tail, color=color, lw=0.8, alpha=0.55, label=label)
+        axis.axhline(1, color=LINE, lw=0.8, ls=":")
+        axis.axvline(0.01, color=LINE, lw=0.8, ls=":")
+        axis.set(xscale="log", yscale="log", ylim=(1e-2, None))
+        axis.set(xlabel="channels, most salient first", ylabel="salience / its mean")
+        axis.xaxis.set_major_formatter(percent)
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+        axis.annotate("top 1 %", (0.01, 1), (2, 2), fontsize=8.5, **place)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+    return drawn("tails", draw) if rows else None
+
+
+def percent(value: float, _: Any = None) -> str:
+    """0.01 -> 1 %."""
+    return f"{100 * value:g} %"
+
+
+def top_shares(report: AwqReport) -> str | None:
+    """Part of the salience that 1 % of the channels hold, by scale group."""
+    rows = [row for row in report.layers if row.top_share is not None]
+
+    def draw(axis: Any) -> None:
+        scatter(axis, rows, lambda row: row.top_share)
+        axis.axhline(0.01, color=LINE, lw=0.8, ls=":", label="if all were alike")
+        axis.yaxis.set_major_formatter(percent)
+        axis.set(xlabel=x_label(rows), ylabel="held by the top 1 %", ylim=(0, None))
+
+    return drawn("shares", draw) if rows else None
+
+
+def folds(report: AwqReport) -> str | None:
+    """Where the scales went, by the part that a layer plays."""
+    rows = [row for row in report.layers if row.status != "float"]
+    kinds = by_kind(rows)
+    places = {"norm": COLOURS[2], "linear": COLOURS[0], "weights": COLOURS[4], "run time": COLOURS[1], "": QUIET}
+    words = {"": "no scale", "linear": "an earlier Linear", "norm": "a norm", "weights": "its own weights"}
+
+    def draw(axis: Any) -> None:
+        names = list(kinds)[::-1]
+        left = [0] * len(names)
+        for place, color in places.items():
+            counts = [Counter(row.applied for _, row in kinds[name])[place] for name in names]
+            if any(counts):
+                axis.barh(names, counts, left=left, color=color, label=words.get(place, place), height=0.7)
+                left = [a + b for a, b in zip(left, counts, strict=True)]
+        axis.set(xlabel="layers")
+        whole_numbers(axis)
+
+    return drawn("folds", draw) if rows else None
+
+
+def tokens(report: AwqReport) -> str | None:
+    """Calibration rows that each scale group saw; nothing where all saw the same, which takes no plot to say."""
+    rows = [row for row in report.layers if row.status != "float" and row.group in ("", row.name)]
+    if len({row.tokens for row in rows}) < 2:
+        return None
+
+    def draw(axis: Any) -> None:
+        scatter(axis, rows, lambda row: row.tokens)
+        axis.set(xlabel=x_label(rows), ylabel="tokens seen", ylim=(0, None))
+
+    return drawn("tokens", draw)
+
+
+def costs(report: AwqReport) -> str:
+    """Where the time went."""
+    rest = max(0.0, report.seconds - report.calibration_seconds - report.search_seconds)
+    parts = {"calibration": report.calibration_seconds, "search and rounding": report.search_seconds, "rest": rest}
+
+    def draw(axis: Any) -> None:
+        left = 0.0
+        for (name, seconds), color in zip(parts.items(), (COLOURS[0], COLOURS[1], QUIET), strict=True):
+            axis.barh([""], [seconds], left=left, color=color, label=f"{name} {seconds:.1f} s", height=0.5)
+            left += seconds
+        axis.set(xlabel="seconds")
+
+    return drawn("costs", draw, height=1.7)
+
+
+def scatter(axis: Any, rows: Sequence[LayerReport], value: Callable[[LayerReport], float]) -> None:
+    """One point a layer, by block; layers of one kind share a colour."""
+    for color, marker, (kind, pairs) in zip(COLOURS, MARKERS, by_kind(rows).items(), strict=False):
+        x, y = zip(*((x, value(row)) for x, row in pairs), strict=True)
+        axis.plot(x, y, marker, ms=4, color=color, label=kind if kind != "layers" else None)
+    whole_numbers(axis)
+
+
+def x_label(rows: Sequence[LayerReport]) -> str:
+    """What the x axis of scatter() counts."""
+    return "layer, in calling order" if "layers" in by_kind(rows) else "block"
+
+
+def whole_numbers(axis: Any) -> None:
+    """Ticks at integers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def drawn(name: str, draw: Callable[[Any], None], legend: bool = True, height: float = 3.1) -> str:
+    """The SVG element of one plot, 4.7 inches wide: to be read on a phone too. Ids carry ``name``: several fit into one page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.7, height), layout="constrained")
+        axis = figure.add_subplot()
+        draw(axis)
+        handles, _ = axis.get_legend_handles_labels()
+        if legend and handles:
+            figure.legend(loc="outside upper center", ncols=min(3, len(handles)), columnspacing=1.0, handletextpad=0.4)
+        file = StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # ids are told apart, and the size is left to the page
+    for pattern, prefix in ((r'\bid="', 'id="'), (r"url\(#", "url(#"), (r'xlink:href="#', 'xlink:href="#')):
+        text = re.sub(pattern, f"{prefix}{name}-", text)
+    return re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', r"\1\2", text, count=1)

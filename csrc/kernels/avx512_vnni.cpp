@@ -1,0 +1,13 @@
+// AVX-512 and its products of bytes: the avx512 level with a faster int4_dot_int8.
+#include "kernels.h"
+
+#include <immintrin.h>
+#include <cstddef>
+
+#define AWQ_LEVEL_AVX512
+#define AWQ_LEVEL_VNNI
+#include "table-inl.h"
+
+namespace awq {
+constinit const KernelTable kAvx512VnniKernels = make_table();
+}  // namespace awq

@@ -1,0 +1,189 @@
+"""Perplexity and seconds beside llm-compressor (AWQModifier, GPTQModifier) and AutoAWQ: same calibration tokens, same windows.
+
+    python tests/benchmarks/bench_peers_quality.py MODEL_DIR --calib calib.txt --traffic code.txt de=de.txt
+        [--llmcompressor PYTHON] [--autoawq PYTHON] [--group-size 64] [--json out.json]
+
+PYTHON: the interpreter of an environment with llmcompressor 0.14, or autoawq 0.2.9 with transformers 4.51.3. A peer works in that
+environment, in a process of its own that knows nothing of awq_ext: this very file, with --worker. Each scores its own quantized
+model with the same loop. Seconds are those of quantizing alone, model loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+PEERS = {"llmcompressor": ("llmcompressor awq", "llmcompressor gptq"), "autoawq": ("autoawq",)}
+OURS = ("rtn", "awq", "gptq", "awq+gptq", "awq+gptq,propagate=quantized")
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    """exp of the mean loss of all tokens but the first of each window; windows int64 [count, length]."""
+    total, count = 0.0, 0
+    for row in windows.split(1):
+        logits = model(row, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum").item()
+        count += row[:, 1:].numel()
+    return math.exp(total / count)
+
+
+def work(name: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Quantize by one peer and score; runs in the peer's environment."""
+    calib = torch.tensor(job["calib"])
+    began = time.perf_counter()
+    quantize = autoawq if name == "autoawq" else llmcompressor
+    model, seconds = quantize(name, job, calib)
+    scores = {text: perplexity(model, torch.tensor(ids)) for text, ids in job["traffic"].items()}
+    return {"perplexity": scores, "seconds": seconds, "seconds_in_all": time.perf_counter() - began}
+
+
+def llmcompressor(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[Any, float]:
+    """Its AWQModifier or GPTQModifier, 4 bits asymmetric, in groups."""
+    # without an accelerator there is nothing to pin memory for, and torch refuses
+    torch.Tensor.pin_memory = lambda self, *_, **__: self
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16).eval()
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": job["group_size"]}
+    groups = {"config_groups": {"all": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
+    if name.endswith("gptq"):
+        from llmcompressor.modifiers.gptq import GPTQModifier as Modifier
+    else:
+        from llmcompressor.modifiers.awq import AWQModifier as Modifier
+    data = Dataset.from_dict({"input_ids": calib.tolist(), "attention_mask": torch.ones_like(calib).tolist()})
+    began = time.perf_counter()
+    oneshot(
+        model=model,
+        dataset=data,
+        recipe=[Modifier(**groups)],
+        num_calibration_samples=len(calib),
+        max_seq_length=calib.shape[1],
+    )
+    return model, time.perf_counter() - began
+
+
+def autoawq(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[Any, float]:
+    """Its quantize(), zero points on."""
+    from awq import AutoAWQForCausalLM
+    from transformers import PreTrainedTokenizerFast
+
+    # the directory may name a tokenizer class of a newer transformers
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(job["model"]) / "tokenizer.json"))
+    model = AutoAWQForCausalLM.from_pretrained(job["model"], device_map="cpu", torch_dtype=torch.bfloat16)
+    settings = {"zero_point": True, "q_group_size": job["group_size"], "w_bit": 4, "version": "GEMM"}
+    began = time.perf_counter()
+    model.quantize(
+        tokenizer,
+        quant_config=settings,
+        calib_data=calib.tolist(),
+        max_calib_samples=len(calib),
+        max_calib_seq_len=calib.shape[1],
+    )
+    return model.model, time.perf_counter() - began
+
+
+def ours(job: dict[str, Any], methods: list[str]) -> dict[str, Any]:
+    """The same by awq_ext."""
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    import awq_ext
+    from awq_ext.cli.options import parse_method
+
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16).eval()
+    texts = {text: torch.tensor(ids) for text, ids in job["traffic"].items()}
+    found = {"float": {"perplexity": {text: perplexity(model, ids) for text, ids in texts.items()}, "seconds": 0.0}}
+    for method in methods:
+        fields = parse_method(method)
+        label = fields.pop("label")
+        quantized = copy.deepcopy(model)
+        began = time.perf_counter()
+        calib = torch.tensor(job["calib"]).split(1)
+        awq_ext.quantize(quantized, calib, group_size=job["group_size"], progress=False, **fields)
+        seconds = time.perf_counter() - began
+        scores = {text: perplexity(quantized, ids) for text, ids in texts.items()}
+        found[f"awq_ext {label}"] = {"perplexity": scores, "seconds": seconds}
+    return found
+
+
+def in_its_environment(python: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
+    """What a worker process returns, or its error."""
+    with tempfile.TemporaryDirectory() as folder:
+        job_path, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        job_path.write_text(json.dumps(job))
+        command = [python, __file__, "--worker", name, str(job_path), str(result)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not result.exists():
+            return {"error": (done.stderr or done.stdout).strip().splitlines()[-1:]}
+        return json.loads(result.read_text())
+
+
+def markdown(found: dict[str, Any], texts: list[str]) -> str:
+    """A line each: perplexities, seconds, and how many times longer than awq_ext's method of the same kind."""
+    lines = ["| method | " + " | ".join(texts) + " | seconds |", "|:--|" + "--:|" * (len(texts) + 1)]
+    for name, row in found.items():
+        if "error" in row:
+            lines.append(f"| {name} | failed: {row['error']} |")
+            continue
+        cells = [f"{row['perplexity'][text]:.3f}" for text in texts]
+        lines.append("| " + " | ".join([name, *cells, f"{row['seconds']:.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        name, job, result = sys.argv[2:5]
+        Path(result).write_text(json.dumps(work(name, json.loads(Path(job).read_text()))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", type=Path, nargs="+", required=True)
+    parser.add_argument("--traffic", nargs="+", required=True, metavar="[NAME=]PATH")
+    parser.add_argument("--method", nargs="+", default=list(OURS))
+    parser.add_argument("--llmcompressor", metavar="PYTHON")
+    parser.add_argument("--autoawq", metavar="PYTHON")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=6144)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    from awq_ext.cli import hf
+
+    tokenizer, count = hf.load_tokenizer(args.model), -(-args.tokens // args.seq)
+    texts = hf.named_texts(args.traffic)
+    job = {
+        "model": str(args.model.absolute()),
+        "group_size": args.group_size,
+        "calib": torch.cat(hf.windows(args.calib, tokenizer, args.samples, args.seq)).tolist(),
+        "traffic": {
+            name: torch.cat(hf.windows([path], tokenizer, count, args.seq)).tolist() for name, path in texts.items()
+        },
+    }
+    found = ours(job, args.method)
+    for peer, names in PEERS.items():
+        for name in names if getattr(args, peer) else ():
+            found[name] = in_its_environment(getattr(args, peer), name, job)
+            print(f"{name}: {found[name]}", flush=True)
+    print(markdown(found, list(texts)))
+    if args.json:
+        args.json.write_text(json.dumps({"settings": vars(args), "results": found}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

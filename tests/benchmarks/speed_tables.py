@@ -1,0 +1,179 @@
+"""Writes the tables of figures in README.md and docs/speed.md from the JSON files in docs/ that the benchmarks wrote.
+
+    python tests/benchmarks/speed_tables.py           # writes the tables, and docs/bench_linear.png (needs matplotlib)
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("README.md", "docs/speed.md")
+PEERS = ("bf16", "fp16", "fp32", "aten_int4")
+SUMMARY_SHAPE = (4096, 4096)
+Data = dict[str, Any]
+
+
+def read(name: str) -> Data:
+    return json.loads((ROOT / "docs" / f"{name}.json").read_text())
+
+
+def described(data: Data) -> str:
+    """The machine, in words."""
+    m = data["machine"]
+    return (
+        f"{m['processor']}, {m['cores']} cores, instruction set {m['isa']}, {m['threads']} threads, torch {m['torch']}"
+    )
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(head), *(list(row) for row in rows)]
+    lines.insert(1, ["---", *(["--:"] * (len(lines[0]) - 1))])
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def linear() -> str:
+    """Every shape and number of rows; the closest peer is bold."""
+    data = read("bench_linear")
+
+    def row(r: Data) -> list[object]:
+        closest = min(r["ratios"].values())
+        cells = [times(r["ratios"].get(peer)) for peer in PEERS]
+        cells = [
+            f"**{cell}**" if r["ratios"].get(peer) == closest else cell for peer, cell in zip(PEERS, cells, strict=True)
+        ]
+        share = f"{r['share_of_read']:.0%}" if r["rows"] <= 4 else ""
+        numbers = [f"{r['times']['ours'] * 1e6:.0f}", f"{r['gflops']:.0f}", share]
+        return [f"{r['in']} x {r['out']}", r["rows"], *numbers, *cells, times(r["int8_ratios"]["bf16"])]
+
+    head = ("in x out", "rows", "us", "GFLOP/s", "of read bandwidth", "bf16", "fp16", "fp32", "aten int4", "int8: bf16")
+    return f"Measured on: {described(data)}.\n\n" + markdown(head, map(row, data["results"]))
+
+
+def limits() -> str:
+    """One row: what reading the weight once would take, and how far ahead of torch's int4 kernel that could be."""
+
+    def row(r: Data) -> list[str]:
+        t, nbytes = r["times"], r["bytes_per_second"] * r["times"]["ours"]
+        floor = nbytes / r["read_bytes_per_second"]
+        cells = [f"{nbytes / 1e6:.2f}", f"{r['read_bytes_per_second'] / 1e9:.1f}"]
+        cells += [f"{seconds * 1e6:.0f}" for seconds in (floor, t["ours"], t["aten_int4"])]
+        return [f"{r['in']} x {r['out']}", *cells, times(t["aten_int4"] / floor), times(r["ratios"]["aten_int4"])]
+
+    head = (
+        "one row",
+        "MB",
+        "read, GB/s",
+        "us to read",
+        "us",
+        "aten int4, us",
+        "aten int4 / reading",
+        "aten int4 / ours",
+    )
+    return markdown(head, (row(r) for r in read("bench_linear")["results"] if r["rows"] == 1))
+
+
+def summary() -> str:
+    """One shape, for the README."""
+    data = read("bench_linear")
+    chosen = [r for r in data["results"] if (r["in"], r["out"]) == SUMMARY_SHAPE]
+    head = ("rows of activations", *(str(r["rows"]) for r in chosen))
+    rows = [["microseconds", *(f"{r['times']['ours'] * 1e6:.0f}" for r in chosen)]]
+    for peer, name in (("bf16", "faster than torch's bf16 Linear"), ("aten_int4", "than its int4 kernel")):
+        rows.append([name, *(times(r["ratios"].get(peer)) for r in chosen)])
+    rows.append(['`compute_dtype="int8"`, than bf16', *(times(r["int8_ratios"]["bf16"]) for r in chosen)])
+    return markdown(head, rows) + f"\n\n{SUMMARY_SHAPE[0]} x {SUMMARY_SHAPE[1]}, groups of 128. {described(data)}."
+
+
+def generate() -> str:
+    data = read("bench_generate")
+    head = ("tokens/s", *data["variants"], "int4 / bf16", "int8 / bf16")
+    rows = []
+    for name, title in (("decode", "decode, one sequence"), ("prefill", f"prefill of {data['prompt']} tokens")):
+        speeds, ratios = data[name]["tokens_per_second"], data[name]["ratios"]
+        rows.append(
+            [title, *(f"{speeds[v]:.0f}" for v in data["variants"]), times(ratios["int4"]), times(ratios["int8"])]
+        )
+    return f"{data['model']}, groups of {data['group_size']}. {described(data)}.\n\n" + markdown(head, rows)
+
+
+def int8() -> str:
+    data = read("bench_int8")
+    rows = [
+        [text, *(f"{row[v]:.3f}" for v in ("float", "auto", "int8")), f"{row['int8'] / row['auto'] - 1:+.2%}"]
+        for text, row in data["perplexity"].items()
+    ]
+    head = ("perplexity", "bf16 model", 'int4, "auto"', 'int4, "int8"', "int8 / auto")
+    return f"{data['model']}, {data['tokens']} tokens of each text.\n\n" + markdown(head, rows)
+
+
+def pack() -> str:
+    data = read("bench_pack")
+    rows = [
+        [name, f"{r['seconds'] * 1e3:.2f}", f"{r['bytes'] / r['seconds'] / 1e9:.1f}", f"{r['share_of_read']:.0%}"]
+        for name, r in data["results"].items()
+    ]
+    text = f"{data['out']} x {data['in']}. {described(data)}.\n\n"
+    text += markdown(("", "ms", "GB/s, read and written", "of read bandwidth"), rows)
+    if peer := data.get("autoawq"):
+        text += (
+            f"\n\nAutoAWQ {peer['version']}'s `WQLinear_GEMM.from_linear` on the same shape: {peer['seconds']:.2f} s; "
+            f"quantizing, packing and tiling here: {data['results']['from float to layer']['seconds'] * 1e3:.1f} ms, "
+            f"{peer['seconds'] / data['results']['from float to layer']['seconds']:.0f} times faster."
+        )
+    return text
+
+
+TABLES = {"linear": linear, "limits": limits, "summary": summary, "generate": generate, "int8": int8, "pack": pack}
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def rendered(document: str) -> str:
+    """The document's text with every table made anew."""
+    text = (ROOT / document).read_text()
+    return MARK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", text)
+
+
+def plot(path: Path) -> None:
+    """Speed over rows, one panel a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = read("bench_linear")["results"]
+    shapes = list(dict.fromkeys((r["in"], r["out"]) for r in results))
+    size = (3.2 * len(shapes), 3.4)
+    figure, axes = pyplot.subplots(1, len(shapes), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    for axis, (k, n) in zip(axes[0], shapes, strict=True):
+        for name, label in (("ours", "awq_ext"), ("int8", "awq_ext, int8"), *((peer, peer) for peer in PEERS)):
+            points = [r for r in results if (r["in"], r["out"]) == (k, n) and name in r["times"]]
+            speed = [2 * r["rows"] * n * k / r["times"][name] / 1e9 for r in points]
+            axis.loglog(
+                [r["rows"] for r in points], speed, marker=".", linewidth=2 if name == "ours" else 1, label=label
+            )
+        axis.set(title=f"{k} x {n}", xlabel="rows", ylabel="GFLOP/s" if (k, n) == shapes[0] else "")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    for document in DOCUMENTS:
+        (ROOT / document).write_text(rendered(document))
+    plot(ROOT / "docs" / "bench_linear.png")
+
+
+if __name__ == "__main__":
+    main()

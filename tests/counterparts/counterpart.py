@@ -1,0 +1,164 @@
+"""Programs of this folder, run in the environments of other tools, and the trained model that they are given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import awq_ext
+from awq_ext.demo.data import calibration_batches
+from awq_ext.demo.model import VOCABULARY, load_demo_model
+from awq_ext.ops import int4_weight
+
+PROGRAMS = Path(__file__).parent / "programs"
+FOLDER = os.environ.get("AWQ_EXT_COUNTERPARTS", "")
+LIMIT = 600  # seconds a program may take
+PROMPTS = (
+    b"    if not isinstance(",
+    b"    def __init__(self, ",
+    b"if __name__ == ",
+    b"        raise ValueError(",
+    b"        return self._",
+    b"import os\nimport sys\nfrom ",
+)
+
+
+def needed(name: str) -> Path:
+    """The environment's Python. Without AWQ_EXT_COUNTERPARTS: skip; set, but without this environment: fail."""
+    if not FOLDER:
+        pytest.skip(
+            f"{name} NOT TESTED: AWQ_EXT_COUNTERPARTS is not set; bash tests/counterparts/environments.sh FOLDER makes "
+            "the environments, which take several GB and minutes"
+        )
+    python = Path(FOLDER) / name / "bin" / "python"
+    if not python.exists():
+        pytest.fail(f"AWQ_EXT_COUNTERPARTS={FOLDER} has no environment {name}: run environments.sh", pytrace=False)
+    return python
+
+
+def run(environment: str, program: str, *arguments: object, **variables: str) -> str:
+    """What programs/``program`` prints, run in an environment; it must succeed. ``variables``: of its process environment."""
+    command = [str(needed(environment)), "-W", "ignore", str(PROGRAMS / program), *map(str, arguments)]
+    settings = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "AWQ_EXT"))},
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **variables,
+    }
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=LIMIT, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, f"{program} failed in {environment}:\n{output[-6000:]}"
+    return output
+
+
+def trained_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The demo's trained byte-level Llama as transformers' LlamaForCausalLM."""
+    transformers = pytest.importorskip("transformers", reason="no counterpart tested: pip install awq-ext[hf]")
+    demo = load_demo_model(dtype)
+    sizes = demo.config
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.blocks,
+        num_attention_heads=sizes.query_heads,
+        num_key_value_heads=sizes.kv_heads,
+        rms_norm_eps=sizes.norm_eps,
+        max_position_embeddings=sizes.context,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    names = {name: name if name.startswith("lm_head") else f"model.{name}" for name in demo.state_dict()}
+    model.load_state_dict({names[name]: tensor for name, tensor in demo.state_dict().items()})
+    return model.to(dtype).eval()
+
+
+def quantized_llama(dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+    """The same in int4, all scales folded, so that every layout can hold it."""
+    chosen = {"group_size": 64, "fold": "always"} | settings
+    return awq_ext.quantize(trained_llama(dtype), calibration_batches(count=4), **chosen)
+
+
+def weights_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name of each quantized layer -> the weight it stands for, without its run-time scale, [out, in]."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, awq_ext.QuantLinear)}
+    assert layers
+    sizes = {name: (layer.in_features, layer.out_features, layer.group_size) for name, layer in layers.items()}
+    return {
+        name: int4_weight(layer.tiles, layer.tile_scales, layer.tile_zeros, *sizes[name]).to(dtype)
+        for name, layer in layers.items()
+    }
+
+
+def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Same layers, same bits."""
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert weight.dtype == theirs[name].dtype and torch.equal(weight, theirs[name]), name
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    """Of all safetensors files in ``folder``."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def prompt_file(folder: Path, text: bytes = PROMPTS[0]) -> Path:
+    """The bytes of ``text`` as tokens int64 [1, T] of a safetensors file."""
+    file = folder / "prompt.safetensors"
+    save_file({"tokens": torch.tensor([list(text)])}, file)
+    return file
+
+
+def clear_prompt(folder: Path, model: nn.Module, margin: float = 0.1) -> tuple[Path, Tensor]:
+    """A prompt and its greedy continuation by 16 tokens, int64 [1, T + 16], in which others must agree.
+
+    Of PROMPTS the one in which the best logit of ``model`` leads most clearly throughout: by more than ``margin``.
+    """
+    answers = {}
+    for text in PROMPTS:
+        tokens = torch.tensor([list(text)])
+        generated = model.generate(tokens, max_new_tokens=16, do_sample=False, pad_token_id=0)
+        with torch.no_grad():
+            best = model(generated).logits[0, len(text) - 1 : -1].float().topk(2).values
+        answers[(best[:, 0] - best[:, 1]).min().item()] = (text, generated)
+    lead = max(answers)
+    assert lead > margin, f"no prompt decides anything: a lead of {lead:.3f}"
+    text, generated = answers[lead]
+    return prompt_file(folder, text), generated
+
+
+def tiny_qwen2(dtype: torch.dtype = torch.float16, **settings: Any) -> nn.Module:
+    """A random Qwen2, which has biases, in int4."""
+    transformers = pytest.importorskip("transformers", reason="no counterpart tested: pip install awq-ext[hf]")
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, tie_word_embeddings=False))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    batches = [torch.randint(64, (2, 32)) for _ in range(4)]
+    return awq_ext.quantize(model.to(dtype).eval(), batches, **({"fold": "always"} | settings))
+
+
+def tiny_phi(**settings: Any) -> nn.Module:
+    """A random Phi in int4; its fc2 comes after a GELU, so its scale is applied at run time."""
+    transformers = pytest.importorskip("transformers", reason="no counterpart tested: pip install awq-ext[hf]")
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**sizes, num_attention_heads=4)).eval()
+    return awq_ext.quantize(model, [torch.randint(64, (2, 32)) for _ in range(4)], **settings)

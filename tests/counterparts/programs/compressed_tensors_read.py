@@ -1,0 +1,29 @@
+"""compressed_tensors_read.py FOLDER WEIGHTS: what the layers of a compressed-tensors directory stand for.
+
+WEIGHTS (safetensors): [out, in], as Transformers finds them in the directory and compressed-tensors' own compressor unpacks
+them, without running the model.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+
+def decompressed(folder: str) -> dict[str, torch.Tensor]:
+    """Name of each quantized layer -> its weight."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    layers = [name for name, module in model.named_modules() if hasattr(module, "weight_packed")]
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.decompress_model(model)
+    return {name: model.get_submodule(name).weight.detach().contiguous() for name in layers}
+
+
+if __name__ == "__main__":
+    weights = decompressed(sys.argv[1])
+    assert weights
+    save_file(weights, sys.argv[2])

@@ -1,0 +1,43 @@
+"""compressed-tensors and llm-compressor: both ways, symmetric and asymmetric, weights equal bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from counterparts.counterpart import assert_same_weights, needed, quantized_llama, run, tiny_qwen2, weights_of
+from safetensors.torch import load_file
+
+import awq_ext
+
+SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_model_that_llmcompressor_quantized_is_read(family: str, symmetric: bool, tmp_path: Path) -> None:
+    folder, weights = tmp_path / "model", tmp_path / "weights.safetensors"
+    kind = "symmetric" if symmetric else "asymmetric"
+    run("compressed-tensors", "llmcompressor_write.py", folder, weights, family, kind)
+    model = awq_ext.from_pretrained(folder)
+    assert_same_weights(weights_of(model, torch.float16), load_file(weights))
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("group_size", [64, -1])
+def test_its_compressor_unpacks_a_model_written_here(symmetric: bool, group_size: int, tmp_path: Path) -> None:
+    needed("compressed-tensors")
+    model = quantized_llama(torch.float16, symmetric=symmetric, group_size=group_size)
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="compressed-tensors", max_shard_size="300KB")
+    run("compressed-tensors", "compressed_tensors_read.py", folder, tmp_path / "weights.safetensors")
+    assert_same_weights(weights_of(model, torch.float16), load_file(tmp_path / "weights.safetensors"))
+
+
+def test_its_compressor_unpacks_bfloat16_scales(tmp_path: Path) -> None:
+    needed("compressed-tensors")
+    model = tiny_qwen2(dtype=torch.bfloat16, group_size=32, scale_dtype="bfloat16")
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="compressed-tensors")
+    run("compressed-tensors", "compressed_tensors_read.py", folder, tmp_path / "weights.safetensors")
+    assert_same_weights(weights_of(model, torch.bfloat16), load_file(tmp_path / "weights.safetensors"))

@@ -1,0 +1,181 @@
+"""The commands that work on Hugging Face directories, on a tiny one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hf_directory
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import awq_ext
+from awq_ext import cli
+from awq_ext.cli import hf
+from awq_ext.cli.options import parse_method
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import
+runner = CliRunner()
+WIDE = {"COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf_directory.make(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    found = {name: folder / f"{name}.txt" for name in ("calib", "code", "prose")}
+    for name, path in found.items():
+        path.write_text(f"{name}: some text of this kind, again and again. " * 40)
+    return found
+
+
+@pytest.fixture(scope="module")
+def quantized(model_dir: Path, texts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "int4"
+    shown = run("quantize", model_dir, out, *calibration(texts), "--group-size", 32, "--set", "n_grid=4")
+    assert shown.exit_code == 0, shown.output
+    assert "14 of 15 Linears quantized" in shown.output and f"written to {out}" in shown.output
+    return out
+
+
+def run(*arguments: object):
+    return runner.invoke(cli.app, list(map(str, arguments)), env=WIDE)
+
+
+def calibration(texts: dict[str, Path]) -> list[object]:
+    return ["--calib", texts["calib"], "--samples", 4, "--seq-len", 64]
+
+
+def test_what_is_written_is_what_python_makes(model_dir: Path, texts: dict[str, Path], quantized: Path) -> None:
+    by_hand = hf.load_model(model_dir)
+    batches = hf.windows([texts["calib"]], hf.load_tokenizer(model_dir), 4, 64)
+    assert [tuple(batch.shape) for batch in batches] == [(1, 64)] * 4
+    awq_ext.quantize(by_hand, batches, group_size=32, n_grid=4, progress=False)
+    loaded = hf.load_model(quantized)
+    with torch.no_grad():
+        assert torch.equal(loaded(batches[0]).logits, by_hand(batches[0]).logits)
+    assert hf.load_tokenizer(quantized)("abc").input_ids == hf.load_tokenizer(model_dir)("abc").input_ids
+
+
+def test_compare(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    figures, table = tmp_path / "c.json", tmp_path / "c.md"
+    options = ["--method", "rtn", "--method", "awq,clip=false,label=bare", "--tokens", 128, "--group-size", 32]
+    traffic = ["--traffic", texts["code"], "--traffic", f"talk={texts['prose']}"]
+    output = ["--json", figures, "--markdown", table]
+    shown = run("compare", model_dir, *calibration(texts), *traffic, *options, *output)
+    assert shown.exit_code == 0, shown.output
+    for word in ("code: 126 tokens in 2 windows", "talk: 126 tokens", "bare", "perplexity"):
+        assert word in shown.output and word in table.read_text()
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["label"] for row in rows] == ["float", "rtn", "bare"] and rows[2]["config"]["clip"] is False
+
+
+def test_eval(model_dir: Path, texts: dict[str, Path], quantized: Path) -> None:
+    shown = run(
+        "eval",
+        quantized,
+        texts["code"],
+        f"p={texts['prose']}",
+        "--reference",
+        model_dir,
+        "--tokens",
+        256,
+        "--json",
+        "-",
+    )
+    assert shown.exit_code == 0, shown.output
+    figures = json.loads(shown.stdout)  # the table goes to standard error
+    assert set(figures) == {"code", "p"} and "top1" in shown.stderr
+    assert 0 < figures["code"]["kl"]["value"] < 1
+    samples = hf.windows([texts["code"]], hf.load_tokenizer(model_dir), 1, 512)
+    expected = awq_ext.evaluate(hf.load_model(quantized), samples)["perplexity"].value
+    assert figures["code"]["perplexity"]["value"] == expected
+
+
+def test_report(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
+    shown = run("report", quantized, "--json", tmp_path / "r.json")
+    assert shown.exit_code == 0 and "model.layers.1.mlp.down_proj" in shown.output
+    assert len(json.loads((tmp_path / "r.json").read_text())["layers"]) == 15
+    page = run("report", quantized, tmp_path / "r.html")
+    assert page.exit_code == 0 and "model.layers.1.mlp.down_proj" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    failed = run("report", model_dir)
+    assert failed.exit_code == 1 and "has no awq_ext.json" in failed.output
+
+
+def test_inspect(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
+    shown = run("inspect", quantized)
+    assert shown.exit_code == 0, shown.output
+    for word in ("LlamaForCausalLM", "awq_ext", "int4 layers", "32: 14", "14 of 15 Linears quantized"):
+        assert word in shown.output
+    plain = run("inspect", model_dir, "--json", tmp_path / "i.json")
+    assert plain.exit_code == 0
+    facts = json.loads((tmp_path / "i.json").read_text())
+    assert facts["format"] == "float" and facts["tensors"]["F32"].startswith("21 with ")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:5000])
+    damaged = run("inspect", foreign)
+    assert damaged.exit_code == 1 and "cannot be read" in damaged.output and "Traceback" not in damaged.output
+
+
+def test_chats_and_documents(model_dir: Path, tmp_path: Path) -> None:
+    tokenizer = hf.load_tokenizer(model_dir)
+    path = tmp_path / "a.jsonl"
+    lines = [{"text": "one"}, {"messages": [{"role": "user", "content": "hi"}]}]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert hf.read_text(path, tokenizer) == "one\nuser: hi\n"
+    path.write_text('{"prompt": "x"}')
+    with pytest.raises(ValueError, match=r"line 1 has neither.*prompt"):
+        hf.read_text(path, tokenizer)
+
+
+def test_windows_come_from_every_text(model_dir: Path, texts: dict[str, Path]) -> None:
+    tokenizer = hf.load_tokenizer(model_dir)
+    found = hf.windows(list(texts.values()), tokenizer, 5, 16)
+    assert len(found) == 5 and tokenizer.decode(found[0][0]).startswith("calib: some")
+    assert tokenizer.decode(found[2][0]).startswith("code: some") and tokenizer.decode(found[4][0]).startswith("prose")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["quantize", "{model}", "{model}", "--calib", "{calib}"], 2, "is not empty"),
+        (["quantize", "{model}", "{new}"], 2, "calib"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "bits=9"], 1, "bits=9"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "nothing"], 2, "FIELD=VALUE"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "packed=false"], 2, "for experiments"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--seq-len", "100000"], 1, "fewer than one window"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--dtype", "int8"], 1, "dtype 'int8'"),
+        (["quantize", "{empty}", "{new}", "--calib", "{calib}"], 1, "has no config.json"),
+        (["compare", "{model}", "--calib", "{calib}", "--traffic", "nowhere.txt"], 1, "nowhere.txt is no file"),
+        (["compare", "{model}", "--calib", "{calib}", "--traffic", "{calib}", "--method", "best"], 1, "method='best'"),
+        (["compare", "{model}", "--calib", "{calib}", "--traffic", "{calib}", "--traffic", "{calib}"], 1, "two texts"),
+        (["eval", "{model}"], 2, "PATH"),
+        (["eval", "{nowhere}", "{calib}"], 2, "does not exist"),
+        (["inspect", "{empty}"], 1, "nothing to inspect"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], code: int, message: str, model_dir: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {name: tmp_path / name for name in ("new", "empty", "nowhere")} | {"model": model_dir} | texts
+    shown = run(*(argument.format(**names) for argument in arguments))
+    assert shown.exit_code == code
+    assert message in shown.output and "Traceback" not in shown.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_methods_are_parsed() -> None:
+    assert parse_method("awq,clip=false,n_grid=10") == {
+        "label": "awq,clip=false,n_grid=10",
+        "method": "awq",
+        "clip": False,
+        "n_grid": 10,
+    }
+    assert parse_method("rtn,label=plain") == {"label": "plain", "method": "rtn"}
