@@ -96,6 +96,17 @@ class _Expert:
         return self.__torch_function__(torch.matmul, (), (x, self))
 
 
+def expert_count(model: nn.Module, name: str) -> int | None:
+    """How many experts ``model`` holds in the parameter (or, by now, ExpertLinears) of this name; None if there is none."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+    except AttributeError:
+        return None
+    held = module._parameters.get(leaf, module._modules.get(leaf))
+    return None if held is None else len(held)
+
+
 def _dtype(module: nn.Module) -> torch.dtype:
     return getattr(module, "dtype", None) or module.weight.dtype
 

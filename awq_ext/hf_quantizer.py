@@ -108,7 +108,7 @@ class AwqExtQuantizer(HfQuantizer):
         """What ``save_pretrained`` writes: the quantized layers in ``layout``, and a config that says so."""
         source = ModelSource(model)
         renamed = Renamed(source, model, to_files=True)
-        summary = summarize(renamed, self.layout, map(renamed.name_of, float_linears(model)))
+        summary = summarize(renamed, self.layout, renamed.linears(float_linears(model)))
         # under the model's names: Transformers renames what it writes
         own = tuple(f"{name}." for name in source.layers)
         state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}

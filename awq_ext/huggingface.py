@@ -170,3 +170,28 @@ def ignored(model: nn.Module) -> Callable[[str], bool]:
     """Tensors of files that the model's class says it does not need."""
     patterns = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def weight_conversions(model: nn.Module, to_files: bool) -> tuple[list[Any], list[Any]]:
+    """Renamings and converters of a model's class, for this direction; none before transformers 5 and for other models."""
+    if not is_transformers_model(model):
+        return [], []
+    try:
+        from transformers.conversion_mapping import PrefixChange, get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+    except ImportError:
+        return [], []
+    if to_files:
+        # what the model came from, if transformers loaded it; else the class's own, of which a prefix may be none of its files'
+        known = getattr(model, "_weight_conversions", None)
+        if known is None:
+            known = [
+                t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)
+            ]
+        found = [transform.reverse_transform() for transform in reversed(known)]
+    else:
+        found = get_model_conversion_mapping(model)
+    return (
+        [transform for transform in found if isinstance(transform, WeightRenaming)],
+        [transform for transform in found if isinstance(transform, WeightConverter)],
+    )

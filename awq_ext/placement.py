@@ -39,7 +39,7 @@ def place(
         layers = {name: plan.layer(name) for name in source.layers}
         values = plan.values()
         for name, layer in layers.items():
-            model.set_submodule(name, layer)
+            journal.set_module(model, name, layer)
         for name, value in values.items():
             parent, _, leaf = name.rpartition(".")
             owner = model.get_submodule(parent)

@@ -43,7 +43,7 @@ def save_pretrained(
     target, limit = layout(format), parse_size(max_shard_size)
     model = unwrapped(model)
     source = Renamed(ModelSource(model), model, to_files=True)
-    summary = summarize(source, target, map(source.name_of, float_linears(model)))
+    summary = summarize(source, target, source.linears(float_linears(model)))
 
     def extra(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
@@ -75,8 +75,10 @@ def from_pretrained(directory: str | os.PathLike[str], dtype: torch.dtype | None
 
 
 def float_linears(model: nn.Module) -> list[str]:
-    """Names of the Linears that are not quantized."""
-    return [name for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear]
+    """Names of what is not quantized and has a Linear's weight: routers of experts too, which other readers have as Linears."""
+    modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if not isinstance(m, nn.Embedding)}
+    weights = {name: module._parameters.get("weight") for name, module in modules.items()}
+    return [name for name, weight in weights.items() if weight is not None and weight.dim() == 2]
 
 
 class ModelSource:
@@ -94,6 +96,10 @@ class ModelSource:
         self.floats = list(self._floats)
         if meta := [name for name, tensor in self._floats.items() if tensor.is_meta]:
             raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save")
+
+    def rows(self, name: str) -> int:
+        """out_features of one of ``layers``."""
+        return self.layers[name].out_features
 
     def layer(self, name: str) -> PackedLinear:
         """One QuantLinear in rows, on the CPU."""
@@ -114,10 +120,6 @@ class ModelSource:
             bias=None if bias is None else bias.detach().cpu(),
             pre_quant_scale=None if scale is None else scale.cpu(),
         )
-
-    def rows(self, name: str) -> int:
-        """out_features."""
-        return self.layers[name].out_features
 
     def float_tensor(self, name: str) -> Tensor:
         """One of ``floats``."""

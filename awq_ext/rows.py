@@ -1,9 +1,10 @@
-"""Rows: quantized layers made of rows of others, exactly; how experts joined in memory and apart in files become each other."""
+"""Rows: of which rows of which weights a weight consists that was joined from others or cut out of one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -12,47 +13,95 @@ from .formats import CheckpointError, PackedLinear
 
 
 @dataclass(frozen=True)
-class Numbered:
-    """Layers whose rows have numbers, those of the first layer first. sizes: name -> rows."""
+class Run:
+    """Rows ``start`` to ``stop`` (None: to the end) of what is called ``source``."""
 
-    sizes: Mapping[str, int]
-
-    def numbers(self, name: str) -> Tensor:
-        """int64 [N, 1]: a stand-in for the layer's weight, which conversions may move about."""
-        names = list(self.sizes)
-        start = sum(self.sizes[before] for before in names[: names.index(name)])
-        return torch.arange(start, start + self.sizes[name])[:, None]
-
-    def parts(self, numbers: Tensor) -> list[tuple[str, Tensor]]:
-        """Layer and row for each of ``numbers`` int64 [N, 1], in runs of one layer. CheckpointError if these are no rows."""
-        if numbers.dim() != 2 or numbers.shape[1] != 1:
-            raise CheckpointError("its weights are turned as well as joined, which cannot be done with quantized ones")
-        names = list(self.sizes)
-        ends = torch.tensor([self.sizes[name] for name in names]).cumsum(0)
-        owners, counts = torch.bucketize(numbers[:, 0], ends, right=True).unique_consecutive(return_counts=True)
-        starts = ends - torch.tensor([self.sizes[name] for name in names])
-        runs = numbers[:, 0].split(counts.tolist())
-        return [(names[owner], run - starts[owner]) for owner, run in zip(owners.tolist(), runs, strict=True)]
+    source: str
+    start: int = 0
+    stop: int | None = None
 
 
-def take(parts: Sequence[tuple[str, Tensor]], read: Callable[[str], PackedLinear]) -> PackedLinear:
-    """One layer of these rows. CheckpointError where the layers they come from have different inputs or groups."""
-    names = list(dict.fromkeys(name for name, _ in parts))
-    layers = {name: read(name) for name in names}
-    first = layers[names[0]]
-    for name, layer in layers.items():
-        if (layer.in_features, layer.groups, layer.bias is None) != (
-            first.in_features,
-            first.groups,
-            first.bias is None,
-        ):
-            raise CheckpointError(f"{names[0]} and {name} make one layer, but have different sizes, groups or biases")
-        scales = layer.pre_quant_scale, first.pre_quant_scale
-        if (scales[0] is None) != (scales[1] is None) or (scales[0] is not None and not torch.equal(*scales)):
-            raise CheckpointError(f"{names[0]} and {name} make one layer, but scale their inputs differently")
+class RowNumbers:
+    """Stand-ins for weights [N, K] that a conversion of unknown kind is applied to: it shows where it puts their rows.
 
-    def rows(of: str) -> Tensor:
-        return torch.cat([getattr(layers[name], of)[index] for name, index in parts])
+    rows: N by name. Every row of every weight has a number of its own, and two columns that tell rows from columns.
+    """
 
-    bias = None if first.bias is None else rows("bias")
-    return replace(first, qweight=rows("qweight"), scales=rows("scales"), zeros=rows("zeros"), bias=bias)
+    def __init__(self, rows: Mapping[str, int]) -> None:
+        self._rows = dict(rows)
+        self._starts = dict(zip(rows, accumulate(rows.values(), initial=0), strict=False))
+
+    def of(self, source: str) -> Tensor:
+        """int64 [N, 2]."""
+        first = 2 * self._starts[source]
+        return torch.arange(first, first + 2 * self._rows[source]).view(-1, 2)
+
+    def runs(self, weight: Tensor) -> tuple[Run, ...] | None:
+        """Which rows stand in ``weight`` [n, 2], a result of the conversion; None if these are not whole rows."""
+        if weight.dim() != 2 or weight.shape[1] != 2 or not len(weight):
+            return None
+        first = weight[:, 0]
+        if (first % 2).any() or (weight[:, 1] != first + 1).any():
+            return None
+        numbers = first // 2
+        starts = torch.tensor(list(self._starts.values()))
+        home = torch.bucketize(numbers, starts, right=True) - 1
+        breaks = torch.nonzero((numbers.diff() != 1) | (home.diff() != 0)).flatten() + 1
+        names = list(self._rows)
+        runs = []
+        for low, high in pairwise([0, *breaks.tolist(), len(numbers)]):
+            name = names[home[low]]
+            start = int(numbers[low]) - self._starts[name]
+            runs.append(Run(name, start, start + high - low))
+        return tuple(runs)
+
+
+def cut_layer(layer: PackedLinear, run: Run) -> PackedLinear:
+    """The outputs ``run.start`` to ``run.stop``, exactly. CheckpointError when the layer has fewer."""
+    if (run.start, run.stop) == (0, None):
+        return layer
+    if run.stop is not None and run.stop > layer.out_features:
+        raise CheckpointError(f"{run.source} has {layer.out_features} outputs, {run.stop} are needed")
+    rows = slice(run.start, run.stop)
+    return replace(
+        layer,
+        qweight=layer.qweight[rows],
+        scales=layer.scales[rows],
+        zeros=layer.zeros[rows],
+        bias=None if layer.bias is None else layer.bias[rows],
+        # every part has its own: no file can hold one tensor under two names
+        pre_quant_scale=None if layer.pre_quant_scale is None else layer.pre_quant_scale.clone(),
+    )
+
+
+def join_layers(layers: Sequence[PackedLinear], names: Sequence[str]) -> PackedLinear:
+    """One layer with the outputs of all, exactly. names: of the parts, for messages.
+
+    CheckpointError when they differ in input channels, groups, run-time scales, or in having a bias.
+    """
+    first = layers[0]
+    if len(layers) == 1:
+        return first
+    for name, layer in zip(names, layers, strict=True):
+        if reason := _difference(first, layer):
+            raise CheckpointError(f"{names[0]} and {name} are one layer in the model, but have different {reason}")
+    return replace(
+        first,
+        qweight=torch.cat([layer.qweight for layer in layers]),
+        scales=torch.cat([layer.scales for layer in layers]),
+        zeros=torch.cat([layer.zeros for layer in layers]),
+        bias=None if first.bias is None else torch.cat([layer.bias for layer in layers]),
+    )
+
+
+def _difference(one: PackedLinear, other: PackedLinear) -> str:
+    """In what two layers differ that one layer has only once, or ""."""
+    if one.in_features != other.in_features:
+        return f"input channels ({one.in_features}, {other.in_features})"
+    # a single group may be called -1 or by its length
+    if one.groups != other.groups or (one.groups > 1 and one.group_size != other.group_size):
+        return f"group sizes ({one.group_size}, {other.group_size})"
+    scales = (one.pre_quant_scale, other.pre_quant_scale)
+    if (scales[0] is None) != (scales[1] is None) or (scales[0] is not None and not torch.equal(*scales)):
+        return "run-time scales (pre_quant_scale)"
+    return "biases: only one has any" if (one.bias is None) != (other.bias is None) else ""
