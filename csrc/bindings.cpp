@@ -70,14 +70,16 @@ Tensor py_pack_int4(const Tensor& codes) {
   check_shape(kName, "codes", codes, {-1, -1});
   check_dtype(kName, "codes", codes, at::kByte);
   const int64_t n = codes.size(0), k = codes.size(1);
-  if (codes.numel() > 0) {
-    const int64_t largest = codes.max().item<int64_t>();
-    AWQ_CHECK(largest < 16, kName, "codes", "codes below 16", largest);
-  }
   const Tensor c = codes.contiguous(), packed = at::empty({n, packed_bytes(k)}, at::kByte);
   if (c.numel() == 0) return packed;
-  py::gil_scoped_release release;
-  pack_int4(kernels(), c.const_data_ptr<uint8_t>(), n, k, packed.mutable_data_ptr<uint8_t>(), at::get_num_threads());
+  bool fit;
+  {
+    py::gil_scoped_release release;
+    fit = pack_int4(kernels(), c.const_data_ptr<uint8_t>(), n, k, packed.mutable_data_ptr<uint8_t>(),
+                    at::get_num_threads());
+  }
+  // the codes are read once, and again only to say what was wrong
+  if (!fit) AWQ_CHECK(false, kName, "codes", "codes below 16", codes.max().item<int64_t>());
   return packed;
 }
 

@@ -1,6 +1,7 @@
 #include "quantize.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "buffer.h"
@@ -87,11 +88,14 @@ void dequantize_weight(const KernelTable& table, const uint8_t* codes, const voi
   });
 }
 
-void pack_int4(const KernelTable& table, const uint8_t* codes, int64_t out_features, int64_t in_features,
+bool pack_int4(const KernelTable& table, const uint8_t* codes, int64_t out_features, int64_t in_features,
                uint8_t* packed, int threads) {
   const int64_t bytes = packed_bytes(in_features);
-  for_rows(out_features, in_features, threads,
-           [&](int64_t n, int) { table.pack_int4(codes + n * in_features, in_features, packed + n * bytes); });
+  std::atomic<bool> fit{true};
+  for_rows(out_features, in_features, threads, [&](int64_t n, int) {
+    if (table.pack_int4(codes + n * in_features, in_features, packed + n * bytes) > 15) fit = false;
+  });
+  return fit;
 }
 
 void unpack_int4(const KernelTable& table, const uint8_t* packed, int64_t out_features, int64_t in_features,

@@ -42,8 +42,8 @@ void dequantize_weight(const KernelTable& table, const uint8_t* codes, const voi
                        const uint8_t* zeros, int64_t out_features, int64_t in_features, int64_t group_length,
                        float* out, int threads);
 
-// Rows of K codes <-> rows of ceil(K / 2) bytes.
-void pack_int4(const KernelTable& table, const uint8_t* codes, int64_t out_features, int64_t in_features,
+// Rows of K codes <-> rows of ceil(K / 2) bytes. Packing returns whether all codes are below 16.
+bool pack_int4(const KernelTable& table, const uint8_t* codes, int64_t out_features, int64_t in_features,
                uint8_t* packed, int threads);
 void unpack_int4(const KernelTable& table, const uint8_t* packed, int64_t out_features, int64_t in_features,
                  uint8_t* codes, int threads);

@@ -1,9 +1,15 @@
 // Four-bit codes, two a byte, in the rows of a checkpoint (layout.h).
 
-void pack_int4(const uint8_t* codes, int64_t n, uint8_t* packed) {
-#pragma omp simd
-  for (int64_t i = 0; i < n / 2; ++i) packed[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
-  if (n % 2 != 0) packed[n / 2] = codes[n - 1];
+uint8_t pack_int4(const uint8_t* codes, int64_t n, uint8_t* packed) {
+  uint8_t seen = 0;
+#pragma omp simd reduction(| : seen)
+  for (int64_t i = 0; i < n / 2; ++i) {
+    packed[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+    seen |= codes[2 * i] | codes[2 * i + 1];
+  }
+  if (n % 2 == 0) return seen;
+  packed[n / 2] = codes[n - 1];
+  return seen | codes[n - 1];
 }
 
 void unpack_int4(const uint8_t* packed, int64_t n, uint8_t* codes) {

@@ -87,8 +87,9 @@ struct KernelTable {
   // x[i] rounded to bf16, half to even, and kept in fp32. Finite values only become infinite above bf16's range.
   void (*round_to_bf16)(float* x, int64_t n);
 
-  // codes < 16. n codes <-> ceil(n / 2) bytes: see layout.h.
-  void (*pack_int4)(const uint8_t* codes, int64_t n, uint8_t* packed);
+  // codes < 16. n codes <-> ceil(n / 2) bytes: see layout.h. Packing returns the bitwise or of all codes: above 15 one
+  // did not fit.
+  uint8_t (*pack_int4)(const uint8_t* codes, int64_t n, uint8_t* packed);
   void (*unpack_int4)(const uint8_t* packed, int64_t n, uint8_t* codes);
 
   // Products with four-bit weights in the compute layout of layout.h. Activations come interleaved: a[i * rows + m] is
