@@ -32,7 +32,8 @@ from .prepare import (
 )
 from .probe import Probe, combined
 from .report import AwqReport, LayerReport
-from .solve import BlockSolver, GroupSolution, build_layer
+from .solution import GroupSolution, build_layer
+from .solve import BlockSolver
 
 
 def quantize(

@@ -24,7 +24,7 @@ from awq_ext.prepare import unwrapped
 from awq_ext.probe import Probe
 from awq_ext.proof import find_rows, prove_norm_fold
 from awq_ext.report import AwqReport
-from awq_ext.solve import LayerSolution
+from awq_ext.solution import LayerSolution
 from awq_ext.standins import StandIns
 
 SETTINGS: Mapping[str, Any] = {"group_size": 16, "n_grid": 5, "min_tokens": 1, "progress": False}
