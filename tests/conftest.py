@@ -8,6 +8,8 @@ import models
 import pytest
 import torch
 
+from awq_ext import _C
+
 
 @pytest.fixture(autouse=True)
 def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -30,3 +32,12 @@ def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def case(request: pytest.FixtureRequest) -> models.Case:
     """Each of the tiny models in turn."""
     return models.make(request.param)
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this processor in turn, in force during the test."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)

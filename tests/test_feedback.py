@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -18,19 +17,6 @@ from awq_ext.feedback import Feedback
 EPS = 2.0**-24  # relative error of one fp32 operation
 KERNELS = pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
 SHAPES = [(1, 1), (7, 13), (3, 300), (20, 1), (33, 64), (40, 65), (2, 129)]
-
-
-@pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def moment(k: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,17 +21,8 @@ MANY = settings(
 )
 
 
-@pytest.fixture(params=_C.available_isas(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+# every test here, on every instruction set
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def moment(k: int, rows: int = 40) -> Tensor:

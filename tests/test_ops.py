@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,14 +12,6 @@ from awq_ext import _C, backend, ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [*range(1, 17), 30, 100]  # every number of rows that a kernel is made for, and blocks of them
-
-
-@pytest.fixture(params=_C.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def layer(n: int, k: int, group_size: int, scale_dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor, Tensor]:
