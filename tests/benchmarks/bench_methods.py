@@ -1,10 +1,12 @@
 """All methods on all kinds of traffic: perplexity, KL divergence, top-1 agreement with the float model, with intervals.
 
     python tests/benchmarks/bench_methods.py MODEL_DIR --calib calib.txt --traffic code.txt de=multi-de.txt ...
-        [--bits 4 3] [--group-size 64 128] [--method rtn awq awq,clip=false ...] [--json out.json] [--markdown out.md]
+        [--bits 4 3] [--group-size 64 128] [--method rtn awq awq,clip=false ...] [--rest 16384] [--json out.json]
+        [--markdown out.md]
 
 MODEL_DIR: a local Transformers directory. Calibration: --samples windows of --seq tokens; scoring: the first --tokens tokens of
-each text, in windows of --seq without overlap. Every combination of bits and group size is one awq_ext.compare().
+each text, in windows of --seq without overlap; with --rest also as many tokens of the calibration text itself, from where
+calibration stopped. Every combination of bits and group size is one awq_ext.compare().
 """
 
 from __future__ import annotations
@@ -63,17 +65,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=6144)
+    parser.add_argument("--rest", type=int, default=0, metavar="TOKENS")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
 
     tokenizer, model = hf.load_tokenizer(args.model), hf.load_model(args.model, args.dtype)
-    calib = hf.windows(args.calib, tokenizer, args.samples, args.seq)
+    calib = hf.windows(args.calib, tokenizer, args.samples + args.rest // args.seq, args.seq)
+    calib, rest = calib[: args.samples], calib[args.samples :]
     count = -(-args.tokens // args.seq)
     traffic = {
         name: hf.windows([path], tokenizer, count, args.seq) for name, path in hf.named_texts(args.traffic).items()
     }
+    if rest:
+        traffic["rest of calib"] = rest
     results, pages = {}, []
     for bits in args.bits:
         for group_size in args.group_size:

@@ -1,7 +1,7 @@
 """Perplexity and seconds beside llm-compressor (AWQModifier, GPTQModifier) and AutoAWQ: same calibration tokens, same windows.
 
     python tests/benchmarks/bench_peers_quality.py MODEL_DIR --calib calib.txt --traffic code.txt de=de.txt
-        [--llmcompressor PYTHON] [--autoawq PYTHON] [--group-size 64] [--json out.json]
+        [--llmcompressor PYTHON] [--autoawq PYTHON] [--limit SECONDS] [--group-size 64] [--json out.json]
 
 PYTHON: the interpreter of an environment with llmcompressor 0.14, or autoawq 0.2.9 with transformers 4.51.3. A peer works in that
 environment, in a process of its own that knows nothing of awq_ext: this very file, with --worker. Each scores its own quantized
@@ -92,7 +92,25 @@ def autoawq(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[Any, f
         max_calib_samples=len(calib),
         max_calib_seq_len=calib.shape[1],
     )
-    return model.model, time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    unpack(model.model)
+    return model.model, seconds
+
+
+def unpack(model: Any) -> None:
+    """Its layers as torch Linears with the same values: its own forward needs an accelerator."""
+    from awq.modules.linear import WQLinear_GEMM
+    from awq.utils.packing_utils import dequantize_gemm
+
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, WQLinear_GEMM):
+            linear = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            weight = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, layer.w_bit, layer.group_size)
+            linear.weight.data = weight.T.contiguous()
+            if layer.bias is not None:
+                linear.bias.data = layer.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear.to(next(model.parameters()).dtype))
 
 
 def ours(job: dict[str, Any], methods: list[str]) -> dict[str, Any]:
@@ -120,20 +138,23 @@ def ours(job: dict[str, Any], methods: list[str]) -> dict[str, Any]:
     return found
 
 
-def in_its_environment(python: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What a worker process returns, or its error."""
+def in_its_environment(python: str, name: str, job: dict[str, Any], limit: float | None) -> dict[str, Any]:
+    """What a worker process returns, or its error; it is given up after ``limit`` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         job_path, result = Path(folder) / "job.json", Path(folder) / "result.json"
         job_path.write_text(json.dumps(job))
         command = [python, __file__, "--worker", name, str(job_path), str(result)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {limit:.0f} s"}
         if done.returncode or not result.exists():
             return {"error": (done.stderr or done.stdout).strip().splitlines()[-1:]}
         return json.loads(result.read_text())
 
 
 def markdown(found: dict[str, Any], texts: list[str]) -> str:
-    """A line each: perplexities, seconds, and how many times longer than awq_ext's method of the same kind."""
+    """A line each: perplexities and seconds."""
     lines = ["| method | " + " | ".join(texts) + " | seconds |", "|:--|" + "--:|" * (len(texts) + 1)]
     for name, row in found.items():
         if "error" in row:
@@ -156,6 +177,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=list(OURS))
     parser.add_argument("--llmcompressor", metavar="PYTHON")
     parser.add_argument("--autoawq", metavar="PYTHON")
+    parser.add_argument("--limit", type=float, help="give a peer up after so many seconds")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq", type=int, default=512)
@@ -178,7 +200,7 @@ def main() -> None:
     found = ours(job, args.method)
     for peer, names in PEERS.items():
         for name in names if getattr(args, peer) else ():
-            found[name] = in_its_environment(getattr(args, peer), name, job)
+            found[name] = in_its_environment(getattr(args, peer), name, job, args.limit)
             print(f"{name}: {found[name]}", flush=True)
     print(markdown(found, list(texts)))
     if args.json:
