@@ -6,7 +6,8 @@
 
 MODEL_DIR: a local Transformers directory. Calibration: --samples windows of --seq tokens; scoring: the first --tokens tokens of
 each text, in windows of --seq without overlap; with --rest also as many tokens of the calibration text itself, from where
-calibration stopped. Every combination of bits and group size is one awq_ext.compare().
+calibration stopped. Every combination of bits and group size is one awq_ext.compare(). --json adds to what the file holds of
+other models and combinations, so that a table can be measured in parts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import awq_ext
 from awq_ext.cli import hf
@@ -54,6 +56,27 @@ def wide(found: Comparison, title: str, measure: str) -> Grid:
     return Grid(f"{title}: {measure}", ["method", *found.traffic, "seconds"], rows)
 
 
+def figures(found: Comparison, args: argparse.Namespace) -> dict[str, Any]:
+    """What the documents' tables are made of: values without intervals, and which methods cannot be told from the best."""
+    rows = {
+        row.label: {
+            "seconds": row.seconds,
+            "measures": {name: {m: one.value for m, one in e.measures.items()} for name, e in row.evaluations.items()},
+        }
+        for row in found.rows
+    }
+    best = {name: {m: found.best(name, m) for m in found.measures} for name in found.traffic}
+    settings = {name: getattr(args, name) for name in ("samples", "seq", "tokens", "rest")}
+    return {"settings": settings, "threads": found.threads, "traffic": list(found.traffic), "best": best, "rows": rows}
+
+
+def add(path: Path, model: str, title: str, cell: dict[str, Any]) -> None:
+    """Put one combination into the file, others kept."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results.setdefault(model, {})[title] = cell
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -80,7 +103,7 @@ def main() -> None:
     }
     if rest:
         traffic["rest of calib"] = rest
-    results, pages = {}, []
+    pages = []
     for bits in args.bits:
         for group_size in args.group_size:
             title = f"W{bits} g{group_size}"
@@ -90,13 +113,12 @@ def main() -> None:
             found = awq_ext.compare(model, calib, traffic, methods, **settings)
             print(f"\n== {title}, {time.perf_counter() - began:.0f} s in all")
             print(found, flush=True)
-            results[title] = found.to_dict()
             pages += [wide(found, title, measure).to_markdown() for measure in found.measures]
             # after each, so that an interrupt loses nothing that was measured
             if args.markdown:
                 args.markdown.write_text("\n\n".join(pages) + "\n", encoding="utf-8")
             if args.json:
-                args.json.write_text(json.dumps({"settings": vars(args), "results": results}, indent=1, default=str))
+                add(args.json, args.model.resolve().name, title, figures(found, args))
 
 
 if __name__ == "__main__":

@@ -186,6 +186,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from awq_ext.cli import hf
+    from bench_linear import machine
 
     tokenizer, count = hf.load_tokenizer(args.model), -(-args.tokens // args.seq)
     texts = hf.named_texts(args.traffic)
@@ -204,7 +205,10 @@ def main() -> None:
             print(f"{name}: {found[name]}", flush=True)
     print(markdown(found, list(texts)))
     if args.json:
-        args.json.write_text(json.dumps({"settings": vars(args), "results": found}, indent=1, default=str))
+        names = ("samples", "seq", "tokens", "group_size")
+        settings = {"model": args.model.resolve().name} | {name: getattr(args, name) for name in names}
+        data = {"machine": machine(), "settings": settings, "results": found}
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import quality_tables as quality
+
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "docs/speed.md", "docs/architectures.md")
+DOCUMENTS = ("README.md", "docs/speed.md", "docs/architectures.md", "docs/quality.md", "docs/methods.md")
 PEERS = ("bf16", "fp16", "fp32", "aten_int4")
 SUMMARY_SHAPE = (4096, 4096)
 Data = dict[str, Any]
@@ -154,6 +156,11 @@ def folded() -> str:
     )
 
 
+def peers() -> str:
+    data = read("bench_peers")
+    return quality.peers(data, markdown, described(data))
+
+
 TABLES = {
     "folds": folds,
     "folded": folded,
@@ -163,6 +170,9 @@ TABLES = {
     "generate": generate,
     "int8": int8,
     "pack": pack,
+    "methods": lambda: quality.all_cells(read("bench_methods"), markdown),
+    "methods_summary": lambda: quality.summary(read("bench_methods"), markdown),
+    "peers": peers,
 }
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 

@@ -1,0 +1,100 @@
+"""The tables of tables.py that show quality: methods on kinds of traffic, and other tools beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Data = dict[str, Any]
+Markdown = Callable[[Iterable[str], Iterable[Iterable[object]]], str]
+BOTH = "awq+gptq"
+# Rows of other tools, and ours that does the same.
+SAME = {"llmcompressor awq": "awq_ext awq", "llmcompressor gptq": "awq_ext gptq", "autoawq": "awq_ext awq"}
+
+
+def value(cell: Data, label: str, text: str, measure: str) -> float:
+    return cell["rows"][label]["measures"][text][measure]
+
+
+def closed(cell: Data, label: str, text: str, measure: str) -> float:
+    """The share of RTN's gap to the float model that a method closes; the float model's divergence from itself is 0."""
+    goal = value(cell, "float", text, measure) if measure == "perplexity" else 0.0
+    worst = value(cell, "rtn", text, measure)
+    return (worst - value(cell, label, text, measure)) / (worst - goal)
+
+
+def mean_closed(cell: Data, label: str, measure: str) -> float:
+    return sum(closed(cell, label, text, measure) for text in cell["traffic"]) / len(cell["traffic"])
+
+
+def labels(cell: Data) -> list[str]:
+    return [label for label in cell["rows"] if label != "float"]
+
+
+def one_cell(cell: Data, measure: str, markdown: Markdown) -> str:
+    """Methods by kinds of traffic: the measure, and the share of RTN's gap that is closed."""
+
+    def entry(label: str, text: str) -> str:
+        order = cell["best"][text][measure]
+        shown = f"{value(cell, label, text, measure):.{3 if measure == 'perplexity' else 4}f}"
+        if label not in ("float", "rtn"):
+            shown += f" ({closed(cell, label, text, measure):.0%})"
+        return f"**{shown}**" if label == order[0] else f"{shown} ≈" if label in order else shown
+
+    shown = labels(cell) if measure == "kl" else list(cell["rows"])
+    rows = [[label, *(entry(label, text) for text in cell["traffic"])] for label in shown]
+    return markdown((measure, *cell["traffic"]), rows)
+
+
+def all_cells(data: Data, markdown: Markdown) -> str:
+    """Every model, bits and group size: perplexity and divergence."""
+    parts = []
+    for model, cells in data.items():
+        for title, cell in cells.items():
+            s = cell["settings"]
+            parts.append(
+                f"### {model}, {title}\n\nCalibrated on {s['samples']} x {s['seq']} tokens, scored on {s['tokens']} of each text."
+            )
+            parts += [one_cell(cell, measure, markdown) for measure in ("perplexity", "kl")]
+    return "\n\n".join(parts)
+
+
+def at_least_best(cell: Data, label: str, measure: str) -> str:
+    """On how many kinds of traffic ``label`` is as good as the better of AWQ and GPTQ alone."""
+    good = sum(
+        value(cell, label, text, measure) <= min(value(cell, one, text, measure) for one in ("awq", "gptq"))
+        for text in cell["traffic"]
+    )
+    return f"{good} of {len(cell['traffic'])}"
+
+
+def summary(data: Data, markdown: Markdown) -> str:
+    """A line for each model, bits and group size: the mean share that each method closes."""
+    cells = [(f"{model}, {title}", cell) for model, found in data.items() for title, cell in found.items()]
+    shared = [label for label in labels(cells[0][1]) if all(label in cell["rows"] for _, cell in cells)]
+    shared.remove("rtn")
+    head = ("share of RTN's gap closed, perplexity / divergence", *shared, f"{BOTH} at least as good as both alone")
+
+    def row(name: str, cell: Data) -> list[str]:
+        means = [" / ".join(f"{mean_closed(cell, one, m):.0%}" for m in ("perplexity", "kl")) for one in shared]
+        return [name, *means, " / ".join(at_least_best(cell, BOTH, m) for m in ("perplexity", "kl"))]
+
+    return markdown(head, (row(*one) for one in cells))
+
+
+def peers(data: Data, markdown: Markdown, described: str) -> str:
+    """Ours and other tools: perplexities, seconds, and how many times longer than ours the same method took."""
+    results = data["results"]
+    texts = list(next(iter(results.values()))["perplexity"])
+    rows = []
+    for name, row in results.items():
+        if "error" in row:
+            rows.append([name, *([""] * len(texts)), "", row["error"]])
+            continue
+        times = f"{row['seconds'] / results[SAME[name]]['seconds']:.1f}x" if name in SAME else ""
+        cells = [f"{row['perplexity'][text]:.3f}" for text in texts]
+        rows.append([name, *cells, f"{row['seconds']:.1f}" if row["seconds"] else "", times])
+    s = data["settings"]
+    head = f"{s['model']}, 4 bits, groups of {s['group_size']}, {s['samples']} x {s['seq']} tokens of calibration, scored on "
+    head += f"{s['tokens']} tokens of each text. {described}."
+    return f"{head}\n\n" + markdown(("", *texts, "seconds", "times ours"), rows)
