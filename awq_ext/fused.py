@@ -66,9 +66,7 @@ class FusedWeight:
         start, end = self.original.data_ptr(), self.original.data_ptr() + self.original.nbytes
         parameter = self.original
         if not all(start <= linear.weight.data_ptr() < end for linear in left):
-            matrices = [linear.weight.detach() for linear in left]
-            stacked = torch.stack([m if self.use == "linear" else m.T for m in matrices])
-            parameter = nn.Parameter(stacked, requires_grad=self.original.requires_grad)
+            parameter = _stacked(experts)
         journal.put_parameter(self.module, self.leaf, parameter, self.order)
 
 
@@ -343,3 +341,18 @@ def unfuse_as(model: nn.Module, name: str, use: Any, journal: Journal) -> None:
     journal.replace_parameter(module, leaf, FusedWeight(name, module, leaf, parameter).linears(use))
     if (twin := eager_config(module)) is not None:
         journal.set_attribute(module, "config", twin)
+
+
+def put_back(model: nn.Module, journal: Journal) -> None:
+    """Make one parameter again of experts that are all float Linears."""
+    for module in list(model.modules()):
+        for leaf, experts in list(module._modules.items()):
+            if isinstance(experts, ExpertLinears) and all(isinstance(e, nn.Linear) for e in experts.children()):
+                journal.put_parameter(module, leaf, _stacked(experts), (*module._parameters, leaf))
+
+
+def _stacked(experts: ExpertLinears) -> nn.Parameter:
+    """The parameter [E, N, K] (or [E, K, N]) that holds the weights of these Linears."""
+    weights = [linear.weight for linear in experts.children()]
+    matrices = [w.detach() if experts.use == "linear" else w.detach().T for w in weights]
+    return nn.Parameter(torch.stack(matrices), requires_grad=weights[0].requires_grad)
