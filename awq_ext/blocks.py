@@ -108,6 +108,11 @@ class Stop:
         self._args = args
         self._kwargs = kwargs
 
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of that call."""
+        return self._args, self._kwargs
+
     def rehearse(self) -> Any:
         """Run the block on copies of its arguments, in the state of this batch's forward; returns the block's output.
 
