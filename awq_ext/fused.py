@@ -124,7 +124,10 @@ class _UseRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor) -> None:
-        address = tensor.data_ptr()
+        try:
+            address = tensor.data_ptr()
+        except RuntimeError:  # inside torch.vmap, whose tensors lie nowhere
+            return
         for name, (start, parameter) in self._places.items():
             if start <= address < start + parameter.nbytes and parameter.device == tensor.device:
                 if use := _use_of(func, args, kwargs, tensor, parameter):

@@ -72,7 +72,8 @@ class AwqExtQuantizer(HfQuantizer):
                 module._is_hf_initialized = True
                 patterns.add(f"^{re.escape(name.rpartition('.')[0])}\\.")
         if patterns:
-            model._keys_to_ignore_on_load_unexpected = {*(self._ignored or ()), *patterns}
+            kind = list if self._ignored is None else type(self._ignored)  # a set in transformers 5
+            model._keys_to_ignore_on_load_unexpected = kind([*(self._ignored or ()), *patterns])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if getattr(model, "_keys_to_ignore_on_load_unexpected", None) != self._ignored:

@@ -80,10 +80,12 @@ class WholeLinear(Waiting):
         """See :class:`Waiting`."""
         tensors, source, file_name = dict(self.named_buffers()), self.files.source, self.files.layers[self.name]
         device = self._place(tensors)
+        for leaf, name in source.layers[file_name].items():
+            # transformers 4 casts buffers to the model's dtype, which would round scales
+            same = tensors[leaf].dtype == source.shards.dtype(name)
+            tensors[leaf] = tensors[leaf].cpu() if same else source.shards.get(name)
         try:
-            packed = source.layout.unpack(
-                {leaf: tensor.cpu() for leaf, tensor in tensors.items()}, source.settings.of(file_name)
-            )
+            packed = source.layout.unpack(tensors, source.settings.of(file_name))
         except CheckpointError as error:
             raise CheckpointError(f"{source.folder}: layer {file_name}: {error}") from None
         return self._int4_layer(packed, device)
