@@ -19,8 +19,9 @@ from torch.nn import functional as F
 import awq_ext
 from awq_ext.batches import Call
 from awq_ext.experts import ExpertLinears
-from awq_ext.fused import find_fused, unfuse
+from awq_ext.fused import find_fused
 from awq_ext.journal import Journal
+from awq_ext.unfused import unfuse
 
 SETTINGS = {"group_size": 16, "n_grid": 4, "min_tokens": 1, "progress": False}
 COUNT, HIDDEN, INNER = 4, 32, 48
