@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -66,6 +66,26 @@ def _repeats(module: nn.Module) -> bool:
     )
 
 
+def blocks_around(model: nn.Module, blocks: Sequence[Block], owners: Iterable[str]) -> list[Block]:
+    """``blocks`` with those inside the modules called ``owners`` replaced by the largest module around that holds no other."""
+
+    def holds(outer: str, name: str) -> bool:
+        return not outer or f"{name}.".startswith(f"{outer}.")
+
+    owners = list(owners)
+    kept = [block for block in blocks if not any(holds(owner, block.name) for owner in owners)]
+    names = []
+    for owner in owners:
+        parts = owner.split(".") if owner else []
+        for depth in range(len(parts) + 1):
+            name = ".".join(parts[:depth])
+            never_called = isinstance(model.get_submodule(name), (nn.ModuleList, nn.ModuleDict))
+            if not never_called and not any(holds(name, block.name) for block in kept):
+                break
+        names.append(name)
+    return [*kept, *(Block(name, model.get_submodule(name)) for name in dict.fromkeys(names))]
+
+
 def copy_inputs(value: Any) -> Any:
     """Arguments for a rehearsal, so that in-place code cannot reach the real ones: one copy of each tensor.
 
@@ -107,6 +127,11 @@ class Stop:
         self.call = worker.call
         self._args = args
         self._kwargs = kwargs
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of that call."""
+        return self._args, self._kwargs
 
     def rehearse(self) -> Any:
         """Run the block on copies of its arguments, in the state of this batch's forward; returns the block's output.

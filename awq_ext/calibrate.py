@@ -16,6 +16,7 @@ from .blocks import Block, Stop, copy_inputs, run_call, tensor_bytes
 from .groups import ScaleGroup, Watch, linear_input, norm_candidates
 from .memory import release_free_memory
 from .mixture import Mixture, MixtureWatch
+from .padding import ExpertPadding
 
 T = TypeVar("T")
 
@@ -25,13 +26,14 @@ _KERNEL_SLAB = 32 << 20
 
 @dataclass(frozen=True)
 class BlockSurvey:
-    """A block as the first batch saw it; ``reasons``: why some of its Linears stay float."""
+    """A block as the first batch saw it; ``reasons``: why some of its Linears stay float; ``mixtures``: what may be experts."""
 
     block: Block
     linears: Mapping[str, nn.Linear]
     groups: Sequence[ScaleGroup]
     input_bytes: int
     reasons: Mapping[str, str] = field(default_factory=dict)
+    mixtures: Sequence[Mixture] = ()
 
     @property
     def statistics_bytes(self) -> int:
@@ -91,7 +93,7 @@ def survey(
         groups = tokens[block.name].join(groups, watches[block.name], inside, kind)
         reasons = tokens[block.name].reasons
         inside = {name: linear for name, linear in inside.items() if name not in reasons}
-        found.append(BlockSurvey(block, inside, groups, sizes[block.name], reasons))
+        found.append(BlockSurvey(block, inside, groups, sizes[block.name], reasons, tokens[block.name].mixtures))
     return found
 
 
@@ -143,9 +145,13 @@ class InputStatistics:
 
 @dataclass
 class GroupStatistics:
-    """What the inputs of a group's Linears were, by name of the Linear: one object for those that read the same tensor."""
+    """What the inputs of a group's Linears were, by name of the Linear: one object for those that read the same tensor.
+
+    untold: those whose rows include padding, because no mask fits them.
+    """
 
     inputs: dict[str, InputStatistics]
+    untold: list[str] = field(default_factory=list)
 
     @property
     def rows_seen(self) -> int:
@@ -174,33 +180,40 @@ def collect(
     The first batch stays at the block's entry for later probes; with ``hold`` all of them do (they rehearse the block and run
     it again later, on other weights), otherwise they move on to the next block, and the block runs once.
     """
-    call = stops[0].call
     books = []
+    padding = ExpertPadding(surveyed.mixtures)
 
-    def feed(book: InputStatistics, x: Tensor) -> None:
-        book.rows_seen += x.numel() // x.shape[-1]
-        book.stats.update(x, call.row_mask(x))
+    def feed(book: InputStatistics, name: str, expert: bool, x: Tensor) -> None:
+        mask = padding.row_mask(name, x)
+        # an expert that only padding chose is one that no token chose
+        book.rows_seen += int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
+        book.stats.update(x, mask)
 
     with ExitStack() as stack:
+        stack.enter_context(padding.on(norm_candidates(surveyed.block.module)))
         for group in surveyed.groups:
             inputs: dict[str, InputStatistics] = {}
             for part in group.inputs:
                 leader = surveyed.linears[part[0]]
                 book = InputStatistics(_new_statistics(kernels, leader.in_features, device))
                 inputs |= dict.fromkeys(part, book)
+                told = (book, part[0], part[0] in group.experts)
                 hook = leader.register_forward_pre_hook(
-                    lambda _, args, kwargs, book=book: feed(book, linear_input(args, kwargs)), with_kwargs=True
+                    lambda _, args, kwargs, told=told: feed(*told, linear_input(args, kwargs)), with_kwargs=True
                 )
                 stack.callback(hook.remove)
             books.append(GroupStatistics(inputs))
+        padding.begin(stops[0])
         output = stops[0].rehearse()
         for stop in stops[1:]:
-            call = stop.call
+            padding.begin(stop)
             if hold:
                 stop.rehearse()
             else:
                 stop.advance()
             release_free_memory()
+    for group in books:
+        group.untold = [name for name in group.inputs if name in padding.untold]
     return books, output
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import INDEX_NAME, read_index
 from .export import is_checkpoint_file, parse_size, summarize, write
 from .formats import LAYOUTS, CheckpointError, PackedLinear, Settings, layout
+from .index import INDEX_NAME, read_index
 from .quantdir import CONFIG, QuantDir
 from .shards import PICKLES, Shards, first_json
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,17 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .experts import ExpertLinears
 from .export import summarize
 from .formats import CheckpointError, PackedLinear
-from .placement import run_time_scales
+from .fused import put_back
+from .journal import Journal
+from .placement import take_apart
 from .pretrained import ModelSource, float_linears
 from .qlinear import QuantLinear
 from .quantdir import QuantDir
 from .renaming import Renamed
+from .waiting import JoinedLinear, Waiting, WholeLinear
 
 
 class AwqExtConfig(QuantizationConfigMixin):
@@ -27,79 +33,62 @@ class AwqExtConfig(QuantizationConfigMixin):
         self.__dict__.update(values)
 
 
-class WaitingLinear(nn.Module):
-    """A quantized layer while its files are read: their tensors as buffers, and the Linear of the model that it replaces."""
-
-    def __init__(self, linear: nn.Linear, source: QuantDir, file_name: str) -> None:
-        super().__init__()
-        self.file_name = file_name
-        self._replaces = (linear,)  # in a tuple, else its weight would be expected in the files
-        for leaf, tensor in source.layers[file_name].items():
-            shape, dtype = source.shards.shape(tensor), source.shards.dtype(tensor)
-            self.register_buffer(leaf, torch.empty(shape, dtype=dtype, device="meta"))
-
-    def int4_layer(self, source: QuantDir) -> QuantLinear:
-        """What takes its place. CheckpointError if the tensors did not come, are damaged, or do not fit the model."""
-        tensors = dict(self.named_buffers())
-        if lacking := [leaf for leaf, tensor in tensors.items() if tensor.is_meta]:
-            raise CheckpointError(
-                f"{self.file_name}.{lacking[0]} was not loaded: quantized layers cannot be kept on disk (device_map)"
-            )
-        device = next(iter(tensors.values())).device
-        try:
-            packed = source.layout.unpack(
-                {leaf: tensor.cpu() for leaf, tensor in tensors.items()}, source.settings.of(self.file_name)
-            )
-        except CheckpointError as error:
-            raise CheckpointError(f"{source.folder}: layer {self.file_name}: {error}") from None
-        (linear,) = self._replaces
-        linear.bias = self._bias(linear, packed)
-        parts = (packed.qweight, run_time_scales(packed, linear.weight.dtype, self.file_name), packed.zeros)
-        scale = packed.pre_quant_scale
-        return QuantLinear.from_packed(
-            linear, *(part.to(device) for part in parts), packed.group_size, None if scale is None else scale.to(device)
-        ).to(device)
-
-    def _bias(self, linear: nn.Linear, packed: PackedLinear) -> nn.Parameter | None:
-        found, expected = (packed.in_features, packed.out_features), (linear.in_features, linear.out_features)
-        if found != expected:
-            raise CheckpointError(f"layer {self.file_name!r} is {found} in the files, {expected} in the model")
-        # some GPTQ writers give every layer a bias of zeros
-        there = packed.bias is not None and (linear.bias is not None or bool(packed.bias.any()))
-        if there != (linear.bias is not None):
-            raise CheckpointError(
-                f"layer {self.file_name!r} has a bias in {'the files' if there else 'the model'} only"
-            )
-        return nn.Parameter(packed.bias.to(linear.weight.dtype)) if there else None
-
-
 class AwqExtQuantizer(HfQuantizer):
     """Runs any layout that awq_ext reads; ``layout`` is the one that was loaded."""
 
     requires_calibration = True  # quantizing is not done while loading
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        self.source = QuantDir(_folder(model, checkpoint_files))
-        self.layout = self.source.layout
-        for name, file_name in Renamed(self.source, model).layers.items():
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
-            if not isinstance(linear, nn.Linear):
-                what = "no such module" if linear is None else f"a {type(linear).__name__} there"
-                raise CheckpointError(f"{self.source.folder} has a quantized layer {name!r}, the model has {what}")
-            model.set_submodule(name, WaitingLinear(linear, self.source, file_name))
+        source = QuantDir(_folder(model, checkpoint_files))
+        self.layout = source.layout
+        with torch.device("cpu"):  # row numbers are no tensors of the model, which is being built on the meta device
+            self.files = Renamed(source, model)
+        with Journal() as journal:
+            take_apart(model, self.files, journal)
+        for name in self.files.layers:
+            self._wait(model, name)
+        for name in self.files.floats:
+            if self.files.parts(name):
+                self._wait(model, name.removesuffix(".weight"))
+        self._hide_from_loader(model)
+
+    def _wait(self, model: Any, name: str) -> None:
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            what = "no such module" if linear is None else f"a {type(linear).__name__} there"
+            raise CheckpointError(f"{self.files.folder} has a quantized layer {name!r}, the model has {what}")
+        whole = name in self.files.layers and not self.files.parts(name)
+        model.set_submodule(name, (WholeLinear if whole else JoinedLinear)(linear, name, self.files))
+
+    def _hide_from_loader(self, model: Any) -> None:
+        """Experts that are taken apart have no values to draw, and their files no tensor of the model to go to."""
+        self._ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        patterns = set()
+        for name, module in model.named_modules():
+            if isinstance(module, ExpertLinears):
+                module._is_hf_initialized = True
+                patterns.add(f"^{re.escape(name.rpartition('.')[0])}\\.")
+        if patterns:
+            kind = list if self._ignored is None else type(self._ignored)  # a set in transformers 5
+            model._keys_to_ignore_on_load_unexpected = kind([*(self._ignored or ()), *patterns])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for name, waiting in [(n, m) for n, m in model.named_modules() if isinstance(m, WaitingLinear)]:
-            layer = waiting.int4_layer(self.source).train(waiting.training)
+        if getattr(model, "_keys_to_ignore_on_load_unexpected", None) != self._ignored:
+            model._keys_to_ignore_on_load_unexpected = self._ignored
+        for name, waiting in [(n, m) for n, m in model.named_modules() if isinstance(m, Waiting)]:
+            layer = waiting.layer().train(waiting.training)
             if hook := getattr(waiting, "_hf_hook", None):  # model on several devices
                 from accelerate.hooks import add_hook_to_module
 
                 add_hook_to_module(layer, hook)
             model.set_submodule(name, layer)
-        del self.source  # lets go of the files
+        if hasattr(model, "_weight_conversions"):  # transformers has not seen those of layers that it did not read
+            known = {tuple(each.source_patterns) for each in model._weight_conversions}
+            model._weight_conversions += [each for each in self.files.used if tuple(each.source_patterns) not in known]
+        del self.files  # lets go of them
         return model
 
     def get_state_dict_and_metadata(
@@ -109,12 +98,7 @@ class AwqExtQuantizer(HfQuantizer):
         source = ModelSource(model)
         renamed = Renamed(source, model, to_files=True)
         summary = summarize(renamed, self.layout, renamed.linears(float_linears(model)))
-        # under the model's names: Transformers renames what it writes
-        own = tuple(f"{name}." for name in source.layers)
-        state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
-        for name in source.layers:
-            packed = self.layout.pack(source.layer(name), summary)
-            state |= {f"{name}.{leaf}": tensor for leaf, tensor in packed.items()}
+        state = _state_dict(model, source, renamed, lambda layer: self.layout.pack(layer, summary))
         config = self.layout.quantization_config(summary)
         self.quantization_config = model.config.quantization_config = type(self.quantization_config).from_dict(config)
         return state, {}
@@ -127,6 +111,8 @@ class AwqExtQuantizer(HfQuantizer):
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight, linear.bias = nn.Parameter(layer.weight), layer.bias
             model.set_submodule(name, linear.train(layer.training))
+        with Journal() as journal:
+            put_back(model, journal)
         return model
 
     @property
@@ -136,6 +122,31 @@ class AwqExtQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _state_dict(
+    model: Any, source: ModelSource, renamed: Renamed, pack: Callable[[PackedLinear], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Tensors under the names by which transformers' own renaming gives ``renamed``'s: the model's where it only renames."""
+    written: dict[str, tuple[str, dict[str, Tensor]]] = {}  # name -> that in the file, tensors by suffix
+    own = set(source.layers)
+    for file_name, name in renamed.layers.items():
+        given = file_name if renamed.parts(file_name) else name
+        written[given] = file_name, pack(renamed.layer(file_name))
+    for tensor in renamed.floats:
+        if runs := renamed.parts(tensor):
+            name = tensor.removesuffix(".weight")
+            written[name] = name, {"weight": renamed.float_tensor(tensor)}
+            own |= {run.source.removesuffix(".weight") for run in runs}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in own}
+    for given, (file_name, tensors) in written.items():
+        for leaf, tensor in tensors.items():
+            if renamed.rename(f"{given}.{leaf}") != f"{file_name}.{leaf}":
+                raise CheckpointError(
+                    f"transformers would not write {given}.{leaf} as {file_name}.{leaf}: use awq_ext.save_pretrained"
+                )
+            state[f"{given}.{leaf}"] = tensor
+    return state
 
 
 def _folder(model: Any, checkpoint_files: Any) -> Path:

@@ -174,6 +174,10 @@ class MixtureWatch:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
             self._sources.setdefault(owner, {}).setdefault(name, _Source()).add(value)
 
+    def shown(self) -> list[Mixture]:
+        """Those of which some Linears were called with rows of one tensor, not all with all of it."""
+        return [m for m in self.mixtures if any(self._source(m.owner, n, m.linears) for n in m.families.values())]
+
     def join(
         self,
         groups: Sequence[ScaleGroup],

@@ -33,7 +33,7 @@ def place(
     CheckpointError, before anything is changed, when a tensor is missing or does not fit.
     """
     with Journal() as journal:
-        _take_apart(model, source, journal)
+        take_apart(model, source, journal)
         plan = _Plan(model, source, dtype)
         plan.match(ignore)
         layers = {name: plan.layer(name) for name in source.layers}
@@ -47,7 +47,7 @@ def place(
     return model
 
 
-def _take_apart(model: nn.Module, source: QuantDir | Renamed, journal: Journal) -> None:
+def take_apart(model: nn.Module, source: QuantDir | Renamed, journal: Journal) -> None:
     """Give ``model`` Linears where it has joined experts, or layers with a transposed weight."""
     found = {name: module for name, module in model.named_modules() if name in source.layers}
     transposed = {name: tuple(module.weight.shape) for name, module in found.items() if has_transposed_form(module)}

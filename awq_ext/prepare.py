@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from .batches import Call
-from .blocks import Block, CalibrationError, find_blocks
+from .blocks import Block, CalibrationError, blocks_around, copy_inputs, find_blocks, run_call
 from .calibrate import BlockSurvey, linears_of, survey
 from .config import AwqConfig
 from .fused import find_fused
 from .groups import Eligible, eligible_linears, norm_candidates, parameter_owners
 from .journal import Journal
-from .mixture import find_mixtures
+from .mixture import Mixture, MixtureWatch, find_mixtures
 from .selection import reason_to_skip
 from .standins import StandIns, stand_in, transposed_layers
 
@@ -75,14 +75,15 @@ def survey_model(
     model: nn.Module, call: Call, eligible: Eligible, names: Sequence[str] | None, config: AwqConfig
 ) -> list[BlockSurvey]:
     """The blocks (found, or those called ``names``) as one batch sees them. CalibrationError if it reaches nothing."""
-    blocks = find_blocks(model) if names is None else _named_blocks(model, names)
+    mixtures = find_mixtures(model)
+    blocks = _found_blocks(model, call, mixtures) if names is None else _named_blocks(model, names)
 
     def kind(name: str) -> tuple[str, bool]:
         # Linears of one input that are treated differently cannot share a scale
         settings = config.for_layer(name)
         return settings.method, settings.packed
 
-    surveys = survey(model, blocks, eligible.linears, call, kind, find_mixtures(model))
+    surveys = survey(model, blocks, eligible.linears, call, kind, mixtures)
     called = {s.block.name for s in surveys}
     if names and "" not in called and (unseen := {block.name for block in blocks} - called):
         raise CalibrationError(f"the first calibration batch did not call the given blocks {', '.join(sorted(unseen))}")
@@ -92,6 +93,19 @@ def survey_model(
             f"{len(eligible.linears)} are eligible, among them {next(iter(eligible.linears))}"
         )
     return surveys
+
+
+def _found_blocks(model: nn.Module, call: Call, mixtures: Sequence[Mixture]) -> list[Block]:
+    """The repeated blocks; where these are the experts of a model's only layer, what is around them."""
+    blocks = find_blocks(model)
+    spread = [m for m in mixtures if m.routers and sum(bool(linears_of(block, m.linears)) for block in blocks) > 1]
+    if not spread:
+        return blocks
+    watch = MixtureWatch(spread)
+    linears = {name: linear for mixture in spread for name, linear in mixture.linears.items()}
+    with watch.on(linears, norm_candidates(model)), torch.no_grad():
+        run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
+    return blocks_around(model, blocks, [mixture.owner for mixture in watch.shown()])
 
 
 def _named_blocks(model: nn.Module, names: Sequence[str]) -> list[Block]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import huggingface
-from .checkpoint import INDEX_NAME, load
+from .checkpoint import load
 from .export import parse_size, summarize, write
 from .formats import CheckpointError, PackedLinear, layout
+from .index import INDEX_NAME
 from .placement import place
 from .prepare import unwrapped
 from .qlinear import QuantLinear

@@ -19,6 +19,7 @@ from .config import AwqConfig, configured
 from .fold import LinearFold
 from .journal import Journal
 from .memory import PeakMemory, format_bytes, release_free_memory
+from .padding import warnings_for
 from .prepare import (
     calibration_mode,
     check_layers,
@@ -110,6 +111,7 @@ class _Run:
         self.report = report
         self.foldable = foldable
         self.kernels = kernels_for(device)
+        self.untold: list[str] = []
 
     def all_blocks(self, surveys: Sequence[BlockSurvey], calls: Sequence[Call], memory: PeakMemory, bar: tqdm) -> None:
         """Calibrate, solve and swap block after block, all batches in lockstep."""
@@ -120,12 +122,14 @@ class _Run:
                 if surveyed.groups:
                     self._one_block(surveyed, stops, last=surveyed is surveys[-1])
                 bar.update()
+        self.report.warnings += warnings_for(self.untold)
 
     def _one_block(self, surveyed: BlockSurvey, stops: list[Stop], last: bool) -> None:
         hold = last or self.config.propagate == "quantized"
         start = time.perf_counter()
         books, output = collect(surveyed, stops, self.kernels, self.device, hold)
         collected = time.perf_counter()
+        self.untold += [name for book in books for name in book.untold]
         probe = Probe(stops[0].rehearse, output, stops[0].call.row_mask)
         groups, block_report = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.foldable).solve()
         self.report.blocks.append(block_report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from . import huggingface
 
@@ -33,5 +34,6 @@ def register_with_transformers(methods: str | Iterable[str] = DEFAULT_METHODS) -
 
     for method in wanted:
         auto.AUTO_QUANTIZER_MAPPING[method] = AwqExtQuantizer
-        if method != "awq":  # whose config class is part of Transformers' interface
+        # that of "awq" is part of Transformers' interface; the one of Transformers 4 refuses without AutoAWQ or a GPU
+        if method != "awq" or find_spec("transformers.core_model_loading") is None:
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AwqExtConfig

@@ -80,6 +80,21 @@ class Renamed:
         """The same; a model's without codes."""
         return self._assemble(name, self.source.outline)
 
+    def parts(self, name: str) -> tuple[Run, ...]:
+        """The rows that a layer, or a float tensor, is put together of; none where it is only renamed, or a converter makes it."""
+        runs = self._rows.get(name) or self._cuts.get(name, ())
+        return () if len(runs) == 1 and runs[0] == Run(runs[0].source) else runs
+
+    def rename(self, name: str) -> str | None:
+        """What transformers calls the tensor ``name`` on the other side; None where it would convert it."""
+        new, pattern = self._renamed(name)
+        return new if pattern is None else None
+
+    @property
+    def used(self) -> list[Any]:
+        """The renamings and converters of transformers that any name has fitted."""
+        return [each for each in (*self._renamings, *self._converters) if each.was_used()]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one of ``floats``."""
         if name in self._cuts:

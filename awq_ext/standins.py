@@ -11,11 +11,12 @@ from torch import nn
 
 from .batches import Call
 from .experts import ExpertLinears
-from .fused import Unfused, find_fused, unfuse, unfuse_as
+from .fused import find_fused, unfuse_as
 from .groups import parameter_owners
 from .journal import Journal
 from .lookalikes import has_transposed_form, linear_of, multiplies_transposed, with_weight_of
 from .qlinear import QuantLinear
+from .unfused import Unfused, unfuse
 
 # Share of a model's parameters.
 _WORTH_A_WARNING = 0.01

@@ -1,5 +1,7 @@
 #include "adapters.h"
 
+#include <ATen/ops/empty.h>
+
 #include "checks.h"
 #include "layout.h"
 
@@ -32,6 +34,19 @@ at::Tensor float_argument(const char* function, const char* argument, const at::
 at::Tensor float_argument(const char* function, const char* argument, const std::optional<at::Tensor>& t,
                           at::IntArrayRef shape) {
   return t.has_value() ? float_argument(function, argument, *t, shape) : at::Tensor();
+}
+
+Rounding::Rounding(const char* function, const at::Tensor& weight_argument, int64_t group_size, int64_t bits,
+                   bool symmetric, at::ScalarType scale_dtype, const std::optional<at::Tensor>& channel_scale_argument,
+                   const std::optional<at::Tensor>& clip_argument)
+    : weight(view_weight(function, weight_argument, holder)),
+      spec(make_spec(function, weight.in_features, group_size, bits, symmetric, scale_dtype)) {
+  const int64_t n = weight.out_features, k = weight.in_features, groups = group_count(k, group_size);
+  channel_scale = float_argument(function, "channel_scale", channel_scale_argument, {k});
+  clip = float_argument(function, "clip", clip_argument, {n, groups});
+  codes = at::empty({n, k}, at::kByte);
+  scales = at::empty({n, groups}, scale_dtype);
+  zeros = at::empty({n, groups}, at::kByte);
 }
 
 const float* float_data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }

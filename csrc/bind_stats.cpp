@@ -1,6 +1,7 @@
 // ActivationStats: the accumulator that calibration hooks feed.
 #include <ATen/Parallel.h>
-#include <torch/extension.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <mutex>
 

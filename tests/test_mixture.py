@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import architectures
 import pytest
 import torch
@@ -201,21 +203,68 @@ def test_lists_that_are_no_experts_keep_their_ways() -> None:
     assert model.awq_report["0.gate"].group == model.awq_report["0.heads.0"].group == "0.heads.0"
 
 
+class Classifier(nn.Module):
+    """As many classes as layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([architectures.Feed() for _ in range(3)])
+        self.head = nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
 def test_layers_of_a_model_taken_as_a_whole_are_no_experts() -> None:
-    class Classifier(nn.Module):
-        """As many classes as layers."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([architectures.Feed() for _ in range(3)])
-            self.head = nn.Linear(HIDDEN, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = layer(x)
-            return self.head(x)
-
     model = architectures.loud(Classifier())
     awq_ext.quantize(model, batches(), blocks=[], **SETTINGS)
     assert model.awq_report["head"].status == "int4"
     assert len({row.group for row in model.awq_report.layers}) == 7
+
+
+class Between(nn.Module):
+    """A model of one mixture layer, behind another part that has blocks of its own."""
+
+    def __init__(self, front: nn.Module) -> None:
+        super().__init__()
+        self.front = front
+        self.body = nn.ModuleDict({"layers": nn.ModuleList([ExpertList()])})
+        self.head = nn.Linear(HIDDEN, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body["layers"]:
+            x = layer(self.front(x))
+        return self.head(x)
+
+
+def test_the_experts_of_an_only_layer_are_no_blocks() -> None:
+    torch.manual_seed(2)
+    model = architectures.loud(nn.Sequential(ExpertList()))
+    samples, twin = batches(), copy.deepcopy(model)
+    plan = awq_ext.plan(copy.deepcopy(model), samples[0], group_size=16)
+    assert plan.stays_float == {"0.gate": "router of experts"}
+    awq_ext.quantize(model, samples, **SETTINGS)
+    assert [block.name for block in model.awq_report.blocks] == [""]
+    awq_ext.quantize(twin, samples, blocks=[], **SETTINGS)
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    named = awq_ext.quantize(architectures.loud(nn.Sequential(ExpertList())), samples, blocks=["0"], **SETTINGS)
+    assert [block.name for block in named.awq_report.blocks] == ["0"]
+
+
+def test_other_blocks_stay_what_they_are_beside_an_only_layer_of_experts() -> None:
+    model = architectures.loud(Between(nn.Sequential(architectures.Feed(), architectures.Feed())))
+    awq_ext.quantize(model, batches(), min_tokens=1, **SETTINGS)
+    report = model.awq_report
+    assert [block.name for block in report.blocks] == ["front.0", "front.1", "body.layers.0"]
+    assert report["body.layers.0.gate"].note == "router of experts"
+    assert report["head"].note == "outside the calibrated blocks"
+    assert all(report[f"body.layers.0.experts.{e}.w2"].status == "int4" for e in range(4))
+
+
+def test_layers_with_as_many_classes_behind_them_are_blocks() -> None:
+    model = architectures.loud(Classifier())
+    awq_ext.quantize(model, batches(), **SETTINGS)
+    assert [block.name for block in model.awq_report.blocks] == ["layers.0", "layers.1", "layers.2"]

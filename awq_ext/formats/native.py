@@ -16,7 +16,7 @@ class Native(Layout):
     """qweight uint8 [N, ceil(K/2)], scales [N, G], zeros uint8 [N, G], pre_quant_scale fp32 [K]: docs/checkpoint.md.
 
     The config has ``layers``: name -> [in_features, group_size], because shapes do not tell them; and ``experts``: name of a
-    parameter [E, N, K] whose matrices are layers -> how the model uses it (``fused.USES``).
+    parameter [E, N, K] whose matrices are layers -> how the model uses it (``experts.USES``).
     """
 
     name = "native"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-import awq_ext._build
 import pytest
 from counterparts.counterpart import run
 
 import awq_ext
+import awq_ext._build
 
 
 @pytest.fixture
