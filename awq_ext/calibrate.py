@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .batches import Call
 from .blocks import Block, Stop, copy_inputs, run_call, tensor_bytes
 from .groups import ScaleGroup, Watch, linear_input, norm_candidates
-from .memory import release_free_memory
+from .memory import FreeMemory
 from .mixture import Mixture, MixtureWatch
 
 T = TypeVar("T")
@@ -176,6 +176,7 @@ def collect(
     """
     call = stops[0].call
     books = []
+    free = FreeMemory()
 
     def feed(book: InputStatistics, x: Tensor) -> None:
         book.rows_seen += x.numel() // x.shape[-1]
@@ -200,7 +201,7 @@ def collect(
                 stop.rehearse()
             else:
                 stop.advance()
-            release_free_memory()
+            free.release_if_grown()
     return books, output
 
 
