@@ -65,15 +65,6 @@ class Probe:
             self._rehearse()
         return [seen.get(linear, torch.empty(0, linear.in_features)) for linear in linears]
 
-    def output_dtypes(self, modules: Sequence[nn.Module]) -> set[torch.dtype]:
-        """The floating-point dtypes that ``modules`` return."""
-        seen: set[torch.dtype] = set()
-        with ExitStack() as stack:
-            for module in modules:
-                stack.callback(module.register_forward_hook(lambda _, __, output: seen.add(output.dtype)).remove)
-            self._rehearse()
-        return {dtype for dtype in seen if dtype.is_floating_point}
-
     def _counted(self, tensor: Tensor) -> Tensor:
         mask = self._row_mask(tensor)
         return tensor if mask is None else tensor.flatten(0, -2)[mask.flatten()]
@@ -90,6 +81,21 @@ class Probe:
     def norm(self) -> float:
         """||float output||."""
         return norm_of(self.reference)
+
+
+@contextmanager
+def output_dtypes(modules: Sequence[nn.Module]) -> Iterator[set[torch.dtype]]:
+    """The floating-point dtypes that ``modules`` return while the body runs."""
+    seen: set[torch.dtype] = set()
+
+    def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.dtype.is_floating_point:
+            seen.add(output.dtype)
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(see).remove)
+        yield seen
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

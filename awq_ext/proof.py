@@ -172,6 +172,8 @@ def prove_expert_folds(
 
     The experts of a layer do not read each other's outputs, so all of them are tried in the same runs of the block.
     """
+    if not wanted:
+        return {}
     place = {name: i for i, group in enumerate(groups) for name in group.linears}
     xs = dict(zip(wanted, probe.inputs([linears[groups[i].linears[0]] for i in wanted], {}), strict=True))
     families: dict[str, list[int]] = {}

@@ -33,6 +33,18 @@ class ScaleChoice:
 
 
 @dataclass(frozen=True)
+class RowLosses:
+    """Squared output errors of rows: fp64 [N], ``plain`` and as they are with the moment's diagonal raised by ``damping``."""
+
+    plain: Tensor
+    damped: Tensor
+
+    def at(self, rows: Tensor) -> RowLosses:
+        """Those of some rows, by number."""
+        return RowLosses(self.plain[rows], self.damped[rows])
+
+
+@dataclass(frozen=True)
 class Codes:
     """One quantized weight: stored codes uint8, scales [N, G], zeros uint8 [N, G].
 
@@ -178,7 +190,7 @@ def search_clip(
     return kernels.search_clip(weight, second_moment, ratios, channel_scale=scale, **config.quantizer)
 
 
-def output_loss(
+def row_losses(
     kernels: ModuleType,
     weight: Tensor,
     codes: Codes,
@@ -186,18 +198,22 @@ def output_loss(
     second_moment: Tensor,
     group_size: int,
     divisor: Tensor | None = None,
-) -> float:
-    """tr(E G E^T) over every row, E in the original space: the squared output error summed over the calibration rows.
+    damping: float = 0.0,
+) -> RowLosses:
+    """e G e^T of every row e of E, in the original space: the squared output errors summed over the calibration rows.
 
     scale fp32 [K] and divisor fp32 [N]: what the columns were multiplied and the rows divided by before rounding.
     """
-    total = 0.0
+    plain, own = [], []
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         part = None if divisor is None else divisor[rows]
         error = codes.rows(rows).dequantize(kernels, group_size, scale, part).sub_(weight[rows])
-        total += float(kernels.quadratic_loss(error, second_moment).sum())
-    return total
+        plain.append(kernels.quadratic_loss(error, second_moment))
+        if damping:
+            own.append(error.square_() @ second_moment.diagonal())
+    total = torch.cat(plain) if plain else torch.zeros(0, dtype=torch.float64, device=weight.device)
+    return RowLosses(total, total + damping * torch.cat(own).double() if own else total)
 
 
 def spread_rows(count: int, wanted: int, device: torch.device) -> Tensor:

@@ -59,7 +59,7 @@ STAGES = [
     ("probe", "Probe", "distance", 5),
     ("search", None, "quantize", 20),
     ("search", None, "search_clip", 9),
-    ("search", None, "output_loss", 30),
+    ("search", None, "row_losses", 30),
     ("quantize", None, "build_layer", 1),
     ("quantize", None, "build_layer", 10),
     ("journal", "Journal", "set_module", 1),

@@ -111,8 +111,8 @@ def test_the_choice_is_the_least_loss_that_hurts_no_linear(kernels: ModuleType, 
         for weight in weights:
             rtn = search.quantize(kernels, weight, config, None, None)
             best = search.quantize(kernels, weight, config, choice.scale, None)
-            loss = search.output_loss(kernels, weight, best, choice.scale, moment, config.group_size)
-            assert loss < search.output_loss(kernels, weight, rtn, None, moment, config.group_size)
+            loss = float(search.row_losses(kernels, weight, best, choice.scale, moment, config.group_size).plain.sum())
+            assert loss < float(search.row_losses(kernels, weight, rtn, None, moment, config.group_size).plain.sum())
 
 
 @KERNELS
@@ -154,7 +154,7 @@ def test_output_loss_is_the_squared_output_error(
     x, weight = activations(72), torch.randn(33, 72).to(dtype)
     scale = torch.rand(72).add(0.5) if scaled else None
     codes = search.quantize(kernels, weight, config, scale, None)
-    loss = search.output_loss(kernels, weight, codes, scale, x.T @ x, config.group_size)
+    loss = float(search.row_losses(kernels, weight, codes, scale, x.T @ x, config.group_size).plain.sum())
     restored = reference.dequantize_weight(codes.unpacked(_C), codes.scales, codes.zeros, config.group_size).double()
     if scale is not None:
         restored = restored / scale
