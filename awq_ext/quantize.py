@@ -19,6 +19,7 @@ from .config import AwqConfig, configured
 from .fold import LinearFold
 from .journal import Journal
 from .memory import PeakMemory, format_bytes, release_free_memory
+from .precedent import FoldFinder
 from .prepare import (
     calibration_mode,
     check_layers,
@@ -108,7 +109,7 @@ class _Run:
         self.device = device
         self.journal = journal
         self.report = report
-        self.foldable = foldable
+        self.finder = FoldFinder(foldable)
         self.kernels = kernels_for(device)
 
     def all_blocks(self, surveys: Sequence[BlockSurvey], calls: Sequence[Call], memory: PeakMemory, bar: tqdm) -> None:
@@ -127,7 +128,7 @@ class _Run:
         books, output = collect(surveyed, stops, self.kernels, self.device, hold)
         collected = time.perf_counter()
         probe = Probe(stops[0].rehearse, output, stops[0].call.row_mask)
-        groups, block_report = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.foldable).solve()
+        groups, block_report = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.finder).solve()
         self.report.blocks.append(block_report)
         if block_report.note:
             self.report.warnings.append(f"block {block_report.name or '(whole model)'}: {block_report.note}")

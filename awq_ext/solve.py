@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -15,8 +15,8 @@ from .config import AwqConfig
 from .feedback import Feedback
 from .fold import Change, Fold, LinearFold
 from .groups import ScaleGroup
+from .precedent import FoldFinder
 from .probe import Probe, Substitutes, combined, output_dtypes
-from .proof import find_folds
 from .report import BlockReport
 from .rounding import Rounding
 from .search import Codes, ScaleChoice
@@ -33,7 +33,7 @@ class BlockSolver:
         probe: Probe,
         kernels: ModuleType,
         config: AwqConfig,
-        foldable: Mapping[str, nn.Module],
+        finder: FoldFinder,
     ) -> None:
         self.surveyed = surveyed
         self.books = books
@@ -41,7 +41,7 @@ class BlockSolver:
         self.kernels = kernels
         self.rounding = Rounding(kernels)
         self.config = config
-        self.foldable = foldable
+        self.finder = finder
         self.divisors: dict[nn.Linear, Tensor] = {}
         self.problems: dict[str, str] = {}
         self.experts = {name for group in surveyed.groups for name in group.experts}
@@ -188,7 +188,7 @@ class BlockSolver:
         """For each group, what takes its 1/s, proven."""
         groups = self.surveyed.groups
         wanted = [takes_fold(group, self.config) for group in groups]
-        return find_folds(self.probe, groups, self.surveyed.linears, self.foldable, wanted)
+        return self.finder.find(self.probe, groups, self.surveyed.linears, wanted)
 
     def _settle_clips(self, groups: Sequence[GroupSolution]) -> float:
         """Distance of the quantized block's output from the float one, clips that raise it taken back.
