@@ -176,7 +176,6 @@ def collect(
     """
     call = stops[0].call
     books = []
-    free = FreeMemory()
 
     def feed(book: InputStatistics, x: Tensor) -> None:
         book.rows_seen += x.numel() // x.shape[-1]
@@ -195,6 +194,7 @@ def collect(
                 stack.callback(hook.remove)
             books.append(GroupStatistics(inputs))
         output = stops[0].rehearse()
+        free = FreeMemory()  # the sums have their pages by now
         for stop in stops[1:]:
             call = stop.call
             if hold:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .fold import Fold, LinearFold, NormFold
@@ -42,7 +43,7 @@ class FoldFinder:
         if patterns := self._patterns.get(shape):
             folds = [self._fold(pattern, i, groups, members) for i, pattern in enumerate(patterns)]
             given = [Candidate(fold, mine) for fold, mine in zip(folds, members, strict=True) if fold is not None]
-            if leaves_unchanged(probe, given, arriving=True):
+            if all(leaves_unchanged(probe, part, arriving=True) for part in _provable_together(given)):
                 return folds
         folds = find_folds(probe, groups, linears, self._norms, wanted)
         self._patterns.pop(shape, None)
@@ -70,6 +71,16 @@ class FoldFinder:
             return LinearFold(members[group][place], pattern.rows)
         norm = self._norms[groups[i].producer]
         return NormFold(norm, pattern.kind, members[i][0].in_features, tuple(groups[i].readers))
+
+
+def _provable_together(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+    """All candidates; in float16 norms and Linears apart, since few weights stay exact under the factors of both."""
+    if all(candidate.linears[0].weight.dtype != torch.float16 for candidate in candidates):
+        yield list(candidates)
+        return
+    for kind in (NormFold, LinearFold):
+        if part := [candidate for candidate in candidates if isinstance(candidate.fold, kind)]:
+            yield part
 
 
 def _pattern(fold: Fold | None, members: Sequence[Sequence[nn.Linear]]) -> _Pattern | None:
