@@ -87,8 +87,9 @@ def test_alike_blocks_are_searched_once(norm: Any, dtype: torch.dtype) -> None:
         folds = finder.find(runs.probe, one.groups, one.linears, wanted)
         assert None not in folds
         assert described(folds) == described(find_folds(other.probe, one.groups, one.linears, norms, wanted))
-        # each norm alone, inputs as they are, all together (in float16 norms, then Linears)
-        assert runs.count == (4 + (dtype == torch.float16) if i else other.count) <= other.count
+        if i:  # inputs as they are, each norm alone, all together; float16 proves norms and Linears apart
+            assert runs.count < other.count
+            assert runs.count == 4 or dtype == torch.float16
 
 
 @pytest.mark.parametrize("block", [Tapped, Swapped, Silent, lambda: models.LlamaBlock(offset)])
