@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .batches import Call
 from .blocks import Block, Stop, copy_inputs, run_call, tensor_bytes
 from .groups import ScaleGroup, Watch, linear_input, norm_candidates
-from .memory import release_free_memory
+from .memory import FreeMemory
 from .mixture import Mixture, MixtureWatch
 from .padding import ExpertPadding
 
@@ -205,13 +205,14 @@ def collect(
             books.append(GroupStatistics(inputs))
         padding.begin(stops[0])
         output = stops[0].rehearse()
+        free = FreeMemory()  # the sums have their pages by now
         for stop in stops[1:]:
             padding.begin(stop)
             if hold:
                 stop.rehearse()
             else:
                 stop.advance()
-            release_free_memory()
+            free.release_if_grown()
     for group in books:
         group.untold = [name for name in group.inputs if name in padding.untold]
     return books, output

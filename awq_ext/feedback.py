@@ -20,14 +20,14 @@ class Feedback:
     def __init__(self, kernels: ModuleType, second_moment: Tensor, scale: Tensor | None) -> None:
         self._kernels = kernels
         self._second_moment = second_moment
-        self._scale = scale
+        self.scale = scale
         self._factors: dict[tuple[bool, float], tuple[Tensor, Tensor]] = {}
 
     def quantize(self, weight: Tensor, settings: AwqConfig, clip: Tensor | None = None) -> Codes:
         """Codes of ``weight`` [N, K], ranges shrunk by ``clip`` fp32 [N, G]: each channel makes up for those before it."""
         factor, order = self._factor(settings.act_order, settings.damping)
         parts = self._kernels.gptq_quantize(
-            weight, factor, order, channel_scale=self._scale, clip=clip, **settings.quantizer
+            weight, factor, order, channel_scale=self.scale, clip=clip, **settings.quantizer
         )
         if settings.refine:
             parts = self._kernels.refine_quantized(
@@ -38,7 +38,7 @@ class Feedback:
                 settings.bits,
                 settings.damping,
                 settings.refine,
-                self._scale,
+                self.scale,
             )
         return Codes.store(self._kernels, parts, settings.bits)
 
@@ -51,11 +51,11 @@ class Feedback:
     def _factor(self, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:
         if (act_order, damping) not in self._factors:
             diagonal = self._second_moment.diagonal()
-            if self._scale is not None:
-                diagonal = diagonal / self._scale**2
+            if self.scale is not None:
+                diagonal = diagonal / self.scale**2
             order = torch.arange(len(diagonal), device=diagonal.device)
             if act_order:
                 order = diagonal.argsort(descending=True, stable=True)
-            factor = self._kernels.gptq_factor(self._second_moment, order, damping, self._scale)
+            factor = self._kernels.gptq_factor(self._second_moment, order, damping, self.scale)
             self._factors[act_order, damping] = factor, order
         return self._factors[act_order, damping]

@@ -46,6 +46,26 @@ def release_free_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+class FreeMemory:
+    """Freed memory, given back to the system only once the process has grown by ``slack`` bytes since it last was.
+
+    A heap may hold so much more than is in use; giving it back after every sample would cost small models half as much again
+    as their forwards, whose pages then have to be mapped anew each time.
+    """
+
+    def __init__(self, slack: int = 16 << 20) -> None:
+        self._slack = slack
+        self._held = resident_bytes()
+
+    def release_if_grown(self) -> None:
+        """Call this wherever much may have been freed; where the heap has not grown it only looks."""
+        now = resident_bytes()
+        if now > self._held + self._slack:
+            release_free_memory()
+            now = self._held = resident_bytes()
+        self._held = min(self._held, now)
+
+
 class PeakMemory:
     """Peak of host memory (and of one GPU's) since construction."""
 

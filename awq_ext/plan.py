@@ -16,6 +16,7 @@ from .config import AwqConfig, configured
 from .fold import Fold, NormFold
 from .journal import Journal
 from .memory import format_bytes
+from .precedent import FoldFinder
 from .prepare import (
     calibration_mode,
     check_layers,
@@ -27,7 +28,6 @@ from .prepare import (
     unwrapped,
 )
 from .probe import Probe
-from .proof import find_folds
 from .report import aligned
 from .solve import takes_fold
 
@@ -145,14 +145,14 @@ def _plan(
     found: list[GroupPlan] = []
     with calibration_mode(model):
         surveys = survey_model(model, calls[0], eligible, blocks, config)
-        norms = foldable_norms(model)
+        finder = FoldFinder(foldable_norms(model))
         with lockstep(model, [s.block for s in surveys], calls[:1]) as visits:
             for surveyed, (block, stops) in zip(surveys, visits, strict=True):
                 wanted = [takes_fold(group, config) for group in surveyed.groups]
                 folds: list[Fold | None] = [None] * len(wanted)
                 if any(wanted):
                     probe = Probe(stops[0].rehearse, stops[0].rehearse(), stops[0].call.row_mask)
-                    folds = find_folds(probe, surveyed.groups, surveyed.linears, norms, wanted)
+                    folds = finder.find(probe, surveyed.groups, surveyed.linears, wanted)
                 for group, fold in zip(surveyed.groups, folds, strict=True):
                     linears = [surveyed.linears[name] for name in group.linears]
                     found.append(_planned(block.name, group.linears, linears, fold, config, names))

@@ -45,14 +45,17 @@ class Probe:
 
     def output(self, substitutes: Substitutes) -> list[Tensor]:
         """The floating-point tensors that the block returns."""
-        with substituted(substitutes):
-            return self._rows(self._rehearse())
+        return self.watch(substitutes, [])[0]
 
     def inputs(self, linears: Sequence[nn.Linear], substitutes: Substitutes) -> list[Tensor]:
         """What each of ``linears`` is first called with: [rows, in_features], rows that do not count left out.
 
         [0, in_features] for one that is not called.
         """
+        return self.watch(substitutes, linears)[1]
+
+    def watch(self, substitutes: Substitutes, linears: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
+        """Both :meth:`output` and :meth:`inputs`, of one run."""
         seen: dict[nn.Linear, Tensor] = {}
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -62,17 +65,8 @@ class Probe:
         with ExitStack() as stack, substituted(substitutes):
             for linear in linears:
                 stack.callback(linear.register_forward_pre_hook(see, with_kwargs=True).remove)
-            self._rehearse()
-        return [seen.get(linear, torch.empty(0, linear.in_features)) for linear in linears]
-
-    def output_dtypes(self, modules: Sequence[nn.Module]) -> set[torch.dtype]:
-        """The floating-point dtypes that ``modules`` return."""
-        seen: set[torch.dtype] = set()
-        with ExitStack() as stack:
-            for module in modules:
-                stack.callback(module.register_forward_hook(lambda _, __, output: seen.add(output.dtype)).remove)
-            self._rehearse()
-        return {dtype for dtype in seen if dtype.is_floating_point}
+            output = self._rows(self._rehearse())
+        return output, [seen.get(linear, torch.empty(0, linear.in_features)) for linear in linears]
 
     def _counted(self, tensor: Tensor) -> Tensor:
         mask = self._row_mask(tensor)
@@ -90,6 +84,21 @@ class Probe:
     def norm(self) -> float:
         """||float output||."""
         return norm_of(self.reference)
+
+
+@contextmanager
+def output_dtypes(modules: Sequence[nn.Module]) -> Iterator[set[torch.dtype]]:
+    """The floating-point dtypes that ``modules`` return while the body runs."""
+    seen: set[torch.dtype] = set()
+
+    def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.dtype.is_floating_point:
+            seen.add(output.dtype)
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(see).remove)
+        yield seen
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

@@ -35,12 +35,13 @@ class Candidate:
     fold: Fold
     linears: tuple[nn.Linear, ...]
 
-    def random_changes(self, seed: int) -> tuple[list[Change], list[Change]]:
-        """Changes that divide the producer by random powers of two, and those of the columns that make up for it."""
-        weight = self.linears[0].weight
-        factors = self.fold.channels(_powers_of_two(self.fold.units, seed, weight.device))
-        columns: list[Change] = [(linear, "weight", lambda w: w * factors) for linear in self.linears]
-        return self.fold.changes(factors), columns
+    def random_factors(self, seed: int) -> Tensor:
+        """Random powers of two for the channels of what is produced: fp32 [K]."""
+        return self.fold.channels(_powers_of_two(self.fold.units, seed, self.linears[0].weight.device))
+
+    def columns(self, factors: Tensor) -> list[Change]:
+        """The changes of the Linears that make up for a division by ``factors``."""
+        return [(linear, "weight", lambda w: w * factors) for linear in self.linears]
 
 
 def _powers_of_two(count: int, seed: int, device: torch.device) -> Tensor:
@@ -75,29 +76,47 @@ def prove(probe: Probe, candidates: Sequence[Candidate]) -> list[bool]:
     All are first tried together, one by one only if that fails. Anything else that reads what a producer makes (a residual tap,
     another branch, a router) is not compensated, which shows at once.
     """
-    if len(candidates) > 1 and _leaves_unchanged(probe, candidates):
+    if len(candidates) > 1 and leaves_unchanged(probe, candidates):
         return [True] * len(candidates)
-    return [_leaves_unchanged(probe, [candidate]) for candidate in candidates]
+    return [leaves_unchanged(probe, [candidate]) for candidate in candidates]
 
 
-def _leaves_unchanged(probe: Probe, candidates: Sequence[Candidate]) -> bool:
+def leaves_unchanged(probe: Probe, candidates: Sequence[Candidate], arriving: bool = False) -> bool:
+    """Whether folding random factors into all ``candidates`` leaves the block's output what it was.
+
+    Factors without any effect would prove nothing. Those of each norm must change the output while nothing makes up for them.
+    Those of a Linear must arrive at the group's input: ``find_rows`` saw that, or ``arriving`` asks for it here.
+    """
     trial = [change for candidate in candidates for change in candidate.fold.trial()]
-    reference = probe.output(combined(trial)) if trial else probe.reference
+    factors = [candidate.random_factors(seed) for seed, candidate in enumerate(candidates)]
+    fed = [i for i, candidate in enumerate(candidates) if arriving and isinstance(candidate.fold, LinearFold)]
+    consumers = [candidates[i].linears[0] for i in fed]
+    reference, xs = probe.watch(combined(trial), consumers) if trial or fed else (probe.reference, [])
     allowed = _EXACT * norm_of(reference)
     divided: list[Change] = []
     columns: list[Change] = []
-    for seed, candidate in enumerate(candidates):
-        mine, others = candidate.random_changes(seed)
-        # factors without any effect on the output would prove nothing; each norm must show its own (those of a Linear were
-        # seen to arrive at the group's input)
+    for candidate, its in zip(candidates, factors, strict=True):
+        mine = candidate.fold.changes(its)
         silent = isinstance(candidate.fold, NormFold) and not (
             distance_of(probe.output(combined(trial + mine)), reference) > allowed
         )
         if silent:
             return False
         divided += mine
-        columns += others
-    return distance_of(probe.output(combined(trial + divided + columns)), reference) <= allowed
+        columns += candidate.columns(its)
+    output, seen = probe.watch(combined(trial + divided + columns), consumers)
+    arrived = all(_arrived(x, y, factors[i]) for i, x, y in zip(fed, xs, seen, strict=True))
+    return arrived and distance_of(output, reference) <= allowed
+
+
+def _arrived(x: Tensor, seen: Tensor, factors: Tensor) -> bool:
+    """Whether an input [rows, K] came divided by ``factors`` [K], in all channels that are not 0; there must be some."""
+    if x.shape != seen.shape or not len(x):
+        return False
+    live = (x != 0).any(0)
+    wanted = x.float() / factors
+    fits = (seen.float() - wanted).norm(dim=0) <= _EXACT * wanted.norm(dim=0)
+    return bool(live.any() and fits[live].all())
 
 
 def prove_norm_fold(
@@ -106,7 +125,7 @@ def prove_norm_fold(
     """The kind of fold into ``norm`` that leaves the block's output unchanged, or None."""
     for kind in ("plain", "offset"):
         fold = NormFold(norm, kind, linears[0].in_features, tuple(readers))
-        if _fits(norm, linears) and _leaves_unchanged(probe, [Candidate(fold, tuple(linears))]):
+        if _fits(norm, linears) and leaves_unchanged(probe, [Candidate(fold, tuple(linears))]):
             return fold
     return None
 
@@ -119,7 +138,7 @@ def prove_norm_folds(
         Candidate(NormFold(norm, "plain", linears[0].in_features, tuple(readers)), tuple(linears))
         for norm, linears, readers in fed
     ]
-    if len(plain) > 1 and all(_fits(norm, linears) for norm, linears, _ in fed) and _leaves_unchanged(probe, plain):
+    if len(plain) > 1 and all(_fits(norm, linears) for norm, linears, _ in fed) and leaves_unchanged(probe, plain):
         return [candidate.fold for candidate in plain]
     return [prove_norm_fold(probe, *one) for one in fed]
 
@@ -172,6 +191,8 @@ def prove_expert_folds(
 
     The experts of a layer do not read each other's outputs, so all of them are tried in the same runs of the block.
     """
+    if not wanted:
+        return {}
     place = {name: i for i, group in enumerate(groups) for name in group.linears}
     xs = dict(zip(wanted, probe.inputs([linears[groups[i].linears[0]] for i in wanted], {}), strict=True))
     families: dict[str, list[int]] = {}

@@ -20,6 +20,7 @@ from .fold import LinearFold
 from .journal import Journal
 from .memory import PeakMemory, format_bytes, release_free_memory
 from .padding import warnings_for
+from .precedent import FoldFinder
 from .prepare import (
     calibration_mode,
     check_layers,
@@ -109,7 +110,7 @@ class _Run:
         self.device = device
         self.journal = journal
         self.report = report
-        self.foldable = foldable
+        self.finder = FoldFinder(foldable)
         self.kernels = kernels_for(device)
         self.untold: list[str] = []
 
@@ -131,7 +132,7 @@ class _Run:
         collected = time.perf_counter()
         self.untold += [name for book in books for name in book.untold]
         probe = Probe(stops[0].rehearse, output, stops[0].call.row_mask)
-        groups, block_report = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.foldable).solve()
+        groups, block_report = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.finder).solve()
         self.report.blocks.append(block_report)
         if block_report.note:
             self.report.warnings.append(f"block {block_report.name or '(whole model)'}: {block_report.note}")

@@ -26,7 +26,7 @@ class LayerSolution:
 
     divisor: fp32 [N], by which the rows were divided, where a later group's scale is folded into this Linear.
     book: statistics of its input; problem: why they were not used. unclipped: the codes without clipping, where there is a choice.
-    fed_back: whether ``codes`` were rounded with error feedback.
+    unclipped_loss: what ``loss`` would be with those. fed_back: whether ``codes`` were rounded with error feedback.
     """
 
     name: str
@@ -37,6 +37,7 @@ class LayerSolution:
     scale: Tensor | None = None
     divisor: Tensor | None = None
     unclipped: Codes | None = None
+    unclipped_loss: float | None = None
     loss_rtn: float | None = None
     loss: float | None = None
     problem: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -15,9 +15,10 @@ from .config import AwqConfig
 from .feedback import Feedback
 from .fold import Change, Fold, LinearFold
 from .groups import ScaleGroup
-from .probe import Probe, Substitutes, combined
-from .proof import find_folds
+from .precedent import FoldFinder
+from .probe import Probe, Substitutes, combined, output_dtypes
 from .report import BlockReport
+from .rounding import Rounding
 from .search import Codes, ScaleChoice
 from .solution import NO_ROWS, GroupSolution, LayerSolution
 
@@ -32,14 +33,15 @@ class BlockSolver:
         probe: Probe,
         kernels: ModuleType,
         config: AwqConfig,
-        foldable: Mapping[str, nn.Module],
+        finder: FoldFinder,
     ) -> None:
         self.surveyed = surveyed
         self.books = books
         self.probe = probe
         self.kernels = kernels
+        self.rounding = Rounding(kernels)
         self.config = config
-        self.foldable = foldable
+        self.finder = finder
         self.divisors: dict[nn.Linear, Tensor] = {}
         self.problems: dict[str, str] = {}
         self.experts = {name for group in surveyed.groups for name in group.experts}
@@ -49,8 +51,8 @@ class BlockSolver:
         report = BlockReport(self.surveyed.block.name)
         folds = self._find_folds()
         groups = self._solve_without_worse(folds)
-        report.fold_error = self._fold_error(groups)
-        if report.fold_error > (allowed := self._allowed_fold_error()):
+        report.fold_error, allowed = self._fold_error(groups)
+        if report.fold_error > allowed:
             report.note = (
                 f"no folds: they would move its float output by {report.fold_error:.2g} (allowed {allowed:.2g})"
             )
@@ -72,21 +74,21 @@ class BlockSolver:
             assert kept != folds, "only a fold into its rows can leave a Linear worse than RTN"
             folds = kept
 
-    def _fold_error(self, groups: Sequence[GroupSolution]) -> float:
-        """Relative change of the block's float output once the folds are applied, with the scales that were chosen."""
-        folded = _folded_float(groups)
-        return self.probe.distance(folded) / (self.probe.norm or 1.0) if folded else 0.0
+    def _fold_error(self, groups: Sequence[GroupSolution]) -> tuple[float, float]:
+        """Relative change of the block's float output once the folds are applied, with the scales chosen; and what may be.
 
-    def _allowed_fold_error(self) -> float:
-        """Each folded parameter is rounded once more, at most eps / 2 of it, and so are the columns that make up for it.
-
+        Each folded parameter is rounded once more, at most eps / 2 of it, and so are the columns that make up for it.
         A path through a block meets four folds (norm, values, norm, up), so 4 eps, and as much again for what sums cancel. The
         folds themselves were proven exactly; this catches scales that leave the range of the dtype.
         """
+        folded = _folded_float(groups)
+        if not folded:
+            return 0.0, 0.0
         linears = list(self.surveyed.linears.values())
         # autocast computes in less than the weights' precision
-        dtypes = {linear.weight.dtype for linear in linears} | self.probe.output_dtypes(linears)
-        return 8 * max(torch.finfo(dtype).eps for dtype in dtypes)
+        with output_dtypes(linears) as dtypes:
+            error = self.probe.distance(folded) / (self.probe.norm or 1.0)
+        return error, 8 * max(torch.finfo(dtype).eps for dtype in {linear.weight.dtype for linear in linears} | dtypes)
 
     def _solve_groups(self, folds: Sequence[Fold | None]) -> list[GroupSolution]:
         self.divisors = {}
@@ -136,7 +138,7 @@ class BlockSolver:
         if worse and _each_alone(group, solution.fold):
             for layer in worse:
                 feedback = Feedback(self.kernels, layer.book.stats.second_moment(), None)
-                apart = self._searched(layer.name, layer.book, None, feedback)
+                apart = self._searched(layer.name, layer.book, feedback)
                 solution.layers[solution.layers.index(layer)] = apart
         elif worse and self._could_divide(group, fold):
             return self._solve_group(group, book, None, self._choose(group, book, None))
@@ -168,82 +170,25 @@ class BlockSolver:
                 one = book.inputs[name]
                 if id(one) not in feedbacks:
                     feedbacks = {id(one): Feedback(self.kernels, one.stats.second_moment(), scale)}
-                solution.layers.append(self._searched(name, one, scale, feedbacks[id(one)]))
+                solution.layers.append(self._searched(name, one, feedbacks[id(one)]))
         return solution
 
     def _rounded(self, name: str, book: GroupStatistics, scale: Tensor | None = None) -> LayerSolution:
         linear, settings = self.surveyed.linears[name], self.config.for_layer(name)
         divisor, problem = self.divisors.get(linear), self._problem(name, book)
-        codes = search.quantize(self.kernels, _divided(linear.weight.detach(), divisor), settings, scale)
-        layer = LayerSolution(name, linear, settings, book.inputs[name], codes, scale, divisor, problem=problem)
-        if not problem:
-            layer.loss = layer.loss_rtn = self._loss(layer, layer.codes)
-        return layer
+        return self.rounding.nearest(name, linear, settings, book.inputs[name], scale, divisor, problem)
 
-    def _searched(self, name: str, book: InputStatistics, scale: Tensor | None, feedback: Feedback) -> LayerSolution:
-        linear, settings = self.surveyed.linears[name], self.config.for_layer(name)
-        weight, divisor = linear.weight.detach(), self.divisors.get(linear)
-        nearest = rtn = search.quantize(self.kernels, weight, settings)
-        if scale is not None or divisor is not None:
-            nearest = search.quantize(self.kernels, _divided(weight, divisor), settings, scale)
-        layer = LayerSolution(name, linear, settings, book, nearest, scale, divisor)
-        layer.loss_rtn = self._loss(replace(layer, scale=None, divisor=None), rtn)
-        if settings.feeds_back:
-            self._feed_back(layer, feedback)
-        clipped = self._clipped(layer, feedback)
-        if clipped:
-            layer.codes, layer.unclipped = clipped, layer.codes
-        layer.loss = layer.loss_rtn if layer.codes is rtn else self._loss(layer, layer.codes)
-        if layer.clipped and layer.loss > layer.loss_rtn:
-            layer.codes, layer.unclipped = layer.unclipped, None
-            layer.loss = self._loss(layer, layer.codes)
-        return layer
-
-    def _feed_back(self, layer: LayerSolution, feedback: Feedback) -> None:
-        """Codes rounded with error feedback, where their loss is below that of rounding to nearest."""
-        codes = feedback.quantize(_divided(layer.linear.weight.detach(), layer.divisor), layer.settings)
-        if self._loss(layer, codes) < min(self._loss(layer, layer.codes), layer.loss_rtn):
-            layer.codes, layer.fed_back = codes, True
+    def _searched(self, name: str, book: InputStatistics, feedback: Feedback) -> LayerSolution:
+        linear = self.surveyed.linears[name]
+        return self.rounding.searched(
+            name, linear, self.config.for_layer(name), book, feedback, self.divisors.get(linear)
+        )
 
     def _find_folds(self) -> list[Fold | None]:
         """For each group, what takes its 1/s, proven."""
         groups = self.surveyed.groups
         wanted = [takes_fold(group, self.config) for group in groups]
-        return find_folds(self.probe, groups, self.surveyed.linears, self.foldable, wanted)
-
-    def _clipped(self, layer: LayerSolution, feedback: Feedback) -> Codes | None:
-        """Codes of clipped ranges, if their output error is below that of the full ranges (on the rows of the search).
-
-        The ranges were searched on diagonal blocks of the second moment; here all of it counts. With error feedback both are
-        damped like the feedback itself.
-        """
-        settings = layer.settings
-        if settings.clip is False:
-            return None
-        weight = _divided(layer.linear.weight.detach(), layer.divisor)
-        second_moment = feedback.damped(settings.damping) if layer.fed_back else layer.book.stats.second_moment()
-        clip = search.search_clip(self.kernels, weight, second_moment, settings, layer.scale)
-        if layer.fed_back:
-            codes = feedback.quantize(weight, settings, clip)
-        else:
-            codes = search.quantize(self.kernels, weight, settings, layer.scale, clip)
-        rows = search.spread_rows(len(weight), settings.search_rows, weight.device)
-        full_loss, loss = (
-            search.output_loss(
-                self.kernels, weight[rows], c.rows(rows), layer.scale, second_moment, settings.group_size
-            )
-            for c in (layer.codes, codes)
-        )
-        return codes if loss < full_loss else None
-
-    def _loss(self, layer: LayerSolution, codes: Codes) -> float:
-        """Mean squared output error a calibration row, over all output rows, in the space of the original weight."""
-        weight, second_moment = layer.linear.weight.detach(), layer.book.stats.second_moment()
-        group_size = layer.settings.group_size
-        return (
-            search.output_loss(self.kernels, weight, codes, layer.scale, second_moment, group_size, layer.divisor)
-            / layer.book.rows
-        )
+        return self.finder.find(self.probe, groups, self.surveyed.linears, wanted)
 
     def _settle_clips(self, groups: Sequence[GroupSolution]) -> float:
         """Distance of the quantized block's output from the float one, clips that raise it taken back.
@@ -255,17 +200,14 @@ class BlockSolver:
             (layer.linear, "weight"): self._weight(layer, layer.codes) for group in groups for layer in group.layers
         }
         best = self.probe.distance(substitutes)
-        for layers in _clip_units(groups):
-            losses = [(layer, self._loss(layer, layer.unclipped)) for layer in layers]
-            losses = [(layer, loss) for layer, loss in losses if loss <= layer.loss_rtn]
-            trial = substitutes | {
-                (layer.linear, "weight"): self._weight(layer, layer.unclipped) for layer, _ in losses
-            }
-            if not losses or (distance := self.probe.distance(trial)) >= best:
+        for unit in _clip_units(groups):
+            layers = [layer for layer in unit if layer.unclipped_loss <= layer.loss_rtn]
+            trial = substitutes | {(layer.linear, "weight"): self._weight(layer, layer.unclipped) for layer in layers}
+            if not layers or (distance := self.probe.distance(trial)) >= best:
                 continue
             best, substitutes = distance, trial
-            for layer, loss in losses:
-                layer.codes, layer.unclipped, layer.loss = layer.unclipped, None, loss
+            for layer in layers:
+                layer.codes, layer.unclipped, layer.loss = layer.unclipped, None, layer.unclipped_loss
         return best
 
     def _weight(self, layer: LayerSolution, codes: Codes) -> Tensor:
@@ -278,10 +220,6 @@ def takes_fold(group: ScaleGroup, config: AwqConfig) -> bool:
     """Whether the group will have a scale that something can take over; fake-quantized weights hold 1/s themselves."""
     settings = config.for_layer(group.linears[0])
     return settings.searches_scale and settings.packed and config.fold != "never"
-
-
-def _divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
-    return weight if divisor is None else weight.float() / divisor[:, None]
 
 
 def _unusable(book: InputStatistics, few: int) -> str:

@@ -197,7 +197,8 @@ def test_less_output_error_than_nearest(kernels: ModuleType, group_size: int, bi
         "feedback": Feedback(kernels, second_moment, scale).quantize(weight, config),
     }
     losses = {
-        name: search.output_loss(kernels, weight, c, scale, second_moment, group_size) for name, c in codes.items()
+        name: float(search.row_losses(kernels, weight, c, scale, second_moment, group_size).plain.sum())
+        for name, c in codes.items()
     }
     assert losses["feedback"] < 0.8 * losses["nearest"]
 

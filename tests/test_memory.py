@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from programs import run_python
 
+from awq_ext import memory
+
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peaks cannot be reset on this system"
 )
@@ -155,3 +157,20 @@ def test_more_batches_cost_their_hidden_states_once() -> None:
     # 10 % of the states, and the ids, stacks and Python objects of 128 suspended forwards
     assert 0.8 * more < growth < 1.10 * more + 12 * MIB
     assert many["peak"] <= 1.10 * many["planned"]
+
+
+def test_freed_memory_goes_back_once_the_process_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, released = [100], []
+
+    def release() -> None:
+        released.append(resident[-1])
+        resident.append(resident[-1] - 7)
+
+    monkeypatch.setattr(memory, "resident_bytes", lambda: resident[-1])
+    monkeypatch.setattr(memory, "release_free_memory", release)
+    free = memory.FreeMemory(slack=10)
+    for now in (105, 110, 90, 100, 101, 104, 105, 108):
+        resident.append(now)
+        free.release_if_grown()
+    # more than 10 above the least held: 90 at first, then the 94 and 98 that the releases left
+    assert released == [101, 105]

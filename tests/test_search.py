@@ -111,8 +111,8 @@ def test_the_choice_is_the_least_loss_that_hurts_no_linear(kernels: ModuleType, 
         for weight in weights:
             rtn = search.quantize(kernels, weight, config, None, None)
             best = search.quantize(kernels, weight, config, choice.scale, None)
-            loss = search.output_loss(kernels, weight, best, choice.scale, moment, config.group_size)
-            assert loss < search.output_loss(kernels, weight, rtn, None, moment, config.group_size)
+            loss = float(search.row_losses(kernels, weight, best, choice.scale, moment, config.group_size).plain.sum())
+            assert loss < float(search.row_losses(kernels, weight, rtn, None, moment, config.group_size).plain.sum())
 
 
 @KERNELS
@@ -154,7 +154,7 @@ def test_output_loss_is_the_squared_output_error(
     x, weight = activations(72), torch.randn(33, 72).to(dtype)
     scale = torch.rand(72).add(0.5) if scaled else None
     codes = search.quantize(kernels, weight, config, scale, None)
-    loss = search.output_loss(kernels, weight, codes, scale, x.T @ x, config.group_size)
+    loss = float(search.row_losses(kernels, weight, codes, scale, x.T @ x, config.group_size).plain.sum())
     restored = reference.dequantize_weight(codes.unpacked(_C), codes.scales, codes.zeros, config.group_size).double()
     if scale is not None:
         restored = restored / scale
@@ -196,3 +196,34 @@ def test_rows_are_spread_evenly() -> None:
     assert search.spread_rows(10, 5, cpu).tolist() == [0, 2, 4, 6, 8]
     assert search.spread_rows(3, 5, cpu).tolist() == [0, 1, 2]
     assert search.spread_rows(3, 0, cpu).tolist() == [0, 1, 2]
+
+
+class Counted:
+    """Kernels whose loss of a candidate is given by its number: the candidates are told apart by their first channel."""
+
+    def __init__(self, candidates: Tensor, losses: Tensor) -> None:
+        self.candidates, self.losses = candidates, losses
+        self.seen: list[int] = []
+
+    def scale_losses(self, weight: Tensor, candidates: Tensor, *args: object, **settings: object) -> Tensor:
+        numbers = [int((self.candidates == row).all(1).nonzero()[0, 0]) for row in candidates]
+        self.seen += numbers
+        return self.losses[numbers]
+
+
+@pytest.mark.parametrize("n_grid", [1, 2, 3, 4, 5, 19, 20, 21])
+def test_every_third_step_leads_to_the_least_of_each_family(n_grid: int) -> None:
+    x_mean, weight = torch.rand(32) * 10 + 0.1, torch.randn(8, 32)
+    config = AwqConfig(group_size=16, n_grid=n_grid)
+    candidates, labels = search.candidate_scales(x_mean, search.weight_mean([weight], [16]), n_grid)
+    for best in range(len(candidates)):
+        # falls to the best and rises after it, in its own family; the other one is flat, and worse
+        distance = torch.tensor([abs(i - best) if i % 2 == best % 2 else 100 + i for i in range(len(candidates))])
+        kernels = Counted(candidates, 1.0 + distance.double())
+        if best % 2:
+            kernels.losses[0] = 200.0  # the identity is a candidate of the other family
+        choice = search.search_scale(kernels, [weight], x_mean, [torch.eye(32)], [config])
+        assert (choice.kind, choice.alpha) == (labels[best].kind, labels[best].alpha)
+        assert len(kernels.seen) == len(set(kernels.seen))
+        if n_grid >= 19:
+            assert len(kernels.seen) <= 0.67 * len(candidates)

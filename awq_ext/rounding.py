@@ -1,0 +1,127 @@
+"""Rounding one Linear: to nearest, or with error feedback and clipped ranges where they lower its loss."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from . import search
+from .calibrate import InputStatistics
+from .config import AwqConfig
+from .feedback import Feedback
+from .search import Codes, RowLosses
+from .solution import LayerSolution
+
+
+class Rounding:
+    """What rounds the Linears of a block, one at a time. Reads them, never writes them."""
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self._kernels = kernels
+
+    def nearest(
+        self,
+        name: str,
+        linear: nn.Linear,
+        settings: AwqConfig,
+        book: InputStatistics,
+        scale: Tensor | None = None,
+        divisor: Tensor | None = None,
+        problem: str = "",
+    ) -> LayerSolution:
+        """To nearest, by the given scale and divisor (:class:`LayerSolution`); a ``problem`` leaves it without losses."""
+        codes = search.quantize(self._kernels, divided(linear.weight.detach(), divisor), settings, scale)
+        layer = LayerSolution(name, linear, settings, book, codes, scale, divisor, problem=problem)
+        if not problem:
+            layer.loss = layer.loss_rtn = _mean(layer, self._losses(layer, layer.codes))
+        return layer
+
+    def searched(
+        self,
+        name: str,
+        linear: nn.Linear,
+        settings: AwqConfig,
+        book: InputStatistics,
+        feedback: Feedback,
+        divisor: Tensor | None = None,
+    ) -> LayerSolution:
+        """By the scale of ``feedback``: fed back and clipped as ``settings`` want and the losses allow."""
+        weight, scale = linear.weight.detach(), feedback.scale
+        layer = LayerSolution(name, linear, settings, book, search.quantize(self._kernels, weight, settings))
+        losses = self._losses(layer, layer.codes)
+        layer.loss_rtn = _mean(layer, losses)
+        if scale is not None or divisor is not None:
+            layer.scale, layer.divisor = scale, divisor
+            layer.codes = search.quantize(self._kernels, divided(weight, divisor), settings, scale)
+            losses = self._losses(layer, layer.codes)
+        layer.loss = _mean(layer, losses)
+        if settings.feeds_back:
+            losses = self._feed_back(layer, losses, feedback)
+        if settings.clip is not False:
+            self._clip(layer, losses, feedback)
+        return layer
+
+    def _feed_back(self, layer: LayerSolution, losses: RowLosses, feedback: Feedback) -> RowLosses:
+        """Give ``layer`` codes rounded with error feedback, if their loss is below that of rounding to nearest."""
+        codes = feedback.quantize(divided(layer.linear.weight.detach(), layer.divisor), layer.settings)
+        fed = self._losses(layer, codes)
+        if (loss := _mean(layer, fed)) < min(layer.loss, layer.loss_rtn):
+            layer.codes, layer.loss, layer.fed_back = codes, loss, True
+            return fed
+        return losses
+
+    def _clip(self, layer: LayerSolution, losses: RowLosses, feedback: Feedback) -> None:
+        """Give ``layer`` codes of clipped ranges, if their output error is below that of the full ranges (on the search's rows).
+
+        The ranges are searched on diagonal blocks of the second moment; here all of it counts. With error feedback both are
+        damped like the feedback itself. ``losses``: those of the full ranges.
+        """
+        settings = layer.settings
+        weight = divided(layer.linear.weight.detach(), layer.divisor)
+        second_moment = feedback.damped(settings.damping) if layer.fed_back else layer.book.stats.second_moment()
+        clip = search.search_clip(self._kernels, weight, second_moment, settings, layer.scale)
+        if layer.fed_back:
+            codes = feedback.quantize(weight, settings, clip)
+        else:
+            codes = search.quantize(self._kernels, weight, settings, layer.scale, clip)
+        rows = search.spread_rows(len(weight), settings.search_rows, weight.device)
+        clipped = self._losses(layer, codes, rows)
+        if not _judged(layer, clipped, rows) < _judged(layer, losses.at(rows), rows):
+            return
+        rest = (
+            torch.ones(len(weight), dtype=torch.bool, device=weight.device).index_fill_(0, rows, False).nonzero()[:, 0]
+        )
+        every = torch.cat([clipped.plain, self._losses(layer, codes, rest).plain])
+        # in the order of the rows, so that the sum is that of all rows taken at once
+        loss = float(torch.empty_like(every).index_copy_(0, torch.cat([rows, rest]), every).sum()) / layer.book.rows
+        if loss <= layer.loss_rtn:
+            layer.codes, layer.unclipped = codes, layer.codes
+            layer.loss, layer.unclipped_loss = loss, layer.loss
+
+    def _losses(self, layer: LayerSolution, codes: Codes, rows: Tensor | None = None) -> RowLosses:
+        """Squared output errors in the space of the original weight, of all output rows or of some."""
+        weight, divisor = layer.linear.weight.detach(), layer.divisor
+        if rows is not None:
+            weight, codes = weight[rows], codes.rows(rows)
+            divisor = None if divisor is None else divisor[rows]
+        damping = layer.settings.damping if layer.settings.feeds_back else 0.0
+        moment, group_size = layer.book.stats.second_moment(), layer.settings.group_size
+        return search.row_losses(self._kernels, weight, codes, layer.scale, moment, group_size, divisor, damping)
+
+
+def divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
+    """The weight [N, K] as it is rounded where ``divisor`` fp32 [N] is taken out of its rows."""
+    return weight if divisor is None else weight.float() / divisor[:, None]
+
+
+def _mean(layer: LayerSolution, losses: RowLosses) -> float:
+    """Mean squared output error a calibration row, over all output rows."""
+    return float(losses.plain.sum()) / layer.book.rows
+
+
+def _judged(layer: LayerSolution, losses: RowLosses, rows: Tensor) -> float:
+    """What decides on a clip: the sum over ``rows`` in the space in which they are rounded."""
+    values = losses.damped if layer.fed_back else losses.plain
+    return float((values if layer.divisor is None else values / layer.divisor[rows].double().square()).sum())

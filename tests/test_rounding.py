@@ -1,0 +1,102 @@
+"""Rounding one Linear: its losses are those of its codes, and clips and feedback are kept where they lower them."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from awq_ext import _C, AwqConfig, reference, search
+from awq_ext.calibrate import InputStatistics
+from awq_ext.feedback import Feedback
+from awq_ext.rounding import Rounding, divided
+
+KERNELS = pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
+N, K, T = 40, 48, 300
+
+
+def book() -> InputStatistics:
+    x = torch.randn(T, K) @ (torch.eye(K) + 0.2 * torch.randn(K, K)) * torch.rand(K).add(0.1)
+    moment = x.T @ x
+    return InputStatistics(SimpleNamespace(rows=T, second_moment=lambda: moment), T)
+
+
+def loss_of(weight: Tensor, found: Tensor, one: InputStatistics) -> float:
+    error = (found - weight).double()
+    return float((error @ one.stats.second_moment().double() * error).sum()) / one.rows
+
+
+@KERNELS
+@pytest.mark.parametrize("damping", [0.5, 2.0])
+def test_damped_losses_are_those_of_the_damped_moment(kernels: ModuleType, damping: float) -> None:
+    torch.manual_seed(0)
+    one, weight, scale, divisor = book(), torch.randn(N, K), torch.rand(K) + 0.5, torch.rand(N) + 0.5
+    moment, config = one.stats.second_moment(), AwqConfig(group_size=16)
+    codes = search.quantize(kernels, divided(weight, divisor), config, scale)
+    losses = search.row_losses(kernels, weight, codes, scale, moment, 16, divisor, damping)
+    damped = moment + damping * moment.diagonal().diag()
+    expected = search.row_losses(kernels, weight, codes, scale, damped, 16, divisor)
+    assert torch.equal(losses.plain, search.row_losses(kernels, weight, codes, scale, moment, 16, divisor).plain)
+    # fp32 products and sums over K, of either sign in the full form: K^2 eps of a bound on the sum of their sizes
+    error = codes.dequantize(kernels, 16, scale, divisor).sub(weight).abs().double()
+    allowed = K**2 * torch.finfo(torch.float32).eps * (error @ damped.abs().double() * error).sum(1)
+    assert ((losses.damped - expected.plain).abs() <= allowed).all()
+    assert torch.equal(expected.plain, expected.damped)
+    rows = torch.tensor([3, 17])
+    assert torch.equal(losses.at(rows).damped, losses.damped[rows])
+    empty = search.row_losses(kernels, weight[:0], codes.rows(slice(0, 0)), scale, moment, 16)
+    assert empty.plain.shape == (0,)
+
+
+@KERNELS
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("search_rows", [0, 16])
+def test_losses_belong_to_the_codes(kernels: ModuleType, method: str, scaled: bool, search_rows: int) -> None:
+    config = AwqConfig(group_size=16, method=method, search_rows=search_rows)
+    clipped = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        one, linear = book(), nn.Linear(K, N)
+        weight = linear.weight.detach()
+        scale, divisor = (torch.rand(K) * 0.1 + 0.95, torch.rand(N) * 0.1 + 0.95) if scaled else (None, None)
+        rounding, moment = Rounding(kernels), one.stats.second_moment()
+        layer = rounding.searched("x", linear, config, one, Feedback(kernels, moment, scale), divisor)
+        plain = rounding.searched(
+            "x", linear, AwqConfig(**config.to_dict() | {"clip": False}), one, Feedback(kernels, moment, scale), divisor
+        )
+        rtn = search.quantize(kernels, weight, config)
+
+        def found(codes: search.Codes, scale: Any = scale, divisor: Any = divisor) -> Tensor:
+            return codes.dequantize(kernels, 16, scale, divisor)
+
+        # fp32 sums over K channels, errors cancelled from weights of about ten times their size
+        bound = {"rel": 1e-4}
+        assert layer.loss_rtn == pytest.approx(loss_of(weight, found(rtn, None, None), one), **bound)
+        assert layer.loss == pytest.approx(loss_of(weight, found(layer.codes), one), **bound)
+        assert plain.loss == pytest.approx(loss_of(weight, found(plain.codes), one), **bound)
+        assert layer.fed_back == plain.fed_back
+        clipped += layer.clipped
+        if layer.clipped:
+            assert torch.equal(layer.unclipped.stored, plain.codes.stored)
+            assert layer.unclipped_loss == plain.loss
+            assert layer.loss <= layer.loss_rtn
+        else:
+            assert torch.equal(layer.codes.stored, plain.codes.stored)
+            assert layer.loss == plain.loss
+    assert clipped, "a clip is worth it at least once"
+
+
+@KERNELS
+def test_nearest_has_losses_unless_there_is_a_problem(kernels: ModuleType) -> None:
+    torch.manual_seed(0)
+    one, linear, config = book(), nn.Linear(K, N), AwqConfig(group_size=16, method="rtn")
+    layer = Rounding(kernels).nearest("x", linear, config, one)
+    expected = loss_of(linear.weight.detach(), layer.codes.dequantize(kernels, 16), one)
+    assert layer.loss == layer.loss_rtn == pytest.approx(expected, rel=1e-4)
+    layer = Rounding(kernels).nearest("x", linear, config, one, problem="too few rows")
+    assert layer.loss is None
+    assert layer.method == "rtn"
