@@ -174,7 +174,7 @@ def test_every_form_of_the_table() -> None:
     assert values["rows"][1]["evaluations"]["code"]["kl"]["low"] > 0
     assert set(values["over_float"]["awq"]["json"]) == {"perplexity"} and values["best"]["code"]["kl"]
     for text in (str(found), found.to_markdown(), found._repr_html_()):
-        for word in ("Cost (1 threads)", "code: 114 tokens in 6 windows", "perplexity", "top1", "gap closed"):
+        for word in ("Cost (1 thread)", "code: 114 tokens in 6 windows", "perplexity", "top1", "gap closed"):
             assert word in text
     rows = [line for line in found.to_markdown().splitlines() if line.startswith("| awq |")]
     assert len(rows) == 3 and all(line.count("|") in (5, 7) for line in rows)

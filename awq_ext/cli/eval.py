@@ -54,8 +54,9 @@ def eval(
     model = hf.load_model(model_dir, dtype)
     other = None if reference is None else hf.load_model(reference, dtype)
     found = {}
-    for name, path in named.items():
-        samples = hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len)
+    scored = {name: hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in named.items()}
+    hf.note_lengths(model, next(iter(scored.values())))
+    for name, samples in scored.items():
         found[name] = evaluate(model, samples, reference=other, progress=console.is_terminal)
     measures = list(next(iter(found.values())).measures)
     rows = [
