@@ -202,10 +202,10 @@ def _logits_like(expected: Any, logits: Tensor) -> Tensor:
     """The reference's logits at the positions of ``logits`` [B, T, V]. ValueError where the two models predict other things."""
     other = logits_of(expected)
     if other is None or other.shape[0] != logits.shape[0] or other.shape[2:] != logits.shape[2:]:
-        what = "none" if other is None else tuple(other.shape)
+        what = "no next-token logits" if other is None else f"logits of {other.shape[-1]} tokens"
         raise ValueError(
-            f"the reference's next-token logits are {what}, the model's {tuple(logits.shape)}: only models of one vocabulary "
-            "can be compared (pass metric= for others)"
+            f"the reference has {what}, the model of {logits.shape[-1]}: only models of one vocabulary can be compared "
+            "(pass metric= for others)"
         )
     return other[:, : logits.shape[1]]
 
