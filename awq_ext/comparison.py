@@ -116,7 +116,7 @@ class Comparison:
             if row.error:
                 rows.append([Cell(row.label), Cell("failed"), *[Cell("")] * (len(header) - 2)])
                 continue
-            size = f"{row.size_bytes / 1e6:,.1f}{'*' if row.simulated else ''}"
+            size = f"{_megabytes(row.size_bytes)}{'*' if row.simulated else ''}"
             cells = [row.label, size, f"{row.size_bytes / self.rows[0].size_bytes:.0%}"]
             cells.append("" if row.seconds is None else f"{row.seconds:.1f}")
             for kind in kinds:
@@ -124,7 +124,7 @@ class Comparison:
                 known = math.isfinite(own)
                 cells += [f"{own:,.0f}" if known else "", f"{own / beside:.2f}" if known and row.config else ""]
             rows.append([Cell(text) for text in cells])
-        return Grid(f"Cost ({self.threads} threads)", header, rows)
+        return Grid(f"Cost ({counted(self.threads, 'thread')})", header, rows)
 
     def _score_grid(self, traffic: str) -> Grid:
         language = "perplexity" in self.measures
@@ -135,7 +135,7 @@ class Comparison:
         rows = [self._scores(row, traffic, baseline, len(header)) for row in self.rows if not row.error]
         scored = self.rows[0].evaluations[traffic]
         unit = "tokens" if language else "values"
-        return Grid(f"{traffic}: {scored.tokens:,} {unit} in {scored.windows} windows", header, rows)
+        return Grid(f"{traffic}: {scored.tokens:,} {unit} in {counted(scored.windows, 'window')}", header, rows)
 
     def _scores(self, row: Variant, traffic: str, baseline: bool, width: int) -> list[Cell]:
         found = row.evaluations[traffic]
@@ -223,6 +223,16 @@ class Comparison:
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 thread``, ``1,024 threads``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _megabytes(count: int) -> str:
+    """Three digits at least: small models have sizes too."""
+    return f"{count / 1e6:,.1f}" if count >= 10**7 else f"{count / 1e6:.3g}"
 
 
 def _over_float(one: Evaluation, float_one: Evaluation) -> str:

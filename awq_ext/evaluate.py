@@ -158,7 +158,7 @@ class _TokenScorer:
         if self.shifted:
             counted = counted[:, 1:] & (counted[:, :-1] if mask is None else mask[:, :-1])
             targets, logits = targets[:, 1:], logits[:, :-1]
-        other = None if expected is None else logits_of(expected)[:, : logits.shape[1]]
+        other = None if expected is None else _logits_like(expected, logits)
         self.rows.append(window_scores(logits, other, targets, counted).cpu())
 
     def measures(self) -> dict[str, Measure]:
@@ -196,6 +196,18 @@ def window_scores(logits: Tensor, expected: Tensor | None, targets: Tensor, coun
             scores += [terms.sum(-1).clamp_min(0), agree]
         sums.index_add_(1, window, torch.stack([score.double() for score in scores]))
     return sums
+
+
+def _logits_like(expected: Any, logits: Tensor) -> Tensor:
+    """The reference's logits at the positions of ``logits`` [B, T, V]. ValueError where the two models predict other things."""
+    other = logits_of(expected)
+    if other is None or other.shape[0] != logits.shape[0] or other.shape[2:] != logits.shape[2:]:
+        what = "no next-token logits" if other is None else f"logits of {other.shape[-1]} tokens"
+        raise ValueError(
+            f"the reference has {what}, the model of {logits.shape[-1]}: only models of one vocabulary can be compared "
+            "(pass metric= for others)"
+        )
+    return other[:, : logits.shape[1]]
 
 
 def logits_of(output: Any) -> Tensor | None:

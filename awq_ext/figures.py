@@ -9,12 +9,20 @@ from io import StringIO
 from typing import Any
 
 from .channels import TAIL_PLACES
+from .kinds import by_kind, short_names
 from .report import AwqReport, LayerReport
 
 # Colour-blind safe (Okabe and Ito 2008), without the yellow, which is hard to see on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6B4C9A", "#555555")
 MARKERS = "osD^vPX*"
+# (colour, marker, line) of the kinds of layers: when the colours are used up they come again with others of the rest
+STYLES = tuple(
+    (color, MARKERS[(i + turn) % len(MARKERS)], line)
+    for turn, line in enumerate(("-", "--"))
+    for i, color in enumerate(COLOURS)
+)
 QUIET, LINE = "#b8c4cc", "#33414e"
+_INCHES = 4.7  # width of a plot
 _STYLE = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 10,
@@ -25,35 +33,10 @@ _STYLE = {
     "xtick.color": LINE,
     "ytick.color": LINE,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9.5,
     "svg.fonttype": "none",  # text stays text: small files, and readers can search it
     "svg.hashsalt": "awq_ext",
 }
-
-
-def depth_and_kind(name: str) -> tuple[int | None, str]:
-    """``model.layers.3.mlp.up_proj`` -> (3, "mlp.up_proj"): the first number in a name is the block's; (None, name) without."""
-    parts = name.split(".")
-    for position, part in enumerate(parts):
-        if part.isdigit() and position + 1 < len(parts):
-            return int(part), ".".join(parts[position + 1 :])
-    return None, name
-
-
-def by_kind(rows: Sequence[LayerReport]) -> dict[str, list[tuple[float, LayerReport]]]:
-    """Layers that play the same part in different blocks, with their place on the x axis: the block, or the order."""
-    places = [depth_and_kind(row.name) for row in rows]
-    kinds: dict[str, list[tuple[float, LayerReport]]] = {}
-    # numbers mean blocks only where they repeat: a chain 0, 2, 4 of layers is one series
-    repeated = len({kind for _, kind in places}) < len(rows) and all(depth is not None for depth, _ in places)
-    for order, (row, (depth, kind)) in enumerate(zip(rows, places, strict=True)):
-        if repeated:
-            kinds.setdefault(kind, []).append((depth, row))
-        else:
-            kinds.setdefault("layers", []).append((order, row))
-    if len(kinds) > len(COLOURS):  # too many to tell apart
-        return {"layers": [(order, row) for order, row in enumerate(rows)]}
-    return kinds
 
 
 def losses(report: AwqReport) -> str | None:
@@ -83,6 +66,8 @@ def absolute_losses(report: AwqReport) -> str | None:
             x, [row.loss for row in rows], ".", ms=6, color=COLOURS[0], label=str(report.config.get("method", ""))
         )
         axis.set(xlabel=x_label(rows), ylabel="mean squared output error", yscale="log")
+        plain_numbers(axis)
+        whole_numbers(axis)
 
     return drawn("absolute", draw) if rows else None
 
@@ -117,19 +102,21 @@ def tails(report: AwqReport) -> str | None:
     rows = [row for row in report.layers if row.tail]
 
     def draw(axis: Any) -> None:
-        for color, (kind, pairs) in zip(COLOURS, by_kind(rows).items(), strict=False):
+        kinds = by_kind(rows)
+        short = short_names(list(kinds))
+        for (color, _, line), (kind, pairs) in zip(STYLES, kinds.items(), strict=False):
             for position, (_, row) in enumerate(pairs):
                 # the channels lie evenly on the axis; a logarithm needs the first one to lie right of zero
                 places = [max(place, 0.5 / row.in_features) for place in TAIL_PLACES]
-                label = kind if position == 0 else None
-                axis.plot(places, row.tail, color=color, lw=0.8, alpha=0.55, label=label)
+                label = short[kind] if position == 0 else None
+                axis.plot(places, row.tail, color=color, lw=0.8, ls=line, alpha=0.55, label=label)
         axis.axhline(1, color=LINE, lw=0.8, ls=":")
         axis.axvline(0.01, color=LINE, lw=0.8, ls=":")
         axis.set(xscale="log", yscale="log", ylim=(1e-2, None))
         axis.set(xlabel="channels, most salient first", ylabel="salience / its mean")
         axis.xaxis.set_major_formatter(percent)
         place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-        axis.annotate("top 1 %", (0.01, 1), (2, 2), fontsize=8.5, **place)
+        axis.annotate("top 1 %", (0.01, 1), (2, 2), fontsize=9.5, **place)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
     return drawn("tails", draw) if rows else None
@@ -162,11 +149,19 @@ def folds(report: AwqReport) -> str | None:
 
     def draw(axis: Any) -> None:
         names = list(kinds)[::-1]
+        short = short_names(names)
         left = [0] * len(names)
         for place, color in places.items():
             counts = [Counter(row.applied for _, row in kinds[name])[place] for name in names]
             if any(counts):
-                axis.barh(names, counts, left=left, color=color, label=words.get(place, place), height=0.7)
+                axis.barh(
+                    [short[name] for name in names],
+                    counts,
+                    left=left,
+                    color=color,
+                    label=words.get(place, place),
+                    height=0.7,
+                )
                 left = [a + b for a, b in zip(left, counts, strict=True)]
         axis.set(xlabel="layers")
         whole_numbers(axis)
@@ -175,8 +170,11 @@ def folds(report: AwqReport) -> str | None:
 
 
 def tokens(report: AwqReport) -> str | None:
-    """Calibration rows that each scale group saw; nothing where all saw the same, which takes no plot to say."""
-    rows = [row for row in report.layers if row.status != "float" and row.group in ("", row.name)]
+    """Calibration rows that each input saw; nothing where all saw the same, which takes no plot to say."""
+    firsts = {row.name: row.tokens for row in report.layers}
+    # experts that share a scale have rows of their own
+    own = lambda row: row.group in ("", row.name) or row.tokens != firsts.get(row.group)  # noqa: E731
+    rows = [row for row in report.layers if row.status != "float" and own(row)]
     if len({row.tokens for row in rows}) < 2:
         return None
 
@@ -197,16 +195,18 @@ def costs(report: AwqReport) -> str:
         for (name, seconds), color in zip(parts.items(), (COLOURS[0], COLOURS[1], QUIET), strict=True):
             axis.barh([""], [seconds], left=left, color=color, label=f"{name} {seconds:.1f} s", height=0.5)
             left += seconds
-        axis.set(xlabel="seconds")
+        axis.set(xlabel="seconds", yticks=[])
 
     return drawn("costs", draw, height=1.7)
 
 
 def scatter(axis: Any, rows: Sequence[LayerReport], value: Callable[[LayerReport], float]) -> None:
     """One point a layer, by block; layers of one kind share a colour."""
-    for color, marker, (kind, pairs) in zip(COLOURS, MARKERS, by_kind(rows).items(), strict=False):
+    kinds = by_kind(rows)
+    short = short_names(list(kinds))
+    for (color, marker, _), (kind, pairs) in zip(STYLES, kinds.items(), strict=False):
         x, y = zip(*((x, value(row)) for x, row in pairs), strict=True)
-        axis.plot(x, y, marker, ms=4, color=color, label=kind if kind != "layers" else None)
+        axis.plot(x, y, marker, ms=4, color=color, label=short[kind] if kind != "layers" else None)
     whole_numbers(axis)
 
 
@@ -222,18 +222,34 @@ def whole_numbers(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def plain_numbers(axis: Any) -> None:
+    """0.6 and 1000 on a logarithmic axis, in place of powers of ten; between them only where there is room."""
+    from matplotlib.ticker import LogFormatter
+
+    class Between(LogFormatter):
+        def __call__(self, value: float, position: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, position) else ""
+
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(Between(minor_thresholds=(1, 0.4)))
+
+
 def drawn(name: str, draw: Callable[[Any], None], legend: bool = True, height: float = 3.1) -> str:
-    """The SVG element of one plot, 4.7 inches wide: to be read on a phone too. Ids carry ``name``: several fit into one page."""
+    """The SVG element of one plot, narrow: to be read on a phone too. Ids carry ``name``: several fit into one page."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.7, height), layout="constrained")
+        figure = Figure(figsize=(_INCHES, height), layout="constrained")
         axis = figure.add_subplot()
         draw(axis)
-        handles, _ = axis.get_legend_handles_labels()
+        handles, labels = axis.get_legend_handles_labels()
         if legend and handles:
-            figure.legend(loc="outside upper center", ncols=min(3, len(handles)), columnspacing=1.0, handletextpad=0.4)
+            # inches: a marker and what is around it, and so much a letter
+            columns = max(1, int(_INCHES / (0.45 + 0.072 * max(map(len, labels)))))
+            figure.legend(
+                loc="outside upper center", ncols=min(3, columns, len(handles)), columnspacing=1.0, handletextpad=0.4
+            )
         file = StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()

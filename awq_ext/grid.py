@@ -65,6 +65,7 @@ def _html_cell(cell: Cell) -> str:
 
 def as_text(*parts: RenderableType, width: int = 120) -> str:
     """What a terminal without colours would show."""
-    console = Console(file=StringIO(), width=width, color_system=None)
+    # in a notebook rich would show it there and then, and leave the file empty
+    console = Console(file=StringIO(), width=width, color_system=None, force_jupyter=False, force_terminal=False)
     console.print(Group(*parts))
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())

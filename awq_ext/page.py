@@ -8,6 +8,7 @@ from typing import Any
 from .memory import format_bytes
 from .report import AwqReport, LayerReport
 
+_MOST_NAMES = 4  # in a warning or a reason; more of them are folded away
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 # Function of figures.py -> title, and what the plot says.
@@ -61,7 +62,9 @@ def render(report: AwqReport) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, tiles=_tiles(report), plots=plots, layers=_layers(report), **_lists(report))
+    return template.render(
+        report=report, tiles=_tiles(report), plots=plots, layers=_layers(report), most=_MOST_NAMES, **_lists(report)
+    )
 
 
 def _plots(report: AwqReport, figures: Any) -> list[tuple[str, str, str]]:
@@ -119,4 +122,11 @@ def _lists(report: AwqReport) -> dict[str, Any]:
         if row.status == "float":
             reasons.setdefault(row.note, []).append(row.name)
     settings = {name: value for name, value in report.config.items() if value not in ({}, [], ())}
-    return {"reasons": reasons, "settings": settings}
+    return {"reasons": reasons, "settings": settings, "warnings": list(map(_folded, report.warnings))}
+
+
+def _folded(warning: str) -> tuple[str, str]:
+    """(text, "") or, for one that begins with many names, (what is wrong with how many, their names)."""
+    names, colon, text = warning.rpartition(": ")
+    count = len(names.split(", "))
+    return (f"{count} layers: {text}", names) if colon and count > _MOST_NAMES else (warning, "")

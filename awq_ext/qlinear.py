@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .backend import kernels_for
+from .frozen import FrozenTensor
 from .ops import int4_linear, int4_weight
 
 # These hold bit patterns that were searched for; a cast of the model must not round them again.
@@ -146,12 +147,15 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that this layer stands for, dequantized: [N, K], detached, in the dtype of the replaced layer."""
+        """The weight that this layer stands for: [N, K], detached, in the dtype of the replaced layer.
+
+        Dequantized on every access, and therefore refuses to be written (RuntimeError).
+        """
         sizes = (self.in_features, self.out_features, self.group_size)
         weight = int4_weight(self.tiles, self.tile_scales, self.tile_zeros, *sizes)
         if self.pre_quant_scale is not None:
             weight = weight * self.pre_quant_scale
-        return weight.to(self.dtype)
+        return weight.to(self.dtype).as_subclass(FrozenTensor)
 
     def to_tiles(self, name: str, rows: Tensor) -> Tensor:
         """The buffer ``TILED[name]`` for this qweight, scales or zeros. ValueError if the shape does not fit."""

@@ -47,11 +47,13 @@ class LayerSalience:
     def unlike(self, traffic: str) -> bool:
         """Whether the calibration text fails to show the channels that matter to this traffic.
 
-        Fewer than half of the top channels are the same, and that is no matter of few tokens: two halves of the calibration text
-        agree clearly better.
+        Fewer than half of the top channels are the same, and that is no matter of few tokens or of channels that are all alike:
+        two halves of the calibration text agree clearly better, in all channels too.
         """
-        found, chance = self.traffic[traffic], self.halves.overlap if self.halves else 1.0
-        return found is not None and found.overlap < 0.5 and found.overlap < chance - 0.2
+        found, chance = self.traffic[traffic], self.halves or Agreement(1.0, 1.0)
+        if found is None or found.overlap >= 0.5:
+            return False
+        return found.overlap < chance.overlap - 0.2 and found.correlation < chance.correlation
 
 
 @dataclass(frozen=True, repr=False)  # its __str__ is what is to be seen
@@ -75,8 +77,12 @@ class Salience:
 
     @property
     def enough_tokens(self) -> int | None:
-        """Tokens that are enough for nine groups of ten; None where a single sample tells nothing."""
-        known = sorted(row.enough_tokens for row in self.rows if row.enough_tokens is not None)
+        """Calibration tokens that are enough for nine groups of ten; None where a single sample tells nothing.
+
+        An expert sees a share of the tokens, and needs as many more.
+        """
+        seen = max(row.tokens for row in self.rows)
+        known = sorted(math.ceil(r.enough_tokens * seen / r.tokens) for r in self.rows if r.enough_tokens is not None)
         return known[min(len(known) - 1, math.ceil(0.9 * len(known)))] if known else None
 
     def warnings(self) -> list[str]:
@@ -256,4 +262,5 @@ def _agreement(one: _Seen, values: Tensor, other: _Seen | None) -> Agreement | N
 
 
 def _distance(then: Tensor, now: Tensor) -> float:
-    return float(((then - now).abs() / now.clamp_min(torch.finfo(torch.float32).tiny))[now > 0].mean())
+    known = now > 0
+    return float(((then - now).abs()[known] / now[known]).mean()) if known.any() else 0.0

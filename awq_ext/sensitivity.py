@@ -181,7 +181,8 @@ def sensitivity(
     models it is the squared error of the output, relative.
 
     loader: calibration samples; the cost is measured on the first ``samples`` of them (windows, for texts), whose float outputs are
-    held in memory. by: "layer", or "block" for one measurement a block, which is quicker.
+    held in memory. by: "layer", or "block" for one measurement a block, which is quicker. Experts that the model keeps in one
+    parameter are one part, since its own forward runs all of them or none in int4.
     config, settings: how layers are quantized, as for :func:`awq_ext.quantize`; scales are not folded, so that each layer stands
     for itself. Takes one forward of ``samples`` for every part. ``model`` is never written.
     """

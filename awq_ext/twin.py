@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Twin:
-    """A copy of a model that shares its parameters of two or more dimensions, and what tells if one was written."""
+    """A copy of a model that shares its matrices, and what tells if one was written."""
 
     module: nn.Module
     shared: tuple[tuple[str, Tensor, int | None], ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> Twin:
-        """``quantize`` replaces Linears and writes only norms and biases, so all but these can be shared.
+        """``quantize`` replaces Linears and writes only norms, biases and routers, so all but these can be shared.
 
-        The copy takes little memory: vectors, buffers, module objects. TypeError where ``copy.deepcopy`` fails.
+        The copy takes little memory: vectors, routers, buffers, module objects. TypeError where ``copy.deepcopy`` fails.
         """
-        matrices = {name: p for name, p in model.named_parameters() if p.dim() >= 2}
+        counts = _expert_counts(model)
+        matrices = {n: p for n, p in model.named_parameters() if p.dim() > 2 or (p.dim() == 2 and len(p) not in counts)}
         try:
             module = copy.deepcopy(model, {id(p): p for p in matrices.values()})
         except Exception as error:
@@ -35,6 +36,15 @@ class Twin:
         """RuntimeError if a shared parameter was written since: a bug of this package, to be reported."""
         if written := [name for name, tensor, version in self.shared if _version(tensor) != version]:
             raise RuntimeError(f"a method wrote to {written[0]}, which belongs to the float model: please report this")
+
+
+def _expert_counts(model: nn.Module) -> set[int]:
+    """Lengths of what may be the experts of a layer: a router [E, K] makes up for the scale of the norm before it.
+
+    Lists of blocks are among them; whatever else has so few rows takes no memory to speak of.
+    """
+    lists = {len(module) for module in model.modules() if isinstance(module, nn.ModuleList)}
+    return lists | {len(p) for p in model.parameters() if p.dim() > 2}
 
 
 def _version(tensor: Tensor) -> int | None:

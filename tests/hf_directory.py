@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 
-def make(directory: Path, dtype: str = "float32") -> Path:
+def make(directory: Path, dtype: str = "float32", vocab_size: int = 260) -> Path:
     """Write the model and its tokenizer to ``directory``; skips the test where transformers is missing."""
     transformers = pytest.importorskip("transformers", reason="pip install 'awq-ext[hf]'")
     import torch
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=260,
+        vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import awq_ext
 from awq_ext import _C, cli, qlinear
+from awq_ext.cli.options import parse_setting
 from awq_ext.demo import run
 
 runner = CliRunner()
@@ -73,8 +75,16 @@ def test_defaults_are_those_of_the_demo() -> None:
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     from awq_ext.demo import display
 
-    seen = []
-    monkeypatch.setattr(display, "run_and_show", lambda *arguments: seen.append(arguments[:3]))
+    class Result:
+        def to_dict(self) -> dict[str, float]:
+            return {"perplexity": 2.5, "unknown": float("nan")}
+
+    def shown_result(*arguments: object) -> Result:
+        seen.append(arguments[:2])
+        return Result()
+
+    seen: list[object] = []
+    monkeypatch.setattr(display, "run_and_show", shown_result)
     threads = torch.get_num_threads()
     try:
         path = tmp_path / "f.json"
@@ -83,7 +93,10 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path) -
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
-    assert shown.exit_code == 0 and seen == [(512, 64, path)]
+    assert shown.exit_code == 0 and seen == [(512, 64)]
+    assert json.loads(path.read_text()) == {"perplexity": 2.5, "unknown": None}
+    piped = runner.invoke(cli.app, ["demo", "--json", "-"])
+    assert json.loads(piped.stdout)["perplexity"] == 2.5 and not (Path.cwd() / "-").exists()
 
 
 def test_demo_without_text_fails_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +158,49 @@ def test_doctor_as_json_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
     figures = json.loads(shown.stdout)
     assert figures["extras"]["report"] == "missing jinja2: pip install 'awq-ext[report]'"
     assert figures["facts"]["memory read at"].endswith(" GB/s") and figures["problems"] == []
+
+
+def test_help_is_broken_where_the_terminal_ends() -> None:
+    """Docstrings have lines of their own, which would leave ragged ends in any other width."""
+    shown = runner.invoke(cli.app, ["quantize", "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
+    lines = [line.strip() for line in shown.output.splitlines()]
+    (line,) = (line for line in lines if line.startswith("The calibration text decides"))
+    assert line.endswith("awq-ext compare tells which method suits it best.")
+
+
+@pytest.mark.parametrize("command", ["quantize", "compare", "eval", "report", "inspect", "convert", "bench"])
+def test_help_shows_an_example(command: str) -> None:
+    assert f"Example: awq-ext {command} " in runner.invoke(cli.app, [command, "--help"]).output
+
+
+def test_settings_are_json_or_words() -> None:
+    texts = (
+        "clip=false",
+        "symmetric=True",
+        "n_grid=4",
+        "damping=0.5",
+        "propagate=quantized",
+        'only=["*.mlp.*"]',
+        "a=b=c",
+    )
+    assert dict(map(parse_setting, texts)) == {
+        "clip": False,
+        "symmetric": True,
+        "n_grid": 4,
+        "damping": 0.5,
+        "propagate": "quantized",
+        "only": ["*.mlp.*"],
+        "a": "b=c",
+    }
+
+
+def test_an_interrupt_is_one_line_and_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("awq_ext.demo.display.run_and_show", interrupted)
+    shown = runner.invoke(cli.app, ["demo"])
+    assert shown.exit_code == 130 and shown.stderr.startswith("interrupted") and "Traceback" not in shown.output
 
 
 def test_bugs_keep_their_traceback() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import hf_directory
@@ -11,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import awq_ext
-from awq_ext import cli
+from awq_ext import AwqConfig, cli
 from awq_ext.cli import hf
 from awq_ext.cli.options import parse_method
 
@@ -41,6 +43,22 @@ def quantized(model_dir: Path, texts: dict[str, Path], tmp_path_factory: pytest.
     assert shown.exit_code == 0, shown.output
     assert "14 of 15 Linears quantized" in shown.output and f"written to {out}" in shown.output
     return out
+
+
+@pytest.fixture(scope="module")
+def broken(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files and directories with something wrong."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "blank.txt").write_text("")
+    (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (folder / "lines.jsonl").write_text('{"text": "one"}\nnothing\n')
+    for name in ("silent", "damaged"):
+        shutil.copytree(model_dir, folder / name)
+    for file in (folder / "silent").glob("*token*"):
+        file.unlink()
+    for name in ("config.json", "awq_report.json"):
+        (folder / "damaged" / name).write_text("{")
+    return {path.stem: path for path in folder.iterdir()}
 
 
 def run(*arguments: object):
@@ -134,6 +152,89 @@ def test_chats_and_documents(model_dir: Path, tmp_path: Path) -> None:
         hf.read_text(path, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": 3}', r'line 1: "text" is a int'),
+        ("[1]", r"line 1 has neither.*list"),
+        ('{"messages": 3}', r"line 1: the tokenizer's chat template refuses"),
+    ],
+)
+def test_a_wrong_document_is_named(line: str, message: str, model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        hf.read_text(path, hf.load_tokenizer(model_dir))
+
+
+def test_a_line_ends_where_json_says(model_dir: Path, tmp_path: Path) -> None:
+    """U+2028 may stand in a JSON string, and is no end of a line there."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
+    assert hf.read_text(path, hf.load_tokenizer(model_dir)) == "one\u2028two"
+
+
+def test_too_little_text_and_too_long_windows_are_noted(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ["--method", "rtn", "--samples", 9, "--seq-len", 400, "--json", "-"]
+    shown = run("quantize", model_dir, tmp_path / "out", "--calib", texts["calib"], *options)
+    assert shown.exit_code == 0, shown.output
+    assert "calibration text has 4 windows, 9 were asked for" in shown.stderr
+    assert "windows of 400 tokens are longer than the 256" in shown.stderr
+    assert json.loads(shown.stdout)["report"]["config"]["seq_len"] == 400
+
+
+def test_skipping_more_layers_leaves_the_head_float(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    """By identity too: some models have an output layer of another name."""
+    skipped = ["--skip", "*.down_proj", "--method", "rtn", "--set", 'per_layer={"*.q_proj": {"group_size": 16}}']
+    shown = run("quantize", model_dir, tmp_path / "out", *calibration(texts), *skipped, "--json", tmp_path / "r.json")
+    assert shown.exit_code == 0, shown.output
+    report = json.loads((tmp_path / "r.json").read_text())["report"]
+    assert report["config"]["skip"] == [*AwqConfig().skip, "*.down_proj"]
+    assert {row["name"] for row in report["layers"] if row["status"] == "float"} == {
+        "lm_head",
+        *(f"model.layers.{i}.mlp.down_proj" for i in range(2)),
+    }
+    assert {row["group_size"] for row in report["layers"] if row["name"].endswith("q_proj")} == {16}
+
+
+def test_a_missing_extra_is_said_before_the_work(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jinja2" else real(name))
+    shown = run("quantize", model_dir, tmp_path / "out", *calibration(texts), "--report", tmp_path / "r.html")
+    assert shown.exit_code == 1 and "jinja2: pip install 'awq-ext[report]'" in shown.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_different_vocabularies_cannot_be_compared(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    other = hf_directory.make(tmp_path / "other", vocab_size=300)
+    shown = run("eval", model_dir, texts["code"], "--reference", other, "--tokens", 64, "--seq-len", 64)
+    assert shown.exit_code == 1 and "has 260 tokens" in shown.output and "300: a reference" in shown.output
+
+
+@pytest.mark.parametrize("layout", ["awq", "compressed-tensors", "gptq"])
+def test_inspect_reads_every_layout(model_dir: Path, texts: dict[str, Path], layout: str, tmp_path: Path) -> None:
+    options = ["--format", layout, "--method", "rtn", "--group-size", 32]
+    made = run("quantize", model_dir, tmp_path / "out", *calibration(texts), *options)
+    assert made.exit_code == 0, made.output
+    facts = json.loads(run("inspect", tmp_path / "out", "--json", "-").stdout)
+    assert facts["format"] == layout and facts["int4 layers"] == 14 and facts["group sizes"] == {"32": 14}
+    assert facts["report"].startswith("14 of 15 Linears quantized")
+
+
+def test_a_missing_shard_is_noticed(model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_dir, tmp_path / "m")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    shown = run("inspect", tmp_path / "m")
+    assert shown.exit_code == 1 and "names model-00002-of-00002.safetensors, which is missing" in shown.output
+
+
 def test_windows_come_from_every_text(model_dir: Path, texts: dict[str, Path]) -> None:
     tokenizer = hf.load_tokenizer(model_dir)
     found = hf.windows(list(texts.values()), tokenizer, 5, 16)
@@ -158,13 +259,31 @@ def test_windows_come_from_every_text(model_dir: Path, texts: dict[str, Path]) -
         (["eval", "{model}"], 2, "PATH"),
         (["eval", "{nowhere}", "{calib}"], 2, "does not exist"),
         (["inspect", "{empty}"], 1, "nothing to inspect"),
+        (["quantize", "{model}", "{model}", "--calib", "{calib}", "--overwrite"], 2, "the float model would be lost"),
+        (["quantize", "{model}", "{calib}/new", "--calib", "{calib}"], 2, "calib.txt is a file"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--method", "best"], 1, "method='best'"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "nothing=1"], 1, "no field nothing"),
+        (["quantize", "{model}", "{new}", "--calib", "{nowhere}"], 2, "does not exist"),
+        (["quantize", "{model}", "{new}", "--calib", "{blank}"], 1, "blank.txt has 0 tokens"),
+        (["quantize", "{model}", "{new}", "--calib", "{bytes}"], 1, "bytes.txt is no UTF-8 text"),
+        (["quantize", "{model}", "{new}", "--calib", "{lines}"], 1, "lines.jsonl, line 2 is no JSON"),
+        (["quantize", "{silent}", "{new}", "--calib", "{calib}"], 1, "it has no tokenizer"),
+        (["eval", "{damaged}", "{calib}"], 1, "config.json is damaged"),
+        (["report", "{damaged}"], 1, "awq_report.json is damaged"),
+        (["inspect", "{damaged}"], 1, "config.json is damaged"),
     ],
 )
 def test_a_mistake_is_one_line(
-    arguments: list[str], code: int, message: str, model_dir: Path, texts: dict[str, Path], tmp_path: Path
+    arguments: list[str],
+    code: int,
+    message: str,
+    model_dir: Path,
+    texts: dict[str, Path],
+    broken: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "empty").mkdir()
-    names = {name: tmp_path / name for name in ("new", "empty", "nowhere")} | {"model": model_dir} | texts
+    names = {name: tmp_path / name for name in ("new", "empty", "nowhere")} | {"model": model_dir} | texts | broken
     shown = run(*(argument.format(**names) for argument in arguments))
     assert shown.exit_code == code
     assert message in shown.output and "Traceback" not in shown.output

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 
+import architectures
 import models
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_every_form_of_the_table() -> None:
     assert values["rows"][1]["evaluations"]["code"]["kl"]["low"] > 0
     assert set(values["over_float"]["awq"]["json"]) == {"perplexity"} and values["best"]["code"]["kl"]
     for text in (str(found), found.to_markdown(), found._repr_html_()):
-        for word in ("Cost (1 threads)", "code: 114 tokens in 6 windows", "perplexity", "top1", "gap closed"):
+        for word in ("Cost (1 thread)", "code: 114 tokens in 6 windows", "perplexity", "top1", "gap closed"):
             assert word in text
     rows = [line for line in found.to_markdown().splitlines() if line.startswith("| awq |")]
     assert len(rows) == 3 and all(line.count("|") in (5, 7) for line in rows)
@@ -230,3 +231,27 @@ def test_traffic_needs_names() -> None:
 )
 def test_figures_have_the_digits_that_mean_something(estimate: Estimate, text: str) -> None:
     assert plus_minus(estimate) == text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2-MoE", "experts in a list"])
+def test_a_mixture_of_experts_stays_as_it_is(name: str) -> None:
+    if name in architectures.TRANSFORMERS:
+        pytest.importorskip("transformers", reason="NOT tested on mixtures of transformers: pip install 'awq-ext[hf]'")
+    made = architectures.make(name)
+    metric = (
+        None if name in architectures.TRANSFORMERS else lambda output, expected, _: -float((output - expected).norm())
+    )
+    snapshot = Snapshot(made.model)
+    methods = ["rtn", "awq", {"bits": 3, "packed": False}]
+    found = compare(
+        made.model, made.batches, {"same": made.batches}, methods, metric=metric, **QUICK | {"min_tokens": 1}
+    )
+    snapshot.assert_unchanged()
+    assert not any(row.error for row in found.rows)
+    assert found.rows[0].size_bytes > found["rtn"].size_bytes
+    by_hand = awq_ext.quantize(made.model, made.batches, group_size=16, n_grid=4, min_tokens=1, progress=False)
+    model = architectures.make(name).model
+    measure = found.measures[-1]
+    again = evaluate(by_hand, made.batches, reference=model, metric=metric)
+    assert found["awq"].evaluations["same"][measure].value == again[measure].value

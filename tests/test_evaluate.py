@@ -214,3 +214,20 @@ def test_it_can_be_printed() -> None:
     case = models.make("llama")
     text = str(evaluate(case.model, case.batches, bootstrap=QUICK))
     assert text.startswith("perplexity") and "152 scored in 8 windows; 95% intervals" in text
+
+
+class Bigram(nn.Module):
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tokens, tokens)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed(ids)
+
+
+def test_a_reference_of_another_vocabulary_is_refused() -> None:
+    ids = torch.randint(0, 5, (1, 8))
+    with pytest.raises(ValueError, match=r"logits of 7 tokens, the model of 5: only models of one vocabulary"):
+        evaluate(Bigram(5), [ids], reference=Bigram(7))
+    with pytest.raises(ValueError, match="the reference has no next-token logits"):
+        evaluate(Bigram(5), [ids], reference=nn.Identity())

@@ -55,6 +55,8 @@ def test_runs(path: Path, tmp_path: Path) -> None:
     assert not [output for output in outputs if output.output_type == "error"]
     # whoever reads a warning in a notebook thinks that something is wrong
     assert not [output.text for output in outputs if output.get("name") == "stderr" and "Warning" in output.text]
+    # a table that was printed instead of returned leaves an empty output behind
+    assert all(output.data["text/plain"].strip() for output in outputs if "text/plain" in output.get("data", {}))
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
     if path.stem.startswith(("01", "04", "05")):
         assert figures

@@ -14,7 +14,6 @@ import pytest
 
 import awq_ext
 from awq_ext import AwqReport, BlockReport, LayerReport, figures, page
-from awq_ext.figures import by_kind, depth_and_kind
 
 pytest.importorskip("jinja2", reason="the report was NOT tested: pip install 'awq-ext[report]'")
 pytest.importorskip("matplotlib", reason="the report was NOT tested: pip install 'awq-ext[report]'")
@@ -92,7 +91,7 @@ def test_in_a_browser(html: Path, width: int, tmp_path: Path) -> None:
     assert shown.console == []
     assert shown.loaded == []
     assert shown.width <= width, "the page must not scroll sideways"
-    assert shown.smallest >= 8, "text too small to read"
+    assert shown.smallest >= 9, "text too small to read"
     assert len(shown.plots) == 8
     for plot_width, plot_height in shown.plots:
         assert plot_width >= 250 and plot_height >= 80
@@ -138,15 +137,14 @@ def test_the_same_report_gives_the_same_page(report: AwqReport) -> None:
     assert page.render(report) == page.render(report)
 
 
-def test_names_of_layers() -> None:
-    assert depth_and_kind("model.layers.3.mlp.up_proj") == (3, "mlp.up_proj")
-    assert depth_and_kind("lm_head") == (None, "lm_head")
-    assert depth_and_kind("blocks.7") == (None, "blocks.7")
-    row = lambda name: LayerReport(name, 1, 1, "int4")  # noqa: E731
-    kinds = by_kind([row("h.0.a"), row("h.0.b"), row("h.1.a"), row("h.1.b")])
-    assert {kind: [x for x, _ in pairs] for kind, pairs in kinds.items()} == {"a": [0, 1], "b": [0, 1]}
-    assert list(by_kind([row("0.a"), row("1.b")])) == ["layers"]
-    assert list(by_kind([row(f"{i}.{letter}") for i in range(2) for letter in "abcdefghij"])) == ["layers"]
+def test_a_warning_with_many_names_is_folded(tmp_path: Path) -> None:
+    names = [f"model.layers.0.mlp.experts.gate_up_proj.{e} ({e})" for e in range(64)]
+    found = AwqReport(warnings=[f"{', '.join(names)}: too few rows; rounded to nearest instead", "short: one"])
+    text = found.to_html(tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<summary>64 layers: too few rows; rounded to nearest instead</summary>" in text
+    assert all(name in text for name in names) and "<li>short: one</li>" in text
+    shown = browser.show(tmp_path / "r.html", 400, tmp_path)
+    assert shown.width <= 400
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])

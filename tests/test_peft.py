@@ -58,3 +58,20 @@ def test_lora_learns_and_is_saved(tmp_path: Path) -> None:
         loaded._register_custom_module({QuantLinear: peft.tuners.lora.Linear})
         again = peft.PeftModel.from_pretrained(quantized(), tmp_path, config=loaded)
         assert torch.equal(again(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_and_unload, safe", "merge_adapter"])
+def test_merging_is_refused(how: str) -> None:
+    """There is no float weight to merge into: without an error the adapter would be gone."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    config._register_custom_module({QuantLinear: peft.tuners.lora.Linear})
+    adapted = peft.get_peft_model(quantized(), config)
+    ids = torch.randint(0, 64, (2, 10))
+    with torch.no_grad():
+        before = adapted(input_ids=ids).logits
+        with pytest.raises(RuntimeError, match="keep an adapter beside the layer"):
+            if how == "merge_adapter":
+                adapted.merge_adapter()
+            else:
+                adapted.merge_and_unload(safe_merge="safe" in how)
+        assert torch.equal(adapted(input_ids=ids).logits, before)

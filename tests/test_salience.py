@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import warnings
 
+import architectures
 import models
 import pytest
 import torch
+from architectures import Case
 from checks import Snapshot
 from torch import nn
 
 import awq_ext
-from awq_ext.salience import salience
+from awq_ext.batches import read_calls
+from awq_ext.channels import Agreement
+from awq_ext.salience import LayerSalience, salience
 
 QUIET = {"progress": False}
 
@@ -142,3 +146,70 @@ def test_settings_choose_layers() -> None:
 def test_unusable_arguments(settings: dict[str, object], error: type[Exception]) -> None:
     with pytest.raises(error):
         salience(Switched(), tokens(0, 10), **settings, **QUIET)
+
+
+MIXTURES = ["Mixtral", "Qwen2-MoE", "experts in a list"]
+
+
+def mixture(name: str) -> Case:
+    if name in architectures.TRANSFORMERS:
+        pytest.importorskip("transformers", reason="NOT tested on mixtures of transformers: pip install 'awq-ext[hf]'")
+    return architectures.make(name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_rows_of_their_own(name: str) -> None:
+    """Each expert is seen with the rows that were routed to it; what the model computes and holds stays as it was."""
+    made = mixture(name)
+    snapshot = Snapshot(made.model)
+    found = salience(made.model, made.batches, {"same": made.batches, "one": made.batches[:1]}, **QUIET)
+    snapshot.assert_unchanged()
+    first = [row for row in found.rows if any("0." in layer and ".experts." in layer for layer in row.layers)]
+    wide = [row for row in first if len(row.x_mean) == architectures.HIDDEN]
+    calls = read_calls(made.batches, torch.device("cpu"))
+    tokens = sum(call.elements // (1 if name in architectures.TRANSFORMERS else architectures.HIDDEN) for call in calls)
+    # two experts a token
+    assert len(wide) >= 4 and sum(row.tokens for row in wide[:4]) == 2 * tokens
+    assert all(row.traffic["same"].overlap == 1 for row in found.rows if row.tokens)
+    assert found.unlike("same") == []
+    # an expert needs rows of its own, and sees a share of the tokens
+    most = max(row.tokens for row in found.rows)
+    needed = sorted(row.enough_tokens * most / row.tokens for row in found.rows if row.enough_tokens)
+    assert len([count for count in needed if count <= found.enough_tokens]) >= 0.9 * len(needed)
+    assert found.enough_tokens <= needed[-1] + 1
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_expert_that_the_calibration_never_chose_is_named() -> None:
+    made = mixture("experts in a list")
+    loud = torch.zeros(architectures.HIDDEN)
+    loud[0] = 3.0
+    gate = made.model[0].gate.weight
+    with torch.no_grad():  # the loud channel decides: away from expert 3, or towards it
+        gate[:, 0] = 0.0
+        gate[3, 0] = -10.0
+    away, towards = ([x + sign * loud for x in made.batches] for sign in (1, -1))
+    found = salience(made.model, away, {"towards": towards}, **QUIET)
+    row = found["0.experts.3.w1"]
+    assert row.tokens == 0 and row.enough_tokens is None and row.halves is None
+    assert "0.experts.3.w1" in [name for first in found.unlike("towards") for name in found[first].layers]
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("better", [0.9, 0.2])
+def test_one_loud_channel_alone_is_no_reason_to_warn(better: float) -> None:
+    """Narrow layers have a single top channel, which another sample replaces: all channels must agree less as well."""
+    row = LayerSalience(
+        layers=("a",),
+        tokens=10,
+        x_mean=torch.ones(4),
+        salience=torch.ones(4),
+        top_share=0.3,
+        halves=Agreement(1.0, 0.5),
+        enough_tokens=10,
+        convergence=[],
+        traffic={"x": Agreement(0.0, better)},
+    )
+    assert row.unlike("x") == (better < 0.5)

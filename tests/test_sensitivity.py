@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 
+import architectures
 import models
 import pytest
 import torch
@@ -174,3 +175,38 @@ def test_unusable_arguments(settings: dict[str, object], message: str) -> None:
 def test_impossible_budgets(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"already|upper="):
         made([1.0], [10]).keep(**settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2-MoE", "experts in a list"])
+def test_mixtures_of_experts(name: str) -> None:
+    """Experts in one parameter are one part, those in a list a part each; what is chosen can be given to quantize()."""
+    if name in architectures.TRANSFORMERS:
+        pytest.importorskip("transformers", reason="NOT tested on mixtures of transformers: pip install 'awq-ext[hf]'")
+    made = architectures.make(name)
+    settings = QUICK | {"min_tokens": 1}
+    snapshot = Snapshot(made.model)
+    found = sensitivity(made.model, made.batches, **settings)
+    snapshot.assert_unchanged()
+    fused = name in architectures.TRANSFORMERS
+    experts = [part for part in found.parts if ".experts" in part.name]
+    assert len(experts) == (2 if fused else 2 * 4 * 3) and all(
+        len(part.layers) == (8 if fused else 1) for part in experts
+    )
+    assert not any(part.name.endswith(("mlp.gate", "0.gate", "1.gate")) for part in found.parts)  # routers stay float
+    layers = [layer for part in found.parts for layer in part.layers]
+    assert len(layers) == len(set(layers)) and found[layers[-1]].cost.value > 0
+    # a budget that reaches for experts
+    weights = sum(part.weights for part in found.parts)
+    low = sum(part.bits * part.weights for part in found.parts) / weights
+    kept = found.keep(bits=low + 0.9 * 4, upper=8)
+    assert any(".experts" in layer for layer in kept.names)
+    model = architectures.make(name).model
+    quick = {"group_size": 16, "n_grid": 3, "min_tokens": 1, "progress": False}
+    report = awq_ext.quantize(model, made.batches, **quick, **kept.settings).awq_report
+    assert {row.name for row in report.layers if row.bits == 8} == set(kept.names)
+    kept = found.keep(bits=low + 0.9 * (experts[0].float_bits - low))
+    model = architectures.make(name).model
+    report = awq_ext.quantize(model, made.batches, **quick, **kept.settings).awq_report
+    int4 = {row.name for row in report.layers if row.status == "int4"}
+    assert int4 & set(layers) == set(layers) - set(kept.names) != set()

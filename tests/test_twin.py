@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import architectures
 import models
 import pytest
 import torch
@@ -11,6 +12,7 @@ from checks import Snapshot
 from torch import nn
 
 import awq_ext
+from awq_ext.prepare import unwrapped
 from awq_ext.twin import Twin
 
 
@@ -32,6 +34,30 @@ def test_quantizing_a_twin_leaves_the_model_alone(case: models.Case, settings: d
     twin.check()
     snapshot.assert_unchanged()
     assert any(row.status != "float" for row in twin.module.awq_report.layers)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, and of experts that see few tokens
+@pytest.mark.parametrize("name", architectures.NAMES)
+def test_no_architecture_is_written(name: str) -> None:
+    """Routers, for one, are multiplied by the scale that the norm before them was divided by."""
+    if name in architectures.TRANSFORMERS:
+        pytest.importorskip("transformers", reason="NOT tested on real architectures: pip install 'awq-ext[hf]'")
+    made = architectures.make(name)
+    snapshot = Snapshot(made.model)
+    twin = Twin.of(unwrapped(made.model))
+    awq_ext.quantize(twin.module, made.batches, group_size=16, n_grid=3, clip=False, min_tokens=1, progress=False)
+    snapshot.assert_unchanged()
+    twin.check()
+
+
+def test_routers_belong_to_the_twin() -> None:
+    made = architectures.make("experts in a list")
+    twin = Twin.of(made.model)
+    own = dict(made.model.named_parameters())
+    shared = {name for name, parameter in twin.module.named_parameters() if parameter is own[name]}
+    assert shared == {name for name, parameter in own.items() if parameter.dim() == 2 and "gate" not in name}
+    awq_ext.quantize(twin.module, made.batches, group_size=16, n_grid=3, min_tokens=1, progress=False)
+    assert not torch.equal(twin.module[0].gate.weight, made.model[0].gate.weight)  # the test above tests something
 
 
 def test_a_twin_computes_what_the_model_does_and_shares_its_matrices(case: models.Case) -> None:

@@ -5,6 +5,9 @@ What only one command needs is imported inside it, so that ``--help`` is quick a
 
 from __future__ import annotations
 
+import inspect as python_inspect
+import re
+
 import typer
 
 from . import bench, compare, convert, demo, doctor, eval, inspect, quantize, report
@@ -29,7 +32,7 @@ app = typer.Typer(
         "awq-ext convert   hand it to other tools\n\n"
         "[bold]In Python[/bold]\n\n"
         "model = awq_ext.quantize(model, calib_loader)\n\n"
-        "Exit codes: 0 done, 1 failed (one line says why), 2 a wrong option."
+        "Exit codes: 0 done, 1 failed (one line says why), 2 a wrong option, 130 interrupted."
     ),
 )
 
@@ -44,7 +47,10 @@ for _module, _name in (
     (doctor, "doctor"),
     (demo, "demo"),
 ):
-    app.command(_name)(getattr(_module, _name))
+    _command = getattr(_module, _name)
+    # a terminal has its own width: lines are broken there, not where the docstring has them
+    _help = re.sub(r"(?<!\n)\n(?!\n)", " ", python_inspect.cleandoc(_command.__doc__))
+    app.command(_name, help=_help)(_command)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..comparison import counted
 from ..grid import Cell, Grid
 from .options import JsonPath, Threads, check_group_size, console_for, one_line_errors, set_threads, write_json
 
@@ -73,7 +74,7 @@ def bench(
             )
             entry = {"in_features": in_features, "out_features": out_features, "rows": count, "dtype": dtype}
             figures.append(entry | {"seconds": took, "ratio": ratio})
-    title = f"{dtype}, groups of {group_size}, {torch.get_num_threads()} threads"
+    title = f"{dtype}, groups of {group_size}, {counted(torch.get_num_threads(), 'thread')}"
     header = ["in x out", "rows", "float, us", "int4, us", "times faster"]
     console.print(Grid(title, header, [[Cell(text) for text in line] for line in lines]).to_rich())
     write_json({"threads": torch.get_num_threads(), "group_size": group_size, "layers": figures}, json_path)

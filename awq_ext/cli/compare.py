@@ -38,7 +38,8 @@ def compare(
     method: Annotated[
         list[str],
         typer.Option(
-            metavar="NAME[,FIELD=VALUE...]", help="A method and its settings: awq, 'awq,clip=false,label=bare'."
+            metavar="NAME[,FIELD=VALUE...]",
+            help="rtn, awq, gptq or awq+gptq, with settings of its own: 'awq,clip=false,label=bare'. May be repeated.",
         ),
     ] = ["rtn", "awq"],  # noqa: B006
     group_size: Annotated[
@@ -77,6 +78,7 @@ def compare(
     batches = hf.windows(calib, tokenizer, samples, seq_len)
     scored = {name: hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in texts.items()}
     model = hf.load_model(model_dir, dtype)
+    hf.note_lengths(model, batches, samples)
     found = compare_methods(model, batches, scored, methods, progress=console.is_terminal, **chosen)
     console.print(found)
     if markdown is not None:

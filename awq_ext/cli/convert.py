@@ -33,7 +33,7 @@ def convert(
     No model is built and nothing is quantized again. Where a layout cannot hold the checkpoint, all reasons are listed and
     nothing is written.
 
-    awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors
+    Example: awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors
     """
     from ..convert import convert as run
 

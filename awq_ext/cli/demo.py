@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 
-from .options import check_group_size, check_output, one_line_errors, set_threads
+from .options import JsonPath, Threads, check_group_size, console_for, one_line_errors, set_threads, write_json
 
 
 @one_line_errors
@@ -19,10 +18,8 @@ def demo(
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
     ] = -1,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", callback=check_output, metavar="PATH", help="Also write the figures here.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, instead of torch's choice.")] = None,
+    json_path: JsonPath = None,
+    threads: Threads = None,
 ) -> None:
     """Quantize a small language model that comes with the package, with RTN and AWQ, and compare them.
 
@@ -32,4 +29,8 @@ def demo(
     from ..demo.display import run_and_show
 
     set_threads(threads)
-    run_and_show(tokens, group_size, json_path, Console())
+    console = console_for(json_path)
+    result = run_and_show(tokens, group_size, console)
+    write_json(result.to_dict(), json_path)
+    if json_path is not None and str(json_path) != "-":
+        console.print(f"[dim]figures written to {escape(str(json_path))}[/dim]")

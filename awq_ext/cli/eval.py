@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import nn
 
 from ..grid import Cell, Grid
 from .options import (
@@ -53,9 +54,14 @@ def eval(
     tokenizer = hf.load_tokenizer(model_dir)
     model = hf.load_model(model_dir, dtype)
     other = None if reference is None else hf.load_model(reference, dtype)
+    if other is not None and (sizes := [_vocabulary(model), _vocabulary(other)])[0] != sizes[1]:
+        raise ValueError(
+            f"{model_dir} has {sizes[0]} tokens, {reference} {sizes[1]}: a reference has the same tokenizer"
+        )
     found = {}
-    for name, path in named.items():
-        samples = hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len)
+    scored = {name: hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in named.items()}
+    hf.note_lengths(model, next(iter(scored.values())))
+    for name, samples in scored.items():
         found[name] = evaluate(model, samples, reference=other, progress=console.is_terminal)
     measures = list(next(iter(found.values())).measures)
     rows = [
@@ -64,3 +70,8 @@ def eval(
     ]
     console.print(Grid(str(model_dir), ["text", "tokens", *measures], rows).to_rich())
     write_json({name: one.to_dict() for name, one in found.items()}, json_path)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """How many tokens a model can read."""
+    return model.get_input_embeddings().num_embeddings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..checkpoint import INDEX_NAME, CheckpointError
 from ..checkpoint import read_report as checkpoint_report
 from ..pretrained import from_pretrained, save_pretrained
 from ..report import AwqReport
+from .options import say
 
 REPORT_NAME = "awq_report.json"
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -40,19 +42,42 @@ def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     if is_quantized(directory):
         return from_pretrained(directory, None if dtype == "auto" else chosen)
+    if not sys.stderr.isatty():  # no bars in log files
+        transformers().utils.logging.disable_progress_bar()
     auto = transformers().AutoModelForCausalLM
     return auto.from_pretrained(directory, dtype=chosen, local_files_only=True).eval()
 
 
 def is_quantized(directory: Path) -> bool:
     """Whether a directory says of itself that its weights are quantized."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return (directory / INDEX_NAME).exists() or "quantization_config" in config
+    return (directory / INDEX_NAME).exists() or "quantization_config" in read_object(directory / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} if there is no such file. ValueError, naming it, for what is none."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return found
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Its tokenizer."""
-    return transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    """Its tokenizer. ValueError where there is none that can be loaded."""
+    if not read_object(directory / "config.json"):
+        raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
+    try:
+        return transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError, TypeError, KeyError) as error:
+        files = sorted(file.name for file in directory.glob("*token*"))
+        what = (
+            f"its tokenizer ({', '.join(files)}) cannot be loaded" if files else "it has no tokenizer (tokenizer.json)"
+        )
+        raise ValueError(f"{directory}: {what}: {' '.join(str(error).split())}") from error
 
 
 def save_model(model: nn.Module, directory: Path, format: str) -> None:
@@ -65,7 +90,7 @@ def read_report(directory: Path) -> AwqReport:
     """The report that :func:`save_model` or ``awq_ext.save`` left. ValueError where there is none."""
     path = directory / REPORT_NAME
     if path.exists():
-        return AwqReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return _report(read_object(path), path)
     try:
         return checkpoint_report(directory)
     except CheckpointError as error:
@@ -74,21 +99,43 @@ def read_report(directory: Path) -> AwqReport:
         ) from error
 
 
+def _report(values: dict[str, Any], path: Path) -> AwqReport:
+    try:
+        return AwqReport.from_dict(values)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+
+
 def read_text(path: Path, tokenizer: Any) -> str:
     """The text of a file; of a .jsonl file all "text" fields, or "messages" through the model's chat template."""
-    content = path.read_text(encoding="utf-8")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
     if path.suffix != ".jsonl":
         return content
-    documents = []
-    for number, line in enumerate(filter(str.strip, content.splitlines()), 1):
+    # not splitlines(), which also ends a line where JSON may hold a character such as U+2028
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    return "\n".join(_document(line, f"{path}, line {number}", tokenizer) for number, line in lines)
+
+
+def _document(line: str, place: str, tokenizer: Any) -> str:
+    """The text of one line of a .jsonl file."""
+    try:
         entry = json.loads(line)
-        if "text" in entry:
-            documents.append(entry["text"])
-        elif "messages" in entry:
-            documents.append(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
-        else:
-            raise ValueError(f'{path}, line {number} has neither "text" nor "messages": its keys are {sorted(entry)}')
-    return "\n".join(documents)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+    if not isinstance(entry, dict) or not {"text", "messages"} & entry.keys():
+        keys = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f'{place} has neither "text" nor "messages": it has {keys}')
+    if "text" in entry:
+        if not isinstance(entry["text"], str):
+            raise ValueError(f'{place}: "text" is a {type(entry["text"]).__name__}, not a string')
+        return entry["text"]
+    try:
+        return tokenizer.apply_chat_template(entry["messages"], tokenize=False)
+    except Exception as error:  # a template is a program of the model's
+        raise ValueError(f"{place}: the tokenizer's chat template refuses its messages: {error}") from error
 
 
 def windows(paths: Sequence[Path], tokenizer: Any, count: int, length: int) -> list[Tensor]:
@@ -104,6 +151,19 @@ def windows(paths: Sequence[Path], tokenizer: Any, count: int, length: int) -> l
             raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {length}: give more text")
         found += list(whole[:each].split(1))
     return found[:count]
+
+
+def note_lengths(model: nn.Module, batches: Sequence[Tensor], wanted: int = 0) -> None:
+    """Say on standard error what makes figures worth less: too little text, or windows longer than the model was made for."""
+    if len(batches) < wanted:
+        say(f"[yellow]note:[/yellow] the calibration text has {len(batches)} windows, {wanted} were asked for")
+    config = getattr(model, "config", None)
+    most = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    if isinstance(most, int) and batches[0].shape[1] > most:
+        say(
+            f"[yellow]note:[/yellow] windows of {batches[0].shape[1]} tokens are longer than the {most} that the model was "
+            "made for (max_position_embeddings): give a smaller --seq-len"
+        )
 
 
 def named_texts(entries: Sequence[str]) -> dict[str, Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,10 +19,18 @@ from rich.table import Table
 T = TypeVar("T")
 
 
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+
+
 def fail(problem: object) -> typer.Exit:
     """One line on what is wrong, and exit code 1."""
-    Console(stderr=True).print(f"[red]error:[/red] {escape(str(problem))}", soft_wrap=True)
+    say("[red]error:[/red] " + escape(str(problem)))
     return typer.Exit(code=1)
+
+
+def say(text: str) -> None:
+    """A line on standard error, in rich's markup."""
+    Console(stderr=True).print(text, soft_wrap=True)
 
 
 def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
@@ -30,6 +40,9 @@ def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
     def run(*args: Any, **kwargs: Any) -> T:
         try:
             return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            say("interrupted: no file is left half-written")
+            raise typer.Exit(code=INTERRUPTED) from None
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as problem:
             if isinstance(problem, (NotImplementedError, typer.Exit)):  # both are RuntimeErrors
                 raise
@@ -58,22 +71,43 @@ def check_format(value: str) -> str:
 
 def check_output(value: Path | None) -> Path | None:
     """A file that can be written, checked before the work rather than after; "-" is standard output."""
-    if value is not None and str(value) != "-" and (value.is_dir() or not value.absolute().parent.is_dir()):
+    if value is None or str(value) == "-":
+        return value
+    if value.is_dir() or not value.absolute().parent.is_dir():
         raise typer.BadParameter(f"{value} cannot be written: give a file in a folder that exists")
+    if not os.access(value if value.exists() else value.absolute().parent, os.W_OK):
+        raise typer.BadParameter(f"{value} cannot be written: no permission")
     return value
 
 
+def check_directory(directory: Path) -> None:
+    """A usage error for a directory that could not be made or written when the work is done."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise typer.BadParameter(f"{directory} cannot be made: {there} is a file", param_hint="OUT")
+    # it is made beside its place and moved there whole
+    where = there.parent if there == directory.absolute() else there
+    if not os.access(where, os.W_OK):
+        raise typer.BadParameter(f"{directory} cannot be made: no permission to write to {where}", param_hint="OUT")
+
+
+def check_report_extra() -> None:
+    """ImportError, before the work, where an HTML report could not be made."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
+        raise ImportError(f"an HTML report needs {' and '.join(missing)}: pip install 'awq-ext[report]'")
+
+
 def parse_setting(text: str) -> tuple[str, Any]:
-    """``clip=false`` -> ("clip", False). A usage error unless it has the form FIELD=VALUE."""
+    """``clip=false`` -> ("clip", False): the value is JSON or a word. A usage error unless it has the form FIELD=VALUE."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise typer.BadParameter(f"{text!r} is not FIELD=VALUE, such as clip=false")
-    if value.lower() in ("true", "false"):
-        return name, value.lower() == "true"
     try:
-        return name, int(value)
+        return name, json.loads(value.lower() if value.lower() in ("true", "false") else value)
     except ValueError:
-        return name, value
+        return name, value  # a word, such as auto
 
 
 def parse_method(text: str) -> dict[str, Any]:
@@ -99,11 +133,20 @@ def write_json(figures: Mapping[str, Any], path: Path | None) -> None:
     """The figures to a file, or to standard output for "-"."""
     if path is None:
         return
-    text = json.dumps(figures, indent=1, default=str) + "\n"
+    text = json.dumps(_finite(figures), indent=1, default=str, allow_nan=False) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
     else:
         path.write_text(text, encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with None for what JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _finite(held) for name, held in value.items()}
+    return [_finite(held) for held in value] if isinstance(value, (list, tuple)) else value
 
 
 def set_threads(count: int | None) -> None:
@@ -139,7 +182,13 @@ SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens to score of each text; more make the intervals narrower.")]
 Dtype = Annotated[str, typer.Option(help="Compute in this dtype: auto (as stored), bfloat16, float16 or float32.")]
 Settings = Annotated[
-    list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of AwqConfig, such as clip=false.")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Any other field of AwqConfig (its docstring explains them), such as clip=false, symmetric=true, damping=0.5, "
+        "propagate=quantized, skip='[\"*.router\"]'. May be repeated.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads, instead of torch's choice.")]
 JsonPath = Annotated[

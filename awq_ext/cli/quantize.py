@@ -17,9 +17,11 @@ from .options import (
     SeqLen,
     Settings,
     Threads,
+    check_directory,
     check_format,
     check_group_size,
     check_output,
+    check_report_extra,
     console_for,
     one_line_errors,
     read_settings,
@@ -49,7 +51,9 @@ def quantize(
     seq_len: SeqLen = 512,
     skip: Annotated[
         list[str],
-        typer.Option(metavar="PATTERN", help="Layers that stay float, such as '*.router'. lm_head always does."),
+        typer.Option(
+            metavar="PATTERN", help="Layers that stay float, such as '*.router'. The output layer always does."
+        ),
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
     dtype: Dtype = "auto",
@@ -70,27 +74,35 @@ def quantize(
     OUT holds config, tokenizer, weights and the report. Layouts without a place for scales that are applied at run time get a model
     whose scales are all folded (fold=always).
     """
+    from .. import AwqConfig
     from .. import quantize as quantize_model
     from ..formats import LAYOUTS
     from . import hf
 
     if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite):
         raise typer.BadParameter(f"{out_dir} is not empty: give another, or --overwrite", param_hint="OUT")
+    if out_dir.resolve() == model_dir.resolve():
+        raise typer.BadParameter("the float model would be lost: give another directory than MODEL", param_hint="OUT")
+    check_directory(out_dir)
+    if html is not None:
+        check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
-    chosen = read_settings({"method": method, "group_size": group_size, "fold": fold}, settings)
+    chosen = read_settings({"method": method, "group_size": group_size, "fold": fold, "seq_len": seq_len}, settings)
     if skip:
-        chosen["skip"] = ("lm_head", "*.lm_head", *skip)
+        chosen["skip"] = (*chosen.get("skip", AwqConfig().skip), *skip)
     if chosen.get("packed") is False:
         raise typer.BadParameter("a fake-quantized model is for experiments: use awq-ext compare", param_hint="--set")
     set_threads(threads)
     console = console_for(json_path)
-    model, tokenizer = hf.load_model(model_dir, dtype), hf.load_tokenizer(model_dir)
+    tokenizer = hf.load_tokenizer(model_dir)
     batches = hf.windows(calib, tokenizer, samples, seq_len)
+    model = hf.load_model(model_dir, dtype)
+    hf.note_lengths(model, batches, samples)
     quantize_model(model, batches, progress=console.is_terminal, **chosen)
     hf.save_model(model, out_dir, format)
     report = model.awq_report
     if html is not None:
         report.to_html(html)
-    console.print(escape(report.summary()))
-    console.print(f"written to {escape(str(out_dir))} ({format})")
+    console.print(escape(report.summary()), soft_wrap=True)
+    console.print(f"written to {escape(str(out_dir))} ({format})", soft_wrap=True)
     write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)

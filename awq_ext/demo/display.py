@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -128,8 +124,8 @@ def show(result: DemoResult, console: Console) -> None:
     console.print(f"[dim]{result.seconds:.0f} s in all. {yours}[/dim]")
 
 
-def run_and_show(tokens: int, group_size: int, json_path: Path | None, console: Console) -> DemoResult:
-    """The whole demo: say what happens, do it with a progress bar, print the result, write it to ``json_path``."""
+def run_and_show(tokens: int, group_size: int, console: Console) -> DemoResult:
+    """The whole demo: say what happens, do it with a progress bar, print the result."""
     console.print(INTRODUCTION + "\n")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -140,7 +136,4 @@ def run_and_show(tokens: int, group_size: int, json_path: Path | None, console: 
 
         result = run_demo(tokens, group_size, on_step)
     show(result, console)
-    if json_path is not None:
-        json_path.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
-        console.print(f"[dim]figures written to {escape(str(json_path))}[/dim]")
     return result

@@ -1,0 +1,62 @@
+"""FrozenTensor: a tensor that is computed when asked for, so that whatever is written to it would be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
+
+# Named like what works in place, without changing a value.
+_HARMLESS = {"requires_grad_", "detach_", "share_memory_", "__init__", "__invert__", "__int__", "__index__", "__iter__"}
+
+
+class FrozenTensor(Tensor):
+    """Reads like any Tensor (results are plain ones), refuses to be written: in place, by ``.data`` or as ``out=``.
+
+    RuntimeError says so. What is written to a weight that is dequantized on every access would otherwise vanish without a word:
+    PEFT, for one, merges an adapter by ``layer.weight.data += delta``.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Every operation on such a tensor passes here."""
+        named = dict(kwargs or {})
+        if _writes(func, args, named):
+            raise RuntimeError(
+                "the weight of an int4 layer is a dequantized copy, and what is written to it would be lost: keep an adapter "
+                "beside the layer (do not merge it), or merge it into the float model and quantize that again"
+            )
+        with DisableTorchFunctionSubclass():
+            found = func(*args, **named)
+        if func == Tensor.data.__get__:  # ``weight.data += delta`` writes to the data
+            return found.as_subclass(cls)
+        # float() and the like return the tensor itself where there is nothing to do
+        return found.as_subclass(Tensor) if isinstance(found, cls) else found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as the plain tensor, which any ``torch.load`` takes."""
+        return self.clone().__reduce_ex__(protocol)
+
+
+def _writes(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether ``func`` would change a FrozenTensor among its arguments."""
+    # the functions of torch.nn.init name their tensor
+    target = args[0] if args else named.get("tensor")
+    if isinstance(named.get("out"), FrozenTensor):
+        return True
+    if not isinstance(target, FrozenTensor):
+        return False
+    name = getattr(func, "__name__", "")
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return name == "__setitem__" or func == Tensor.data.__set__ or (in_place and name not in _HARMLESS)
