@@ -185,8 +185,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    from awq_ext.cli import hf
     from bench_linear import machine
+
+    from awq_ext.cli import hf
 
     tokenizer, count = hf.load_tokenizer(args.model), -(-args.tokens // args.seq)
     texts = hf.named_texts(args.traffic)
