@@ -28,7 +28,7 @@ class Interrupted(nn.Module):
 
 
 VERBS: dict[str, Callable[[nn.Module, list[torch.Tensor]], object]] = {
-    "evaluate": lambda model, batches: awq_ext.evaluate(model, batches),
+    "evaluate": awq_ext.evaluate,
     "compare": lambda model, batches: awq_ext.compare(model, batches, {"x": batches}, ["rtn"], progress=False),
     "salience": lambda model, batches: awq_ext.salience(model, batches, progress=False),
     "sensitivity": lambda model, batches: awq_ext.sensitivity(model, batches, progress=False),
