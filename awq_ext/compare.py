@@ -23,11 +23,13 @@ from .prepare import calibration_mode, unwrapped
 from .quantize import quantize
 from .size import model_bytes
 from .speed import race
+from .threadstate import restoring
 from .twin import Twin
 
 Method = str | Mapping[str, Any] | AwqConfig
 
 
+@restoring
 def compare(
     model: nn.Module,
     calib: Iterable[Any],
@@ -76,7 +78,7 @@ def compare(
     if len(failed) == len(configs):
         raise RuntimeError("every method failed: " + "; ".join(f"{row.label}: {row.error}" for row in failed))
     for row in failed:
-        warnings.warn(f"{row.label} failed: {row.error}", UserWarning, stacklevel=2)
+        warnings.warn(f"{row.label} failed: {row.error}", UserWarning, stacklevel=3)  # past restoring()
     return Comparison(_with_float_speeds(rows), list(samples), torch.get_num_threads(), bootstrap or Bootstrap())
 
 

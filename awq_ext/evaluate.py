@@ -16,6 +16,7 @@ from .batches import Call, read_calls
 from .blocks import run_call
 from .bootstrap import Bootstrap, Estimate, Measure
 from .prepare import calibration_mode, unwrapped
+from .threadstate import restoring
 
 # fp32 log-probabilities made at a time, in elements: a vocabulary of 128 k times 512 tokens would be 256 MiB at once
 _ELEMENTS_AT_ONCE = 1 << 23
@@ -70,6 +71,7 @@ class Evaluation:
     __repr__ = __str__
 
 
+@restoring
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

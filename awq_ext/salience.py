@@ -21,6 +21,7 @@ from .config import AwqConfig
 from .grid import Cell, Grid, as_text
 from .journal import Journal
 from .prepare import calibration_mode, check_layers, select_linears, survey_model, unwrapped
+from .threadstate import restoring
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ class _Seen:
         return x_mean * self.weight
 
 
+@restoring
 def salience(
     model: nn.Module,
     loader: Iterable[Any],
@@ -188,7 +190,7 @@ def salience(
     rows = [_row(one, {n: found.get(one.layers[0]) for n, found in others.items()}, tolerance) for one in seen[None]]
     found = Salience(rows, list(others), tolerance)
     for text in found.warnings():
-        warnings.warn(text, UserWarning, stacklevel=2)
+        warnings.warn(text, UserWarning, stacklevel=3)  # past restoring()
     return found
 
 

@@ -24,6 +24,7 @@ from .probe import distance_of, norm_of
 from .quantize import quantize
 from .report import AwqReport
 from .size import linear_bytes
+from .threadstate import restoring
 from .twin import Twin
 
 
@@ -160,6 +161,7 @@ def _range(estimate: Estimate) -> str:
     return "" if math.isnan(estimate.low) else f"{estimate.low:.2g} to {estimate.high:.2g}"
 
 
+@restoring
 def sensitivity(
     model: nn.Module,
     loader: Iterable[Any],

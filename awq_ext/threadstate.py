@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -37,6 +42,23 @@ class ThreadState:
         torch.set_autocast_cache_enabled(self.autocast_cache)
         # casts cached by one suspended forward must not outlive a weight that another one sees changed
         torch.clear_autocast_cache()
+
+
+def restoring(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, after which grad mode and autocast are what they were before, whatever ended it.
+
+    A Ctrl-C may come while ``no_grad`` is on its way out, in a model's own forward too, and then nothing is turned on again.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        mine = ThreadState.capture()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            mine.apply()
+
+    return run
 
 
 @contextmanager
