@@ -21,8 +21,9 @@ CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(11))
 _ROWS_AT_ONCE = 2048
 _SMALLEST_SCALE = 1e-4
 _FEWEST_ROWS = 64
-# Every third alpha is tried, then those between it and the next around the best four. On the 152 groups of two Llamas on which this
-# was chosen that finds the best of all each time; around the single best it missed one in six: the two families have a minimum each.
+# Every third alpha is tried, then those between it and the next around the best four. On the 152 groups of two Llamas on which
+# this was chosen that finds the best of all each time; around the single best it missed one in six: the two families have a
+# minimum each.
 _STRIDE = 3
 _PROMISING = 4
 
