@@ -1,11 +1,13 @@
 """Perplexity and seconds beside llm-compressor (AWQModifier, GPTQModifier) and AutoAWQ: same calibration tokens, same windows.
 
     python tests/benchmarks/bench_peers_quality.py MODEL_DIR --calib calib.txt --traffic code.txt de=de.txt
-        [--llmcompressor PYTHON] [--autoawq PYTHON] [--limit SECONDS] [--group-size 64] [--json out.json]
+        [--llmcompressor PYTHON] [--autoawq PYTHON] [--limit SECONDS] [--blocks N] [--group-size 64]
+        [--json out.json]
 
 PYTHON: the interpreter of an environment with llmcompressor 0.14, or autoawq 0.2.9 with transformers 4.51.3. A peer works in that
 environment, in a process of its own that knows nothing of awq_ext: this very file, with --worker. Each scores its own quantized
-model with the same loop. Seconds are those of quantizing alone, model loaded.
+model with the same loop. Seconds are those of quantizing alone, model loaded. --blocks: the model's first blocks alone, for peers
+that would take hours; times can then be compared, perplexities mean nothing.
 """
 
 from __future__ import annotations
@@ -165,6 +167,19 @@ def markdown(found: dict[str, Any], texts: list[str]) -> str:
     return "\n".join(lines)
 
 
+def cut(model: Path, blocks: int, folder: Path) -> Path:
+    """The first ``blocks`` blocks of a model, with its tokenizer, as a directory in ``folder``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    del whole.model.layers[blocks:]
+    whole.config.num_hidden_layers = blocks
+    whole.config.layer_types = None  # one for each of the blocks that were there
+    whole.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         name, job, result = sys.argv[2:5]
@@ -178,13 +193,19 @@ def main() -> None:
     parser.add_argument("--llmcompressor", metavar="PYTHON")
     parser.add_argument("--autoawq", metavar="PYTHON")
     parser.add_argument("--limit", type=float, help="give a peer up after so many seconds")
+    parser.add_argument("--blocks", type=int, help="quantize the model's first blocks alone")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=6144)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        race(args, cut(args.model, args.blocks, Path(folder)) if args.blocks else args.model)
 
+
+def race(args: argparse.Namespace, model: Path) -> None:
+    """Ours, then the peers, on the model in the directory ``model``."""
     from bench_linear import machine
 
     from awq_ext.cli import hf
@@ -192,7 +213,7 @@ def main() -> None:
     tokenizer, count = hf.load_tokenizer(args.model), -(-args.tokens // args.seq)
     texts = hf.named_texts(args.traffic)
     job = {
-        "model": str(args.model.absolute()),
+        "model": str(model.absolute()),
         "group_size": args.group_size,
         "calib": torch.cat(hf.windows(args.calib, tokenizer, args.samples, args.seq)).tolist(),
         "traffic": {
@@ -206,7 +227,7 @@ def main() -> None:
             print(f"{name}: {found[name]}", flush=True)
     print(markdown(found, list(texts)))
     if args.json:
-        names = ("samples", "seq", "tokens", "group_size")
+        names = ("samples", "seq", "tokens", "group_size", "blocks")
         settings = {"model": args.model.resolve().name} | {name: getattr(args, name) for name in names}
         data = {"machine": machine(), "settings": settings, "results": found}
         args.json.write_text(json.dumps(data, indent=1) + "\n")

@@ -68,16 +68,25 @@ def at_least_best(cell: Data, label: str, measure: str) -> str:
     return f"{good} of {len(cell['traffic'])}"
 
 
+def among_best(cell: Data, label: str, measure: str) -> str:
+    """On how many kinds of traffic ``label`` is the best of all methods, or differs from it by no more than the noise."""
+    return f"{sum(label in order[measure] for order in cell['best'].values())} of {len(cell['best'])}"
+
+
 def summary(data: Data, markdown: Markdown) -> str:
     """A line for each model, bits and group size: the mean share that each method closes."""
     cells = [(f"{model}, {title}", cell) for model, found in data.items() for title, cell in found.items()]
     shared = [label for label in labels(cells[0][1]) if all(label in cell["rows"] for _, cell in cells)]
     shared.remove("rtn")
-    head = ("share of RTN's gap closed, perplexity / divergence", *shared, f"{BOTH} at least as good as both alone")
+    head = ("share of RTN's gap closed, perplexity / divergence", *shared)
+    head += (f"{BOTH} at least as good as both alone", "the best, or not told apart from it")
 
     def row(name: str, cell: Data) -> list[str]:
         means = [" / ".join(f"{mean_closed(cell, one, m):.0%}" for m in ("perplexity", "kl")) for one in shared]
-        return [name, *means, " / ".join(at_least_best(cell, BOTH, m) for m in ("perplexity", "kl"))]
+        counts = (
+            " / ".join(count(cell, BOTH, m) for m in ("perplexity", "kl")) for count in (at_least_best, among_best)
+        )
+        return [name, *means, *counts]
 
     return markdown(head, (row(*one) for one in cells))
 
@@ -95,6 +104,7 @@ def peers(data: Data, markdown: Markdown, described: str) -> str:
         cells = [f"{row['perplexity'][text]:.3f}" for text in texts]
         rows.append([name, *cells, f"{row['seconds']:.1f}" if row["seconds"] else "", times])
     s = data["settings"]
-    head = f"{s['model']}, 4 bits, groups of {s['group_size']}, {s['samples']} x {s['seq']} tokens of calibration, scored on "
+    part = f"the first {s['blocks']} blocks of " if s.get("blocks") else ""
+    head = f"{part}{s['model']}, 4 bits, groups of {s['group_size']}, {s['samples']} x {s['seq']} tokens of calibration, scored on "
     head += f"{s['tokens']} tokens of each text. {described}."
-    return f"{head}\n\n" + markdown(("", *texts, "seconds", "times ours"), rows)
+    return f"{head[0].upper()}{head[1:]}\n\n" + markdown(("perplexity", *texts, "seconds", "times ours"), rows)
