@@ -109,7 +109,7 @@ class AwqExtQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]:
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-            linear.weight, linear.bias = nn.Parameter(layer.weight), layer.bias
+            linear.weight, linear.bias = nn.Parameter(layer.weight.detach()), layer.bias
             model.set_submodule(name, linear.train(layer.training))
         with Journal() as journal:
             put_back(model, journal)
