@@ -93,8 +93,11 @@ def summary(data: Data, markdown: Markdown) -> str:
 
 def peers(data: Data, markdown: Markdown, described: str) -> str:
     """Ours and other tools: perplexities, seconds, and how many times longer than ours the same method took."""
-    results = data["results"]
-    texts = list(next(iter(results.values()))["perplexity"])
+    results, s = data["results"], data["settings"]
+    # the first blocks alone make no model
+    texts = [] if s.get("blocks") else list(next(iter(results.values()))["perplexity"])
+    if s.get("blocks"):
+        results = {name: row for name, row in results.items() if name != "float"}
     rows = []
     for name, row in results.items():
         if "error" in row:
@@ -103,8 +106,9 @@ def peers(data: Data, markdown: Markdown, described: str) -> str:
         times = f"{row['seconds'] / results[SAME[name]]['seconds']:.1f}x" if name in SAME else ""
         cells = [f"{row['perplexity'][text]:.3f}" for text in texts]
         rows.append([name, *cells, f"{row['seconds']:.1f}" if row["seconds"] else "", times])
-    s = data["settings"]
     part = f"the first {s['blocks']} blocks of " if s.get("blocks") else ""
-    head = f"{part}{s['model']}, 4 bits, groups of {s['group_size']}, {s['samples']} x {s['seq']} tokens of calibration, scored on "
-    head += f"{s['tokens']} tokens of each text. {described}."
-    return f"{head[0].upper()}{head[1:]}\n\n" + markdown(("perplexity", *texts, "seconds", "times ours"), rows)
+    head = f"{part}{s['model']}, 4 bits, groups of {s['group_size']}, {s['samples']} x {s['seq']} tokens of calibration"
+    head += f", scored on {s['tokens']} tokens of each text. {described}." if texts else f". {described}."
+    return f"{head[0].upper()}{head[1:]}\n\n" + markdown(
+        ("perplexity" if texts else "", *texts, "seconds", "times ours"), rows
+    )

@@ -156,8 +156,8 @@ def folded() -> str:
     )
 
 
-def peers() -> str:
-    data = read("bench_peers")
+def peers(name: str) -> str:
+    data = read(name)
     return quality.peers(data, markdown, described(data))
 
 
@@ -172,7 +172,8 @@ TABLES = {
     "pack": pack,
     "methods": lambda: quality.all_cells(read("bench_methods"), markdown),
     "methods_summary": lambda: quality.summary(read("bench_methods"), markdown),
-    "peers": peers,
+    "peers": lambda: peers("bench_peers"),
+    "peers_blocks": lambda: peers("bench_peers_blocks"),
 }
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
