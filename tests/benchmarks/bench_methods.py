@@ -118,7 +118,7 @@ def main() -> None:
             if args.markdown:
                 args.markdown.write_text("\n\n".join(pages) + "\n", encoding="utf-8")
             if args.json:
-                add(args.json, args.model.resolve().name, title, figures(found, args))
+                add(args.json, args.model.absolute().name, title, figures(found, args))
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def race(args: argparse.Namespace, model: Path) -> None:
     print(markdown(found, list(texts)))
     if args.json:
         names = ("samples", "seq", "tokens", "group_size", "blocks")
-        settings = {"model": args.model.resolve().name} | {name: getattr(args, name) for name in names}
+        settings = {"model": args.model.absolute().name} | {name: getattr(args, name) for name in names}
         data = {"machine": machine(), "settings": settings, "results": found}
         args.json.write_text(json.dumps(data, indent=1) + "\n")
 
