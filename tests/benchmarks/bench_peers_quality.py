@@ -7,7 +7,7 @@
 PYTHON: the interpreter of an environment with llmcompressor 0.14, or autoawq 0.2.9 with transformers 4.51.3. A peer works in that
 environment, in a process of its own that knows nothing of awq_ext: this very file, with --worker. Each scores its own quantized
 model with the same loop. Seconds are those of quantizing alone, model loaded. --blocks: the model's first blocks alone, for peers
-that would take hours; times can then be compared, perplexities mean nothing.
+that take long; times can then be compared, perplexities mean nothing.
 """
 
 from __future__ import annotations
