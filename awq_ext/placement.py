@@ -171,15 +171,8 @@ class _Plan:
         return layer.train(old.training)
 
     def _bias(self, name: str, old: nn.Linear | QuantLinear, packed: PackedLinear) -> nn.Parameter | None:
-        bias = packed.bias
-        if old.bias is None:
-            # some GPTQ writers give every layer one
-            if bias is not None and bool(bias.any()):
-                raise CheckpointError(f"layer {name!r} has a bias in the files, none in the model")
-            return None
-        if bias is None:
-            raise CheckpointError(f"layer {name!r} has a bias in the model, none in the files")
-        return nn.Parameter(self._cast(bias, old.bias), requires_grad=old.bias.requires_grad)
+        bias = fitting_bias(packed, old.bias is not None, name)
+        return None if bias is None else nn.Parameter(self._cast(bias, old.bias), requires_grad=old.bias.requires_grad)
 
     def _float_dtype(self, old: nn.Linear | QuantLinear) -> torch.dtype:
         """The dtype of the files' largest float tensor: what the weights had before."""
@@ -189,6 +182,15 @@ class _Plan:
             largest = max(floats, key=lambda n: torch.Size(self.source.shape(n)).numel(), default=None)
             self._common = None if largest is None else kinds[largest]
         return self._common or (old.dtype if isinstance(old, QuantLinear) else old.weight.dtype)
+
+
+def fitting_bias(packed: PackedLinear, wanted: bool, name: str) -> Tensor | None:
+    """The bias of the files for a layer that has one in the model, or None. CheckpointError where only one of both has it."""
+    # some GPTQ writers give every layer one, of zeros
+    there = packed.bias is not None and (wanted or bool(packed.bias.any()))
+    if there != wanted:
+        raise CheckpointError(f"layer {name!r} has a bias in {'the files' if there else 'the model'} only")
+    return packed.bias if there else None
 
 
 def run_time_scales(packed: PackedLinear, dtype: torch.dtype, name: str) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats import CheckpointError, PackedLinear
-from .placement import run_time_scales
+from .placement import fitting_bias, run_time_scales
 from .qlinear import QuantLinear
 from .renaming import Renamed
 
@@ -50,11 +50,8 @@ class Waiting(nn.Module):
         found, expected = (packed.in_features, packed.out_features), (linear.in_features, linear.out_features)
         if found != expected:
             raise CheckpointError(f"layer {self.name!r} is {found} in the files, {expected} in the model")
-        # some GPTQ writers give every layer a bias of zeros
-        there = packed.bias is not None and (linear.bias is not None or bool(packed.bias.any()))
-        if there != (linear.bias is not None):
-            raise CheckpointError(f"layer {self.name!r} has a bias in {'the files' if there else 'the model'} only")
-        return nn.Parameter(packed.bias.to(linear.weight.dtype)) if there else None
+        bias = fitting_bias(packed, linear.bias is not None, self.name)
+        return None if bias is None else nn.Parameter(bias.to(linear.weight.dtype))
 
     def _place(self, tensors: dict[str, Tensor]) -> torch.device:
         """Where the model wants the layer."""
