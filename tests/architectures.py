@@ -331,6 +331,15 @@ def make(name: str, seed: int = 0) -> Case:
     return (TRANSFORMERS | PLAIN)[name]()
 
 
+def make_or_skip(name: str) -> Case:
+    """:func:`make` for a test: skipped, loudly, where the model needs transformers and it is not installed."""
+    import pytest
+
+    if name in TRANSFORMERS:
+        pytest.importorskip("transformers", reason=f"{name} NOT TESTED: pip install 'awq-ext[hf]'")
+    return make(name)
+
+
 def fold_counts(report: AwqReport) -> dict[str, int]:
     """How many scale groups were folded into what."""
     places: dict[str, str] = {}

@@ -20,9 +20,7 @@ FAST: dict[str, Any] = {"n_grid": 3, "group_size": 16, "min_tokens": 1}
 
 
 def planned(name: str, **settings: Any) -> tuple[architectures.Case, Plan]:
-    if name in architectures.TRANSFORMERS:
-        pytest.importorskip("transformers", reason="transformers is not installed: its models are not planned")
-    case = architectures.make(name)
+    case = architectures.make_or_skip(name)
     before = Snapshot(case.model)
     plan = awq_ext.plan(case.model, case.batches[0], batches=len(case.batches), **FAST | settings)
     before.assert_unchanged()

@@ -152,9 +152,7 @@ MIXTURES = ["Mixtral", "Qwen2-MoE", "experts in a list"]
 
 
 def mixture(name: str) -> Case:
-    if name in architectures.TRANSFORMERS:
-        pytest.importorskip("transformers", reason="NOT tested on mixtures of transformers: pip install 'awq-ext[hf]'")
-    return architectures.make(name)
+    return architectures.make_or_skip(name)
 
 
 @pytest.mark.filterwarnings("ignore")

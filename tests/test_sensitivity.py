@@ -181,9 +181,7 @@ def test_impossible_budgets(settings: dict[str, object]) -> None:
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen2-MoE", "experts in a list"])
 def test_mixtures_of_experts(name: str) -> None:
     """Experts in one parameter are one part, those in a list a part each; what is chosen can be given to quantize()."""
-    if name in architectures.TRANSFORMERS:
-        pytest.importorskip("transformers", reason="NOT tested on mixtures of transformers: pip install 'awq-ext[hf]'")
-    made = architectures.make(name)
+    made = architectures.make_or_skip(name)
     settings = QUICK | {"min_tokens": 1}
     snapshot = Snapshot(made.model)
     found = sensitivity(made.model, made.batches, **settings)

@@ -40,9 +40,7 @@ def test_quantizing_a_twin_leaves_the_model_alone(case: models.Case, settings: d
 @pytest.mark.parametrize("name", architectures.NAMES)
 def test_no_architecture_is_written(name: str) -> None:
     """Routers, for one, are multiplied by the scale that the norm before them was divided by."""
-    if name in architectures.TRANSFORMERS:
-        pytest.importorskip("transformers", reason="NOT tested on real architectures: pip install 'awq-ext[hf]'")
-    made = architectures.make(name)
+    made = architectures.make_or_skip(name)
     snapshot = Snapshot(made.model)
     twin = Twin.of(unwrapped(made.model))
     awq_ext.quantize(twin.module, made.batches, group_size=16, n_grid=3, clip=False, min_tokens=1, progress=False)
