@@ -390,14 +390,15 @@ def int4_linear(
 
 
 class ActivationStats:
-    """Streaming statistics of the rows that enter a Linear: sum of |x|, X^T X, row count.
+    """Streaming statistics of the rows that enter a Linear: sums of x and |x|, X^T X, row count.
 
-    abs_sum fp64 [K]; second_moment fp32 [K, K], un-normalized; rows int. Rows where ``mask`` is False do not count.
+    sum, abs_sum fp64 [K]; second_moment fp32 [K, K], un-normalized; rows int. Rows where ``mask`` is False do not count.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
         self.rows = 0
+        self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._abs_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._second_moment = torch.zeros(in_features, in_features, device=device)
 
@@ -407,6 +408,7 @@ class ActivationStats:
         if mask is not None:
             flat = flat[mask.reshape(-1).to(flat.device)]
         flat = flat.float()
+        self._sum += flat.double().sum(0)
         self._abs_sum += flat.double().abs().sum(0)
         with torch.autocast(flat.device.type, enabled=False):
             self._second_moment += flat.T @ flat
@@ -414,9 +416,14 @@ class ActivationStats:
 
     def merge(self, other: ActivationStats) -> None:
         """Add everything that ``other`` has seen."""
+        self._sum += other._sum
         self._abs_sum += other._abs_sum
         self._second_moment += other._second_moment
         self.rows += other.rows
+
+    def sum(self) -> Tensor:
+        """Sum over rows of x: fp64 [K]."""
+        return self._sum
 
     def abs_sum(self) -> Tensor:
         """Sum over rows of |x|: fp64 [K]."""
@@ -427,8 +434,9 @@ class ActivationStats:
         return self._second_moment
 
     def state(self) -> dict[str, Tensor]:
-        """Everything as tensors: abs_sum fp64 [K], second_moment fp32 [K, K], rows int64 []."""
+        """Everything as tensors: sum and abs_sum fp64 [K], second_moment fp32 [K, K], rows int64 []."""
         return {
+            "sum": self._sum.clone(),
             "abs_sum": self._abs_sum.clone(),
             "second_moment": self._second_moment.clone(),
             "rows": torch.tensor(self.rows),
@@ -438,6 +446,7 @@ class ActivationStats:
     def from_state(cls, state: dict[str, Tensor]) -> ActivationStats:
         """The instance that ``state()`` described."""
         stats = cls(state["abs_sum"].shape[0], device=state["abs_sum"].device)
+        stats._sum.copy_(state["sum"])
         stats._abs_sum.copy_(state["abs_sum"])
         stats._second_moment.copy_(state["second_moment"])
         stats.rows = int(state["rows"])

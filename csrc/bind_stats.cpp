@@ -30,6 +30,7 @@ class ActivationStats {
  public:
   explicit ActivationStats(int64_t in_features)
       : in_features_(check_in_features(in_features)),
+        sum_(at::zeros({in_features}, at::kDouble)),
         abs_sum_(at::zeros({in_features}, at::kDouble)),
         second_moment_(at::zeros({in_features, in_features}, at::kFloat)) {}
 
@@ -37,8 +38,8 @@ class ActivationStats {
     const Dtype dtype = float_dtype(kUpdate, "x", x.scalar_type());
     const Tensor rows = select_rows(x.detach(), mask);
     const std::lock_guard<std::mutex> lock(mutex_);
-    add_abs_sum(kernels(), rows.const_data_ptr(), dtype, rows.size(0), in_features_,
-                abs_sum_.mutable_data_ptr<double>(), at::get_num_threads());
+    add_sums(kernels(), rows.const_data_ptr(), dtype, rows.size(0), in_features_, sum_.mutable_data_ptr<double>(),
+             abs_sum_.mutable_data_ptr<double>(), at::get_num_threads());
     add_second_moment(kernels(), rows.const_data_ptr(), dtype, rows.size(0), in_features_,
                       second_moment_.mutable_data_ptr<float>(), at::get_num_threads());
     rows_ += rows.size(0);
@@ -53,12 +54,14 @@ class ActivationStats {
       mine.lock();
     else
       std::lock(mine, theirs);
+    sum_.add_(other.sum_);
     abs_sum_.add_(other.abs_sum_);
     second_moment_.add_(other.second_moment_);
     rows_ += other.rows_;
     mirrored_ = mirrored_ && other.mirrored_;
   }
 
+  Tensor sum() const { return sum_; }
   Tensor abs_sum() const { return abs_sum_; }
 
   // Only one triangle is accumulated; the other is filled in when somebody looks.
@@ -72,9 +75,11 @@ class ActivationStats {
   int64_t rows() const { return rows_; }
   int64_t in_features() const { return in_features_; }
 
-  void restore(const Tensor& abs_sum, const Tensor& second_moment, int64_t rows) {
+  void restore(const Tensor& sum, const Tensor& abs_sum, const Tensor& second_moment, int64_t rows) {
+    check_shape(kFromState, "state['sum']", sum, {in_features_});
     check_shape(kFromState, "state['second_moment']", second_moment, {in_features_, in_features_});
     AWQ_CHECK(rows >= 0, kFromState, "state['rows']", "a count", rows);
+    sum_.copy_(sum);
     abs_sum_.copy_(abs_sum);
     second_moment_.copy_(second_moment);
     rows_ = rows;
@@ -98,12 +103,13 @@ class ActivationStats {
   int64_t rows_ = 0;
   mutable bool mirrored_ = true;
   mutable std::mutex mutex_;
-  Tensor abs_sum_;
+  Tensor sum_, abs_sum_;
   mutable Tensor second_moment_;
 };
 
 py::dict get_state(const ActivationStats& stats) {
   py::dict state;
+  state["sum"] = stats.sum().clone();
   state["abs_sum"] = stats.abs_sum().clone();
   state["second_moment"] = stats.second_moment().clone();
   state["rows"] = at::scalar_tensor(stats.rows(), at::kLong);
@@ -124,10 +130,11 @@ std::unique_ptr<ActivationStats> make_stats(int64_t in_features, const py::objec
 }
 
 std::unique_ptr<ActivationStats> from_state(const py::dict& state) {
-  const Tensor abs_sum = state_entry(state, "abs_sum"), rows = state_entry(state, "rows");
+  const Tensor abs_sum = state_entry(state, "abs_sum"), sum = state_entry(state, "sum");
+  const Tensor rows = state_entry(state, "rows");
   check_shape(kFromState, "state['abs_sum']", abs_sum, {-1});
   auto stats = std::make_unique<ActivationStats>(abs_sum.size(0));
-  stats->restore(abs_sum, state_entry(state, "second_moment"), rows.item<int64_t>());
+  stats->restore(sum, abs_sum, state_entry(state, "second_moment"), rows.item<int64_t>());
   return stats;
 }
 
@@ -135,18 +142,20 @@ std::unique_ptr<ActivationStats> from_state(const py::dict& state) {
 
 void bind_stats(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  py::class_<ActivationStats>(m, "ActivationStats",
-                              "Streaming statistics of the rows that enter a Linear: sum of |x|, X^T X, row count.\n\n"
-                              "NaN and infinity in a row show up in the sums: check those.")
+  py::class_<ActivationStats>(
+      m, "ActivationStats",
+      "Streaming statistics of the rows that enter a Linear: sums of x and |x|, X^T X, row count.\n\n"
+      "NaN and infinity in a row show up in the sums: check those.")
       .def(py::init(&make_stats), py::arg("in_features"), py::arg("device") = "cpu")
       .def("update", &ActivationStats::update, py::arg("x"), py::arg("mask") = py::none(), Release(),
            "Add the rows of x [..., K] fp32/fp16/bf16; mask bool, one element a row: rows where it is False do not "
            "count.")
       .def("merge", &ActivationStats::merge, py::arg("other"), Release(), "Add everything that `other` has seen.")
+      .def("sum", &ActivationStats::sum, "Sum over rows of x: fp64 [K]. The accumulator itself, no copy.")
       .def("abs_sum", &ActivationStats::abs_sum, "Sum over rows of |x|: fp64 [K]. The accumulator itself, no copy.")
       .def("second_moment", &ActivationStats::second_moment, Release(),
            "X^T X, symmetric: fp32 [K, K]. The accumulator itself, no copy: after another update() call this again.")
-      .def("state", &get_state, "Copies: abs_sum fp64 [K], second_moment fp32 [K, K], rows int64 [].")
+      .def("state", &get_state, "Copies: sum and abs_sum fp64 [K], second_moment fp32 [K, K], rows int64 [].")
       .def_static("from_state", &from_state, py::arg("state"), "The instance that state() described.")
       .def_property_readonly("rows", &ActivationStats::rows, "Rows counted so far.")
       .def_property_readonly("in_features", &ActivationStats::in_features)

@@ -98,16 +98,20 @@ void add_chunk(const Chunk& chunk, float* moment, int threads) {
 
 }  // namespace
 
-void add_abs_sum(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features, double* sum,
-                 int threads) {
+void add_sums(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features, double* sum,
+              double* abs_sum, int threads) {
   constexpr int64_t kStrip = 512;  // columns: their sums stay in the first-level cache
   parallel_for(ceil_div(in_features, kStrip), threads, [&](int64_t strip, int) {
-    float row[kStrip];
+    float values[kSumRows * kStrip];
     const int64_t first = strip * kStrip, cols = std::min(kStrip, in_features - first);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = r * in_features + first;
-      table.to_float(static_cast<const char*>(x) + at * dtype_bytes(dtype), dtype, cols, row);
-      table.add_abs(row, cols, sum + first);
+    for (int64_t r = 0; r < rows; r += kSumRows) {
+      const int64_t count = std::min<int64_t>(kSumRows, rows - r);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = (r + i) * in_features + first;
+        table.to_float(static_cast<const char*>(x) + at * dtype_bytes(dtype), dtype, cols, values + i * cols);
+      }
+      std::fill_n(values + count * cols, (kSumRows - count) * cols, 0.0f);  // adding 0 changes no sum
+      table.add_sums(values, cols, sum + first, abs_sum + first);
     }
   });
 }

@@ -1,4 +1,4 @@
-// Statistics of calibration rows: sums of |x| and X^T X, added to as the rows stream by.
+// Statistics of calibration rows: sums of x and of |x|, and X^T X, added to as the rows stream by.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,10 @@
 
 namespace awq {
 
-// sum[k] += sum over rows of |x[r, k]|, in fp64, row after row. x contiguous [rows, in_features].
-void add_abs_sum(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features, double* sum,
-                 int threads);
+// sum[k] += sum over rows of x[r, k] and abs_sum[k] += that of |x[r, k]|, in fp64, row after row. x contiguous [rows,
+// in_features].
+void add_sums(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features, double* sum,
+              double* abs_sum, int threads);
 
 // moment += X^T X in fp32, at least where column >= row; what is below is left in any state until mirror_upper. bf16
 // rows use bf16 products where the level has them: the products are exact, so nothing is lost against fp32. Error of an

@@ -238,6 +238,8 @@ def assert_stats(stats: object, x: Tensor) -> None:
     assert stats.rows == n
     # fp64 sums of exact values
     torch.testing.assert_close(stats.abs_sum(), x.abs().sum(0), rtol=1e-12, atol=0)
+    # signed terms cancel: the error of either sum is at most n units of 2^-53 of the sum of magnitudes
+    assert torch.all((stats.sum() - x.sum(0)).abs() <= 2 * n * 2.0**-53 * x.abs().sum(0))
     # at most n products and n sums in fp32, of terms bounded by |x|^T |x|
     bound = x.abs().T @ x.abs() * (EPS * (n + 4)) + 1e-30
     ours = stats.second_moment()
@@ -303,12 +305,28 @@ def test_stats_merge_state_and_pickle() -> None:
     assert_stats(_C.ActivationStats.from_state(restored.state()), x.double())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stats_add_row_after_row(dtype: torch.dtype) -> None:
+    """fp64 sums are those of adding one row at a time, bit for bit, whatever an instruction set reads at once."""
+    x = torch.randn(21, 700).to(dtype)
+    total, magnitude = torch.zeros(700).double(), torch.zeros(700).double()
+    for row in x.double():
+        total += row
+        magnitude += row.abs()
+    stats = _C.ActivationStats(700)
+    stats.update(x[:10])
+    stats.update(x[10:])
+    assert torch.equal(stats.sum(), total)
+    assert torch.equal(stats.abs_sum(), magnitude)
+
+
 def test_stats_without_rows() -> None:
     stats = _C.ActivationStats(3)
     stats.update(torch.empty(0, 3))
     stats.update(torch.ones(2, 3), mask=torch.zeros(2, dtype=torch.bool))
     assert stats.rows == 0
     assert not stats.second_moment().any()
+    assert not stats.sum().any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -320,6 +338,7 @@ def test_stats_show_what_is_not_finite(value: float, dtype: torch.dtype) -> None
     stats.update(x)
     expected = torch.zeros(50, dtype=torch.bool)
     expected[7] = True
+    assert torch.equal(~stats.sum().isfinite(), expected)
     assert torch.equal(~stats.abs_sum().isfinite(), expected)
     assert torch.equal(~stats.second_moment().isfinite(), expected[:, None] | expected)
 
@@ -341,6 +360,7 @@ def test_threads_do_not_change_a_bit() -> None:
             _C.scale_losses(weight, candidates, g, 128),
             _C.scale_losses(weight, candidates, g, 128, max_rows=50),
             _C.search_clip(weight, g, torch.tensor([1.0, 0.8]), 128),
+            stats.sum(),
             stats.abs_sum(),
             stats.second_moment(),
         ]
@@ -388,6 +408,11 @@ ERRORS = {
     "mask": (lambda: _C.ActivationStats(8).update(W, torch.ones(3).bool()), ValueError, "4 elements"),
     "merge": (lambda: _C.ActivationStats(8).merge(_C.ActivationStats(9)), ValueError, "in_features 8, got 9"),
     "state": (lambda: _C.ActivationStats.from_state({}), ValueError, "an entry 'abs_sum'"),
+    "state without sum": (
+        lambda: _C.ActivationStats.from_state({"abs_sum": torch.ones(8).double(), "rows": torch.tensor(1)}),
+        ValueError,
+        "an entry 'sum'",
+    ),
 }
 
 

@@ -48,6 +48,8 @@ struct Int8Run {
 // A run is a group or a part of one, of at most so many steps of 4 channels. 256 channels keep the sums of a run below
 // 2^24, exact in fp32, whatever the group size.
 constexpr int64_t kRunSteps = 64;
+// Rows that add_sums reads at a time: sums are loaded and stored once for all of them.
+constexpr int kSumRows = 8;
 
 // One panel of at most tile_rows channels of a rounding with error feedback, tile_cols weight rows at a time: arrays of
 // channels, or of groups, hold one value for each of these rows.
@@ -116,8 +118,8 @@ struct KernelTable {
   // out[i * rows + m] = x[m * ldx + i], elements of 4 bytes; x needs the alignment of 2 bytes only.
   void (*interleave)(const void* x, int64_t ldx, int64_t n, int rows, void* out);
 
-  // sum[i] += |x[i]|.
-  void (*add_abs)(const float* x, int64_t n, double* sum);
+  // sum[i] += x[r][i] and abs_sum[i] += |x[r][i]| for r < kSumRows, one row after another; x: [kSumRows][n].
+  void (*add_sums)(const float* x, int64_t n, double* sum, double* abs_sum);
 
   // Matrix products run on packed panels. A tile is tile_rows x tile_cols outputs and lives in registers.
   //   a: [k][tile_rows], b: [k][tile_cols]; the bf16 forms hold pairs, [k / 2][tile_rows][2], k even.

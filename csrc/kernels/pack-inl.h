@@ -34,7 +34,16 @@ void pack_row_pairs(const float* x, int64_t ldx, int64_t k, uint16_t* out) {
     }
 }
 
-void add_abs(const float* x, int64_t n, double* sum) {
+void add_sums(const float* x, int64_t n, double* sum, double* abs_sum) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(__builtin_fabsf(x[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    double total = sum[i], abs_total = abs_sum[i];
+    for (int r = 0; r < kSumRows; ++r) {
+      const double value = x[r * n + i];
+      total += value;
+      abs_total += __builtin_fabs(value);
+    }
+    sum[i] = total;
+    abs_sum[i] = abs_total;
+  }
 }

@@ -39,7 +39,7 @@ constexpr KernelTable make_table() {
   table.int4_values = int4_values;
   table.int4_panel = int4_panel;
   table.interleave = interleave;
-  table.add_abs = add_abs;
+  table.add_sums = add_sums;
   table.tile_rows = kRows;
   table.tile_cols = kWidth;
   table.gemm_tile = gemm_tile;
