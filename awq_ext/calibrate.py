@@ -37,9 +37,9 @@ class BlockSurvey:
 
     @property
     def statistics_bytes(self) -> int:
-        """Bytes of the block's second moments (fp32 [K, K]) and sums of |x| (fp64 [K]), one of each an input."""
+        """Bytes of the block's second moments (fp32 [K, K]) and sums of x and |x| (fp64 [K]), one of each an input."""
         widths = [self.linears[part[0]].in_features for group in self.groups for part in group.inputs]
-        return sum(4 * k * k + 8 * k for k in widths)
+        return sum(4 * k * k + 16 * k for k in widths)
 
     @property
     def scratch_bytes(self) -> int:
@@ -127,15 +127,21 @@ def _exit_hook(block: Block, watch: Watch) -> Iterator[None]:
 
 @dataclass
 class InputStatistics:
-    """What one input was over all batches."""
+    """What one input was over all batches. ``centred``: around its mean (``bias.CentredStats``), which a bias will take care of."""
 
     stats: Any
     rows_seen: int = 0
+    centred: bool = False
 
     @property
     def rows(self) -> int:
         """Rows that counted: seen and not masked out."""
         return int(self.stats.rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of x over the rows that counted: fp64 [K]."""
+        return self.stats.sum() / max(self.rows, 1)
 
     @property
     def finite(self) -> bool:

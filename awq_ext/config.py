@@ -28,6 +28,7 @@ LAYER_FIELDS = (
     "act_order",
     "damping",
     "refine",
+    "bias_correction",
     "packed",
 )
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -39,6 +40,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "act_order": (True, False),
     "fold": ("auto", "always", "never"),
     "propagate": ("float", "quantized"),
+    "bias_correction": (True, False),
     "packed": (True, False),
 }
 
@@ -62,6 +64,8 @@ class AwqConfig:
     damping: what error feedback adds to each channel's second moment, as a share of it. With more, the correlations of the
         calibration inputs count for less: errors on them grow, errors on other inputs fall (docs/quality.md).
     refine: rounds of coordinate descent after error feedback, on the scales of the groups and on the codes; 0 for none.
+    bias_correction: Linears with a bias let it take over the mean of their error (arXiv 1906.04721, section 4.2), and everything is
+        searched by the error left then; not with "rtn". False leaves biases alone, to compare or where something else reads them.
     fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.
@@ -88,6 +92,7 @@ class AwqConfig:
     act_order: bool = True
     damping: float = 1.0
     refine: int = 1
+    bias_correction: bool = True
     fold: str = "auto"
     propagate: str = "float"
     packed: bool = True
@@ -179,6 +184,11 @@ class AwqConfig:
     def feeds_back(self) -> bool:
         """Whether the method rounds with error feedback."""
         return "gptq" in self.method.split("+")
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether biases take over the mean of the error; plain rounding stays plain."""
+        return self.bias_correction and self.method != "rtn"
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:

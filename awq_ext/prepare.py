@@ -130,13 +130,20 @@ def planned_bytes(surveys: Sequence[BlockSurvey], growth: float, config: AwqConf
     float for trials, its codes twice (with and without clips).
     """
     hidden = max(s.input_bytes for s in surveys) * growth
-    statistics = max(s.statistics_bytes for s in surveys)
+    statistics = max(s.statistics_bytes + _centred_bytes(s, config) for s in surveys)
     weights = {name: linear.weight for s in surveys for name, linear in s.linears.items()}
     made = sum(0.6 * w.numel() if config.for_layer(name).packed else w.nbytes for name, w in weights.items())
     # the factor; the whole moment in panels for refining; and damped, for the clips
     widths = [m.in_features for s in surveys for n, m in s.linears.items() if config.for_layer(n).feeds_back]
     factored = 12 * max(widths, default=0) ** 2
     return int(hidden + statistics + made + factored + max(s.scratch_bytes for s in surveys))
+
+
+def _centred_bytes(surveyed: BlockSurvey, config: AwqConfig) -> int:
+    """Second moments around the mean, one for each input of a Linear whose bias takes over the mean's error."""
+    parts = [part for group in surveyed.groups for part in group.inputs]
+    inputs = {part[0]: [surveyed.linears[n] for n in part if config.for_layer(n).corrects_bias] for part in parts}
+    return sum(4 * ls[0].in_features ** 2 for ls in inputs.values() if any(one.bias is not None for one in ls))
 
 
 def growth_of(calls: Sequence[Call]) -> float:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from .backend import kernels_for
 from .batches import Call, read_calls
+from .bias import own_biases
 from .blocks import Stop, lockstep
 from .calibrate import BlockSurvey, collect
 from .config import AwqConfig, configured
-from .fold import LinearFold
+from .fold import Change, LinearFold
 from .journal import Journal
 from .memory import PeakMemory, format_bytes, release_free_memory
 from .padding import warnings_for
@@ -76,7 +77,8 @@ def quantize(
         with calibration_mode(model):
             surveys = survey_model(model, calls[0], eligible, blocks, config)
             report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls), config)
-            run = _Run(model, config, device, journal, report, foldable_norms(model))
+            biases = own_biases(model, eligible.linears.values())
+            run = _Run(model, config, device, journal, report, foldable_norms(model), biases)
             with _bar(surveys, report, progress) as bar:
                 run.all_blocks(surveys, calls, memory, bar)
         standins.settle(model, journal)
@@ -104,6 +106,7 @@ class _Run:
         journal: Journal,
         report: AwqReport,
         foldable: dict[str, nn.Module],
+        biases: set[nn.Linear],
     ) -> None:
         self.model = model
         self.config = config
@@ -111,6 +114,7 @@ class _Run:
         self.journal = journal
         self.report = report
         self.finder = FoldFinder(foldable)
+        self.biases = biases
         self.kernels = kernels_for(device)
         self.untold: list[str] = []
 
@@ -132,7 +136,8 @@ class _Run:
         collected = time.perf_counter()
         self.untold += [name for book in books for name in book.untold]
         probe = Probe(stops[0].rehearse, output, stops[0].call.row_mask)
-        groups, block_report = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.finder).solve()
+        solver = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.finder, self.biases)
+        groups, block_report = solver.solve()
         self.report.blocks.append(block_report)
         if block_report.note:
             self.report.warnings.append(f"block {block_report.name or '(whole model)'}: {block_report.note}")
@@ -144,16 +149,24 @@ class _Run:
 
     def _swap(self, groups: Sequence[GroupSolution]) -> None:
         self.report.warnings += _problems(groups)
+        for (module, name), values in combined(_changes(groups)).items():
+            self.journal.write_tensor(module._parameters[name], values)
         for group in groups:
             self.report.layers.extend(group.reports())
-            if group.fold is not None:
-                for (module, name), values in combined(group.fold.changes(group.choice.scale)).items():
-                    # a Linear's divided rows are in its codes
-                    if not (isinstance(group.fold, LinearFold) and name == "weight"):
-                        self.journal.write_tensor(module._parameters[name], values)
             for layer in group.layers:
                 self.journal.set_module(self.model, layer.name, build_layer(layer, group.fold))
                 self.report.quantized_parameters += layer.linear.weight.numel()
+
+
+def _changes(groups: Sequence[GroupSolution]) -> list[Change]:
+    """What becomes of biases and norms. Corrections first: a fold divides the bias as it is with them."""
+    changes = [layer.change() for group in groups for layer in group.layers if layer.corrected]
+    for group in groups:
+        if group.fold is not None:
+            # a Linear's divided rows are in its codes
+            rows = (group.fold.module, "weight") if isinstance(group.fold, LinearFold) else None
+            changes += [one for one in group.fold.changes(group.choice.scale) if one[:2] != rows]
+    return changes
 
 
 def _problems(groups: Sequence[GroupSolution]) -> list[str]:

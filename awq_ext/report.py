@@ -19,6 +19,7 @@ class LayerReport:
     status: "int4", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
     scale: "identity", "plain" or "duo"; alpha its exponent; applied: "norm" or "linear" (folded into one), "run time", "weights"
     (fake-quantized weights hold both) or "" (nothing to apply). group: the first Linear of the scale group, which shares the scale.
+    bias_corrected: whether its bias takes over the mean of its error; ``loss`` is what is left then, ``loss_rtn`` RTN's as it is.
     tail, top_share: of the group's input, for its first Linear: ranked salience (``channels.tail``), and the part of the top 1 %.
     """
 
@@ -37,6 +38,7 @@ class LayerReport:
     loss_rtn: float | None = None
     loss: float | None = None
     tokens: int = 0
+    bias_corrected: bool = False
     note: str = ""
     tail: list[float] = field(default_factory=list)
     top_share: float | None = None

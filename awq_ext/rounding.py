@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import search
+from .bias import KEPT, mean_error
 from .calibrate import InputStatistics
 from .config import AwqConfig
 from .feedback import Feedback
@@ -35,7 +36,7 @@ class Rounding:
         codes = search.quantize(self._kernels, divided(linear.weight.detach(), divisor), settings, scale)
         layer = LayerSolution(name, linear, settings, book, codes, scale, divisor, problem=problem)
         if not problem:
-            layer.loss = layer.loss_rtn = _mean(layer, self._losses(layer, layer.codes))
+            layer.loss = layer.limit = layer.loss_rtn = _mean(layer, self._losses(layer, layer.codes))
         return layer
 
     def searched(
@@ -47,11 +48,17 @@ class Rounding:
         feedback: Feedback,
         divisor: Tensor | None = None,
     ) -> LayerSolution:
-        """By the scale of ``feedback``: fed back and clipped as ``settings`` want and the losses allow."""
+        """By the scale of ``feedback``: fed back and clipped as ``settings`` want and the losses allow.
+
+        A ``book`` around the mean is that of a Linear whose bias takes over the mean's error.
+        """
         weight, scale = linear.weight.detach(), feedback.scale
         layer = LayerSolution(name, linear, settings, book, search.quantize(self._kernels, weight, settings))
         losses = self._losses(layer, layer.codes)
-        layer.loss_rtn = _mean(layer, losses)
+        layer.limit = layer.loss_rtn = _mean(layer, losses)
+        if layer.corrected:
+            own = mean_error(weight, layer.weight(layer.codes), book.mean)
+            layer.loss_rtn += float(own.square().sum()) * (1 - KEPT)
         if scale is not None or divisor is not None:
             layer.scale, layer.divisor = scale, divisor
             layer.codes = search.quantize(self._kernels, divided(weight, divisor), settings, scale)
@@ -67,7 +74,7 @@ class Rounding:
         """Give ``layer`` codes rounded with error feedback, if their loss is below that of rounding to nearest."""
         codes = feedback.quantize(divided(layer.linear.weight.detach(), layer.divisor), layer.settings)
         fed = self._losses(layer, codes)
-        if (loss := _mean(layer, fed)) < min(layer.loss, layer.loss_rtn):
+        if (loss := _mean(layer, fed)) < min(layer.loss, layer.limit):
             layer.codes, layer.loss, layer.fed_back = codes, loss, True
             return fed
         return losses
@@ -96,7 +103,7 @@ class Rounding:
         every = torch.cat([clipped.plain, self._losses(layer, codes, rest).plain])
         # in the order of the rows, so that the sum is that of all rows taken at once
         loss = float(torch.empty_like(every).index_copy_(0, torch.cat([rows, rest]), every).sum()) / layer.book.rows
-        if loss <= layer.loss_rtn:
+        if loss <= layer.limit:
             layer.codes, layer.unclipped = codes, layer.codes
             layer.loss, layer.unclipped_loss = loss, layer.loss
 

@@ -248,7 +248,8 @@ def row_losses(
         rows = slice(start, start + _ROWS_AT_ONCE)
         part = None if divisor is None else divisor[rows]
         error = codes.rows(rows).dequantize(kernels, group_size, scale, part).sub_(weight[rows])
-        plain.append(kernels.quadratic_loss(error, second_moment))
+        # below 0 only by rounding, where nothing is lost or inputs hardly vary
+        plain.append(kernels.quadratic_loss(error, second_moment).clamp_min_(0))
         if damping:
             own.append(error.square_() @ second_moment.diagonal())
     total = torch.cat(plain) if plain else torch.zeros(0, dtype=torch.float64, device=weight.device)

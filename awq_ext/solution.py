@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .backend import kernels_for
+from .bias import mean_error
 from .calibrate import GroupStatistics, InputStatistics
 from .channels import channel_salience, tail, top_share
 from .config import AwqConfig
-from .fold import Fold, NormFold
+from .fold import Change, Fold, NormFold
 from .groups import ScaleGroup
 from .qlinear import QuantLinear, take_hooks
 from .report import LayerReport
@@ -27,6 +28,7 @@ class LayerSolution:
     divisor: fp32 [N], by which the rows were divided, where a later group's scale is folded into this Linear.
     book: statistics of its input; problem: why they were not used. unclipped: the codes without clipping, where there is a choice.
     unclipped_loss: what ``loss`` would be with those. fed_back: whether ``codes`` were rounded with error feedback.
+    loss_rtn: of rounding to nearest; limit: of the same codes once the bias takes over their mean error: the loss never exceeds it.
     """
 
     name: str
@@ -39,6 +41,7 @@ class LayerSolution:
     unclipped: Codes | None = None
     unclipped_loss: float | None = None
     loss_rtn: float | None = None
+    limit: float | None = None
     loss: float | None = None
     problem: str = ""
     fed_back: bool = False
@@ -56,6 +59,31 @@ class LayerSolution:
     def seldom_called(self) -> bool:
         """Whether its problem is that few calibration rows reached it, or none."""
         return self.problem == NO_ROWS or "min_tokens" in self.problem
+
+    @property
+    def corrected(self) -> bool:
+        """Whether its bias takes over the mean of its error."""
+        return self.book.centred
+
+    def weight(self, codes: Codes) -> Tensor:
+        """What ``codes`` stand for in the original space (scales undone, so no fold is needed): fp32 [N, K]."""
+        kernels = kernels_for(self.linear.weight.device)
+        return codes.dequantize(kernels, self.settings.group_size, self.scale, self.divisor)
+
+    def substitutes(self, codes: Codes) -> dict[tuple[nn.Module, str], Tensor]:
+        """The parameters that the Linear would have with these codes, before any fold, in its dtypes."""
+        weight = self.weight(codes)
+        found: dict[tuple[nn.Module, str], Tensor] = {(self.linear, "weight"): weight.to(self.linear.weight.dtype)}
+        if self.corrected:
+            bias = self.linear.bias.detach()
+            error = mean_error(self.linear.weight.detach(), weight, self.book.mean)
+            found[self.linear, "bias"] = (bias.double() + error).to(bias.dtype)
+        return found
+
+    def change(self) -> Change:
+        """The correction of the bias, before what a fold divides it by."""
+        error = mean_error(self.linear.weight.detach(), self.weight(self.codes), self.book.mean).float()
+        return self.linear, "bias", lambda bias: bias + error
 
     @property
     def clipped(self) -> bool:
@@ -97,6 +125,7 @@ class GroupSolution:
                 loss_rtn=layer.loss_rtn,
                 loss=layer.loss,
                 tokens=layer.book.rows,
+                bias_corrected=layer.corrected,
                 note=layer.problem,
             )
             for layer in self.layers

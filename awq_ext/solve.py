@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Set
 from dataclasses import replace
 from types import ModuleType
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import search
+from .bias import CentredStats
 from .calibrate import BlockSurvey, GroupStatistics, InputStatistics
 from .config import AwqConfig
 from .feedback import Feedback
@@ -19,12 +20,15 @@ from .precedent import FoldFinder
 from .probe import Probe, Substitutes, combined, output_dtypes
 from .report import BlockReport
 from .rounding import Rounding
-from .search import Codes, ScaleChoice
+from .search import ScaleChoice
 from .solution import NO_ROWS, GroupSolution, LayerSolution
 
 
 class BlockSolver:
-    """Solves the groups of one block. ``probe`` gives the block's output under substituted parameters."""
+    """Solves the groups of one block. ``probe`` gives the block's output under substituted parameters.
+
+    biases: the Linears whose bias may take over the mean of their error (``bias.own_biases``).
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class BlockSolver:
         kernels: ModuleType,
         config: AwqConfig,
         finder: FoldFinder,
+        biases: Set[nn.Linear] = frozenset(),
     ) -> None:
         self.surveyed = surveyed
         self.books = books
@@ -42,6 +47,8 @@ class BlockSolver:
         self.rounding = Rounding(kernels)
         self.config = config
         self.finder = finder
+        self.biases = set(biases)
+        self.centred: dict[int, InputStatistics] = {}  # by id of the input's own statistics
         self.divisors: dict[nn.Linear, Tensor] = {}
         self.problems: dict[str, str] = {}
         self.experts = {name for group in surveyed.groups for name in group.experts}
@@ -65,7 +72,10 @@ class BlockSolver:
         """All groups; folds that leave a Linear with more error than RTN are given up."""
         while True:
             groups = self._solve_groups(folds)
-            worse = {x.linear for group in groups for x in group.layers if x.loss is not None and x.loss > x.loss_rtn}
+            if overflowing := {x.linear for group in groups for x in group.layers if _overflows(x)}:
+                self.biases -= overflowing
+                continue
+            worse = {x.linear for group in groups for x in group.layers if x.loss is not None and x.loss > x.limit}
             if not worse:
                 return groups
             # Dividing a row changes how its group scales are rounded: nothing but that can be left. Without the fold the
@@ -106,7 +116,7 @@ class BlockSolver:
         if fold is None and settings[0].packed and self.config.fold == "always":
             return ScaleChoice(None)
         weights = [self.surveyed.linears[name].weight.detach() for name in usable]
-        moments = (book.inputs[name].stats.second_moment() for name in usable)
+        moments = (self._input(name, book).stats.second_moment() for name in usable)
         tie = None if fold is None else fold.tie
         return search.search_scale(
             self.kernels, weights, book.x_mean(usable), moments, settings, tie, alone=_each_alone(group, fold)
@@ -133,7 +143,7 @@ class BlockSolver:
         if choice.scale is None and self._could_divide(group, fold):
             fold, choice = None, self._choose(group, book, None)
         solution = self._scaled(group, choice, fold, book)
-        worse = [layer for layer in solution.layers if layer.loss is not None and layer.loss > layer.loss_rtn]
+        worse = [layer for layer in solution.layers if layer.loss is not None and layer.loss > layer.limit]
         # Ranking saw a sample of the rows, this loss all of them: what fails here keeps the identity
         if worse and _each_alone(group, solution.fold):
             for layer in worse:
@@ -161,17 +171,28 @@ class BlockSolver:
         scale = choice.scale if fold is None or choice.scale is None else fold.effective_scale(choice.scale)
         fold = None if scale is None else fold
         solution = GroupSolution(group, book, replace(choice, scale=scale), fold)
-        feedbacks: dict[int, Feedback] = {}  # one for each input: its second moment is factorized once
+        feedbacks: dict[int, Feedback] = {}  # one for each input, around its mean or not
         for name in group.linears:
             if self._problem(name, book):
                 # a norm that holds 1/s holds it for all that read it
                 solution.layers.append(self._rounded(name, book, None if fold is None else scale))
             else:
-                one = book.inputs[name]
+                one = self._input(name, book)
                 if id(one) not in feedbacks:
-                    feedbacks = {id(one): Feedback(self.kernels, one.stats.second_moment(), scale)}
+                    near = (id(book.inputs[name]), id(self.centred.get(id(book.inputs[name]))))
+                    feedbacks = {key: feedback for key, feedback in feedbacks.items() if key in near}
+                    feedbacks[id(one)] = Feedback(self.kernels, one.stats.second_moment(), scale)
                 solution.layers.append(self._searched(name, one, feedbacks[id(one)]))
         return solution
+
+    def _input(self, name: str, book: GroupStatistics) -> InputStatistics:
+        """The statistics that guide a Linear: around the mean of its input where its bias takes over that mean's error."""
+        one = book.inputs[name]
+        if self.surveyed.linears[name] not in self.biases or not self.config.for_layer(name).corrects_bias:
+            return one
+        if id(one) not in self.centred:
+            self.centred[id(one)] = InputStatistics(CentredStats(one.stats), one.rows_seen, centred=True)
+        return self.centred[id(one)]
 
     def _rounded(self, name: str, book: GroupStatistics, scale: Tensor | None = None) -> LayerSolution:
         linear, settings = self.surveyed.linears[name], self.config.for_layer(name)
@@ -196,24 +217,21 @@ class BlockSolver:
         Only with clip="auto": a clip lowers its own Linear's error, but may raise what the block makes of it (scores of
         queries and keys). Each layer in turn is tried without its clip, all others as they stand; experts of one kind together.
         """
-        substitutes = {
-            (layer.linear, "weight"): self._weight(layer, layer.codes) for group in groups for layer in group.layers
-        }
+        substitutes: dict[tuple[nn.Module, str], Tensor] = {}
+        for layer in (layer for group in groups for layer in group.layers):
+            substitutes |= layer.substitutes(layer.codes)
         best = self.probe.distance(substitutes)
         for unit in _clip_units(groups):
-            layers = [layer for layer in unit if layer.unclipped_loss <= layer.loss_rtn]
-            trial = substitutes | {(layer.linear, "weight"): self._weight(layer, layer.unclipped) for layer in layers}
+            layers = [layer for layer in unit if layer.unclipped_loss <= layer.limit]
+            trial = dict(substitutes)
+            for layer in layers:
+                trial |= layer.substitutes(layer.unclipped)
             if not layers or (distance := self.probe.distance(trial)) >= best:
                 continue
             best, substitutes = distance, trial
             for layer in layers:
                 layer.codes, layer.unclipped, layer.loss = layer.unclipped, None, layer.unclipped_loss
         return best
-
-    def _weight(self, layer: LayerSolution, codes: Codes) -> Tensor:
-        """What ``codes`` stand for in the original space (scales undone, so no fold is needed) and dtype: [N, K]."""
-        weight = codes.dequantize(self.kernels, layer.settings.group_size, layer.scale, layer.divisor)
-        return weight.to(layer.linear.weight.dtype)
 
 
 def takes_fold(group: ScaleGroup, config: AwqConfig) -> bool:
@@ -245,6 +263,11 @@ def _clip_units(groups: Sequence[GroupSolution]) -> Iterator[list[LayerSolution]
                 expert = layer.name in group.group.experts
                 units.setdefault(family if expert else layer.name, []).append(layer)
     yield from units.values()
+
+
+def _overflows(layer: LayerSolution) -> bool:
+    """Whether the bias would be no number any more in its dtype."""
+    return layer.corrected and not bool(layer.substitutes(layer.codes)[layer.linear, "bias"].isfinite().all())
 
 
 def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:

@@ -122,9 +122,11 @@ def test_reported_losses_are_the_real_ones(name: str, packed: bool) -> None:
     inputs = inputs_of(original, case.batches, [row.name for row in rows])
     for row in rows:
         x = inputs[row.name]
-        weight = original.get_submodule(row.name).weight.detach().double()
-        restored = case.model.get_submodule(row.name).weight.detach().double()
-        direct = float((x @ (restored - weight).T).square().sum()) / len(x)
+        old, new = original.get_submodule(row.name), case.model.get_submodule(row.name)
+        weight, restored = old.weight.detach().double(), new.weight.detach().double()
+        moved = 0.0 if old.bias is None else (new.bias - old.bias).detach().double()
+        assert row.bias_corrected == (old.bias is not None)
+        direct = float((x @ (restored - weight).T + moved).square().sum()) / len(x)
         rtn = reference.quantize_weight(weight.float(), 16)
         nearest = reference.dequantize_weight(*rtn, 16).double()
         direct_rtn = float((x @ (nearest - weight).T).square().sum()) / len(x)
