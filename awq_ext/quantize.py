@@ -160,7 +160,7 @@ class _Run:
 
 def _changes(groups: Sequence[GroupSolution]) -> list[Change]:
     """What becomes of biases and norms. Corrections first: a fold divides the bias as it is with them."""
-    changes = [layer.change() for group in groups for layer in group.layers if layer.corrected]
+    changes = [change for group in groups for layer in group.layers for change in layer.changes()]
     for group in groups:
         if group.fold is not None:
             # a Linear's divided rows are in its codes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import kernels_for
-from .bias import mean_error
+from .bias import KEPT, mean_error
 from .calibrate import GroupStatistics, InputStatistics
 from .channels import channel_salience, tail, top_share
 from .config import AwqConfig
@@ -29,6 +29,7 @@ class LayerSolution:
     book: statistics of its input; problem: why they were not used. unclipped: the codes without clipping, where there is a choice.
     unclipped_loss: what ``loss`` would be with those. fed_back: whether ``codes`` were rounded with error feedback.
     loss_rtn: of rounding to nearest; limit: of the same codes once the bias takes over their mean error: the loss never exceeds it.
+    shift: fp64 [N], what is added to the bias, or None.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerSolution:
     loss: float | None = None
     problem: str = ""
     fed_back: bool = False
+    shift: Tensor | None = None
 
     @property
     def method(self) -> str:
@@ -80,10 +82,15 @@ class LayerSolution:
             found[self.linear, "bias"] = (bias.double() + error).to(bias.dtype)
         return found
 
-    def change(self) -> Change:
-        """The correction of the bias, before what a fold divides it by."""
-        error = mean_error(self.linear.weight.detach(), self.weight(self.codes), self.book.mean).float()
-        return self.linear, "bias", lambda bias: bias + error
+    def settle(self) -> None:
+        """Once ``codes`` are final: what the bias takes over, and the loss without the share of it that the search kept."""
+        if self.corrected:
+            self.shift = mean_error(self.linear.weight.detach(), self.weight(self.codes), self.book.mean)
+            self.loss = max(0.0, self.loss - KEPT * float(self.shift.square().sum()))
+
+    def changes(self) -> list[Change]:
+        """The correction of the bias, to be made before a fold divides it."""
+        return [] if self.shift is None else [(self.linear, "bias", lambda bias: bias + self.shift.float())]
 
     @property
     def clipped(self) -> bool:

@@ -66,6 +66,9 @@ class BlockSolver:
             groups = self._solve_without_worse([None] * len(folds))
             report.fold_error = 0.0
         report.output_error = self._settle_clips(groups) / (self.probe.norm or 1.0)
+        for group in groups:
+            for layer in group.layers:
+                layer.settle()
         return groups, report
 
     def _solve_without_worse(self, folds: Sequence[Fold | None]) -> list[GroupSolution]:

@@ -151,7 +151,7 @@ def test_the_survey_orders_blocks_as_they_are_called() -> None:
     assert [s.block.name for s in found] == ["layers.2", "layers.1", "layers.0"]
     assert found[0].input_bytes == 6 * models.HIDDEN * 4
     k, inner = models.HIDDEN, models.INNER
-    assert found[0].statistics_bytes == 3 * (4 * k * k + 8 * k) + 4 * inner * inner + 8 * inner
+    assert found[0].statistics_bytes == 3 * (4 * k * k + 16 * k) + 4 * inner * inner + 16 * inner
     assert hook_count(model) == 0
 
 

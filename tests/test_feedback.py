@@ -302,6 +302,7 @@ def test_feedback_is_dropped_where_it_does_not_help() -> None:
     batches = [torch.randn(100, 1) for _ in range(2)]
     result = awq_ext.quantize(copy.deepcopy(model), batches, method="gptq", group_size=16, progress=False)
     rows = result.awq_report.layers
-    assert (rows[0].method, rows[0].loss) == ("rtn", rows[0].loss_rtn)
+    assert rows[0].method == "rtn"
+    assert rows[0].loss <= rows[0].loss_rtn  # its bias takes over what the mean of the input leaves
     assert rows[1].method == "gptq"
     assert rows[1].loss < rows[1].loss_rtn
