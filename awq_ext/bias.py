@@ -2,7 +2,7 @@
 
 With W' for the weight W, and mu the mean input, b' = b + (W - W') mu leaves of the squared output error tr(E G E^T), E = W - W',
 only tr(E C E^T), C = G - n mu mu^T the second moment of n rows around their mean: nothing that is the same for every row costs
-accuracy. So whatever looks for W' looks at C instead of G.
+accuracy. So whatever looks for W' looks at C instead of G, unless a bias of half precision is too large to hold what it is given.
 """
 
 from __future__ import annotations
@@ -66,6 +66,17 @@ def mean_error(weight: Tensor, found: Tensor, mean: Tensor) -> Tensor:
     """(W - W') mu, what the bias takes over: fp64 [N]. weight, found: [N, K]; mean fp64 [K]."""
     parts = [(weight[part].double() - found[part]) @ mean for part in _parts(*weight.shape)]
     return torch.cat(parts) if parts else mean.new_zeros(0)
+
+
+def corrected(bias: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``bias`` [N] takes over of the mean ``error`` fp64 [N], and what its dtype then leaves of it: fp64 [N] each.
+
+    An entry that would leave the range of the dtype stays. Rounding leaves no more than there was: the bias itself needs none.
+    """
+    moved = (bias.double() + error).to(bias.dtype)
+    fits = moved.isfinite()
+    left = torch.where(fits, bias.double() + error - moved.double(), error)
+    return torch.where(fits, error, 0.0), left
 
 
 def _parts(rows: int, columns: int) -> list[slice]:

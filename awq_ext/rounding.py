@@ -56,7 +56,7 @@ class Rounding:
         layer = LayerSolution(name, linear, settings, book, search.quantize(self._kernels, weight, settings))
         losses = self._losses(layer, layer.codes)
         layer.limit = layer.loss_rtn = _mean(layer, losses)
-        if layer.corrected:
+        if book.centred:
             own = mean_error(weight, layer.weight(layer.codes), book.mean)
             layer.loss_rtn += float(own.square().sum()) * (1 - KEPT)
         if scale is not None or divisor is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import kernels_for
-from .bias import KEPT, mean_error
+from .bias import KEPT, corrected, mean_error
 from .calibrate import GroupStatistics, InputStatistics
 from .channels import channel_salience, tail, top_share
 from .config import AwqConfig
@@ -19,6 +19,8 @@ from .report import LayerReport
 from .search import Codes, ScaleChoice
 
 NO_ROWS = "no calibration row reached it"
+# Searching around the mean saves about this share of what is left after the correction (docs/quality.md, "Linears with a bias").
+COARSE = 0.1
 
 
 @dataclass
@@ -29,7 +31,7 @@ class LayerSolution:
     book: statistics of its input; problem: why they were not used. unclipped: the codes without clipping, where there is a choice.
     unclipped_loss: what ``loss`` would be with those. fed_back: whether ``codes`` were rounded with error feedback.
     loss_rtn: of rounding to nearest; limit: of the same codes once the bias takes over their mean error: the loss never exceeds it.
-    shift: fp64 [N], what is added to the bias, or None.
+    corrected: whether its bias takes over the mean of its error; shift: what is added to it then, fp64 [N].
     """
 
     name: str
@@ -46,6 +48,7 @@ class LayerSolution:
     loss: float | None = None
     problem: str = ""
     fed_back: bool = False
+    corrected: bool = False
     shift: Tensor | None = None
 
     @property
@@ -62,11 +65,6 @@ class LayerSolution:
         """Whether its problem is that few calibration rows reached it, or none."""
         return self.problem == NO_ROWS or "min_tokens" in self.problem
 
-    @property
-    def corrected(self) -> bool:
-        """Whether its bias takes over the mean of its error."""
-        return self.book.centred
-
     def weight(self, codes: Codes) -> Tensor:
         """What ``codes`` stand for in the original space (scales undone, so no fold is needed): fp32 [N, K]."""
         kernels = kernels_for(self.linear.weight.device)
@@ -78,15 +76,29 @@ class LayerSolution:
         found: dict[tuple[nn.Module, str], Tensor] = {(self.linear, "weight"): weight.to(self.linear.weight.dtype)}
         if self.corrected:
             bias = self.linear.bias.detach()
-            error = mean_error(self.linear.weight.detach(), weight, self.book.mean)
-            found[self.linear, "bias"] = (bias.double() + error).to(bias.dtype)
+            shift, _ = corrected(bias, self._mean_error(weight))
+            found[self.linear, "bias"] = (bias.double() + shift).to(bias.dtype)
         return found
 
+    def _mean_error(self, weight: Tensor) -> Tensor:
+        return mean_error(self.linear.weight.detach(), weight, self.book.mean)
+
+    @property
+    def too_coarse(self) -> bool:
+        """Whether its bias cannot hold the mean error that the search left to it."""
+        if not (self.corrected and self.book.centred):
+            return False
+        error = self._mean_error(self.weight(self.codes))
+        given, left = (float(part.square().sum()) for part in (error, corrected(self.linear.bias.detach(), error)[1]))
+        return self.loss + left > self.loss_rtn or left > COARSE * max(self.loss, given)
+
     def settle(self) -> None:
-        """Once ``codes`` are final: what the bias takes over, and the loss without the share of it that the search kept."""
+        """Once ``codes`` are final: what the bias takes over of the mean error, and the loss that this really leaves."""
         if self.corrected:
-            self.shift = mean_error(self.linear.weight.detach(), self.weight(self.codes), self.book.mean)
-            self.loss = max(0.0, self.loss - KEPT * float(self.shift.square().sum()))
+            error = self._mean_error(self.weight(self.codes))
+            self.shift, left = corrected(self.linear.bias.detach(), error)
+            counted = float(error.square().sum()) * (KEPT if self.book.centred else 1.0)
+            self.loss = max(0.0, self.loss - counted) + float(left.square().sum())
 
     def changes(self) -> list[Change]:
         """The correction of the bias, to be made before a fold divides it."""

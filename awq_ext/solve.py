@@ -47,7 +47,8 @@ class BlockSolver:
         self.rounding = Rounding(kernels)
         self.config = config
         self.finder = finder
-        self.biases = set(biases)
+        self.biases = biases
+        self.coarse: set[nn.Linear] = set()  # those whose bias could not hold what a search around the mean left to it
         self.centred: dict[int, InputStatistics] = {}  # by id of the input's own statistics
         self.divisors: dict[nn.Linear, Tensor] = {}
         self.problems: dict[str, str] = {}
@@ -75,8 +76,8 @@ class BlockSolver:
         """All groups; folds that leave a Linear with more error than RTN are given up."""
         while True:
             groups = self._solve_groups(folds)
-            if overflowing := {x.linear for group in groups for x in group.layers if _overflows(x)}:
-                self.biases -= overflowing
+            if coarse := {x.linear for group in groups for x in group.layers if x.too_coarse}:
+                self.coarse |= coarse
                 continue
             worse = {x.linear for group in groups for x in group.layers if x.loss is not None and x.loss > x.limit}
             if not worse:
@@ -188,10 +189,13 @@ class BlockSolver:
                 solution.layers.append(self._searched(name, one, feedbacks[id(one)]))
         return solution
 
+    def _corrects(self, name: str) -> bool:
+        return self.surveyed.linears[name] in self.biases and self.config.for_layer(name).corrects_bias
+
     def _input(self, name: str, book: GroupStatistics) -> InputStatistics:
         """The statistics that guide a Linear: around the mean of its input where its bias takes over that mean's error."""
         one = book.inputs[name]
-        if self.surveyed.linears[name] not in self.biases or not self.config.for_layer(name).corrects_bias:
+        if self.surveyed.linears[name] in self.coarse or not self._corrects(name):
             return one
         if id(one) not in self.centred:
             self.centred[id(one)] = InputStatistics(CentredStats(one.stats), one.rows_seen, centred=True)
@@ -203,10 +207,10 @@ class BlockSolver:
         return self.rounding.nearest(name, linear, settings, book.inputs[name], scale, divisor, problem)
 
     def _searched(self, name: str, book: InputStatistics, feedback: Feedback) -> LayerSolution:
-        linear = self.surveyed.linears[name]
-        return self.rounding.searched(
-            name, linear, self.config.for_layer(name), book, feedback, self.divisors.get(linear)
-        )
+        linear, settings = self.surveyed.linears[name], self.config.for_layer(name)
+        layer = self.rounding.searched(name, linear, settings, book, feedback, self.divisors.get(linear))
+        layer.corrected = self._corrects(name)
+        return layer
 
     def _find_folds(self) -> list[Fold | None]:
         """For each group, what takes its 1/s, proven."""
@@ -266,11 +270,6 @@ def _clip_units(groups: Sequence[GroupSolution]) -> Iterator[list[LayerSolution]
                 expert = layer.name in group.group.experts
                 units.setdefault(family if expert else layer.name, []).append(layer)
     yield from units.values()
-
-
-def _overflows(layer: LayerSolution) -> bool:
-    """Whether the bias would be no number any more in its dtype."""
-    return layer.corrected and not bool(layer.substitutes(layer.codes)[layer.linear, "bias"].isfinite().all())
 
 
 def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:
