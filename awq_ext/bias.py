@@ -7,8 +7,7 @@ accuracy. So whatever looks for W' looks at C instead of G, unless a bias of hal
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,14 +86,25 @@ def _parts(rows: int, columns: int) -> list[slice]:
 def own_biases(model: nn.Module, linears: Iterable[nn.Linear]) -> set[nn.Linear]:
     """Those of ``linears`` whose bias may be written: a parameter of theirs alone, with memory of its own."""
     owners = parameter_owners(model)
-    places = Counter(parameter.data_ptr() for parameter in model.parameters())
+    # a parameter of a class of its own may lie nowhere, or take no writes
+    alone = _alone([p for p in model.parameters() if type(p) is nn.Parameter and not p.is_meta])
     found = set()
     for linear in linears:
         bias = linear._parameters.get("bias")
-        if bias is None or bias.is_meta or not bias.is_floating_point():
+        if bias is None or id(bias) not in alone or len(owners.get(id(bias), ())) != 1:
             continue
         # made in inference mode it cannot be written outside; not contiguous: several entries may lie in one place
-        writable = bias.is_contiguous() and not bias.is_inference()
-        if writable and len(owners.get(id(bias), ())) == 1 and places[bias.data_ptr()] == 1:
+        if bias.is_floating_point() and bias.is_contiguous() and not bias.is_inference():
             found.add(linear)
+    return found
+
+
+def _alone(parameters: Sequence[nn.Parameter]) -> set[int]:
+    """The ids of those in whose memory no other lies."""
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, id(p)) for p in parameters)
+    found, reached = set(), 0
+    for (start, end, key), following in zip(spans, [start for start, _, _ in spans[1:]] + [None], strict=True):
+        if start >= reached and (following is None or end <= following):
+            found.add(key)
+        reached = max(reached, end)
     return found

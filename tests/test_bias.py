@@ -118,10 +118,14 @@ def test_a_bias_takes_over_what_its_dtype_holds() -> None:
 
 
 def test_biases_that_may_be_written() -> None:
-    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("own", "tied", "twin", "viewed", "view", "wide", "late")})
+    model = nn.ModuleDict(
+        {name: nn.Linear(4, 4) for name in ("own", "tied", "twin", "viewed", "view", "wide", "late", "part")}
+    )
     model["bare"] = nn.Linear(4, 4, bias=False)
     model["twin"].bias = model["tied"].bias
     model["view"].bias = nn.Parameter(model["viewed"].bias.detach())
+    model.joined = nn.Parameter(torch.zeros(6))
+    model["part"].bias = nn.Parameter(model.joined.detach()[2:])
     model["wide"].bias = nn.Parameter(torch.zeros(1).expand(4))
     with torch.inference_mode():
         model["late"].bias = nn.Parameter(torch.zeros(4))
@@ -351,6 +355,39 @@ def test_an_interrupt_gives_every_bias_back(stage: str, at: int, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         awq_ext.quantize(case.model, case.batches, **FAST)
     before.assert_unchanged()
+
+
+class Transposed(nn.Module):
+    """A Linear by another name, its weight [K, N]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(40, 24))
+        self.bias = nn.Parameter(torch.randn(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_layers_with_a_transposed_weight(interrupted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Transposed())
+    batches = [torch.randn(2, 50, 40) + torch.randn(40)]
+    expected, before = model(batches[0]).detach(), Snapshot(model)
+    if interrupted:
+        monkeypatch.setattr(importlib.import_module("awq_ext.quantize"), "reasons_to_stay", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            awq_ext.quantize(model, batches, **FAST)
+        before.assert_unchanged()
+        return
+    bias = model[0].bias
+    awq_ext.quantize(model, batches, **FAST)
+    assert model[0].bias is bias
+    error = (model(batches[0]) - expected).flatten(0, -2).double()
+    # fp32 sums of 40 products
+    assert (error.mean(0).abs() <= 1e-5).all()
+    assert (error.square().mean(0) > 1e-3).all()
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:

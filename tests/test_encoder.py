@@ -42,8 +42,12 @@ def sentences(split: str, count: int) -> list[str]:
 
 def batches(tokenizer: Any, split: str, count: int) -> list[dict[str, torch.Tensor]]:
     found = sentences(split, count)
-    parts = [found[i : i + BATCH] for i in range(0, len(found), BATCH)]
-    return [dict(tokenizer(part, padding=True, truncation=True, max_length=64, return_tensors="pt")) for part in parts]
+    return [tokens(tokenizer, found[i : i + BATCH]) for i in range(0, len(found), BATCH)]
+
+
+def tokens(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
+    """One padded batch, of 64 tokens a text at most."""
+    return dict(tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt"))
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, at import
@@ -56,16 +60,17 @@ def test_embeddings_at_four_bits() -> None:
         model,
         batches(tokenizer, "train", CALIBRATION),
         {"sentences": batches(tokenizer, "held-out", SCORED)},
-        ["rtn", "awq", "awq+gptq"],
+        ["rtn", {"label": "awq, biases as they are", "method": "awq", "bias_correction": False}, "awq", "awq+gptq"],
         metric=embedding_cosine,
         group_size=32,
         speed_seconds=0,
         progress=False,
     )
     print(found)
-    # AWQ's scales alone win back half of what rounding loses; with error feedback the embeddings are kept
-    kept = found["awq+gptq"].evaluations["sentences"]["embedding_cosine"]
-    assert kept.low >= 0.99, f"AWQ with error feedback keeps {kept}"
-    for better, worse in (("awq", "rtn"), ("awq+gptq", "awq")):
+    # of what rounding loses AWQ wins back more than half, with error feedback four fifths
+    for method, least in (("awq", 0.989), ("awq+gptq", 0.994)):
+        kept = found[method].evaluations["sentences"]["embedding_cosine"]
+        assert kept.low >= least, f"{method} keeps {kept}"
+    for better, worse in (("awq", "rtn"), ("awq", "awq, biases as they are"), ("awq+gptq", "awq")):
         gain = found.difference(better, worse, "sentences", "embedding_cosine")
         assert gain.low > 0, f"{better} is not above {worse} by more than the noise: {gain}"
