@@ -73,7 +73,7 @@ def test_experts_share_a_scale_and_routers_are_left() -> None:
         assert [group.near for group in narrow] == [(f"{i}.experts.{e}.w3", f"{i}.experts.{e}.w1") for e in range(4)]
         assert found.reasons == {f"{i}.gate": "router of experts"}
         # one second moment for each expert's input and one for what goes into its w2
-        assert found.statistics_bytes == 4 * (4 * HIDDEN**2 + 8 * HIDDEN + 4 * INNER**2 + 8 * INNER)
+        assert found.statistics_bytes == 4 * (4 * HIDDEN**2 + 16 * HIDDEN + 4 * INNER**2 + 16 * INNER)
 
 
 def test_each_expert_has_the_statistics_of_its_rows() -> None:
