@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import interrupt
 from .batches import Call
 from .blocks import Block, Stop, copy_inputs, run_call, tensor_bytes
 from .groups import ScaleGroup, Watch, linear_input, norm_candidates
@@ -106,6 +107,7 @@ def linears_of(block: Block, linears: Mapping[str, T]) -> dict[str, T]:
 @contextmanager
 def _entry_hook(block: Block, order: list[Block], sizes: dict[str, int]) -> Iterator[None]:
     def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        interrupt.check()
         order.append(block)
         sizes[block.name] = tensor_bytes((args, kwargs))
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from . import interrupt
 from .batches import Call
 from .blocks import Block, CalibrationError, blocks_around, copy_inputs, find_blocks, run_call
 from .calibrate import BlockSurvey, linears_of, survey
@@ -178,19 +179,25 @@ def _eager() -> AbstractContextManager[Any]:
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """eval mode, nothing compiled, and no key/value cache where there is a switch (every suspended forward would hold one)."""
-    training = [(name, module, module.training) for name, module in model.named_modules()]
-    owners = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
-    caching = [(config, config.use_cache) for config in owners.values()]  # an encoder and a decoder may have one each
-    try:
-        model.eval()
-        for config, _ in caching:
-            config.use_cache = False
-        with _eager():
-            yield
-    finally:
-        # by name too: a module that took the place of another takes over its flag
-        for name, module, flag in training:
-            module.training = model.get_submodule(name).training = flag
-        for config, use_cache in caching:
-            config.use_cache = use_cache
+    """eval mode, nothing compiled, and no key/value cache where there is a switch (every suspended forward would hold one).
+
+    A Ctrl-C comes where :func:`awq_ext.interrupt.check` is called, or once all is as it was.
+    """
+    with interrupt.held():
+        training = [(name, module, module.training) for name, module in model.named_modules()]
+        owners = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
+        caching = [
+            (config, config.use_cache) for config in owners.values()
+        ]  # an encoder and a decoder may have one each
+        try:
+            model.eval()
+            for config, _ in caching:
+                config.use_cache = False
+            with _eager():
+                yield
+        finally:
+            # by name too: a module that took the place of another takes over its flag
+            for name, module, flag in training:
+                module.training = model.get_submodule(name).training = flag
+            for config, use_cache in caching:
+                config.use_cache = use_cache
