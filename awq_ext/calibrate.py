@@ -79,7 +79,7 @@ def survey(
             inside = linears_of(block, linears)
             norms = {f"{block.name}.{n}" if block.name else n: m for n, m in norm_candidates(block.module).items()}
             stack.enter_context(watches[block.name].on(inside, norms))
-            stack.enter_context(tokens[block.name].on(inside, norms))
+            stack.enter_context(tokens[block.name].on(norms))
             stack.enter_context(_entry_hook(block, order, sizes))
             stack.enter_context(_exit_hook(block, watches[block.name]))
         with torch.no_grad():
@@ -94,7 +94,8 @@ def survey(
         groups = tokens[block.name].join(groups, watches[block.name], inside, kind)
         reasons = tokens[block.name].reasons
         inside = {name: linear for name, linear in inside.items() if name not in reasons}
-        found.append(BlockSurvey(block, inside, groups, sizes[block.name], reasons, tokens[block.name].mixtures))
+        worked_on = [mixture for mixture in tokens[block.name].mixtures if mixture.linears.keys() & inside.keys()]
+        found.append(BlockSurvey(block, inside, groups, sizes[block.name], reasons, worked_on))
     return found
 
 

@@ -16,7 +16,8 @@ from .batches import Call
 from .blocks import Block, CalibrationError, blocks_around, copy_inputs, find_blocks, run_call
 from .calibrate import BlockSurvey, linears_of, survey
 from .config import AwqConfig
-from .fused import find_fused
+from .experts import ROUTER
+from .fused import find_fused, routers_beside
 from .groups import Eligible, eligible_linears, norm_candidates, parameter_owners
 from .journal import Journal
 from .mixture import Mixture, MixtureWatch, find_mixtures
@@ -61,6 +62,9 @@ def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Jou
     standins = stand_in(model, call, excluded, journal, calibration_mode)
     eligible = eligible_linears(model, excluded)
     eligible.reasons |= standins.unfused.reasons
+    for name in routers_beside(model) & eligible.linears.keys():
+        del eligible.linears[name]
+        eligible.reasons[name] = ROUTER
     if not eligible.linears:
         _refuse(model, eligible)
     for pattern in config.per_layer:
@@ -89,9 +93,11 @@ def survey_model(
     if names and "" not in called and (unseen := {block.name for block in blocks} - called):
         raise CalibrationError(f"the first calibration batch did not call the given blocks {', '.join(sorted(unseen))}")
     if not any(s.groups for s in surveys):
+        first = next(iter(eligible.linears))
+        why = next((f" ({s.reasons[first]})" for s in surveys if first in s.reasons), "")
         raise CalibrationError(
             "the first calibration batch reached no Linear that can be quantized: "
-            f"{len(eligible.linears)} are eligible, among them {next(iter(eligible.linears))}"
+            f"{len(eligible.linears)} are eligible, among them {first}{why}"
         )
     return surveys
 
@@ -103,8 +109,7 @@ def _found_blocks(model: nn.Module, call: Call, mixtures: Sequence[Mixture]) -> 
     if not spread:
         return blocks
     watch = MixtureWatch(spread)
-    linears = {name: linear for mixture in spread for name, linear in mixture.linears.items()}
-    with watch.on(linears, norm_candidates(model)), torch.no_grad():
+    with watch.on(norm_candidates(model)), torch.no_grad():
         run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
     return blocks_around(model, blocks, [mixture.owner for mixture in watch.shown()])
 
