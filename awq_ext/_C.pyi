@@ -66,6 +66,7 @@ def refine_quantized(
     damping: float = 1.0,
     rounds: int = 1,
     channel_scale: Tensor | None = None,
+    scales_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 class ActivationStats:

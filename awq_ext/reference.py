@@ -240,13 +240,15 @@ def refine_quantized(
     damping: float = 1.0,
     rounds: int = 1,
     channel_scale: Tensor | None = None,
+    scales_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scales that lower e H e^T of every row further, e = weight * s - value, by coordinate descent.
 
     Takes what :func:`quantize_weight` or :func:`gptq_quantize` returned for the same weight [N, K] and channel_scale s [K];
-    H = diag(1/s) second_moment diag(1/s) + damping * its diagonal. In each round every group's scale, then every channel's code,
-    is set to its best value with all others as they stand; scales are rounded to their storage type and kept where the best
-    is not within a factor of 2. Zeros stay. Channels that nothing ever entered keep the nearest code.
+    H = diag(1/s) second_moment diag(1/s) + damping * its diagonal. In each round every group's scale, then (unless
+    ``scales_only``) every channel's code, is set to its best value with all others as they stand; scales are rounded to their
+    storage type and kept where the best is not within a factor of 2. Zeros stay. Channels that nothing ever entered keep the
+    nearest code.
     """
     k, g, top = weight.shape[1], group_length(weight.shape[1], group_size), 2**bits - 1
     w = weight.float() if channel_scale is None else weight.float() * channel_scale
@@ -267,7 +269,7 @@ def refine_quantized(
                 fits = (best > 0.5 * steps[:, i]) & (best < 2 * steps[:, i]) & (best <= largest)
                 steps[:, i] = torch.where(fits, best, steps[:, i])
                 error[:, part] = w[:, part] - level[:, part] * steps[:, i, None]
-            for j in range(k):
+            for j in range(0 if scales_only else k):
                 step, zero = steps[:, j // g], offsets[:, j // g]
                 target = w[:, j] + (error @ h[:, j] - error[:, j] * h[j, j]) / h[j, j]
                 codes[:, j] = (torch.round(target / step) + zero).clamp(0, top)

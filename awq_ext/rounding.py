@@ -50,18 +50,31 @@ class Rounding:
         """By the scale of ``feedback``: fed back and clipped as ``settings`` want and the losses allow."""
         weight, scale = linear.weight.detach(), feedback.scale
         layer = LayerSolution(name, linear, settings, book, search.quantize(self._kernels, weight, settings))
-        losses = self._losses(layer, layer.codes)
-        layer.loss_rtn = _mean(layer, losses)
-        if scale is not None or divisor is not None:
-            layer.scale, layer.divisor = scale, divisor
-            layer.codes = search.quantize(self._kernels, divided(weight, divisor), settings, scale)
-            losses = self._losses(layer, layer.codes)
-        layer.loss = _mean(layer, losses)
+        layer.loss_rtn = _mean(layer, plain := self._losses(layer, layer.codes))
+        layer.scale, layer.divisor = scale, divisor
+        losses = self._round_to_nearest(layer, plain, feedback)
         if settings.feeds_back:
             losses = self._feed_back(layer, losses, feedback)
         if settings.clip is not False:
             self._clip(layer, losses, feedback)
         return layer
+
+    def _round_to_nearest(self, layer: LayerSolution, plain: RowLosses, feedback: Feedback) -> RowLosses:
+        """Give ``layer`` codes by its scale, the scales of its groups fitted; ``plain``: the losses of the codes it has, RTN's.
+
+        The fit is damped, so that undamped it may lose to RTN: then without. Nor where error feedback will refine them anyway.
+        """
+        weight, settings = divided(layer.linear.weight.detach(), layer.divisor), layer.settings
+        rtn, scaled = layer.codes, layer.scale is not None or layer.divisor is not None
+        for fitted in (True, False) if settings.refine and not settings.feeds_back else (False,):
+            layer.codes, losses = rtn, plain
+            if fitted or scaled:
+                layer.codes = feedback.nearest(weight, settings, fitted=fitted)
+                losses = self._losses(layer, layer.codes)
+            layer.loss = _mean(layer, losses)
+            if layer.loss <= layer.loss_rtn:
+                break
+        return losses
 
     def _feed_back(self, layer: LayerSolution, losses: RowLosses, feedback: Feedback) -> RowLosses:
         """Give ``layer`` codes rounded with error feedback, if their loss is below that of rounding to nearest."""
@@ -82,10 +95,7 @@ class Rounding:
         weight = divided(layer.linear.weight.detach(), layer.divisor)
         second_moment = feedback.damped(settings.damping) if layer.fed_back else layer.book.stats.second_moment()
         clip = search.search_clip(self._kernels, weight, second_moment, settings, layer.scale)
-        if layer.fed_back:
-            codes = feedback.quantize(weight, settings, clip)
-        else:
-            codes = search.quantize(self._kernels, weight, settings, layer.scale, clip)
+        codes = (feedback.quantize if layer.fed_back else feedback.nearest)(weight, settings, clip)
         rows = search.spread_rows(len(weight), settings.search_rows, weight.device)
         clipped = self._losses(layer, codes, rows)
         if not _judged(layer, clipped, rows) < _judged(layer, losses.at(rows), rows):

@@ -68,7 +68,7 @@ py::tuple py_gptq_quantize(const Tensor& weight, const Tensor& factor, const Ten
 // Codes, scales and zeros that quantize_weight or gptq_quantize made of the same weight.
 py::tuple py_refine_quantized(const Tensor& weight, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
                               const Tensor& second_moment, int64_t group_size, int64_t bits, double damping,
-                              int64_t rounds, const OptionalTensor& channel_scale) {
+                              int64_t rounds, const OptionalTensor& channel_scale, bool scales_only) {
   constexpr const char* kName = "refine_quantized";
   Tensor holder;
   const WeightView view = view_weight(kName, weight, holder);
@@ -87,9 +87,9 @@ py::tuple py_refine_quantized(const Tensor& weight, const Tensor& codes, const T
                z = zeros.contiguous();
   {
     py::gil_scoped_release release;
-    refine_quantized(kernels(), view, spec, float_data(s), float_data(g), damping, rounds, z.const_data_ptr<uint8_t>(),
-                     c.mutable_data_ptr<uint8_t>(), static_cast<uint16_t*>(t.mutable_data_ptr()),
-                     at::get_num_threads());
+    refine_quantized(kernels(), view, spec, float_data(s), float_data(g), damping, rounds, scales_only,
+                     z.const_data_ptr<uint8_t>(), c.mutable_data_ptr<uint8_t>(),
+                     static_cast<uint16_t*>(t.mutable_data_ptr()), at::get_num_threads());
   }
   return py::make_tuple(c, t, z);
 }
@@ -111,8 +111,9 @@ void bind_gptq(py::module_& m) {
   m.def("refine_quantized", &py_refine_quantized, py::arg("weight"), py::arg("codes"), py::arg("scales"),
         py::arg("zeros"), py::arg("second_moment"), py::arg("group_size"), py::arg("bits") = 4,
         py::arg("damping") = 1.0, py::arg("rounds") = 1, py::arg("channel_scale") = py::none(),
-        "Codes and scales that lower the output error further: in each round every scale, then every code, is set to\n"
-        "its best value while all others stand. Zeros stay. H as in gptq_factor.");
+        py::arg("scales_only") = false,
+        "Codes and scales that lower the output error further: in each round every scale, then every code (unless\n"
+        "scales_only), is set to its best value while all others stand. Zeros stay. H as in gptq_factor.");
 }
 
 }  // namespace awq

@@ -170,7 +170,7 @@ class RefinedRows {
 }  // namespace
 
 void refine_quantized(const KernelTable& table, const WeightView& weight, const QuantSpec& spec,
-                      const float* channel_scale, const float* moment, double damping, int64_t rounds,
+                      const float* channel_scale, const float* moment, double damping, int64_t rounds, bool scales_only,
                       const uint8_t* zeros, uint8_t* codes, uint16_t* scales, int threads) {
   constexpr int64_t kErrorFloats = 1 << 18;  // errors of a task: with a panel of H in the second-level cache
   const int64_t k = weight.in_features, n = weight.out_features, width = table.tile_cols;
@@ -191,6 +191,7 @@ void refine_quantized(const KernelTable& table, const WeightView& weight, const 
     for (int64_t round = 0; round < rounds; ++round) {
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t p = 0; p < count; ++p) mine[p].refine_step(h, g);
+      if (scales_only) continue;
       for (int64_t j = 0; j < h.count(); ++j)
         for (int64_t p = 0; p < count; ++p) mine[p].refine_codes(h, j, order.data(), group_of.data());
       for (int64_t p = 0; p < count; ++p) mine[p].settle();

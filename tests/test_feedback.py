@@ -280,6 +280,43 @@ def test_both_implementations_refine_alike() -> None:
     assert same.sum() >= 45
 
 
+@KERNELS
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group_size", [-1, 128, 7])
+def test_scales_alone_are_set_to_their_best(
+    kernels: ModuleType, isa: str, shape: tuple[int, int], dtype: torch.dtype, group_size: int
+) -> None:
+    n, k = shape
+    second_moment, weight, scale = moment(k), torch.randn(shape).to(dtype), torch.rand(k) + 0.5
+    parts = reference.quantize_weight(weight, group_size, channel_scale=scale)
+    codes, fitted, zeros = kernels.refine_quantized(
+        weight, *parts, second_moment, group_size, channel_scale=scale, scales_only=True
+    )
+    assert torch.equal(codes, parts[0])
+    assert torch.equal(zeros, parts[2])
+    # The last group was set when all the others had their places: it is where the derivative is 0, in fp64.
+    h = second_moment.double() / (scale.double() * scale.double()[:, None])
+    own = h.diagonal()
+    own.copy_(torch.where(own > 0, own * 2, 1.0))
+    g = reference.group_length(k, group_size)
+    last = slice((k - 1) // g * g, k)
+    level = parts[0].double() - reference.expand_groups(parts[2].double(), k, group_size)
+    steps = fitted.double()
+    others = (level * reference.expand_groups(steps, k, group_size)).index_fill(1, torch.arange(last.start, k), 0)
+    left = weight.double() * scale.double() - others
+    size = ((level[:, last] @ h[last, last]) * level[:, last]).sum(1)
+    best = (left @ h[:, last] * level[:, last]).sum(1) / size
+    before = parts[1][:, -1].double()
+    sure = (best > 0.51 * before) & (best < 1.99 * before)
+    # Sums over K in fp32, of terms of either sign: gamma_K of the sum of their sizes; and half a unit of fp16 (or of its
+    # smallest number).
+    sizes = (left.abs() @ h[:, last].abs() * level[:, last].abs()).sum(1) / size
+    allowed = EPS * (4 * k + 16) * sizes + 2.0**-11 * best.abs() + 2.0**-25
+    assert ((steps[:, -1] - best).abs() <= allowed)[sure].all()
+    assert not sure.any() or n * k < 50 or sure.sum() > n // 2
+
+
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
 

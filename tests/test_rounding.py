@@ -100,3 +100,43 @@ def test_nearest_has_losses_unless_there_is_a_problem(kernels: ModuleType) -> No
     layer = Rounding(kernels).nearest("x", linear, config, one, problem="too few rows")
     assert layer.loss is None
     assert layer.method == "rtn"
+
+
+@KERNELS
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scales_of_groups_are_fitted_to_the_nearest_codes(kernels: ModuleType, scaled: bool) -> None:
+    fitted = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        one, linear = book(), nn.Linear(K, N)
+        scale, divisor = (torch.rand(K) * 0.1 + 0.95, torch.rand(N) * 0.1 + 0.95) if scaled else (None, None)
+        feedback = Feedback(kernels, one.stats.second_moment(), scale)
+        layers = [
+            Rounding(kernels).searched("x", linear, config, one, feedback, divisor)
+            for config in (AwqConfig(group_size=16, clip=False, refine=refine) for refine in (0, 1))
+        ]
+        plain = search.quantize(kernels, divided(linear.weight.detach(), divisor), AwqConfig(group_size=16), scale)
+        assert all(torch.equal(layer.codes.stored, plain.stored) for layer in layers)
+        assert torch.equal(layers[0].codes.scales, plain.scales)
+        assert layers[1].loss <= layers[1].loss_rtn
+        fitted.append(layers[1].loss / layers[0].loss)
+    assert min(fitted) < 0.95, "the loss falls"
+
+
+@KERNELS
+def test_a_fit_that_loses_to_rtn_is_not_taken(kernels: ModuleType) -> None:
+    # so much damping that only the channels' own errors count, of inputs that are all alike
+    torch.manual_seed(0)
+    x = torch.randn(T, 1) + 1e-3 * torch.randn(T, K)
+    one = InputStatistics(SimpleNamespace(rows=T, second_moment=lambda: x.T @ x), T)
+    config, undone = AwqConfig(group_size=16, clip=False, damping=1e6), 0
+    for _ in range(20):
+        linear = nn.Linear(K, 1)
+        feedback = Feedback(kernels, one.stats.second_moment(), None)
+        layer = Rounding(kernels).searched("x", linear, config, one, feedback)
+        rtn, fitted = (feedback.nearest(linear.weight.detach(), config, fitted=fit) for fit in (False, True))
+        assert layer.loss <= layer.loss_rtn
+        lost = loss_of(linear.weight.detach(), fitted.dequantize(kernels, 16), one) > layer.loss_rtn
+        assert torch.equal(layer.codes.scales, (rtn if lost else fitted).scales)
+        undone += lost
+    assert 0 < undone < 20

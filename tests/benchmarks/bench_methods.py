@@ -38,6 +38,7 @@ METHODS = [
 def wide(found: Comparison, title: str, measure: str) -> Grid:
     """A line for each method, a column for each kind of traffic; bold the best, ≈ what cannot be told apart from it."""
     rows = []
+    based = any(row.label == "rtn" and not row.error for row in found.rows)
     for row in found.rows:
         if row.error or measure not in row.evaluations[found.traffic[0]].measures:
             continue
@@ -47,7 +48,7 @@ def wide(found: Comparison, title: str, measure: str) -> Grid:
             text = f"{row.evaluations[name].measures[measure].value:.4g}"
             share = (
                 found.gap_closed(row.label, name)
-                if measure == "perplexity" and row.config and row.label != "rtn"
+                if based and measure == "perplexity" and row.config and row.label != "rtn"
                 else None
             )
             text += "" if share is None else f" ({share:.0%})"
