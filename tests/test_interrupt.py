@@ -121,7 +121,7 @@ def salience(case: models.Case) -> None:
     awq_ext.salience(case.model, case.batches, {"same": case.batches}, group_size=16)
 
 
-WORK = [(quantize, 300), (plan, 60), (evaluate, 60), (salience, 60), (sensitivity, 60)]
+WORK = [(quantize, 240), (plan, 60), (evaluate, 60), (salience, 60), (sensitivity, 60)]
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens are few")
