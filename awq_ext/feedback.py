@@ -19,7 +19,7 @@ class Feedback:
 
     def __init__(self, kernels: ModuleType, second_moment: Tensor, scale: Tensor | None) -> None:
         self._kernels = kernels
-        self._second_moment = second_moment
+        self.second_moment = second_moment
         self.scale = scale
         self._factors: dict[tuple[bool, float], tuple[Tensor, Tensor]] = {}
 
@@ -49,7 +49,7 @@ class Feedback:
             parts = self._kernels.refine_quantized(
                 weight,
                 *parts,
-                self._second_moment,
+                self.second_moment,
                 settings.group_size,
                 settings.bits,
                 settings.damping,
@@ -61,18 +61,18 @@ class Feedback:
 
     def damped(self, damping: float) -> Tensor:
         """The second moment that errors are measured by: fp32 [K, K], the diagonal raised by the share ``damping`` of itself."""
-        moment = self._second_moment.clone()
+        moment = self.second_moment.clone()
         moment.diagonal().mul_(1 + damping)
         return moment
 
     def _factor(self, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:
         if (act_order, damping) not in self._factors:
-            diagonal = self._second_moment.diagonal()
+            diagonal = self.second_moment.diagonal()
             if self.scale is not None:
                 diagonal = diagonal / self.scale**2
             order = torch.arange(len(diagonal), device=diagonal.device)
             if act_order:
                 order = diagonal.argsort(descending=True, stable=True)
-            factor = self._kernels.gptq_factor(self._second_moment, order, damping, self.scale)
+            factor = self._kernels.gptq_factor(self.second_moment, order, damping, self.scale)
             self._factors[act_order, damping] = factor, order
         return self._factors[act_order, damping]

@@ -17,8 +17,9 @@ class LayerReport:
     """One nn.Linear. Losses are mean squared output errors per calibration row, summed over outputs; None if not measured.
 
     status: "int4", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
-    scale: "identity", "plain" or "duo"; alpha its exponent; applied: "norm" or "linear" (folded into one), "run time", "weights"
-    (fake-quantized weights hold both) or "" (nothing to apply). group: the first Linear of the scale group, which shares the scale.
+    scale: "identity", "plain" or "duo"; alpha its exponent; power: of that scale, which error feedback was given (otherwise 1).
+    applied: "norm" or "linear" (folded into one), "run time", "weights" (fake-quantized weights hold both) or "" (nothing to
+    apply). group: the first Linear of the scale group, which shares the scale.
     tail, top_share: of the group's input, for its first Linear: ranked salience (``channels.tail``), and the part of the top 1 %.
     """
 
@@ -32,6 +33,7 @@ class LayerReport:
     group: str = ""
     scale: str = ""
     alpha: float | None = None
+    power: float = 1.0
     applied: str = ""
     clipped: bool = False
     loss_rtn: float | None = None

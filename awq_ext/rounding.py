@@ -59,6 +59,15 @@ class Rounding:
             self._clip(layer, losses, feedback)
         return layer
 
+    def loss_after_feedback(self, linear: nn.Linear, settings: AwqConfig, feedback: Feedback, rows: Tensor) -> float:
+        """Squared output error over the calibration rows that error feedback would leave, estimated on some output ``rows``."""
+        weight = linear.weight.detach()[rows]
+        codes = feedback.quantize(weight, settings)
+        losses = search.row_losses(
+            self._kernels, weight, codes, feedback.scale, feedback.second_moment, settings.group_size
+        )
+        return float(losses.plain.sum()) * len(linear.weight) / len(rows)
+
     def _round_to_nearest(self, layer: LayerSolution, plain: RowLosses, feedback: Feedback) -> RowLosses:
         """Give ``layer`` codes by its scale, the scales of its groups fitted; ``plain``: the losses of the codes it has, RTN's.
 

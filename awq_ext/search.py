@@ -7,7 +7,7 @@ number of calibration rows (AWQ, arXiv 2306.00978, equation 4, rewritten).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -26,15 +26,23 @@ _FEWEST_ROWS = 64
 # minimum each.
 _STRIDE = 3
 _PROMISING = 4
+# Powers of a chosen scale that error feedback may get in its place. Scales are chosen for rounding to nearest; feedback makes up
+# for part of what they protect from, while what they cost the other channels of a weight group stays (docs/quality.md).
+STRENGTHS = (1.0, 0.75, 0.5)
 
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """The scale of a group: s fp32 [K], or None for the identity; its family and alpha."""
+    """The scale of a group: s fp32 [K], or None for the identity; its family and alpha, and the power of that which s is."""
 
     scale: Tensor | None
     kind: str = "identity"
     alpha: float | None = None
+    power: float = 1.0
+
+    def weakened(self, power: float) -> ScaleChoice:
+        """s to the power of ``power``."""
+        return self if self.scale is None else replace(self, scale=self.scale**power, power=power)
 
 
 @dataclass(frozen=True)
@@ -175,14 +183,11 @@ def _ranking_losses(
     settings: Sequence[AwqConfig],
 ) -> Tensor:
     """What each Linear would lose by each candidate [C, K], estimated on evenly spaced rows: fp64 [Linears, C]."""
-    wanted = ranking_rows(settings[0].search_rows, candidates.shape[1])
-    total_rows = sum(len(weight) for weight in weights)
     losses = []
-    for weight, second_moment, config in zip(weights, second_moments, settings, strict=True):
-        # rows in proportion to the Linear's height, but enough for a thin one to be judged by
-        rows = min(len(weight), max(_FEWEST_ROWS, wanted * len(weight) // total_rows)) if wanted else 0
+    counts = rows_to_judge_by(weights, settings[0].search_rows)
+    for weight, second_moment, config, rows in zip(weights, second_moments, settings, counts, strict=True):
         sampled = kernels.scale_losses(weight, candidates, second_moment, max_rows=rows, **config.quantizer)
-        losses.append(sampled * (len(weight) / (rows or len(weight))))
+        losses.append(sampled * (len(weight) / rows))
     return torch.stack(losses)
 
 
@@ -204,6 +209,13 @@ def _around(totals: Tensor) -> list[int]:
     best = totals.argsort(stable=True)[:_PROMISING].tolist()
     steps = [2 * step for step in range(1 - _STRIDE, _STRIDE)]
     return sorted({i + step for i in best for step in steps if 0 <= i + step < len(totals)})
+
+
+def rows_to_judge_by(weights: Sequence[Tensor], search_rows: int) -> list[int]:
+    """How many rows of each Linear of a group stand for all: in proportion to its height, but enough to judge a thin one by."""
+    wanted = ranking_rows(search_rows, weights[0].shape[1])
+    total = sum(len(weight) for weight in weights)
+    return [min(len(w), max(_FEWEST_ROWS, wanted * len(w) // total)) if wanted else len(w) for w in weights]
 
 
 def ranking_rows(search_rows: int, in_features: int) -> int:

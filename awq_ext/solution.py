@@ -92,6 +92,7 @@ class GroupSolution:
                 group=self.layers[0].name,
                 scale="identity" if layer.scale is None else self.choice.kind,
                 alpha=None if layer.scale is None else self.choice.alpha,
+                power=1.0 if layer.scale is None else self.choice.power,
                 applied="" if layer.scale is None else applied,
                 clipped=layer.clipped,
                 loss_rtn=layer.loss_rtn,

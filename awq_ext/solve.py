@@ -108,9 +108,36 @@ class BlockSolver:
         weights = [self.surveyed.linears[name].weight.detach() for name in usable]
         moments = (book.inputs[name].stats.second_moment() for name in usable)
         tie = None if fold is None else fold.tie
-        return search.search_scale(
+        choice = search.search_scale(
             self.kernels, weights, book.x_mean(usable), moments, settings, tie, alone=_each_alone(group, fold)
         )
+        return self._weakened(choice, usable, book) if settings[0].feeds_back and choice.scale is not None else choice
+
+    def _weakened(self, choice: ScaleChoice, names: Sequence[str], book: GroupStatistics) -> ScaleChoice:
+        """The power of the scale by which the Linears called ``names`` lose least once errors are fed back."""
+        linears = [self.surveyed.linears[name] for name in names]
+        settings = [self.config.for_layer(name) for name in names]
+        counts = search.rows_to_judge_by([linear.weight for linear in linears], settings[0].search_rows)
+        rows = [
+            search.spread_rows(len(linear.weight), count, linear.weight.device)
+            for linear, count in zip(linears, counts, strict=True)
+        ]
+        trials = [choice.weakened(power) for power in search.STRENGTHS]
+        losses = []
+        for trial in trials:
+            feedbacks = self._feedbacks(names, book, trial.scale)
+            each = map(self.rounding.loss_after_feedback, linears, settings, feedbacks, rows)
+            losses.append(sum(each))
+        return trials[losses.index(min(losses))]
+
+    def _feedbacks(self, names: Sequence[str], book: GroupStatistics, scale: Tensor | None) -> Iterator[Feedback]:
+        """One for each Linear, the same for those of one input: its second moment is factorized once."""
+        last, feedback = None, None
+        for name in names:
+            one = book.inputs[name]
+            if feedback is None or one is not last:
+                last, feedback = one, Feedback(self.kernels, one.stats.second_moment(), scale)
+            yield feedback
 
     def _problem(self, name: str, book: GroupStatistics) -> str:
         """Why the statistics of a Linear's input cannot guide a search, or ""."""
@@ -161,16 +188,12 @@ class BlockSolver:
         scale = choice.scale if fold is None or choice.scale is None else fold.effective_scale(choice.scale)
         fold = None if scale is None else fold
         solution = GroupSolution(group, book, replace(choice, scale=scale), fold)
-        feedbacks: dict[int, Feedback] = {}  # one for each input: its second moment is factorized once
-        for name in group.linears:
+        for name, feedback in zip(group.linears, self._feedbacks(group.linears, book, scale), strict=True):
             if self._problem(name, book):
                 # a norm that holds 1/s holds it for all that read it
                 solution.layers.append(self._rounded(name, book, None if fold is None else scale))
             else:
-                one = book.inputs[name]
-                if id(one) not in feedbacks:
-                    feedbacks = {id(one): Feedback(self.kernels, one.stats.second_moment(), scale)}
-                solution.layers.append(self._searched(name, one, feedbacks[id(one)]))
+                solution.layers.append(self._searched(name, book.inputs[name], feedback))
         return solution
 
     def _rounded(self, name: str, book: GroupStatistics, scale: Tensor | None = None) -> LayerSolution:

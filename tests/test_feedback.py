@@ -342,3 +342,46 @@ def test_feedback_is_dropped_where_it_does_not_help() -> None:
     assert (rows[0].method, rows[0].loss) == ("rtn", rows[0].loss_rtn)
     assert rows[1].method == "gptq"
     assert rows[1].loss < rows[1].loss_rtn
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 96), nn.Linear(64, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.a(x), self.b(x)], -1)
+
+
+def fed_back_loss(weights: list[Tensor], scale: Tensor, second_moment: Tensor, settings: AwqConfig) -> float:
+    """What the Linears lose together, over all rows."""
+    feedback = Feedback(_C, second_moment, scale)
+    found = [feedback.quantize(weight, settings).dequantize(_C, settings.group_size, scale) for weight in weights]
+    return sum(float(reference.quadratic_loss(f - w, second_moment).sum()) for f, w in zip(found, weights, strict=True))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_power_of_the_scale_is_the_one_that_loses_least(bits: int) -> None:
+    settings = AwqConfig(bits=bits, group_size=16, search_rows=0, clip=False, fold="never", packed=False)
+    powers = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = TwoHeads()
+        x = torch.randn(400, 64) @ (torch.eye(64) + torch.randn(64, 64) / 16) * torch.exp(1.5 * torch.randn(64))
+        awq, both = (
+            awq_ext.quantize(copy.deepcopy(model), [x], settings, method=method, progress=False).awq_report
+            for method in ("awq", "awq+gptq")
+        )
+        row = both.layers[0]
+        assert (row.scale, row.alpha) == (awq.layers[0].scale, awq.layers[0].alpha)
+        weights = [model.a.weight.detach(), model.b.weight.detach()]
+        w_mean = search.weight_mean(weights, [16, 16])
+        scales, labels = search.candidate_scales(x.abs().mean(0), w_mean, settings.n_grid)
+        scale = scales[[(label.kind, label.alpha) for label in labels].index((row.scale, row.alpha))]
+        losses = {power: fed_back_loss(weights, scale**power, x.T @ x, settings) for power in search.STRENGTHS}
+        # fp32 sums in another order
+        assert losses[row.power] <= min(losses.values()) * (1 + 1e-4)
+        assert sum(one.loss for one in both.layers) * len(x) == pytest.approx(losses[row.power], rel=1e-3)
+        assert {one.power for one in awq.layers} == {1.0}
+        powers.add(row.power)
+    assert len(powers) > 1
