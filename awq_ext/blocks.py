@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from . import interrupt
 from .batches import Call
 from .threadstate import ThreadState, other_state
 
@@ -186,6 +187,7 @@ class _Worker(greenlet.greenlet):
         self.stop = None
 
     def advance(self) -> None:
+        interrupt.check()
         self.switch() if not self else self.switch(None)
 
     def end(self) -> None:
@@ -196,6 +198,7 @@ class _Worker(greenlet.greenlet):
                 self.throw(greenlet.GreenletExit)
 
     def do(self, errand: Callable[[], T]) -> T:
+        interrupt.check()
         self.switch(errand)
         result, self._result = self._result, None
         return result
@@ -203,6 +206,7 @@ class _Worker(greenlet.greenlet):
 
 def run_call(model: nn.Module, call: Call, index: int) -> Any:
     """``model(*args, **kwargs)``; an exception of the model is re-raised as CalibrationError with the batch's number."""
+    interrupt.check()
     try:
         return model(*call.args, **call.kwargs)
     except Exception as error:

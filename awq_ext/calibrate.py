@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import interrupt
 from .batches import Call
 from .blocks import Block, Stop, copy_inputs, run_call, tensor_bytes
 from .groups import ScaleGroup, Watch, linear_input, norm_candidates
@@ -78,7 +79,7 @@ def survey(
             inside = linears_of(block, linears)
             norms = {f"{block.name}.{n}" if block.name else n: m for n, m in norm_candidates(block.module).items()}
             stack.enter_context(watches[block.name].on(inside, norms))
-            stack.enter_context(tokens[block.name].on(inside, norms))
+            stack.enter_context(tokens[block.name].on(norms))
             stack.enter_context(_entry_hook(block, order, sizes))
             stack.enter_context(_exit_hook(block, watches[block.name]))
         with torch.no_grad():
@@ -93,7 +94,8 @@ def survey(
         groups = tokens[block.name].join(groups, watches[block.name], inside, kind)
         reasons = tokens[block.name].reasons
         inside = {name: linear for name, linear in inside.items() if name not in reasons}
-        found.append(BlockSurvey(block, inside, groups, sizes[block.name], reasons, tokens[block.name].mixtures))
+        worked_on = [mixture for mixture in tokens[block.name].mixtures if mixture.linears.keys() & inside.keys()]
+        found.append(BlockSurvey(block, inside, groups, sizes[block.name], reasons, worked_on))
     return found
 
 
@@ -106,6 +108,7 @@ def linears_of(block: Block, linears: Mapping[str, T]) -> dict[str, T]:
 @contextmanager
 def _entry_hook(block: Block, order: list[Block], sizes: dict[str, int]) -> Iterator[None]:
     def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        interrupt.check()
         order.append(block)
         sizes[block.name] = tensor_bytes((args, kwargs))
 

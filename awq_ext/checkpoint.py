@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import interrupt
 from .formats.packed import CheckpointError
 from .index import INDEX_NAME, empty_layer, index_of, read_index
 from .journal import Journal
@@ -229,6 +230,7 @@ def _placed(
         # tensors that only the quantized layer has go where the Linear's weight is
         near = old if old is not None else next(iter((*parent.parameters(), *parent.buffers())), None)
         if source not in made:
+            interrupt.check()
             tensor = tensors[source]
             if near is not None and not near.is_meta:
                 tensor = tensor.to(near.device)

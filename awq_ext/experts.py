@@ -12,6 +12,8 @@ from torch.nn import functional as F
 # How a forward may use a fused weight W: F.linear(x, W[e]), x @ W[e], torch.bmm(x, W).
 USES = ("linear", "matmul", "bmm")
 MATMULS = ("matmul", "__matmul__", "mm")
+# Why what chooses among experts stays float: a token that goes to another one is no rounding error.
+ROUTER = "router of experts"
 
 
 class ExpertLinears(nn.ModuleList):

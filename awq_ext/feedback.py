@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import interrupt
 from .config import AwqConfig
 from .search import Codes
 
@@ -25,6 +26,7 @@ class Feedback:
 
     def quantize(self, weight: Tensor, settings: AwqConfig, clip: Tensor | None = None) -> Codes:
         """Codes of ``weight`` [N, K], ranges shrunk by ``clip`` fp32 [N, G]: each channel makes up for those before it."""
+        interrupt.check()
         factor, order = self._factor(settings.act_order, settings.damping)
         parts = self._kernels.gptq_quantize(
             weight, factor, order, channel_scale=self.scale, clip=clip, **settings.quantizer
@@ -33,6 +35,7 @@ class Feedback:
 
     def nearest(self, weight: Tensor, settings: AwqConfig, clip: Tensor | None = None, fitted: bool = True) -> Codes:
         """Codes of ``weight`` rounded to nearest; ``fitted``: the scales of its groups then refined, the codes as they are."""
+        interrupt.check()
         parts = self._kernels.quantize_weight(weight, channel_scale=self.scale, clip=clip, **settings.quantizer)
         # once: a further round lowers the loss by 0.1 %, for another pass over the second moment
         return self._refined(weight, parts, settings, min(settings.refine, 1) if fitted else 0, scales_only=True)

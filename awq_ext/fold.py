@@ -80,7 +80,7 @@ class NormFold:
 
         def powers(w: Tensor) -> Tensor:
             gain = 1 + w
-            # times proof.EXPONENTS and minus 1 these need at most 8 bits: -2^6 - 1 and 2^-6 - 1 are exact even in bfloat16
+            # times origin.EXPONENTS and minus 1 these need at most 8 bits: -2^6 - 1 and 2^-6 - 1 are exact even in bfloat16
             size = gain.abs().clamp(2.0**-4, 2.0**4).log2().round()
             return torch.where(gain < 0, -1.0, 1.0) * 2.0**size - 1
 

@@ -88,6 +88,21 @@ def find_fused(
     return found
 
 
+def routers_beside(model: nn.Module) -> set[str]:
+    """Names of Linears that have a row for each expert of a parameter [E, ., .], and read what its experts do.
+
+    Those of parameters that were taken apart are found with their Linears (``mixture.py``); this is for what stays whole.
+    """
+    found = set()
+    for fused in find_fused(model):
+        count, *sides = fused.original.shape
+        place = fused.name.rpartition(".")[0].rpartition(".")[0]
+        for name, module in model.get_submodule(place).named_modules(prefix=place):
+            if isinstance(module, nn.Linear) and module.out_features == count and module.in_features in sides:
+                found.add(name)
+    return found
+
+
 def _reason_for_all(fused: FusedWeight, excluded: Callable[[str, nn.Linear], str | None]) -> str:
     reasons = [excluded(f"{fused.name}.{e}", linear) for e, linear in enumerate(fused.linears("linear").children())]
     return reasons[0] if reasons[0] and all(reasons) else ""

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import interrupt
+
 
 class Journal:
     """Records how to undo a change *before* making it; as a context manager it undoes all on any exception.
 
     Undoing twice is harmless, and an interrupt between record and change undoes to the same state. Restored tensors keep
-    their identity and bits.
+    their identity and bits. While it is entered a Ctrl-C comes before a change or at the end, when all is undone or done.
     """
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self._held = ExitStack()
 
     def set_module(self, root: nn.Module, name: str, module: nn.Module) -> None:
         """Put ``module`` at the dotted ``name`` below ``root``."""
+        interrupt.check()
         parent_name, _, leaf = name.rpartition(".")
         parent = root.get_submodule(parent_name)
         old = parent._modules[leaf]
@@ -31,6 +36,7 @@ class Journal:
     @torch.no_grad()
     def write_tensor(self, tensor: Tensor, values: Tensor) -> None:
         """Overwrite a parameter or buffer in place."""
+        interrupt.check()
         saved = tensor.detach().clone()
 
         def restore() -> None:
@@ -81,10 +87,12 @@ class Journal:
             self._undo.pop()
 
     def __enter__(self) -> Journal:
+        self._held.enter_context(interrupt.held())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self.rollback()
+        with self._held:
+            if kind is not None:
+                self.rollback()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .experts import ExpertLinears
-from .groups import ScaleGroup, Watch, linear_input, tensor_identity
+from .experts import ROUTER, ExpertLinears
+from .groups import ScaleGroup, Watch, tensor_identity
 
 # What routers are usually called; seen beside experts these names are believed.
 _ROUTER_NAMES = (".router", ".gate")
@@ -101,6 +101,12 @@ def _routers(
                 yield name, module, leaf
 
 
+def expert_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a Linear of an expert was called with; None where its class calls it something else (it stays float)."""
+    x = args[0] if args else kwargs.get("input")
+    return x if isinstance(x, Tensor) and x.is_floating_point() and x.dim() else None
+
+
 def row_hashes(x: Tensor) -> Tensor:
     """One int64 for each row of x [..., K]: equal for rows of equal bits, else different but for chance (2^-64 a pair)."""
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
@@ -136,8 +142,8 @@ class MixtureWatch:
         self._sources: dict[str, dict[str, _Source]] = {}
 
     @contextmanager
-    def on(self, linears: Mapping[str, nn.Linear], norms: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Watch while the body runs a forward."""
+    def on(self, norms: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Watch while the body runs a forward. norms: in it, by name. All experts are watched, those too that stay float."""
 
         def owner_called(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,7 +154,8 @@ class MixtureWatch:
 
         def expert_called(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._rows.setdefault(name, []).append(row_hashes(linear_input(args, kwargs)))
+                if (x := expert_rows(args, kwargs)) is not None:
+                    self._rows.setdefault(name, []).append(row_hashes(x))
 
             return hook
 
@@ -162,9 +169,9 @@ class MixtureWatch:
             for mixture in self.mixtures:
                 hook = owner_called(mixture.owner)
                 stack.callback(mixture.modules[mixture.owner].register_forward_pre_hook(hook, with_kwargs=True).remove)
-                for name in mixture.linears.keys() & linears.keys():
+                for name, linear in mixture.linears.items():
                     hook = expert_called(name)
-                    stack.callback(linears[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
+                    stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if self.mixtures:
                 for name, norm in norms.items():
                     stack.callback(norm.register_forward_hook(norm_called(name)).remove)
@@ -188,18 +195,19 @@ class MixtureWatch:
         """``groups`` with the experts that read rows of one tensor joined into one, together with what reads all of it.
 
         Experts that the forward did not call are added: to the group of the others, or as groups of their own. Routers are
-        left out, and named in ``reasons``.
+        left out, and named in ``reasons``, whether any of the experts is among ``linears`` or not.
         """
         joined = list(groups)
         for mixture in self.mixtures:
+            sources = {
+                inner: self._source(mixture.owner, names, mixture.linears) for inner, names in mixture.families.items()
+            }
             families = {inner: [name for name in names if name in linears] for inner, names in mixture.families.items()}
             families = {inner: names for inner, names in families.items() if names}
-            sources = {inner: self._source(mixture.owner, names, linears) for inner, names in families.items()}
             if not mixture.fused and not any(sources.values()):
                 continue
-            # a token that goes elsewhere is no rounding error
             routers = mixture.routing(linears)
-            self.reasons |= dict.fromkeys(routers, "router of experts")
+            self.reasons |= dict.fromkeys(routers, ROUTER)
             joined = _without(joined, routers)
             joined = _join_mixture(joined, mixture, families, sources, watch, linears, kind)
         return joined

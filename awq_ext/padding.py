@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .batches import Call
 from .blocks import Stop
-from .groups import linear_input
-from .mixture import Mixture, row_hashes
+from .mixture import Mixture, expert_rows, row_hashes
 
 
 class ExpertPadding:
@@ -95,9 +94,9 @@ class ExpertPadding:
         expert = self._expert_of[name]
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = linear_input(args, kwargs)
+            x = expert_rows(args, kwargs)
             self._rows.pop(name, None)
-            if not self._padded or x.dim() < 2 or (x.dim() > 2 and self._call.row_mask(x) is not None):
+            if not self._padded or x is None or x.dim() < 2 or (x.dim() > 2 and self._call.row_mask(x) is not None):
                 return
             count = x.numel() // x.shape[-1]
             mask = self._known(row_hashes(x), x.shape[-1])

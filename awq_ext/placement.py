@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from . import interrupt
 from .formats import CheckpointError, PackedLinear
 from .formats.packed import exactly
 from .journal import Journal
@@ -139,6 +140,7 @@ class _Plan:
         for name in self.tensors:
             old = wanted[name]
             if id(old) not in made:
+                interrupt.check()
                 trained = isinstance(old, nn.Parameter)
                 tensor = self.source.float_tensor(name)
                 tensor = self._cast(tensor, old) if trained else tensor.to("cpu" if old.is_meta else old.device)
@@ -150,6 +152,7 @@ class _Plan:
 
     def layer(self, name: str) -> QuantLinear:
         """The QuantLinear for one quantized layer of the files."""
+        interrupt.check()
         old, packed = self._linear(name), self.source.layer(name)
         if (old.in_features, old.out_features) != (packed.in_features, packed.out_features):
             raise CheckpointError(

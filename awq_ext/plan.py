@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import interrupt
 from .batches import Call, read_calls
 from .blocks import lockstep
 from .config import AwqConfig, configured
@@ -30,6 +31,7 @@ from .prepare import (
 from .probe import Probe
 from .report import aligned
 from .solve import takes_fold
+from .threadstate import restoring
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def _cells(group: GroupPlan) -> tuple[str, ...]:
     )
 
 
+@restoring
 def plan(
     model: nn.Module,
     example_batch: Any,
@@ -125,7 +128,7 @@ def plan(
     model = unwrapped(model)
     device = check_layers(model, config)
     calls = read_calls([example_batch], device, tokenizer, inputs, config.seq_len)
-    with torch.inference_mode(False), Journal() as journal, torch.no_grad():
+    with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         try:
             return _plan(model, calls, batches, blocks, config, journal)
         finally:

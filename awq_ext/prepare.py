@@ -11,11 +11,13 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from . import interrupt
 from .batches import Call
 from .blocks import Block, CalibrationError, blocks_around, copy_inputs, find_blocks, run_call
 from .calibrate import BlockSurvey, linears_of, survey
 from .config import AwqConfig
-from .fused import find_fused
+from .experts import ROUTER
+from .fused import find_fused, routers_beside
 from .groups import Eligible, eligible_linears, norm_candidates, parameter_owners
 from .journal import Journal
 from .mixture import Mixture, MixtureWatch, find_mixtures
@@ -60,6 +62,9 @@ def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Jou
     standins = stand_in(model, call, excluded, journal, calibration_mode)
     eligible = eligible_linears(model, excluded)
     eligible.reasons |= standins.unfused.reasons
+    for name in routers_beside(model) & eligible.linears.keys():
+        del eligible.linears[name]
+        eligible.reasons[name] = ROUTER
     if not eligible.linears:
         _refuse(model, eligible)
     for pattern in config.per_layer:
@@ -88,9 +93,11 @@ def survey_model(
     if names and "" not in called and (unseen := {block.name for block in blocks} - called):
         raise CalibrationError(f"the first calibration batch did not call the given blocks {', '.join(sorted(unseen))}")
     if not any(s.groups for s in surveys):
+        first = next(iter(eligible.linears))
+        why = next((f" ({s.reasons[first]})" for s in surveys if first in s.reasons), "")
         raise CalibrationError(
             "the first calibration batch reached no Linear that can be quantized: "
-            f"{len(eligible.linears)} are eligible, among them {next(iter(eligible.linears))}"
+            f"{len(eligible.linears)} are eligible, among them {first}{why}"
         )
     return surveys
 
@@ -102,8 +109,7 @@ def _found_blocks(model: nn.Module, call: Call, mixtures: Sequence[Mixture]) -> 
     if not spread:
         return blocks
     watch = MixtureWatch(spread)
-    linears = {name: linear for mixture in spread for name, linear in mixture.linears.items()}
-    with watch.on(linears, norm_candidates(model)), torch.no_grad():
+    with watch.on(norm_candidates(model)), torch.no_grad():
         run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
     return blocks_around(model, blocks, [mixture.owner for mixture in watch.shown()])
 
@@ -185,19 +191,25 @@ def _eager() -> AbstractContextManager[Any]:
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """eval mode, nothing compiled, and no key/value cache where there is a switch (every suspended forward would hold one)."""
-    training = [(name, module, module.training) for name, module in model.named_modules()]
-    owners = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
-    caching = [(config, config.use_cache) for config in owners.values()]  # an encoder and a decoder may have one each
-    try:
-        model.eval()
-        for config, _ in caching:
-            config.use_cache = False
-        with _eager():
-            yield
-    finally:
-        # by name too: a module that took the place of another takes over its flag
-        for name, module, flag in training:
-            module.training = model.get_submodule(name).training = flag
-        for config, use_cache in caching:
-            config.use_cache = use_cache
+    """eval mode, nothing compiled, and no key/value cache where there is a switch (every suspended forward would hold one).
+
+    A Ctrl-C comes where :func:`awq_ext.interrupt.check` is called, or once all is as it was.
+    """
+    with interrupt.held():
+        training = [(name, module, module.training) for name, module in model.named_modules()]
+        owners = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
+        caching = [
+            (config, config.use_cache) for config in owners.values()
+        ]  # an encoder and a decoder may have one each
+        try:
+            model.eval()
+            for config, _ in caching:
+                config.use_cache = False
+            with _eager():
+                yield
+        finally:
+            # by name too: a module that took the place of another takes over its flag
+            for name, module, flag in training:
+                module.training = model.get_submodule(name).training = flag
+            for config, use_cache in caching:
+                config.use_cache = use_cache

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from . import interrupt
 from .backend import kernels_for
 from .batches import Call, read_calls
 from .bias import own_biases
@@ -37,8 +38,10 @@ from .probe import Probe, combined
 from .report import AwqReport, LayerReport
 from .solution import GroupSolution, build_layer
 from .solve import BlockSolver
+from .threadstate import restoring
 
 
+@restoring
 def quantize(
     model: nn.Module,
     calib_loader: Iterable[Any],
@@ -62,7 +65,8 @@ def quantize(
 
     Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done. Raises ValueError
     or TypeError for unusable arguments, CalibrationError when the model rejects a batch, whatever the loader raises. After
-    any exception, KeyboardInterrupt included, the model is bit for bit what it was.
+    any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C comes within a forward of a block or
+    the search of a layer; a second one comes at once. One that comes when all is done leaves the quantized model.
     """
     given, model = model, unwrapped(model)
     config = configured(config, overrides)
@@ -71,7 +75,7 @@ def quantize(
     calls = read_calls(calib_loader, device, tokenizer, inputs, config.seq_len)
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
     # tensors made in inference mode could never be trained around
-    with torch.inference_mode(False), Journal() as journal, torch.no_grad():
+    with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         memory = PeakMemory(device)
         eligible, standins = select_linears(model, calls[0], config, journal)
         with calibration_mode(model):
@@ -89,7 +93,8 @@ def quantize(
         report.warnings += standins.warnings(report.parameters)
         report.seconds = time.perf_counter() - started
         for text in report.warnings:
-            warnings.warn(text, UserWarning, stacklevel=2)
+            warnings.warn(text, UserWarning, stacklevel=3)  # past restoring()
+        interrupt.check()
         # last, so that an exception until here (a warning may be one) leaves no report behind
         model.awq_report = report
     return given

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import interrupt
 from .batches import Call, read_calls
 from .blocks import Stop, lockstep
 from .calibrate import BlockSurvey, collect
@@ -205,7 +206,7 @@ def _watch(
     """The channel means of every scale group, from one lockstep pass as quantize() makes it."""
     device = check_layers(model, config)
     calls = read_calls(samples, device, tokenizer, inputs, config.seq_len)
-    with torch.inference_mode(False), Journal() as journal, torch.no_grad():
+    with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         try:
             eligible, _ = select_linears(model, calls[0], config, journal)
             with calibration_mode(model):

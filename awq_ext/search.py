@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import interrupt, reference
 from .config import AwqConfig
 
 # Tried in this order; 1.0 first, so that equal losses keep the full range.
@@ -156,6 +156,7 @@ def search_scale(
     tie: turns candidates [C, K] into the nearest ones that can be folded. alone: a Linear that a candidate makes worse will do
     without, so that it only counts as RTN does.
     """
+    interrupt.check()
     group_sizes = [config.group_size for config in settings]
     candidates, labels = candidate_scales(x_mean, weight_mean(weights, group_sizes), settings[0].n_grid)
     if tie is not None:
@@ -229,6 +230,7 @@ def quantize(
     kernels: ModuleType, weight: Tensor, config: AwqConfig, scale: Tensor | None = None, clip: Tensor | None = None
 ) -> Codes:
     """Round ``weight`` * scale to codes, ranges shrunk by ``clip`` [N, G]."""
+    interrupt.check()
     parts = kernels.quantize_weight(weight, channel_scale=scale, clip=clip, **config.quantizer)
     return Codes.store(kernels, parts, config.bits)
 
@@ -237,6 +239,7 @@ def search_clip(
     kernels: ModuleType, weight: Tensor, second_moment: Tensor, config: AwqConfig, scale: Tensor | None
 ) -> Tensor:
     """Range ratio of every weight group: fp32 [N, G]."""
+    interrupt.check()
     ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
     return kernels.search_clip(weight, second_moment, ratios, channel_scale=scale, **config.quantizer)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import interrupt, reference
 from .backend import kernels_for
 from .qlinear import QuantLinear
 
@@ -31,6 +31,7 @@ def race(runners: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, 
     while turns < LEAST_TURNS or time.perf_counter() < end:
         turns += 1
         for name, run in runners.items():
+            interrupt.check()
             began = time.perf_counter()
             run()
             best[name] = min(best[name], time.perf_counter() - began)

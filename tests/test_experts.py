@@ -177,6 +177,7 @@ def test_parameters_that_others_share_or_a_pattern_skips_stay() -> None:
     report = model.awq_report
     assert report["0.experts.up"].note == "its weight is shared with 1.experts.up"
     assert report["0.experts.down"].note == "skipped by pattern"
+    assert {report[f"{i}.router"].note for i in range(2)} == {"router of experts"}
     assert not report.warnings
     assert model[0].experts is before["0.experts"]
     assert isinstance(model[0].experts.down, nn.Parameter)
@@ -272,7 +273,7 @@ class Interrupting(nn.Module):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no more")])
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 7])
 def test_after_an_interrupt_everything_is_the_same_object(at: int, error: BaseException) -> None:
-    model = routed(Fused)
+    model = routed(Fused).append(nn.Linear(HIDDEN, HIDDEN))  # something to quantize where the experts are refused
     model.append(Interrupting(nn.Identity(), at, error))
     Interrupting.seen = 0
     before = Snapshot(model)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import architectures
 import pytest
 import torch
 from architectures import HIDDEN, INNER, ExpertList
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import awq_ext
 from awq_ext.batches import Call
@@ -182,6 +184,72 @@ def test_min_tokens_is_the_fewest_rows_that_count() -> None:
         assert (f"{rows} calibration rows, fewer than min_tokens={limit}" == row.note) == (rows < limit)
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"skip": ("*.experts.*",)},
+        {"only": ("*.gate", "*.shared")},
+        {"skip": ("*.experts.*.w?",), "blocks": []},
+    ],
+    ids=str,
+)
+def test_routers_stay_float_beside_experts_that_do(left: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    model = architectures.loud(nn.Sequential(WithShared(), WithShared()))
+    routers = [layer.gate.weight.detach().clone() for layer in model]
+    plan = awq_ext.plan(model, batches()[0], group_size=16, **left)
+    awq_ext.quantize(model, batches(), **SETTINGS, **left)
+    report = model.awq_report
+    for i, layer in enumerate(model):
+        assert report[f"{i}.gate"].note == plan.stays_float[f"{i}.gate"] == "router of experts"
+        assert torch.equal(layer.gate.weight, routers[i])
+        assert all(report[f"{i}.experts.{e}.{kind}"].status == "float" for e in range(4) for kind in KINDS)
+        assert report[f"{i}.shared"].status == "int4"
+
+
+class WithShared(ExpertList):
+    """Beside the experts, something large that reads what the router reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(HIDDEN, 2 * HIDDEN * INNER)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shared(self.norm(x)).mean(-1, keepdim=True)
+
+
+class NamedInput(nn.Linear):
+    """No Linear in what it computes, nor in what it calls its input."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return 2 * super().forward(rows)
+
+
+class OddExpert(architectures.Expert):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = NamedInput(HIDDEN, INNER, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(rows=x)) * self.w3(x))
+
+
+def test_experts_of_other_classes_are_watched_as_far_as_they_can_be() -> None:
+    model = two_layers()
+    for layer in model:
+        layer.experts = nn.ModuleList([OddExpert() for _ in range(4)])
+    awq_ext.quantize(model, batches(), **SETTINGS)
+    report = model.awq_report
+    assert report["0.experts.0.w1"].note == "NamedInput has a forward of its own"
+    assert report["0.experts.0.w3"].status == "int4"
+    assert report["0.gate"].note == "router of experts"
+
+
+def test_a_model_with_nothing_but_routers_says_so() -> None:
+    with pytest.raises(awq_ext.CalibrationError, match=r"among them 0\.gate \(router of experts\)"):
+        awq_ext.quantize(two_layers(), batches(), only=("*.gate",), **SETTINGS)
+
+
 def test_lists_that_are_no_experts_keep_their_ways() -> None:
     class Heads(nn.Module):
         """All read all rows; the last has as many outputs as there are others."""
@@ -222,6 +290,9 @@ def test_layers_of_a_model_taken_as_a_whole_are_no_experts() -> None:
     awq_ext.quantize(model, batches(), blocks=[], **SETTINGS)
     assert model.awq_report["head"].status == "int4"
     assert len({row.group for row in model.awq_report.layers}) == 7
+    model = architectures.loud(Classifier())
+    awq_ext.quantize(model, batches(), blocks=[], skip=("layers.*",), **SETTINGS)
+    assert model.awq_report["head"].status == "int4"
 
 
 class Between(nn.Module):

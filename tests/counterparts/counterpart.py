@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import awq_ext
+import awq_ext._build
 from awq_ext.demo.data import calibration_batches
 from awq_ext.demo.model import VOCABULARY, load_demo_model
 from awq_ext.ops import int4_weight
@@ -57,6 +59,21 @@ def run(environment: str, program: str, *arguments: object, **variables: str) ->
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{program} failed in {environment}:\n{output[-6000:]}"
     return output
+
+
+def our_package_alone(folder: Path) -> Path:
+    """``folder``, for the path of another Python: nothing but this package, compiled module and metadata included."""
+    package = folder / "awq_ext"
+    package.mkdir(parents=True)
+    # of an editable installation the built modules lie elsewhere than the sources
+    built = (Path(module.__file__) for module in (awq_ext._C, awq_ext._build))
+    for path in (*Path(awq_ext.__file__).parent.iterdir(), *built):
+        if not (package / path.name).exists() and path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+    installed = Path(str(metadata.distribution("awq-ext").locate_file("")))
+    for information in installed.glob("awq_ext-*.dist-info"):
+        (folder / information.name).symlink_to(information)
+    return folder
 
 
 def trained_llama(dtype: torch.dtype = torch.float32) -> nn.Module:

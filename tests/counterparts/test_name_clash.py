@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from counterparts.counterpart import run
-
-import awq_ext
-import awq_ext._build
+from counterparts.counterpart import our_package_alone, run
 
 
 @pytest.fixture
 def beside(tmp_path: Path) -> Path:
-    """A folder for the path of another Python with nothing but this package, compiled module and metadata included."""
-    folder = tmp_path / "beside"
-    folder.mkdir()
-    package = folder / "awq_ext"
-    package.mkdir()
-    # of an editable installation the built modules lie elsewhere than the sources
-    built = (Path(module.__file__) for module in (awq_ext._C, awq_ext._build))
-    for path in (*Path(awq_ext.__file__).parent.iterdir(), *built):
-        if not (package / path.name).exists() and path.name != "__pycache__":
-            (package / path.name).symlink_to(path)
-    installed = Path(str(metadata.distribution("awq-ext").locate_file("")))
-    for information in installed.glob("awq_ext-*.dist-info"):
-        (folder / information.name).symlink_to(information)
-    return folder
+    return our_package_alone(tmp_path / "beside")
 
 
 @pytest.mark.parametrize("how", ["triton", "plain"])
