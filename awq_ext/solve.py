@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from types import ModuleType
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import search
 from .bias import CentredStats
 from .calibrate import BlockSurvey, GroupStatistics, InputStatistics
+from .clips import settle_clips
 from .config import AwqConfig
 from .feedback import Feedback
 from .fold import Change, Fold, LinearFold
@@ -66,7 +67,7 @@ class BlockSolver:
             )
             groups = self._solve_without_worse([None] * len(folds))
             report.fold_error = 0.0
-        report.output_error = self._settle_clips(groups) / (self.probe.norm or 1.0)
+        report.output_error = settle_clips(self.probe, groups) / (self.probe.norm or 1.0)
         for group in groups:
             for layer in group.layers:
                 layer.settle()
@@ -241,28 +242,6 @@ class BlockSolver:
         wanted = [takes_fold(group, self.config) for group in groups]
         return self.finder.find(self.probe, groups, self.surveyed.linears, wanted)
 
-    def _settle_clips(self, groups: Sequence[GroupSolution]) -> float:
-        """Distance of the quantized block's output from the float one, clips that raise it taken back.
-
-        Only with clip="auto": a clip lowers its own Linear's error, but may raise what the block makes of it (scores of
-        queries and keys). Each layer in turn is tried without its clip, all others as they stand; experts of one kind together.
-        """
-        substitutes: dict[tuple[nn.Module, str], Tensor] = {}
-        for layer in (layer for group in groups for layer in group.layers):
-            substitutes |= layer.substitutes(layer.codes)
-        best = self.probe.distance(substitutes)
-        for unit in _clip_units(groups):
-            layers = [layer for layer in unit if layer.unclipped_loss <= layer.limit]
-            trial = dict(substitutes)
-            for layer in layers:
-                trial |= layer.substitutes(layer.unclipped)
-            if not layers or (distance := self.probe.distance(trial)) >= best:
-                continue
-            best, substitutes = distance, trial
-            for layer in layers:
-                layer.codes, layer.unclipped, layer.loss = layer.unclipped, None, layer.unclipped_loss
-        return best
-
 
 def takes_fold(group: ScaleGroup, config: AwqConfig) -> bool:
     """Whether the group will have a scale that something can take over; fake-quantized weights hold 1/s themselves."""
@@ -281,18 +260,6 @@ def _unusable(book: InputStatistics, few: int) -> str:
 def _each_alone(group: ScaleGroup, fold: Fold | None) -> bool:
     """Whether a Linear can do without the group's scale: experts that divide their own rows at run time."""
     return fold is None and len(group.inputs) > 1
-
-
-def _clip_units(groups: Sequence[GroupSolution]) -> Iterator[list[LayerSolution]]:
-    """Clipped layers with clip="auto" to be tried together: a layer alone, but experts by the dozen."""
-    units: dict[Hashable, list[LayerSolution]] = {}
-    for group in groups:
-        for layer in group.layers:
-            if layer.settings.clip == "auto" and layer.clipped:
-                family = group.group.family or group.group.linears
-                expert = layer.name in group.group.experts
-                units.setdefault(family if expert else layer.name, []).append(layer)
-    yield from units.values()
 
 
 def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:
