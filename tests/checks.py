@@ -1,4 +1,4 @@
-"""What a test compares a model against: everything that a failed call must leave as it was."""
+"""What a test compares a model against: everything that a failed call must leave as it was, and what its layers read."""
 
 from __future__ import annotations
 
@@ -38,6 +38,26 @@ def hook_count(model: nn.Module) -> int:
     """Hooks on all modules of ``model``."""
     books = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     return sum(len(getattr(module, book)) for module in model.modules() for book in books)
+
+
+def inputs_of(model: nn.Module, batches: list[Tensor], names: list[str]) -> dict[str, Tensor]:
+    """All rows that enter the modules ``names`` when the batches run through the model: fp64 [T, K]."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        seen[name].append(x.detach().reshape(-1, x.shape[-1]).double())
+
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(lambda _, a, k, n=n: note(n, a, k), with_kwargs=True)
+        for n in names
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
 def suspended_greenlets() -> list[Any]:

@@ -10,12 +10,12 @@ import architectures
 import models
 import pytest
 import torch
-from checks import Snapshot, bits
+from checks import Snapshot, bits, inputs_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import awq_ext
-from awq_ext import _C, QuantLinear, reference
+from awq_ext import _C, reference
 from awq_ext import bias as bias_module
 from awq_ext.bias import KEPT, CentredStats, corrected, own_biases
 
@@ -47,24 +47,6 @@ def seeded(make: type[nn.Module], *args: Any) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(0)
     model = make(*args)
     return model, [torch.randn(2, t, 40).to(model.norm.weight.dtype) * 2 for t in (50, 90)]
-
-
-def inputs_of(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
-    """What each Linear is called with, all rows: fp64."""
-    seen: dict[str, list[Tensor]] = {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _, args, name=name: seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).double())
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, QuantLinear))
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
 # --- the moment around the mean --------------------------------------------------------------------------------
@@ -207,7 +189,7 @@ def test_less_is_lost_than_without(method: str, dtype: torch.dtype) -> None:
         model, batches = seeded(Relu, dtype)
         original = copy.deepcopy(model)
         report = awq_ext.quantize(model, batches, method=method, fold="never", bias_correction=on, **FAST).awq_report
-        x = inputs_of(original, batches)
+        x = inputs_of(original, batches, [row.name for row in report.layers])
         for row in report.layers:
             old, new = original.get_submodule(row.name), model.get_submodule(row.name)
             direct = x[row.name] @ (new.weight.double() - old.weight.double()).T
@@ -242,7 +224,7 @@ def test_a_bias_is_corrected_before_a_fold_divides_it(
     folded = method != "gptq" and packed
     assert (solved["up"].divisor is not None) == folded
     assert (report["down"].applied == "linear") == folded
-    rows = inputs_of(original, batches)
+    rows = inputs_of(original, batches, list(solved))
     for name, layer in solved.items():
         old, new = original.get_submodule(name), model.get_submodule(name)
         divisor = torch.ones(len(new.bias)) if layer.divisor is None else layer.divisor
@@ -323,8 +305,8 @@ def test_experts_with_biases(method: str) -> None:
     original = copy.deepcopy(model)
     batches = [torch.randn(3, 60, 24) for _ in range(2)]
     report = awq_ext.quantize(model, batches, method=method, min_tokens=1, fold="never", **FAST).awq_report
-    rows = inputs_of(original, batches)
     done = [row for row in report.layers if row.status == "int4"]
+    rows = inputs_of(original, batches, [row.name for row in done])
     assert len(done) == 12
     for row in done:
         assert row.bias_corrected

@@ -9,35 +9,15 @@ from typing import Any
 import models
 import pytest
 import torch
-from checks import hook_count, same_bits
+from checks import hook_count, inputs_of, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import awq_ext
 from awq_ext import _C, AwqReport, QuantLinear, reference
 
 FAST: dict[str, Any] = {"n_grid": 5, "progress": False}
-
-
-def inputs_of(model: nn.Module, batches: list[Tensor], names: list[str]) -> dict[str, Tensor]:
-    """All rows that enter the modules ``names`` when the batches run through the model: fp64 [T, K]."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        seen[name].append(x.detach().reshape(-1, x.shape[-1]).double())
-
-    hooks = [
-        model.get_submodule(n).register_forward_pre_hook(lambda _, a, k, n=n: note(n, a, k), with_kwargs=True)
-        for n in names
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
 def assert_never_worse(report: AwqReport) -> None:
