@@ -198,9 +198,8 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     with interrupt.held():
         training = [(name, module, module.training) for name, module in model.named_modules()]
         owners = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
-        caching = [
-            (config, config.use_cache) for config in owners.values()
-        ]  # an encoder and a decoder may have one each
+        # an encoder and a decoder may have one each
+        caching = [(config, config.use_cache) for config in owners.values()]
         try:
             model.eval()
             for config, _ in caching:
