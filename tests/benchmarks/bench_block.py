@@ -29,6 +29,9 @@ def main() -> None:
     parser.add_argument("--samples", default="8,16,32")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument(
+        "--refine", type=int, default=awq_ext.AwqConfig.refine, help="0 does not fit the groups' scales"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -55,7 +58,7 @@ def one_run(config: ByteLlamaConfig, samples: int, args: argparse.Namespace) -> 
     model = ByteLlama(config).bfloat16().eval()
     calib = [torch.randint(0, 256, (1, args.tokens)) for _ in range(samples)]
     start = time.perf_counter()
-    awq_ext.quantize(model, calib, group_size=args.group_size, progress=False)
+    awq_ext.quantize(model, calib, group_size=args.group_size, refine=args.refine, progress=False)
     seconds = time.perf_counter() - start
     report = model.awq_report
     assert all(layer.loss <= layer.loss_rtn for layer in report.layers if layer.loss is not None)
