@@ -71,6 +71,8 @@ class AwqConfig:
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.
     propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
+    random_tokens: batches of random tokens that calibration gets besides those given, as a share of their number: they show what
+        other text needs (docs/quality.md). For models that read token ids and have ``get_input_embeddings()``; 0 for none.
     packed: True makes QuantLinear modules (int4); False leaves nn.Linear with fake-quantized weights, for experiments.
     skip: what stays as it is: fnmatch patterns of layer names, or functions of (name, module) that return a bool. By default
         the output layer of language models.
@@ -96,6 +98,7 @@ class AwqConfig:
     bias_correction: bool = True
     fold: str = "auto"
     propagate: str = "float"
+    random_tokens: float = 0.25
     packed: bool = True
     skip: tuple[Selector, ...] = ("lm_head", "*.lm_head", OUTPUT_EMBEDDINGS)
     only: tuple[Selector, ...] = ()
@@ -171,10 +174,14 @@ class AwqConfig:
             if getattr(self, name) < smallest:
                 raise ValueError(f"AwqConfig.{name}={getattr(self, name)}: at least {smallest} is needed")
 
-        if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)):
-            raise TypeError(f"AwqConfig.damping={self.damping!r}: a float is needed, not {type(self.damping).__name__}")
+        for name in ("damping", "random_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"AwqConfig.{name}={value!r}: a float is needed, not {type(value).__name__}")
         if not 0 < self.damping < float("inf"):
             raise ValueError(f"AwqConfig.damping={self.damping}: a positive number is needed")
+        if not 0 <= self.random_tokens < float("inf"):
+            raise ValueError(f"AwqConfig.random_tokens={self.random_tokens}: a number from 0 is needed")
 
     @property
     def searches_scale(self) -> bool:
