@@ -74,7 +74,7 @@ def quantize(
     started = time.perf_counter()
     device = check_layers(model, config)
     calls = read_calls(calib_loader, device, tokenizer, inputs, config.seq_len)
-    drawn = [] if config.method == "rtn" else random_calls(model, calls, config.random_tokens)
+    drawn = random_calls(model, calls, config.random_share)
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
     # tensors made in inference mode could never be trained around
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():

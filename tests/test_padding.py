@@ -148,7 +148,7 @@ def test_padded_batches_count_the_rows_of_the_samples_alone(name: str) -> None:
             mask = torch.tensor([[1] * len(i) + [0] * (16 - len(i)) for i in ids])
             rows = torch.stack([torch.cat([i, i.new_full((16 - len(i),), 7)]) for i in ids])
             calls = [{"input_ids": rows, "attention_mask": mask}] if pad else [{"input_ids": i[None]} for i in ids]
-        reports.append(awq_ext.quantize(case.model, calls, random_tokens=0, **SETTINGS).awq_report)
+        reports.append(awq_ext.quantize(case.model, calls, **SETTINGS).awq_report)
     alone, together = reports
     experts = [row.name for row in alone.layers if "experts." in row.name and row.status == "int4"]
     assert experts

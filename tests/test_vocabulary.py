@@ -134,14 +134,23 @@ def test_errors_fall_where_no_calibration_row_leads() -> None:
         assert report["up"].tokens == 800 * (1 + share)
         assert report.notes == (["calibrated on 8 batches, and on 2 of random tokens"] if share else [])
         errors[share] = float((model(other) - expected).detach().square().sum())
-    # channels that nothing enters are rounded on clipped ranges of their neighbours, or as they come; seen, they count
     assert errors[0.25] < 0.9 * errors[0]
 
 
-def test_rounding_to_nearest_needs_none() -> None:
-    report = awq_ext.quantize(Reader(), [torch.zeros(1, 10, dtype=torch.long)], method="rtn", **FAST).awq_report
-    assert report["up"].tokens == 10
-    assert report.notes == []
+@pytest.mark.parametrize(
+    "options, tokens",
+    [
+        ({"method": "rtn"}, 40),
+        ({"method": "awq"}, 40),
+        ({"method": "awq", "random_tokens": 0.5}, 60),
+        ({"method": "awq+gptq"}, 50),
+        ({"method": "gptq", "random_tokens": 0}, 40),
+        ({"method": "awq", "per_layer": {"up": {"method": "gptq"}}}, 50),
+    ],
+)
+def test_error_feedback_gets_a_quarter_unless_told(options: dict[str, Any], tokens: int) -> None:
+    calib = [torch.zeros(1, 10, dtype=torch.long) for _ in range(4)]
+    assert awq_ext.quantize(Reader(), calib, **options, **FAST).awq_report["up"].tokens == tokens
 
 
 def test_a_rejected_batch_says_that_it_was_drawn() -> None:
