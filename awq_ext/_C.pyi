@@ -41,9 +41,7 @@ def search_clip(
     scale_dtype: torch.dtype = ...,
     channel_scale: Tensor | None = None,
 ) -> Tensor: ...
-def gptq_factor(
-    second_moment: Tensor, order: Tensor, damping: float = 1.0, channel_scale: Tensor | None = None
-) -> Tensor: ...
+def gptq_factor(second_moment: Tensor, order: Tensor, damping: float = 1.0) -> Tensor: ...
 def gptq_quantize(
     weight: Tensor,
     factor: Tensor,

@@ -24,14 +24,20 @@ class Feedback:
         self.scale = scale
         self._factors: dict[tuple[bool, float], tuple[Tensor, Tensor]] = {}
 
-    def quantize(self, weight: Tensor, settings: AwqConfig, clip: Tensor | None = None) -> Codes:
+    def under(self, scale: Tensor | None) -> Feedback:
+        """The same under another scale; what is factored serves both."""
+        other = Feedback(self._kernels, self.second_moment, scale)
+        other._factors = self._factors
+        return other
+
+    def quantize(self, weight: Tensor, settings: AwqConfig, clip: Tensor | None = None, refined: bool = True) -> Codes:
         """Codes of ``weight`` [N, K], ranges shrunk by ``clip`` fp32 [N, G]: each channel makes up for those before it."""
         interrupt.check()
         factor, order = self._factor(settings.act_order, settings.damping)
         parts = self._kernels.gptq_quantize(
             weight, factor, order, channel_scale=self.scale, clip=clip, **settings.quantizer
         )
-        return self._refined(weight, parts, settings, settings.refine)
+        return self._refined(weight, parts, settings, settings.refine if refined else 0)
 
     def nearest(self, weight: Tensor, settings: AwqConfig, clip: Tensor | None = None, fitted: bool = True) -> Codes:
         """Codes of ``weight`` rounded to nearest; ``fitted``: the scales of its groups then refined, the codes as they are."""
@@ -71,11 +77,10 @@ class Feedback:
     def _factor(self, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:
         if (act_order, damping) not in self._factors:
             diagonal = self.second_moment.diagonal()
-            if self.scale is not None:
-                diagonal = diagonal / self.scale**2
             order = torch.arange(len(diagonal), device=diagonal.device)
             if act_order:
+                # before scaling: by what is left then the results are as good (docs/quality.md), but every scale has its own
                 order = diagonal.argsort(descending=True, stable=True)
-            factor = self._kernels.gptq_factor(self.second_moment, order, damping, self.scale)
+            factor = self._kernels.gptq_factor(self.second_moment, order, damping)
             self._factors[act_order, damping] = factor, order
         return self._factors[act_order, damping]

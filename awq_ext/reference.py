@@ -172,21 +172,16 @@ def search_clip(
     return chosen
 
 
-def gptq_factor(
-    second_moment: Tensor, order: Tensor, damping: float = 1.0, channel_scale: Tensor | None = None
-) -> Tensor:
+def gptq_factor(second_moment: Tensor, order: Tensor, damping: float = 1.0) -> Tensor:
     """R, upper triangular, that :func:`gptq_quantize` feeds errors on with: fp32 [K, K], R R^T = H + damping * diag(H) + 1e-6 mean.
 
-    H = diag(1/s) second_moment diag(1/s), both axes reordered by ``order`` int64 [K]; channel_scale s fp32 [K]; the mean is that of
-    H's diagonal. second_moment fp32 [K, K], finite (ValueError otherwise); singular ones and channels that nothing ever entered
-    are fine: where rounding leaves the sum not positive definite, ten times as much is added.
+    H: second_moment fp32 [K, K], both axes reordered by ``order`` int64 [K]; the mean is that of H's diagonal. It must be finite
+    (ValueError otherwise); singular ones and channels that nothing ever entered are fine: where rounding leaves the sum not
+    positive definite, ten times as much is added.
     """
     if not torch.isfinite(second_moment).all():
         raise ValueError("gptq_factor: argument 'second_moment': expected finite numbers, got NaN or infinity")
-    h = second_moment.double()
-    if channel_scale is not None:
-        h = h / channel_scale.double() / channel_scale.double()[:, None]
-    h = h[order][:, order]
+    h = second_moment.double()[order][:, order]
     added = damping * h.diagonal().clamp_min(0) + 1e-6 * (float(h.diagonal().mean()) or 1.0)
     for more in range(30):
         # The last channel first: the factor of the flipped matrix, flipped back, is upper triangular.
@@ -211,9 +206,11 @@ def gptq_quantize(
 
     GPTQ (arXiv 2210.17323) as nearest plane (arXiv 2507.18553): with e the errors so far, the output error is the sum over
     channels j of (e_j R_jj + sum over i < j of e_i R_ij)^2, so channel j is rounded at w_j + (sum over i < j of e_i R_ij) / R_jj.
-    factor R fp32 [K, K] from :func:`gptq_factor` with the same order and channel_scale. Scales and zeros are those of
-    quantize_weight, whatever the order, so groups stay contiguous.
+    factor R fp32 [K, K] from :func:`gptq_factor` with the same order; inputs divided by channel_scale s have diag(1/s) R for their
+    factor, so one serves every s. Scales and zeros are those of quantize_weight, whatever the order: groups stay contiguous.
     """
+    if channel_scale is not None:
+        factor = factor / channel_scale[order][:, None]
     parts = quantize_weight(weight, group_size, bits, symmetric, scale_dtype, channel_scale, clip)
     k = weight.shape[1]
     w = weight.float() if channel_scale is None else weight.float() * channel_scale

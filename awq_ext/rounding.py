@@ -66,10 +66,13 @@ class Rounding:
             self._clip(layer, losses, feedback)
         return layer
 
-    def loss_after_feedback(self, linear: nn.Linear, settings: AwqConfig, feedback: Feedback, rows: Tensor) -> float:
-        """Squared output error over the calibration rows that error feedback would leave, estimated on some output ``rows``."""
+    def loss_after_feedback(self, linear: nn.Linear, settings: AwqConfig, rows: Tensor, feedback: Feedback) -> float:
+        """Squared output error over the calibration rows that error feedback would leave, estimated on some output ``rows``.
+
+        Before refining, which ranks scales no better (docs/quality.md) and would take as long again.
+        """
         weight = linear.weight.detach()[rows]
-        codes = feedback.quantize(weight, settings)
+        codes = feedback.quantize(weight, settings, refined=False)
         losses = search.row_losses(
             self._kernels, weight, codes, feedback.scale, feedback.second_moment, settings.group_size
         )

@@ -138,11 +138,10 @@ class BlockSolver:
             for linear, count in zip(linears, counts, strict=True)
         ]
         trials = [choice.weakened(power) for power in search.STRENGTHS]
-        losses = []
-        for trial in trials:
-            feedbacks = self._feedbacks(names, book, trial.scale)
-            each = map(self.rounding.loss_after_feedback, linears, settings, feedbacks, rows)
-            losses.append(sum(each))
+        losses = [0.0] * len(trials)
+        for *one, feedback in zip(linears, settings, rows, self._feedbacks(names, book, None), strict=True):
+            for i, trial in enumerate(trials):
+                losses[i] += self.rounding.loss_after_feedback(*one, feedback.under(trial.scale))
         return trials[losses.index(min(losses))]
 
     def _feedbacks(self, names: Sequence[str], book: GroupStatistics, scale: Tensor | None) -> Iterator[Feedback]:

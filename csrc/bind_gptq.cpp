@@ -34,19 +34,18 @@ Tensor order_argument(const char* function, const Tensor& order, int64_t in_feat
   return o;
 }
 
-Tensor py_gptq_factor(const Tensor& second_moment, const Tensor& order, double damping,
-                      const OptionalTensor& channel_scale) {
+Tensor py_gptq_factor(const Tensor& second_moment, const Tensor& order, double damping) {
   constexpr const char* kName = "gptq_factor";
   const Tensor g = float_argument(kName, "second_moment", second_moment, {-1, -1});
   const int64_t k = g.size(0);
   AWQ_CHECK(k > 0 && g.size(1) == k, kName, "second_moment", "a square matrix", g.sizes());
   AWQ_CHECK(damping > 0.0 && std::isfinite(damping), kName, "damping", "a positive number", damping);
   AWQ_CHECK(g.isfinite().all().item<bool>(), kName, "second_moment", "finite numbers", "NaN or infinity");
-  const Tensor o = order_argument(kName, order, k), s = float_argument(kName, "channel_scale", channel_scale, {k});
+  const Tensor o = order_argument(kName, order, k);
   const Tensor factor = at::empty({factor_rows(kernels(), k), k}, at::kFloat);
   py::gil_scoped_release release;
-  gptq_factor(kernels(), float_data(g), k, o.const_data_ptr<int64_t>(), float_data(s), damping,
-              factor.mutable_data_ptr<float>(), at::get_num_threads());
+  gptq_factor(kernels(), float_data(g), k, o.const_data_ptr<int64_t>(), damping, factor.mutable_data_ptr<float>(),
+              at::get_num_threads());
   return factor.narrow(0, 0, k);
 }
 
@@ -98,22 +97,20 @@ py::tuple py_refine_quantized(const Tensor& weight, const Tensor& codes, const T
 
 void bind_gptq(py::module_& m) {
   m.def("gptq_factor", &py_gptq_factor, py::arg("second_moment"), py::arg("order"), py::arg("damping") = 1.0,
-        py::arg("channel_scale") = py::none(),
-        "R fp32 [K, K], upper triangular, with R R^T = H + damping * diag(H) + 1e-6 * its mean, where H =\n"
-        "diag(1/s) second_moment diag(1/s), both axes reordered by `order` int64 [K]. ValueError for numbers that are "
-        "not "
-        "finite.");
+        "R fp32 [K, K], upper triangular, with R R^T = H + damping * diag(H) + 1e-6 * its mean, where H is the second\n"
+        "moment, both axes reordered by `order` int64 [K]. ValueError for numbers that are not finite.");
   m.def("gptq_quantize", &py_gptq_quantize, py::arg("weight"), py::arg("factor"), py::arg("order"),
         py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,
         py::arg("channel_scale") = py::none(), py::arg("clip") = py::none(),
         "quantize_weight with error feedback: channels are rounded in the given order, each making up for the errors\n"
-        "of those before it. factor and order as gptq_factor takes and gives them.");
+        "of those before it. factor and order as gptq_factor takes and gives them, whatever the channel_scale.");
   m.def("refine_quantized", &py_refine_quantized, py::arg("weight"), py::arg("codes"), py::arg("scales"),
         py::arg("zeros"), py::arg("second_moment"), py::arg("group_size"), py::arg("bits") = 4,
         py::arg("damping") = 1.0, py::arg("rounds") = 1, py::arg("channel_scale") = py::none(),
         py::arg("scales_only") = false,
         "Codes and scales that lower the output error further: in each round every scale, then every code (unless\n"
-        "scales_only), is set to its best value while all others stand. Zeros stay. H as in gptq_factor.");
+        "scales_only), is set to its best value while all others stand. Zeros stay. H = diag(1/s) "
+        "second_moment diag(1/s), its\ndiagonal raised by the share damping.");
 }
 
 }  // namespace awq

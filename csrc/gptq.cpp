@@ -132,12 +132,16 @@ class Factorization {
 // The factor as panels of tile_rows columns, each down to the end of its diagonal block.
 class FactorPanels {
  public:
-  FactorPanels(const KernelTable& table, const float* factor, int64_t k, int threads)
+  FactorPanels(const KernelTable& table, const float* factor, int64_t k, const int64_t* order,
+               const float* channel_scale, int threads)
       : width_(table.tile_rows), count_(ceil_div(k, width_)), data_(count_ * (count_ + 1) / 2 * width_ * width_) {
     parallel_for(count_, threads, [&](int64_t task, int) {
       const int64_t j = count_ - 1 - task, rows = std::min(k, (j + 1) * width_);
-      table.pack_columns(factor + j * width_, k, rows, std::min(width_, k - j * width_), width_,
-                         data_.get() + offset(j));
+      float* panel = data_.get() + offset(j);
+      table.pack_columns(factor + j * width_, k, rows, std::min(width_, k - j * width_), width_, panel);
+      if (channel_scale == nullptr) return;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < width_; ++c) panel[i * width_ + c] /= channel_scale[order[i]];
     });
   }
 
@@ -235,19 +239,17 @@ class RowPanel {
 int64_t factor_rows(const KernelTable& table, int64_t in_features) { return round_up(in_features, table.tile_rows); }
 
 void gptq_factor(const KernelTable& table, const float* moment, int64_t in_features, const int64_t* order,
-                 const float* channel_scale, double damping, float* factor, int threads) {
+                 double damping, float* factor, int threads) {
   const int64_t k = in_features;
-  const auto scale = [&](int64_t i) { return channel_scale == nullptr ? 1.0f : channel_scale[i]; };
-  const auto entry = [&](int64_t i, int64_t j) { return moment[i * k + j] / (scale(i) * scale(j)); };
   double total = 0.0;
-  for (int64_t i = 0; i < k; ++i) total += entry(i, i);
+  for (int64_t i = 0; i < k; ++i) total += moment[i * k + i];
   // nothing ever came in: any positive number gives plain rounding
   const double floor = kFloor * (total > 0.0 ? total / static_cast<double>(k) : 1.0);
   std::vector<double> added(static_cast<size_t>(k));
   bool done = false;
   for (double more = 1.0; more < kMostDamping && !done; more *= 10.0) {
     parallel_for(k, threads, [&](int64_t i, int) {
-      for (int64_t j = i; j < k; ++j) factor[i * k + j] = entry(order[i], order[j]);
+      for (int64_t j = i; j < k; ++j) factor[i * k + j] = moment[order[i] * k + order[j]];
       const double extra = more * (damping * std::max(factor[i * k + i], 0.0f) + floor);
       added[static_cast<size_t>(i)] = extra;
       factor[i * k + i] += static_cast<float>(extra);
@@ -268,7 +270,7 @@ void gptq_quantize(const KernelTable& table, const WeightView& weight, const Qua
     position[static_cast<size_t>(order[i])] = i;
     group_of[static_cast<size_t>(i)] = order[i] / spec.group_length;
   }
-  const FactorPanels panels(table, factor, k, threads);
+  const FactorPanels panels(table, factor, k, order, channel_scale, threads);
   // Row panels of a task share each factor panel; but every thread should have several tasks.
   const int64_t total = ceil_div(n, width);
   const int64_t share = std::clamp<int64_t>(kErrorFloats / (k * width), 1, ceil_div(total, int64_t{4} * threads));

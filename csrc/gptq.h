@@ -21,14 +21,15 @@ namespace awq {
 int64_t factor_rows(const KernelTable& table, int64_t in_features);
 
 // factor [factor_rows][K], the first K rows of which become R, 0 below the diagonal:
-//     R R^T = H + damping * diagonal of H + 1e-6 * its mean,   H = diag(1/s) moment diag(1/s),
-// both axes reordered by `order` [K]; channel_scale s [K] may be null. Where rounding makes that no longer positive
-// definite, more is added. fp32 products and sums, fp64 inside diagonal blocks.
+//     R R^T = H + damping * diagonal of H + 1e-6 * its mean,
+// H the moment, both axes reordered by `order` [K]. Where rounding makes that no longer positive definite, more is
+// added. fp32 products and sums, fp64 inside diagonal blocks.
 void gptq_factor(const KernelTable& table, const float* moment, int64_t in_features, const int64_t* order,
-                 const float* channel_scale, double damping, float* factor, int threads);
+                 double damping, float* factor, int threads);
 
 // Codes, scales and zeros as quantize_weight gives them, but with error feedback. The grids are those of the groups
-// before any feedback, so that groups stay contiguous under any order.
+// before any feedback, so that groups stay contiguous under any order. Inputs divided by channel_scale s have the
+// second moment diag(1/s) H diag(1/s), and diag(1/s) R for its factor: one factor serves every s.
 void gptq_quantize(const KernelTable& table, const WeightView& weight, const QuantSpec& spec,
                    const float* channel_scale, const float* clip, const float* factor, const int64_t* order,
                    uint8_t* codes, uint16_t* scales, uint8_t* zeros, int threads);
