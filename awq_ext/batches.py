@@ -12,10 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """One call ``model(*args, **kwargs)`` and the masks that tell which of its rows count."""
+    """One call ``model(*args, **kwargs)`` and the masks that tell which of its rows count; ``hint``: what to do if it fails."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    hint: str = ""
 
     @property
     def masks(self) -> list[Tensor]:

@@ -214,7 +214,7 @@ def run_call(model: nn.Module, call: Call, index: int) -> Any:
         hint = ' For a loader of (input, label) pairs pass inputs="first".' if len(call.args) > 1 else ""
         raise CalibrationError(
             f"the model rejected calibration batch {index} (tensor shapes {shapes}): "
-            f"{type(error).__name__}: {error}.{hint}"
+            f"{type(error).__name__}: {error}.{hint}{call.hint}"
         ) from error
 
 

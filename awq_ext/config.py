@@ -71,6 +71,9 @@ class AwqConfig:
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.
     propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
+    random_tokens: batches of random tokens that calibration gets besides those given, as a share of their number, for models that
+        read token ids and have ``get_input_embeddings()``. They show error feedback what other text than the calibration's
+        needs (docs/quality.md). None: 0.25 with error feedback, otherwise 0.
     packed: True makes QuantLinear modules (int4); False leaves nn.Linear with fake-quantized weights, for experiments.
     skip: what stays as it is: fnmatch patterns of layer names, or functions of (name, module) that return a bool. By default
         the output layer of language models.
@@ -96,6 +99,7 @@ class AwqConfig:
     bias_correction: bool = True
     fold: str = "auto"
     propagate: str = "float"
+    random_tokens: float | None = None
     packed: bool = True
     skip: tuple[Selector, ...] = ("lm_head", "*.lm_head", OUTPUT_EMBEDDINGS)
     only: tuple[Selector, ...] = ()
@@ -171,10 +175,16 @@ class AwqConfig:
             if getattr(self, name) < smallest:
                 raise ValueError(f"AwqConfig.{name}={getattr(self, name)}: at least {smallest} is needed")
 
-        if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)):
-            raise TypeError(f"AwqConfig.damping={self.damping!r}: a float is needed, not {type(self.damping).__name__}")
-        if not 0 < self.damping < float("inf"):
+        if not 0 < self._number("damping") < float("inf"):
             raise ValueError(f"AwqConfig.damping={self.damping}: a positive number is needed")
+        if self.random_tokens is not None and not 0 <= self._number("random_tokens") < float("inf"):
+            raise ValueError(f"AwqConfig.random_tokens={self.random_tokens}: a number from 0, or None, is needed")
+
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"AwqConfig.{name}={value!r}: a float is needed, not {type(value).__name__}")
+        return value
 
     @property
     def searches_scale(self) -> bool:
@@ -185,6 +195,14 @@ class AwqConfig:
     def feeds_back(self) -> bool:
         """Whether the method rounds with error feedback."""
         return "gptq" in self.method.split("+")
+
+    @property
+    def random_share(self) -> float:
+        """``random_tokens``, or what stands for None."""
+        if self.random_tokens is not None:
+            return self.random_tokens
+        methods = [self.method, *(fields.get("method", "") for fields in self.per_layer.values())]
+        return 0.25 if any("gptq" in method for method in methods) else 0.0
 
     @property
     def corrects_bias(self) -> bool:

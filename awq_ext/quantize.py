@@ -39,6 +39,7 @@ from .report import AwqReport, LayerReport
 from .solution import GroupSolution, build_layer
 from .solve import BlockSolver
 from .threadstate import restoring
+from .vocabulary import random_calls
 
 
 @restoring
@@ -73,6 +74,7 @@ def quantize(
     started = time.perf_counter()
     device = check_layers(model, config)
     calls = read_calls(calib_loader, device, tokenizer, inputs, config.seq_len)
+    drawn = random_calls(model, calls, config.random_share)
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
     # tensors made in inference mode could never be trained around
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
@@ -80,16 +82,18 @@ def quantize(
         eligible, standins = select_linears(model, calls[0], config, journal)
         with calibration_mode(model):
             surveys = survey_model(model, calls[0], eligible, blocks, config)
-            report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls), config)
+            report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls + drawn), config)
             biases = own_biases(model, eligible.linears.values())
             run = _Run(model, config, device, journal, report, foldable_norms(model), biases)
             with _bar(surveys, report, progress) as bar:
-                run.all_blocks(surveys, calls, memory, bar)
+                run.all_blocks(surveys, calls + drawn, memory, bar)
         standins.settle(model, journal)
         report.peak_memory_bytes = memory.bytes()
         for name, reason in reasons_to_stay(eligible, surveys).items():
             report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
         report.notes += standins.notes()
+        if drawn:
+            report.notes.append(f"calibrated on {len(calls)} batches, and on {len(drawn)} of random tokens")
         report.warnings += standins.warnings(report.parameters)
         report.seconds = time.perf_counter() - started
         for text in report.warnings:
