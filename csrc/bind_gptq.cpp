@@ -8,6 +8,7 @@
 #include "adapters.h"
 #include "bindings.h"
 #include "checks.h"
+#include "fit.h"
 #include "gptq.h"
 #include "isa.h"
 #include "layout.h"
@@ -86,9 +87,13 @@ py::tuple py_refine_quantized(const Tensor& weight, const Tensor& codes, const T
                z = zeros.contiguous();
   {
     py::gil_scoped_release release;
-    refine_quantized(kernels(), view, spec, float_data(s), float_data(g), damping, rounds, scales_only,
-                     z.const_data_ptr<uint8_t>(), c.mutable_data_ptr<uint8_t>(),
-                     static_cast<uint16_t*>(t.mutable_data_ptr()), at::get_num_threads());
+    uint16_t* const steps = static_cast<uint16_t*>(t.mutable_data_ptr());
+    if (scales_only)
+      fit_scales(kernels(), view, spec, float_data(s), float_data(g), damping, rounds, z.const_data_ptr<uint8_t>(),
+                 c.const_data_ptr<uint8_t>(), steps, at::get_num_threads());
+    else
+      refine_quantized(kernels(), view, spec, float_data(s), float_data(g), damping, rounds,
+                       z.const_data_ptr<uint8_t>(), c.mutable_data_ptr<uint8_t>(), steps, at::get_num_threads());
   }
   return py::make_tuple(c, t, z);
 }

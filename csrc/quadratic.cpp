@@ -13,8 +13,6 @@ int64_t block_channels(Precision precision) { return precision == Precision::bf1
 
 constexpr int64_t kMaxWidth = 32;  // the largest tile_cols
 
-int64_t value_bytes(Precision precision) { return precision == Precision::bf16 ? 2 : 4; }
-
 }  // namespace
 
 Precision ranking_precision(const KernelTable& table) {
@@ -84,14 +82,18 @@ int64_t row_panel_bytes(const MomentPanels& g) {
   return g.table().tile_rows * g.padded_channels() * value_bytes(g.precision());
 }
 
-void pack_row_panel(const MomentPanels& g, float* rows, void* panel) {
-  const int64_t k = g.padded_channels(), stride = g.row_stride();
-  if (g.precision() == Precision::f32) {
-    g.table().pack_rows(rows, stride, k, static_cast<float*>(panel));
+void pack_row_panel(const KernelTable& table, Precision precision, float* rows, int64_t stride, int64_t k,
+                    void* panel) {
+  if (precision == Precision::f32) {
+    table.pack_rows(rows, stride, k, static_cast<float*>(panel));
   } else {
-    g.table().round_to_bf16(rows, g.table().tile_rows * stride);
-    g.table().pack_row_pairs(rows, stride, k, static_cast<uint16_t*>(panel));
+    for (int64_t r = 0; r < table.tile_rows; ++r) table.round_to_bf16(rows + r * stride, k);
+    table.pack_row_pairs(rows, stride, k, static_cast<uint16_t*>(panel));
   }
+}
+
+void pack_row_panel(const MomentPanels& g, float* rows, void* panel) {
+  pack_row_panel(g.table(), g.precision(), rows, g.row_stride(), g.padded_channels(), panel);
 }
 
 }  // namespace awq

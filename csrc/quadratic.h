@@ -19,6 +19,8 @@ namespace awq {
 // How the factors are held. bf16 needs a level with the kernels for it.
 enum class Precision { f32, bf16 };
 
+constexpr int64_t value_bytes(Precision precision) { return precision == Precision::bf16 ? 2 : 4; }
+
 // The one to rank candidates with: bf16 where the level has it. Rounding changes an entry by at most u = 2^-9
 // relatively, rms at most u / sqrt(3), with random sign. Let L = e G e^T and A = sum of e_i^2 G_ii, the loss that
 // independent errors would have. As |G_ij| <= sqrt(G_ii G_jj), the rounding of G moves L by at most sqrt(2/3) u A rms;
@@ -59,8 +61,10 @@ class MomentPanels {
   Buffer<char> data_;
 };
 
-// Packs tile_rows rows (row_stride() apart, columns past the end 0) as one row panel; bf16 rounds the rows first, in
-// place, so that both factors of the form are the same numbers.
+// Packs tile_rows rows of k values, `stride` apart, as one row panel (bf16: k even); bf16 rounds the rows first, in
+// place, so that both factors of a form e G e^T are the same numbers.
+void pack_row_panel(const KernelTable& table, Precision precision, float* rows, int64_t stride, int64_t k, void* panel);
+// Of rows as MomentPanels are multiplied with: row_stride() apart, columns past the end 0.
 void pack_row_panel(const MomentPanels& g, float* rows, void* panel);
 // Bytes of one row panel.
 int64_t row_panel_bytes(const MomentPanels& g);

@@ -14,9 +14,10 @@ struct WeightView {
   int64_t out_features;
   int64_t in_features;
 
-  const void* row(int64_t n) const {
+  const void* row(int64_t n) const { return at(n, 0); }
+  const void* at(int64_t n, int64_t channel) const {
     const int64_t bytes = dtype == Dtype::f32 ? 4 : 2;
-    return static_cast<const char*>(data) + n * in_features * bytes;
+    return static_cast<const char*>(data) + (n * in_features + channel) * bytes;
   }
 };
 

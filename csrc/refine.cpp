@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "descent.h"
 #include "layout.h"
 #include "parallel.h"
 
@@ -16,22 +17,13 @@ constexpr int64_t kMaxTile = 14 * 32;
 // H as panels of tile_rows columns, all K rows of each.
 class FullPanels {
  public:
-  FullPanels(const KernelTable& table, const float* moment, int64_t k, const float* channel_scale, double damping,
-             int threads)
-      : width_(table.tile_rows), k_(k), count_(ceil_div(k, width_)), data_(count_ * width_ * k) {
-    const auto scale = [&](int64_t i) { return channel_scale == nullptr ? 1.0f : channel_scale[i]; };
+  FullPanels(const KernelTable& table, const DampedMoment& h, int threads)
+      : width_(table.tile_rows), k_(h.k), count_(ceil_div(k_, width_)), data_(count_ * width_ * k_) {
     parallel_for(count_, threads, [&](int64_t j, int) {
-      float* out = data_.get() + j * width_ * k;
-      const int64_t first = j * width_, cols = std::min(width_, k - first);
-      if (cols < width_) std::fill_n(out, k * width_, 0.0f);
-      for (int64_t i = 0; i < k; ++i)
-        for (int64_t c = 0; c < cols; ++c)
-          out[i * width_ + c] = moment[i * k + first + c] / (scale(i) * scale(first + c));
-      // a channel that nothing entered has no best code: any positive number leaves its code what rounding makes it
-      for (int64_t c = 0; c < cols; ++c) {
-        float& own = out[(first + c) * width_ + c];
-        own = own > 0.0f ? static_cast<float>(own * (1.0 + damping)) : 1.0f;
-      }
+      float* out = data_.get() + j * width_ * k_;
+      const int64_t first = j * width_, cols = std::min(width_, k_ - first);
+      if (cols < width_) std::fill_n(out, k_ * width_, 0.0f);
+      for (int64_t i = 0; i < k_; ++i) h.row(i, first, cols, out + i * width_);
     });
   }
 
@@ -102,13 +94,8 @@ class RefinedRows {
     }
     for (int64_t r = 0; r < width_; ++r) {
       float& step = steps_.get()[g * width_ + r];
-      const float best = static_cast<float>(step + along[r] / size[r]);
-      if (!(best > 0.5f * step && best < 2.0f * step)) continue;  // also where size is 0
-      uint16_t bits;
-      float rounded;
-      table_.from_float(&best, spec_.scale_dtype, 1, &bits);
-      table_.to_float(&bits, spec_.scale_dtype, 1, &rounded);
-      if (rounded > 0.0f && rounded <= kLargest) step = rounded;
+      // no number where size is 0
+      step = moved_step(table_, spec_.scale_dtype, step, static_cast<float>(step + along[r] / size[r]));
     }
     measure(g);
   }
@@ -145,8 +132,6 @@ class RefinedRows {
   }
 
  private:
-  static constexpr float kLargest = 0x1.fep127f;  // of bfloat16; what rounds to infinity in fp16 is larger
-
   void measure(int64_t g) {
     const int64_t begin = g * spec_.group_length, end = std::min(k_, begin + spec_.group_length);
     const float *steps = steps_.get() + g * width_, *zeros = zeros_.get() + g * width_;
@@ -170,14 +155,14 @@ class RefinedRows {
 }  // namespace
 
 void refine_quantized(const KernelTable& table, const WeightView& weight, const QuantSpec& spec,
-                      const float* channel_scale, const float* moment, double damping, int64_t rounds, bool scales_only,
+                      const float* channel_scale, const float* moment, double damping, int64_t rounds,
                       const uint8_t* zeros, uint8_t* codes, uint16_t* scales, int threads) {
   constexpr int64_t kErrorFloats = 1 << 18;  // errors of a task: with a panel of H in the second-level cache
   const int64_t k = weight.in_features, n = weight.out_features, width = table.tile_cols;
   std::vector<int64_t> order(static_cast<size_t>(k)), group_of(static_cast<size_t>(k));
   std::iota(order.begin(), order.end(), int64_t{0});
   for (int64_t i = 0; i < k; ++i) group_of[static_cast<size_t>(i)] = i / spec.group_length;
-  const FullPanels h(table, moment, k, channel_scale, damping, threads);
+  const FullPanels h(table, {moment, k, channel_scale, damping}, threads);
   const int64_t total = ceil_div(n, width), groups = ceil_div(k, spec.group_length);
   const int64_t share = std::clamp<int64_t>(kErrorFloats / (k * width), 1, ceil_div(total, int64_t{4} * threads));
   std::vector<RefinedRows> rows;
@@ -191,7 +176,6 @@ void refine_quantized(const KernelTable& table, const WeightView& weight, const 
     for (int64_t round = 0; round < rounds; ++round) {
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t p = 0; p < count; ++p) mine[p].refine_step(h, g);
-      if (scales_only) continue;
       for (int64_t j = 0; j < h.count(); ++j)
         for (int64_t p = 0; p < count; ++p) mine[p].refine_codes(h, j, order.data(), group_of.data());
       for (int64_t p = 0; p < count; ++p) mine[p].settle();

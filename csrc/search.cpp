@@ -65,11 +65,10 @@ class ClipTask {
  private:
   void load(const WeightView& weight, int64_t first, int64_t count, int64_t begin, int64_t length, int64_t stride,
             const float* channel_scale) {
-    const int64_t bytes = weight.dtype == Dtype::f32 ? 4 : 2;
     for (int64_t r = 0; r < count; ++r) {
       float* w = weights_.get() + r * stride;
       float* scaled = scaled_.get() + r * stride;
-      table_.to_float(static_cast<const char*>(weight.row(first + r)) + begin * bytes, weight.dtype, length, w);
+      table_.to_float(weight.at(first + r, begin), weight.dtype, length, w);
       if (channel_scale != nullptr)
         table_.multiply(w, channel_scale, length, scaled);
       else

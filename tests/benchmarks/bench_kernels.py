@@ -157,6 +157,24 @@ def bench_refine(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
     return interleaved(functions, min(repeat, 2)), 4 * n * k * k
 
 
+def bench_fit(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    weight, g = torch.randn(n, k).bfloat16(), moment(k)
+    parts = _C.quantize_weight(weight, GROUP)
+    error, level = torch.randn(n, k), torch.randn(n, k)
+
+    def torch_products_only() -> None:  # a lower bound for torch: the two products that each group's step takes
+        for start in range(0, k, GROUP):
+            part = slice(start, start + GROUP)
+            error @ g[:, part]
+            level[:, part] @ g[part, part]
+
+    functions = {
+        "ours": lambda: _C.refine_quantized(weight, *parts, g, GROUP, scales_only=True),
+        "torch": torch_products_only,
+    }
+    return interleaved(functions, repeat), 2 * n * k * k
+
+
 KERNELS = {
     "stats": bench_stats,
     "quadratic": bench_quadratic,
@@ -165,6 +183,7 @@ KERNELS = {
     "quantize": bench_quantize,
     "gptq": bench_gptq,
     "refine": bench_refine,
+    "fit": bench_fit,
 }
 
 
@@ -183,6 +202,7 @@ def main() -> None:
         shapes = {"": (n, k)}
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    print(f"{_C.isa()}, {args.threads} threads, torch {torch.__version__}")
     results = []
     for kernel in (name for name in args.only.split(",") if name in KERNELS):
         total = 0.0
