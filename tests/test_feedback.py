@@ -410,10 +410,13 @@ class TwoHeads(nn.Module):
         return torch.cat([self.a(x), self.b(x)], -1)
 
 
-def fed_back_loss(weights: list[Tensor], scale: Tensor, second_moment: Tensor, settings: AwqConfig) -> float:
+def fed_back_loss(
+    weights: list[Tensor], scale: Tensor, second_moment: Tensor, settings: AwqConfig, refined: bool
+) -> float:
     """What the Linears lose together, over all rows."""
     feedback = Feedback(_C, second_moment, scale)
-    found = [feedback.quantize(weight, settings).dequantize(_C, settings.group_size, scale) for weight in weights]
+    codes = [feedback.quantize(weight, settings, refined=refined) for weight in weights]
+    found = [one.dequantize(_C, settings.group_size, scale) for one in codes]
     return sum(float(reference.quadratic_loss(f - w, second_moment).sum()) for f, w in zip(found, weights, strict=True))
 
 
@@ -437,10 +440,12 @@ def test_the_power_of_the_scale_is_the_one_that_loses_least(bits: int) -> None:
         w_mean = search.weight_mean(weights, [16, 16])
         scales, labels = search.candidate_scales(x.abs().mean(0), w_mean, settings.n_grid)
         scale = scales[[(label.kind, label.alpha) for label in labels].index((row.scale, row.alpha))]
-        losses = {power: fed_back_loss(weights, scale**power, x.T @ x, settings) for power in search.STRENGTHS}
+        moment = x.T @ x
+        losses = {power: fed_back_loss(weights, scale**power, moment, settings, False) for power in search.STRENGTHS}
         # fp32 sums in another order
         assert losses[row.power] <= min(losses.values()) * (1 + 1e-4)
-        assert sum(one.loss for one in both.layers) * len(x) == pytest.approx(losses[row.power], rel=1e-3)
+        left = fed_back_loss(weights, scale**row.power, moment, settings, True)
+        assert sum(one.loss for one in both.layers) * len(x) == pytest.approx(left, rel=1e-3)
         assert {one.power for one in awq.layers} == {1.0}
         powers.add(row.power)
     assert len(powers) > 1
