@@ -252,7 +252,9 @@ def refine_quantized(
     s = torch.ones(k, device=w.device) if channel_scale is None else channel_scale
     h = second_moment / (s[:, None] * s)
     own = h.diagonal()
-    own.copy_(torch.where(own > 0, own * (1 + damping), 1.0))
+    # so little for a channel that nothing entered that the scale of its group goes by the others
+    unseen = 1e-6 * float(own.double().mean()) or 1.0
+    own.copy_(torch.where(own > 0, own * (1 + damping), unseen))
     steps, offsets, codes = scales.float(), zeros.float(), codes.float()
     largest = SCALE_RANGE[scales.dtype][1]
     with torch.autocast(weight.device.type, enabled=False):

@@ -13,6 +13,21 @@ struct DampedMoment {
   int64_t k;
   const float* channel_scale;  // s [k], or null for 1
   double damping;
+  // A channel that nothing entered has no best code: any positive number leaves its code what rounding makes it. So
+  // small that the step of its group goes by the other channels, whatever the size of the inputs.
+  float unseen = 1.0f;
+
+  DampedMoment(const float* second_moment, int64_t channels, const float* s, double share)
+      : moment(second_moment), k(channels), channel_scale(s), damping(share) {
+    double total = 0.0;
+    for (int64_t i = 0; i < k; ++i) total += own(i);
+    if (const float part = static_cast<float>(1e-6 * total / static_cast<double>(k)); part > 0.0f) unseen = part;
+  }
+
+  float own(int64_t i) const {
+    const float value = moment[i * k + i];
+    return channel_scale == nullptr ? value : value / (channel_scale[i] * channel_scale[i]);
+  }
 
   // out[c] = H[i][first + c] for c < count.
   void row(int64_t i, int64_t first, int64_t count, float* out) const {
@@ -22,9 +37,8 @@ struct DampedMoment {
     else
       for (int64_t c = 0; c < count; ++c) out[c] = source[c] / (channel_scale[i] * channel_scale[first + c]);
     if (i < first || i >= first + count) return;
-    // a channel that nothing entered has no best code: any positive number leaves its code what rounding makes it
-    float& own = out[i - first];
-    own = own > 0.0f ? static_cast<float>(own * (1.0 + damping)) : 1.0f;
+    float& diagonal = out[i - first];
+    diagonal = diagonal > 0.0f ? static_cast<float>(diagonal * (1.0 + damping)) : unseen;
   }
 };
 

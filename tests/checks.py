@@ -24,6 +24,14 @@ _HOOKS = (
 )
 
 
+def moment(k: int) -> Tensor:
+    """Second moment of correlated channels of different size, one of them dead."""
+    x = torch.randn(2 * k + 3, k) @ (torch.eye(k) + 0.3 * torch.randn(k, k) / k**0.5) * torch.rand(k).add(0.1)
+    if k > 5:
+        x[:, 4] = 0
+    return x.T @ x
+
+
 def bits(tensor: Tensor) -> bytes:
     """The tensor's bytes (NaNs compare too)."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
