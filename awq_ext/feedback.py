@@ -79,7 +79,7 @@ class Feedback:
             diagonal = self.second_moment.diagonal()
             order = torch.arange(len(diagonal), device=diagonal.device)
             if act_order:
-                # before scaling: by what is left then the results are as good (docs/quality.md), but every scale has its own
+                # by their size before scaling: as good as after it (docs/quality.md), and one factor serves every scale
                 order = diagonal.argsort(descending=True, stable=True)
             factor = self._kernels.gptq_factor(self.second_moment, order, damping)
             self._factors[act_order, damping] = factor, order

@@ -91,6 +91,21 @@ def summary(data: Data, markdown: Markdown) -> str:
     return markdown(head, (row(*one) for one in cells))
 
 
+def choices(data: Data, markdown: Markdown) -> str:
+    """One model at one setting: what each method closes on other text than the calibration's, and on what follows it."""
+    (cell,) = (cell for cells in data.values() for cell in cells.values())
+    rest = [text for text in cell["traffic"] if text.startswith("rest of ")]
+    other = [text for text in cell["traffic"] if text not in rest]
+
+    def share(label: str, texts: list[str]) -> str:
+        means = (sum(closed(cell, label, text, m) for text in texts) / len(texts) for m in ("perplexity", "kl"))
+        return " / ".join(f"{mean:.0%}" for mean in means)
+
+    rows = [[label, share(label, other), share(label, rest)] for label in labels(cell) if label != "rtn"]
+    head = ("share of RTN's gap closed, perplexity / divergence", "other text, mean", "what follows the calibration text")
+    return markdown(head, rows)
+
+
 def peers(data: Data, markdown: Markdown, described: str) -> str:
     """Ours and other tools: perplexities, seconds, and how many times longer than ours the same method took."""
     results, s = data["results"], data["settings"]
