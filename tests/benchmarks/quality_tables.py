@@ -102,7 +102,11 @@ def choices(data: Data, markdown: Markdown) -> str:
         return " / ".join(f"{mean:.0%}" for mean in means)
 
     rows = [[label, share(label, other), share(label, rest)] for label in labels(cell) if label != "rtn"]
-    head = ("share of RTN's gap closed, perplexity / divergence", "other text, mean", "what follows the calibration text")
+    head = (
+        "share of RTN's gap closed, perplexity / divergence",
+        "other text, mean",
+        "what follows the calibration text",
+    )
     return markdown(head, rows)
 
 
