@@ -22,7 +22,6 @@
 namespace awq {
 namespace {
 
-constexpr int64_t kMaxWidth = 32;       // the largest tile_cols
 constexpr int64_t kPanelsPerTask = 18;  // a block of k of all of them: about a third of a second-level cache of 1 MiB
 constexpr int64_t kScratchBytes = 16 << 20;  // of a task
 constexpr int64_t kBlockBytes = 1536;        // of each row: a block of k, long enough that a tile's end costs little
@@ -54,33 +53,23 @@ class ColumnPanels {
 
   // out[m] += a[m] H[row : row + length, panel j] e[m]^T for one packed row panel a of these channels.
   void add_form(int64_t j, int64_t row, int64_t length, const char* a, const float* e, int64_t lde, double* out) const {
-    const char* b = data_.get() + (j * padded_ + row) * width_ * value_bytes(precision_);
-    if (precision_ == Precision::f32)
-      table_.quadratic_tile(reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b), length, e, lde, out);
-    else
-      table_.quadratic_tile_bf16(reinterpret_cast<const uint16_t*>(a), reinterpret_cast<const uint16_t*>(b), length, e,
-                                 lde, out);
+    awq::add_form(table_, precision_, a, data_.get() + offset(j, row), length, e, lde, out);
   }
 
  private:
   // The square of panel j in the rows from `row` on.
   void fill(const DampedMoment& h, int64_t row, int64_t j) {
     const int64_t first = j * width_, rows = std::min(width_, h.k - row), cols = std::min(width_, h.k - first);
-    float square[kMaxWidth * kMaxWidth];
-    uint16_t halves[kMaxWidth * kMaxWidth];
+    float square[kMaxPanelWidth * kMaxPanelWidth];
     if (rows < width_ || cols < width_) std::fill_n(square, width_ * width_, 0.0f);
     for (int64_t r = 0; r < rows; ++r) {
       if (first + width_ < h.k) prefetch(h.moment + (row + r) * h.k + first + width_, width_ * 4);  // of the next one
       h.row(row + r, first, cols, square + r * width_);
     }
-    const int64_t at = (j * padded_ + row) * width_;
-    if (precision_ == Precision::f32) {
-      std::copy_n(square, width_ * width_, reinterpret_cast<float*>(data_.get()) + at);
-    } else {
-      table_.from_float(square, Dtype::bf16, width_ * width_, halves);
-      table_.pack_column_pairs(halves, width_, width_, width_, width_, reinterpret_cast<uint16_t*>(data_.get()) + at);
-    }
+    pack_column_square(table_, precision_, square, data_.get() + offset(j, row));
   }
+
+  int64_t offset(int64_t j, int64_t row) const { return (j * padded_ + row) * width_ * value_bytes(precision_); }
 
   const KernelTable& table_;
   Precision precision_;

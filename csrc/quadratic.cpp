@@ -11,8 +11,6 @@ namespace {
 // the widest level and stays in the first-level cache while the row panels stream past it.
 int64_t block_channels(Precision precision) { return precision == Precision::bf16 ? 512 : 256; }
 
-constexpr int64_t kMaxWidth = 32;  // the largest tile_cols
-
 }  // namespace
 
 Precision ranking_precision(const KernelTable& table) {
@@ -36,8 +34,7 @@ void MomentPanels::fill(int64_t panel, const float* g, int64_t ld) {
   const int64_t width = table_->tile_cols, first = panel * width, cols = std::min(width, channels_ - first);
   const int64_t length = first + width;
   // A strip of rows at a time: doubled, rounded, packed while in the cache.
-  float strip[kMaxWidth * kMaxWidth];
-  uint16_t halves[kMaxWidth * kMaxWidth];
+  float strip[kMaxPanelWidth * kMaxPanelWidth];
   for (int64_t row = 0; row < length; row += width) {
     const float factor = row < first ? 2.0f : 1.0f;
     const int64_t rows = std::min(width, channels_ - row);
@@ -46,36 +43,44 @@ void MomentPanels::fill(int64_t panel, const float* g, int64_t ld) {
       const float* source = g + (row + r) * ld + first;
       for (int64_t c = 0; c < cols; ++c) strip[r * width + c] = factor * source[c];
     }
-    const int64_t at = offset(panel) + row * width;
-    if (precision_ == Precision::f32) {
-      std::copy_n(strip, width * width, reinterpret_cast<float*>(data_.get()) + at);
-    } else {
-      table_->from_float(strip, Dtype::bf16, width * width, halves);
-      table_->pack_column_pairs(halves, width, width, width, width, reinterpret_cast<uint16_t*>(data_.get()) + at);
-    }
+    pack_column_square(*table_, precision_, strip,
+                       data_.get() + (offset(panel) + row * width) * value_bytes(precision_));
   }
 }
 
 void MomentPanels::add_block(int64_t block, const void* row_panels, const float* rows, int64_t panels,
                              double* out) const {
   const int64_t width = table_->tile_cols, mr = table_->tile_rows, size = block_channels(precision_),
-                begin = block * size;
+                begin = block * size, bytes = value_bytes(precision_);
   for (int64_t j = begin / width; j < count(); ++j) {
     const int64_t length = std::min((j + 1) * width, begin + size) - begin;
     const int64_t at = offset(j) + begin * width;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t a = (p * padded_ + begin) * mr;
       const float* e = rows + p * mr * row_stride() + j * width;
-      if (precision_ == Precision::f32) {
-        table_->quadratic_tile(static_cast<const float*>(row_panels) + a,
-                               reinterpret_cast<const float*>(data_.get()) + at, length, e, row_stride(), out + p * mr);
-      } else {
-        table_->quadratic_tile_bf16(static_cast<const uint16_t*>(row_panels) + a,
-                                    reinterpret_cast<const uint16_t*>(data_.get()) + at, length, e, row_stride(),
-                                    out + p * mr);
-      }
+      add_form(*table_, precision_, static_cast<const char*>(row_panels) + a * bytes, data_.get() + at * bytes, length,
+               e, row_stride(), out + p * mr);
     }
   }
+}
+
+void pack_column_square(const KernelTable& table, Precision precision, const float* square, void* out) {
+  const int64_t width = table.tile_cols;
+  if (precision == Precision::f32) {
+    std::copy_n(square, width * width, static_cast<float*>(out));
+  } else {
+    uint16_t halves[kMaxPanelWidth * kMaxPanelWidth];
+    table.from_float(square, Dtype::bf16, width * width, halves);
+    table.pack_column_pairs(halves, width, width, width, width, static_cast<uint16_t*>(out));
+  }
+}
+
+void add_form(const KernelTable& table, Precision precision, const void* a, const void* b, int64_t k, const float* e,
+              int64_t lde, double* out) {
+  if (precision == Precision::f32)
+    table.quadratic_tile(static_cast<const float*>(a), static_cast<const float*>(b), k, e, lde, out);
+  else
+    table.quadratic_tile_bf16(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), k, e, lde, out);
 }
 
 int64_t row_panel_bytes(const MomentPanels& g) {

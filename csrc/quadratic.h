@@ -21,6 +21,8 @@ enum class Precision { f32, bf16 };
 
 constexpr int64_t value_bytes(Precision precision) { return precision == Precision::bf16 ? 2 : 4; }
 
+constexpr int64_t kMaxPanelWidth = 32;  // the largest tile_cols
+
 // The one to rank candidates with: bf16 where the level has it. Rounding changes an entry by at most u = 2^-9
 // relatively, rms at most u / sqrt(3), with random sign. Let L = e G e^T and A = sum of e_i^2 G_ii, the loss that
 // independent errors would have. As |G_ij| <= sqrt(G_ii G_jj), the rounding of G moves L by at most sqrt(2/3) u A rms;
@@ -61,6 +63,11 @@ class MomentPanels {
   Buffer<char> data_;
 };
 
+// tile_cols rows of tile_cols values, contiguous, as that part of a column panel.
+void pack_column_square(const KernelTable& table, Precision precision, const float* square, void* out);
+// out[m] += a[m] b e[m]^T for a packed row panel a and a column panel b, k channels of both; e: fp32 at row stride lde.
+void add_form(const KernelTable& table, Precision precision, const void* a, const void* b, int64_t k, const float* e,
+              int64_t lde, double* out);
 // Packs tile_rows rows of k values, `stride` apart, as one row panel (bf16: k even); bf16 rounds the rows first, in
 // place, so that both factors of a form e G e^T are the same numbers.
 void pack_row_panel(const KernelTable& table, Precision precision, float* rows, int64_t stride, int64_t k, void* panel);
