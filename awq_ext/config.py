@@ -201,8 +201,8 @@ class AwqConfig:
         """``random_tokens``, or what stands for None."""
         if self.random_tokens is not None:
             return self.random_tokens
-        methods = [self.method, *(fields.get("method", "") for fields in self.per_layer.values())]
-        return 0.25 if any("gptq" in method for method in methods) else 0.0
+        used = (self, *(replace(self, per_layer={}, **fields) for fields in self.per_layer.values()))
+        return 0.25 if any(one.feeds_back for one in used) else 0.0
 
     @property
     def corrects_bias(self) -> bool:

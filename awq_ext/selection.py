@@ -31,10 +31,19 @@ def reason_to_skip(model: nn.Module, config: AwqConfig) -> Callable[[str, nn.Mod
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The layer that a model of transformers names as its head, whatever it is called; None for other models."""
-    getter = getattr(model, "get_output_embeddings", None)
+    return _named_by(model, "get_output_embeddings")
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Likewise, the layer that turns its input into vectors."""
+    return _named_by(model, "get_input_embeddings")
+
+
+def _named_by(model: nn.Module, method: str) -> nn.Module | None:
+    getter = getattr(model, method, None)
     try:
         return getter() if callable(getter) else None
-    except (AttributeError, NotImplementedError):  # classes without a head may inherit the method
+    except (AttributeError, NotImplementedError):  # classes without such a layer may inherit the method
         return None
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .batches import Call
 from .blocks import copy_inputs
+from .selection import input_embeddings
 
 _IDS = "input_ids"  # and decoder_input_ids
 _HINT = " It is one of random tokens: random_tokens=0 leaves them out."
@@ -32,18 +33,15 @@ def random_calls(model: nn.Module, calls: Sequence[Call], share: float) -> list[
     if tokens is None:
         return []
     generator = torch.Generator().manual_seed(0)
-    names = [name for name in inspect.signature(model.forward).parameters]
+    names = list(inspect.signature(model.forward).parameters)
     count = max(1, round(share * len(calls)))
-    drawn = (_drawn(calls[i * len(calls) // count % len(calls)], names, tokens, generator) for i in range(count))
+    drawn = (_drawn(calls[i * len(calls) // count], names, tokens, generator) for i in range(count))
     return [call for call in drawn if call is not None]
 
 
 def _ordinary_tokens(model: nn.Module) -> Tensor | None:
     """Ids of the vocabulary but for special ones: int64 [V], or None for a model without one."""
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
+    embedding = input_embeddings(model)
     if not isinstance(embedding, nn.Embedding):
         return None
     config = getattr(model, "config", None)
@@ -51,7 +49,7 @@ def _ordinary_tokens(model: nn.Module) -> Tensor | None:
     size = values.get("vocab_size")
     count = min(embedding.num_embeddings, size) if isinstance(size, int) and size > 0 else embedding.num_embeddings
     ordinary = torch.ones(count, dtype=torch.bool)
-    ordinary[[token for token in set(_special(values)) if 0 <= token < count]] = False
+    ordinary[[token for token in _special(values) if 0 <= token < count]] = False
     return ordinary.nonzero()[:, 0] if ordinary.any() else None
 
 
@@ -66,14 +64,16 @@ def _special(values: Mapping[str, Any]) -> Iterator[int]:
 
 def _drawn(call: Call, names: Sequence[str], tokens: Tensor, generator: torch.Generator) -> Call | None:
     """``call`` with random ids in place of the ordinary ones, or None where it has none."""
-    args = dict(zip(names, call.args, strict=False))
-    ids = [k for k, v in (args | call.kwargs).items() if k.endswith(_IDS) and _holds_ids(v)]
-    new = {k: _redrawn((args | call.kwargs)[k], call, tokens, generator) for k in ids}
-    if not new:
+    named = dict(zip(names, call.args, strict=False)) | call.kwargs
+    ids = [name for name, value in named.items() if name.endswith(_IDS) and _holds_ids(value)]
+    if not ids:
         return None
-    positional = tuple(new.get(name, value) for name, value in args.items()) + call.args[len(args) :]
     # what a model writes to, such as a key/value cache, must not be shared with the call it comes from
-    return Call(*copy_inputs((positional, call.kwargs | {k: new[k] for k in new.keys() & call.kwargs.keys()})), _HINT)
+    args, kwargs = copy_inputs((list(call.args), call.kwargs))
+    for name in ids:
+        holder, key = (kwargs, name) if name in kwargs else (args, names.index(name))
+        holder[key] = _redrawn(holder[key], call, tokens, generator)
+    return Call(tuple(args), kwargs, _HINT)
 
 
 def _holds_ids(value: Any) -> bool:
