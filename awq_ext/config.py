@@ -74,6 +74,8 @@ class AwqConfig:
     random_tokens: batches of random tokens that calibration gets besides those given, as a share of their number, for models that
         read token ids and have ``get_input_embeddings()``. They show error feedback what other text than the calibration's
         needs (docs/quality.md). None: 0.25 with error feedback, otherwise 0.
+    generated_tokens: likewise, batches of text that the model writes itself, for decoders that can be called as those of
+        transformers are (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, otherwise 0.
     packed: True makes QuantLinear modules (int4); False leaves nn.Linear with fake-quantized weights, for experiments.
     skip: what stays as it is: fnmatch patterns of layer names, or functions of (name, module) that return a bool. By default
         the output layer of language models.
@@ -100,6 +102,7 @@ class AwqConfig:
     fold: str = "auto"
     propagate: str = "float"
     random_tokens: float | None = None
+    generated_tokens: float | None = None
     packed: bool = True
     skip: tuple[Selector, ...] = ("lm_head", "*.lm_head", OUTPUT_EMBEDDINGS)
     only: tuple[Selector, ...] = ()
@@ -177,8 +180,9 @@ class AwqConfig:
 
         if not 0 < self._number("damping") < float("inf"):
             raise ValueError(f"AwqConfig.damping={self.damping}: a positive number is needed")
-        if self.random_tokens is not None and not 0 <= self._number("random_tokens") < float("inf"):
-            raise ValueError(f"AwqConfig.random_tokens={self.random_tokens}: a number from 0, or None, is needed")
+        for name in ("random_tokens", "generated_tokens"):
+            if (value := getattr(self, name)) is not None and not 0 <= self._number(name) < float("inf"):
+                raise ValueError(f"AwqConfig.{name}={value}: a number from 0, or None, is needed")
 
     def _number(self, name: str) -> float:
         value = getattr(self, name)
@@ -199,8 +203,16 @@ class AwqConfig:
     @property
     def random_share(self) -> float:
         """``random_tokens``, or what stands for None."""
-        if self.random_tokens is not None:
-            return self.random_tokens
+        return self._share(self.random_tokens)
+
+    @property
+    def generated_share(self) -> float:
+        """``generated_tokens``, or what stands for None."""
+        return self._share(self.generated_tokens)
+
+    def _share(self, given: float | None) -> float:
+        if given is not None:
+            return given
         used = (self, *(replace(self, per_layer={}, **fields) for fields in self.per_layer.values()))
         return 0.25 if any(one.feeds_back for one in used) else 0.0
 

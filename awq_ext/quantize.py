@@ -39,7 +39,7 @@ from .report import AwqReport, LayerReport
 from .solution import GroupSolution, build_layer
 from .solve import BlockSolver
 from .threadstate import restoring
-from .vocabulary import random_calls
+from .vocabulary import generated_calls, random_calls
 
 
 @restoring
@@ -74,26 +74,24 @@ def quantize(
     started = time.perf_counter()
     device = check_layers(model, config)
     calls = read_calls(calib_loader, device, tokenizer, inputs, config.seq_len)
-    drawn = random_calls(model, calls, config.random_share)
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
     # tensors made in inference mode could never be trained around
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         memory = PeakMemory(device)
         eligible, standins = select_linears(model, calls[0], config, journal)
         with calibration_mode(model):
+            calls += _own_calls(model, calls, config, report, progress)
             surveys = survey_model(model, calls[0], eligible, blocks, config)
-            report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls + drawn), config)
+            report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls), config)
             biases = own_biases(model, eligible.linears.values())
             run = _Run(model, config, device, journal, report, foldable_norms(model), biases)
             with _bar(surveys, report, progress) as bar:
-                run.all_blocks(surveys, calls + drawn, memory, bar)
+                run.all_blocks(surveys, calls, memory, bar)
         standins.settle(model, journal)
         report.peak_memory_bytes = memory.bytes()
         for name, reason in reasons_to_stay(eligible, surveys).items():
             report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
         report.notes += standins.notes()
-        if drawn:
-            report.notes.append(f"calibrated on {len(calls)} batches, and on {len(drawn)} of random tokens")
         report.warnings += standins.warnings(report.parameters)
         report.seconds = time.perf_counter() - started
         for text in report.warnings:
@@ -102,6 +100,23 @@ def quantize(
         # last, so that an exception until here (a warning may be one) leaves no report behind
         model.awq_report = report
     return given
+
+
+def _own_calls(
+    model: nn.Module, calls: Sequence[Call], config: AwqConfig, report: AwqReport, progress: bool
+) -> list[Call]:
+    """Calls to calibrate on beside those given: random tokens, and text that the model writes where it can."""
+    drawn = random_calls(model, calls, config.random_share)
+    try:
+        written = generated_calls(model, calls, config.generated_share, progress)
+    except Exception as error:  # the calls that were given will show whether the model works
+        written = []
+        report.notes.append(f"the model could not write text to calibrate on: {type(error).__name__}: {error}")
+    kinds = [(drawn, "of random tokens"), (written, "that the model wrote")]
+    added = " and ".join(f"{len(made)} {kind}" for made, kind in kinds if made)
+    if added:
+        report.notes.append(f"calibrated on {len(calls)} batches, and on {added}")
+    return drawn + written
 
 
 class _Run:
