@@ -18,6 +18,7 @@ from .groups import ScaleGroup, Watch, linear_input, norm_candidates
 from .memory import FreeMemory
 from .mixture import Mixture, MixtureWatch
 from .padding import ExpertPadding
+from .weighting import RowWeights, WeightedStats
 
 T = TypeVar("T")
 
@@ -182,12 +183,18 @@ class GroupStatistics:
 
 
 def collect(
-    surveyed: BlockSurvey, stops: Sequence[Stop], kernels: ModuleType, device: torch.device, hold: bool
+    surveyed: BlockSurvey,
+    stops: Sequence[Stop],
+    kernels: ModuleType,
+    device: torch.device,
+    hold: bool,
+    weights: RowWeights | None = None,
 ) -> tuple[list[GroupStatistics], Any]:
     """Stream every batch through the block into statistics, one for each of its groups; and the first batch's output.
 
     The first batch stays at the block's entry for later probes; with ``hold`` all of them do (they rehearse the block and run
-    it again later, on other weights), otherwise they move on to the next block, and the block runs once.
+    it again later, on other weights), otherwise they move on to the next block, and the block runs once. weights: by which rows
+    count (None: all alike).
     """
     books = []
     padding = ExpertPadding(surveyed.mixtures)
@@ -196,7 +203,12 @@ def collect(
         mask = padding.row_mask(name, x)
         # an expert that only padding chose is one that no token chose
         book.rows_seen += int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
-        book.stats.update(x, mask)
+        book.stats.update(x, mask, *(() if weights is None else (weights.following(name, x),)))
+
+    def begin(stop: Stop) -> None:
+        padding.begin(stop)
+        if weights is not None:
+            weights.begin(stop.call)
 
     with ExitStack() as stack:
         stack.enter_context(padding.on(norm_candidates(surveyed.block.module)))
@@ -204,7 +216,8 @@ def collect(
             inputs: dict[str, InputStatistics] = {}
             for part in group.inputs:
                 leader = surveyed.linears[part[0]]
-                book = InputStatistics(_new_statistics(kernels, leader.in_features, device))
+                stats = _new_statistics(kernels, leader.in_features, device)
+                book = InputStatistics(stats if weights is None else WeightedStats(stats))
                 inputs |= dict.fromkeys(part, book)
                 told = (book, part[0], part[0] in group.experts)
                 hook = leader.register_forward_pre_hook(
@@ -212,11 +225,11 @@ def collect(
                 )
                 stack.callback(hook.remove)
             books.append(GroupStatistics(inputs))
-        padding.begin(stops[0])
+        begin(stops[0])
         output = stops[0].rehearse()
         free = FreeMemory()  # the sums have their pages by now
         for stop in stops[1:]:
-            padding.begin(stop)
+            begin(stop)
             if hold:
                 stop.rehearse()
             else:

@@ -40,6 +40,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "act_order": (True, False),
     "fold": ("auto", "always", "never"),
     "propagate": ("float", "quantized"),
+    "objective": ("layer", "model"),
     "bias_correction": (True, False),
     "packed": (True, False),
 }
@@ -71,6 +72,9 @@ class AwqConfig:
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.
     propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
+    objective: what the error of a Linear on a calibration row counts: with "layer" its square; with "model" the square times how
+        strongly the model's output reacts to it (``awq_ext.importance``), which takes a forward and a backward of the whole
+        model a batch, in its memory.
     random_tokens: batches of random tokens that calibration gets besides those given, as a share of their number, for models that
         read token ids and have ``get_input_embeddings()``. They show error feedback what other text than the calibration's
         needs (docs/quality.md). None: 0.25 with error feedback, otherwise 0.
@@ -101,6 +105,7 @@ class AwqConfig:
     bias_correction: bool = True
     fold: str = "auto"
     propagate: str = "float"
+    objective: str = "layer"
     random_tokens: float | None = None
     generated_tokens: float | None = None
     packed: bool = True

@@ -19,6 +19,7 @@ from .blocks import Stop, lockstep
 from .calibrate import BlockSurvey, collect
 from .config import AwqConfig, configured
 from .fold import Change, LinearFold
+from .importance import find_row_weights
 from .journal import Journal
 from .memory import PeakMemory, format_bytes, release_free_memory
 from .padding import warnings_for
@@ -40,6 +41,7 @@ from .solution import GroupSolution, build_layer
 from .solve import BlockSolver
 from .threadstate import restoring
 from .vocabulary import generated_calls, random_calls
+from .weighting import RowWeights
 
 
 @restoring
@@ -83,8 +85,9 @@ def quantize(
             calls += _own_calls(model, calls, config, report, progress)
             surveys = survey_model(model, calls[0], eligible, blocks, config)
             report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls), config)
+            weights = find_row_weights(model, calls, surveys, progress) if config.objective == "model" else None
             biases = own_biases(model, eligible.linears.values())
-            run = _Run(model, config, device, journal, report, foldable_norms(model), biases)
+            run = _Run(model, config, device, journal, report, foldable_norms(model), biases, weights)
             with _bar(surveys, report, progress) as bar:
                 run.all_blocks(surveys, calls, memory, bar)
         standins.settle(model, journal)
@@ -131,6 +134,7 @@ class _Run:
         report: AwqReport,
         foldable: dict[str, nn.Module],
         biases: set[nn.Linear],
+        weights: RowWeights | None,
     ) -> None:
         self.model = model
         self.config = config
@@ -139,6 +143,7 @@ class _Run:
         self.report = report
         self.finder = FoldFinder(foldable)
         self.biases = biases
+        self.weights = weights
         self.kernels = kernels_for(device)
         self.untold: list[str] = []
 
@@ -156,7 +161,7 @@ class _Run:
     def _one_block(self, surveyed: BlockSurvey, stops: list[Stop], last: bool) -> None:
         hold = last or self.config.propagate == "quantized"
         start = time.perf_counter()
-        books, output = collect(surveyed, stops, self.kernels, self.device, hold)
+        books, output = collect(surveyed, stops, self.kernels, self.device, hold, self.weights)
         collected = time.perf_counter()
         self.untold += [name for book in books for name in book.untold]
         probe = Probe(stops[0].rehearse, output, stops[0].call.row_mask)

@@ -1,0 +1,68 @@
+"""Weighting: statistics of inputs in which rows count by weights of their own (``importance.py`` finds them)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Call
+
+
+class RowWeights:
+    """The weights of the rows that come to some Linears, batch by batch: 1 on average over those that count."""
+
+    def __init__(self, rows: Sequence[Mapping[str, list[Tensor]]], calls: Sequence[Call]) -> None:
+        self._rows = {id(call): mine for call, mine in zip(calls, rows, strict=True)}
+        self._calls = calls  # keeps the ids theirs
+        self._left: dict[str, Iterator[Tensor]] = {}
+
+    def begin(self, call: Call) -> None:
+        """Before a batch runs through a block."""
+        self._left = {name: iter(found) for name, found in self._rows[id(call)].items()}
+
+    def following(self, name: str, x: Tensor) -> Tensor | None:
+        """Those of the next input x [..., K] of a Linear: fp32 [rows]; None where other rows came than when they were found."""
+        found = next(self._left.get(name, iter(())), None)
+        return found if found is not None and found.numel() * x.shape[-1] == x.numel() else None
+
+
+class WeightedStats:
+    """``ActivationStats`` of which each row counts by a weight w: G = sum of w x x^T, sum of w x; sum of sqrt(w) |x|."""
+
+    def __init__(self, stats: Any) -> None:
+        self._stats = stats
+        self._sum = torch.zeros_like(stats.sum())
+
+    def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Add the rows of x [..., K], but for those where ``mask`` is False; weights fp32 [rows], None: all 1."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if mask is not None:
+            kept = mask.reshape(-1).to(rows.device)
+            rows, weights = rows[kept], None if weights is None else weights[kept]
+        if weights is None:
+            self._stats.update(rows)
+            self._sum += rows.double().sum(0)
+            return
+        root = weights.sqrt()[:, None]
+        self._stats.update(rows.float() * root)
+        self._sum += weights.double() @ rows.double()
+
+    @property
+    def rows(self) -> int:
+        """Rows counted."""
+        return int(self._stats.rows)
+
+    def sum(self) -> Tensor:
+        """Sum over rows of w x: fp64 [K]."""
+        return self._sum
+
+    def abs_sum(self) -> Tensor:
+        """Sum over rows of sqrt(w) |x|: fp64 [K]."""
+        return self._stats.abs_sum()
+
+    def second_moment(self) -> Tensor:
+        """Sum over rows of w x x^T: fp32 [K, K]."""
+        return self._stats.second_moment()
