@@ -89,26 +89,28 @@ def _squared_gradients(
 ) -> dict[nn.Linear, list[Tensor]]:
     """For each call of each Linear, a row's squared gradient summed over outputs: fp32 [rows], -1 where the row does not count."""
     outputs: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in linears}
+    running = True
 
     def see(module: nn.Linear, args: Any, output: Tensor) -> Tensor:
-        if output.requires_grad:
-            outputs[module].append(output)
-            return output
-        outputs[module].append(output.requires_grad_())
-        return output * 1  # what comes next may work in place, which a leaf would refuse
+        leaf = not output.requires_grad
+        if running:
+            outputs[module].append(output.requires_grad_())
+        # what comes next may work in place, which a leaf would refuse
+        return output.requires_grad_() * 1 if leaf else output
 
+    # hooked during the backward too: a checkpointed part of the model runs once more then, and must do the same
     with ExitStack() as stack, torch.enable_grad():
         for linear in linears:
             stack.callback(linear.register_forward_hook(see).remove)
         copied = Call(copy_inputs(call.args), copy_inputs(call.kwargs), call.hint + _HINT)
-        result = run_call(model, copied, index)
-    flat = [output for mine in outputs.values() for output in mine]
-    targets, cotangents = _cotangents(result, call, generator)
-    interrupt.check()
-    try:
-        found = iter(torch.autograd.grad(targets, flat, cotangents, allow_unused=True))
-    except RuntimeError as error:
-        raise CalibrationError(f"no gradient of calibration batch {index}: {error}.{_HINT}") from error
+        targets, cotangents = _cotangents(run_call(model, copied, index), call, generator)
+        running = False
+        interrupt.check()
+        flat = [output for mine in outputs.values() for output in mine]
+        try:
+            found = iter(torch.autograd.grad(targets, flat, cotangents, allow_unused=True))
+        except RuntimeError as error:
+            raise CalibrationError(f"no gradient of calibration batch {index}: {error}.{_HINT}") from error
     return {linear: [_squares(output, next(found), call) for output in mine] for linear, mine in outputs.items()}
 
 
