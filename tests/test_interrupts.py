@@ -49,6 +49,9 @@ def module(name: str) -> Any:
 # (module, class or None, name, which call: some that happen after the first block was swapped)
 STAGES = [
     ("prepare", None, "survey", 1),
+    ("importance", None, "_squared_gradients", 1),
+    ("importance", None, "_squared_gradients", 2),
+    ("importance", None, "_cotangents", 1),
     ("quantize", None, "collect", 1),
     ("quantize", None, "collect", 3),
     ("search", None, "search_scale", 6),
@@ -101,18 +104,19 @@ def test_an_interrupt_at_each_stage(
     case = changed_model("offset" if name == "prove_norm_fold" else "cache")
     before = Snapshot(case.model)
     place = module(file) if owner is None else getattr(module(file), owner)
+    settings = FAST | {"propagate": propagate, "objective": "model" if file == "importance" else "layer"}
     with pytest.MonkeyPatch.context() as patch:
         trap = Trap(getattr(place, name), error, at, after)
         trap.install(patch, place, name)
         with pytest.raises(error, match="on purpose") as caught:
-            awq_ext.quantize(case.model, case.batches, propagate=propagate, **FAST)
+            awq_ext.quantize(case.model, case.batches, **settings)
     assert trap.calls == at
     caught.value.__traceback__ = None
     del caught, trap
     before.assert_unchanged()
     # and it can be quantized as if nothing had happened
     if at == 1 and after:
-        awq_ext.quantize(case.model, case.batches, propagate=propagate, **FAST)
+        awq_ext.quantize(case.model, case.batches, **settings)
         assert isinstance(case.model.layers[2].mlp.up_proj, QuantLinear)
 
 
