@@ -37,15 +37,13 @@ def find_row_weights(
     A row's weight adds up over the Linears that read it. Raises CalibrationError for a model that cannot be differentiated.
     """
     parts = [[(name, s.linears[name]) for name in part] for s in surveys for g in s.groups for part in g.inputs]
+    linears = [linear for part in parts for _, linear in part]
     generator = torch.Generator().manual_seed(0)
     found: list[dict[str, list[Tensor]]] = []
-    with _without_gradients(model):
-        for index, call in enumerate(
-            tqdm(calls, desc="weighing rows", unit="batch", leave=False, disable=not progress)
-        ):
-            squares = _squared_gradients(
-                model, call, index, [linear for part in parts for _, linear in part], generator
-            )
+    bar = tqdm(calls, desc="weighing rows", unit="batch", leave=False, disable=not progress)
+    with _without_gradients(model), bar:
+        for index, call in enumerate(bar):
+            squares = _squared_gradients(model, call, index, linears, generator)
             found.append({part[0][0]: _added([squares[linear] for _, linear in part]) for part in parts})
     for name in (part[0][0] for part in parts):
         _normalize([rows for mine in found for rows in mine[name]])
@@ -105,6 +103,8 @@ def _squared_gradients(
         copied = Call(copy_inputs(call.args), copy_inputs(call.kwargs), call.hint + _HINT)
         targets, cotangents = _cotangents(run_call(model, copied, index), call, generator)
         running = False
+        if not targets:
+            raise CalibrationError(f"nothing that calibration batch {index} returned can be differentiated.{_HINT}")
         interrupt.check()
         flat = [output for mine in outputs.values() for output in mine]
         try:
@@ -125,7 +125,8 @@ def _cotangents(result: Any, call: Call, generator: torch.Generator) -> tuple[li
     """What the model returned and F^(1/2) times random signs: F is the softmax's for logits, otherwise the identity."""
     logits = _logits(result, call)
     leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    targets = [leaf for leaf in leaves if leaf.requires_grad and leaf.dim()] if logits is None else [logits]
+    given = [leaf for leaf in leaves if leaf.dim()] if logits is None else [logits]
+    targets = [target for target in given if target.requires_grad]
     made = []
     for target in targets:
         # signs of rows times signs of columns are as good: the products of any two different ones are 0 on average

@@ -41,13 +41,13 @@ class WeightedStats:
         rows = x.detach().reshape(-1, x.shape[-1])
         if mask is not None:
             kept = mask.reshape(-1).to(rows.device)
-            rows, weights = rows[kept], None if weights is None else weights[kept]
+            rows, weights = rows[kept], None if weights is None else weights.to(kept.device)[kept]
         if weights is None:
             self._stats.update(rows)
             self._sum += rows.double().sum(0)
             return
-        root = weights.sqrt()[:, None]
-        self._stats.update(rows.float() * root)
+        weights = weights.to(rows.device)
+        self._stats.update(rows.float() * weights.sqrt()[:, None])
         self._sum += weights.double() @ rows.double()
 
     @property

@@ -180,8 +180,9 @@ def test_a_checkpointed_model() -> None:
     assert losses[0] == losses[1]
 
 
-def test_a_model_without_gradients_is_an_error_and_stays() -> None:
-    class Closed(Classifier):
+@pytest.mark.parametrize("cls", [Classifier, Encoder])
+def test_a_model_without_gradients_is_an_error_and_stays(cls: Any) -> None:
+    class Closed(cls):
         @torch.no_grad()
         def forward(self, x: Tensor) -> Any:
             return super().forward(x)
