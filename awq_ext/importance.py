@@ -91,10 +91,11 @@ def _squared_gradients(
 
     def see(module: nn.Linear, args: Any, output: Tensor) -> Tensor:
         leaf = not output.requires_grad
+        output.requires_grad_()
         if running:
-            outputs[module].append(output.requires_grad_())
+            outputs[module].append(output)
         # what comes next may work in place, which a leaf would refuse
-        return output.requires_grad_() * 1 if leaf else output
+        return output * 1 if leaf else output
 
     # hooked during the backward too: a checkpointed part of the model runs once more then, and must do the same
     with ExitStack() as stack, torch.enable_grad():

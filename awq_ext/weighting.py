@@ -17,15 +17,18 @@ class RowWeights:
     def __init__(self, rows: Sequence[Mapping[str, list[Tensor]]], calls: Sequence[Call]) -> None:
         self._rows = {id(call): mine for call, mine in zip(calls, rows, strict=True)}
         self._calls = calls  # keeps the ids theirs
+        self._now: Mapping[str, list[Tensor]] = {}
         self._left: dict[str, Iterator[Tensor]] = {}
 
     def begin(self, call: Call) -> None:
-        """Before a batch runs through a block."""
-        self._left = {name: iter(found) for name, found in self._rows[id(call)].items()}
+        """Before a batch runs through a block, which reads few of all names."""
+        self._now, self._left = self._rows[id(call)], {}
 
     def following(self, name: str, x: Tensor) -> Tensor | None:
         """Those of the next input x [..., K] of a Linear: fp32 [rows]; None where other rows came than when they were found."""
-        found = next(self._left.get(name, iter(())), None)
+        if name not in self._left:
+            self._left[name] = iter(self._now.get(name, ()))
+        found = next(self._left[name], None)
         return found if found is not None and found.numel() * x.shape[-1] == x.numel() else None
 
 
@@ -39,14 +42,14 @@ class WeightedStats:
     def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add the rows of x [..., K], but for those where ``mask`` is False; weights fp32 [rows], None: all 1."""
         rows = x.detach().reshape(-1, x.shape[-1])
+        weights = None if weights is None else weights.to(rows.device)
         if mask is not None:
             kept = mask.reshape(-1).to(rows.device)
-            rows, weights = rows[kept], None if weights is None else weights.to(kept.device)[kept]
+            rows, weights = rows[kept], None if weights is None else weights[kept]
         if weights is None:
             self._stats.update(rows)
             self._sum += rows.double().sum(0)
             return
-        weights = weights.to(rows.device)
         self._stats.update(rows.float() * weights.sqrt()[:, None])
         self._sum += weights.double() @ rows.double()
 

@@ -212,9 +212,21 @@ def test_architectures(name: str) -> None:
     assert sum(loss < rtn for loss, rtn in losses) > len(losses) // 2
 
 
-def test_experts_chosen_anew_count_alike() -> None:
+def test_experts_chosen_anew_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """On quantized inputs routers send other rows to an expert than those that were weighed."""
     case = architectures.make_or_skip("Mixtral")
+    known: dict[bool, list[bool]] = {False: [], True: []}
+    following = RowWeights.following
+
+    def see(self: RowWeights, name: str, x: Tensor) -> Tensor | None:
+        found = following(self, name, x)
+        known["experts" in name].append(found is not None)
+        return found
+
+    monkeypatch.setattr(RowWeights, "following", see)
     settings = {"method": "gptq", "objective": "model", "propagate": "quantized", "group_size": 16, "min_tokens": 0}
-    report = awq_ext.quantize(case.model, case.batches, progress=False, **settings).awq_report
+    report = awq_ext.quantize(case.model, case.batches, bits=2, packed=False, progress=False, **settings).awq_report
+    assert all(known[False])
+    assert any(known[True])
+    assert not all(known[True])
     assert all(layer.loss <= layer.loss_rtn for layer in report.layers if layer.loss is not None)
