@@ -18,7 +18,7 @@ from .groups import ScaleGroup, Watch, linear_input, norm_candidates
 from .memory import FreeMemory
 from .mixture import Mixture, MixtureWatch
 from .padding import ExpertPadding
-from .weighting import RowWeights, WeightedStats
+from .weighting import WeightedStats, Weights
 
 T = TypeVar("T")
 
@@ -188,7 +188,7 @@ def collect(
     kernels: ModuleType,
     device: torch.device,
     hold: bool,
-    weights: RowWeights | None = None,
+    weights: Weights | None = None,
 ) -> tuple[list[GroupStatistics], Any]:
     """Stream every batch through the block into statistics, one for each of its groups; and the first batch's output.
 

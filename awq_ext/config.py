@@ -40,9 +40,18 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "act_order": (True, False),
     "fold": ("auto", "always", "never"),
     "propagate": ("float", "quantized"),
-    "objective": ("layer", "model"),
+    "objective": (None, "layer", "model"),
     "bias_correction": (True, False),
     "packed": (True, False),
+}
+_SMALLEST = {
+    "n_grid": 1,
+    "search_rows": 0,
+    "refine": 0,
+    "weighed_batches": 0,
+    "seq_len": 2,
+    "min_tokens": 0,
+    "min_weights": 0,
 }
 
 
@@ -73,8 +82,11 @@ class AwqConfig:
         that have no place for a run-time scale.
     propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
     objective: what the error of a Linear on a calibration row counts: with "layer" its square; with "model" the square times how
-        strongly the model's output reacts to it (``awq_ext.importance``), which takes a forward and a backward of the whole
-        model a batch, in its memory.
+        strongly the model's output reacts to errors there (``awq_ext.importance``), which a backward of the whole model tells.
+        None: "model" with error feedback, where the model can be differentiated, otherwise "layer".
+    weighed_batches: batches that get this backward, or one window of each where they are token ids; rows of all batches then count
+        what those at their position in a window count on average. 0 for all, each row by its own: closer still, for more time
+        than all the rest takes.
     random_tokens: batches of random tokens that calibration gets besides those given, as a share of their number, for models that
         read token ids and have ``get_input_embeddings()``. They show error feedback what other text than the calibration's
         needs (docs/quality.md). None: 0.25 with error feedback, otherwise 0.
@@ -105,7 +117,8 @@ class AwqConfig:
     bias_correction: bool = True
     fold: str = "auto"
     propagate: str = "float"
-    objective: str = "layer"
+    objective: str | None = None
+    weighed_batches: int = 4
     random_tokens: float | None = None
     generated_tokens: float | None = None
     packed: bool = True
@@ -117,7 +130,7 @@ class AwqConfig:
     seq_len: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size", "n_grid", "search_rows", "refine", "seq_len", "min_tokens", "min_weights"):
+        for name in ("bits", "group_size", *_SMALLEST):
             self._check_int(name)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -172,14 +185,7 @@ class AwqConfig:
             )
         if not 2 <= self.bits <= 8:
             raise ValueError(f"AwqConfig.bits={self.bits}: 2 to 8 are possible")
-        for name, smallest in (
-            ("n_grid", 1),
-            ("search_rows", 0),
-            ("refine", 0),
-            ("seq_len", 2),
-            ("min_tokens", 0),
-            ("min_weights", 0),
-        ):
+        for name, smallest in _SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"AwqConfig.{name}={getattr(self, name)}: at least {smallest} is needed")
 
@@ -216,10 +222,17 @@ class AwqConfig:
         return self._share(self.generated_tokens)
 
     def _share(self, given: float | None) -> float:
-        if given is not None:
-            return given
+        return (0.25 if self._feeds_some_back else 0.0) if given is None else given
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether ``objective``, or what stands for None, is "model"."""
+        return self._feeds_some_back if self.objective is None else self.objective == "model"
+
+    @property
+    def _feeds_some_back(self) -> bool:
         used = (self, *(replace(self, per_layer={}, **fields) for fields in self.per_layer.values()))
-        return 0.25 if any(one.feeds_back for one in used) else 0.0
+        return any(one.feeds_back for one in used)
 
     @property
     def corrects_bias(self) -> bool:

@@ -2,19 +2,20 @@
 
 An error d [N] of a row moves the model's logits by J d, and costs d^T J^T F J d / 2 of KL divergence to second order, F being the
 Fisher information of the softmax. With the trace of J^T F J for its weight, each row's squared error adds up to what the model
-loses, as far as one number a row can say it (arXiv 2505.07004 has one a row and group of outputs). A backward of each batch
+loses, as far as one number a row can say it (arXiv 2505.07004 has one a row and group of outputs). A backward of a batch
 estimates it: with random signs e and g = F^(1/2) e, the squared entries of J^T g sum to that trace on average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from . import interrupt
@@ -22,32 +23,57 @@ from .batches import Call
 from .blocks import CalibrationError, copy_inputs, run_call
 from .calibrate import BlockSurvey
 from .evaluate import logits_of, targets_of
-from .weighting import RowWeights
+from .weighting import PositionWeights, RowWeights, Weights, stretches_of
 
 # Rows count at least this share of the mean: one that the output does not react to still shows what inputs look like.
 _LEAST = 1e-4
+_ROWS_AT_ONCE = 64
 _HINT = ' objective="model" runs it with gradients: objective="layer" needs none.'
 
 
-def find_row_weights(
-    model: nn.Module, calls: Sequence[Call], surveys: Sequence[BlockSurvey], progress: bool = False
-) -> RowWeights:
-    """Weights for every input that quantizing looks at: one forward and one backward of the whole model a batch.
+def find_weights(
+    model: nn.Module, calls: Sequence[Call], surveys: Sequence[BlockSurvey], batches: int = 0, progress: bool = False
+) -> Weights:
+    """Weights for every input that quantizing looks at, from a forward and a backward of the whole model for some batches.
 
-    A row's weight adds up over the Linears that read it. Raises CalibrationError for a model that cannot be differentiated.
+    batches: how many, evenly spaced; rows of all batches then get the mean weight of their position. Of batches of token ids one
+    window each is enough. 0, or as many as there are: every row its own. Weights add up over the Linears that read a row.
+    Blocks keep their inputs alone and run once more in the backward. Raises CalibrationError for a model that cannot be
+    differentiated.
     """
     parts = [[(name, s.linears[name]) for name in part] for s in surveys for g in s.groups for part in g.inputs]
     linears = [linear for part in parts for _, linear in part]
     generator = torch.Generator().manual_seed(0)
     found: list[dict[str, list[Tensor]]] = []
-    bar = tqdm(calls, desc="weighing rows", unit="batch", leave=False, disable=not progress)
-    with _without_gradients(model), bar:
-        for index, call in enumerate(bar):
-            squares = _squared_gradients(model, call, index, linears, generator)
+    spaced = _spaced(len(calls), batches)
+    read = calls if len(spaced) == len(calls) else {index: _longest_window(calls[index]) for index in spaced}
+    bar = tqdm(spaced, desc="weighing rows", unit="batch", leave=False, disable=not progress)
+    with _without_gradients(model), _lean([s.block.module for s in surveys], model), bar:
+        for index in bar:
+            squares = _squared_gradients(model, read[index], index, linears, generator)
             found.append({part[0][0]: _added([squares[linear] for _, linear in part]) for part in parts})
-    for name in (part[0][0] for part in parts):
+    names = [part[0][0] for part in parts]
+    if len(spaced) < len(calls):
+        return PositionWeights(_by_position({name: [rows for mine in found for rows in mine[name]] for name in names}))
+    for name in names:
         _normalize([rows for mine in found for rows in mine[name]])
-    return RowWeights(found, calls)
+    return RowWeights([{name: [x.flatten() for x in rows] for name, rows in mine.items()} for mine in found], calls)
+
+
+def _spaced(count: int, wanted: int) -> list[int]:
+    """``wanted`` numbers below ``count``, from the middles of equal parts, so that each kind of batches has its share."""
+    wanted = min(wanted or count, count)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def _longest_window(call: Call) -> Call:
+    """A batch of token ids and masks [B, T] without all but the window in which most positions count; others as they are."""
+    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+    if any(t.dim() != 2 or t.is_floating_point() or len(t) != len(tensors[0]) for t in tensors) or not tensors:
+        return call
+    longest = int((call.masks[0] != 0).sum(1).argmax()) if call.masks else 0
+    cut = lambda value: value[longest : longest + 1] if isinstance(value, Tensor) else value  # noqa: E731
+    return Call(tuple(map(cut, call.args)), {name: cut(value) for name, value in call.kwargs.items()}, call.hint)
 
 
 def _added(squares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -57,7 +83,7 @@ def _added(squares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def _normalize(rows: Sequence[Tensor]) -> None:
     """In place: mean 1 over the rows that count (those that do not are below 0), none below ``_LEAST``."""
-    every = torch.cat([*rows, torch.zeros(0)])
+    every = torch.cat([*(one.flatten() for one in rows), torch.zeros(0)])
     counted = every[every >= 0]
     mean = float(counted.mean()) if len(counted) else 0.0
     if not mean > 0:
@@ -67,6 +93,26 @@ def _normalize(rows: Sequence[Tensor]) -> None:
     raised = float((counted / mean).clamp_min(_LEAST).mean())
     for one in rows:
         one.div_(mean).clamp_min_(_LEAST).div_(raised)
+
+
+def _by_position(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """For each input with a position the mean weight of every stretch of a window (``stretches_of``), 1 on average over rows."""
+    tables = {}
+    for name, seen in found.items():
+        rows = [one for one in seen if one.dim() > 1]
+        kept = [one >= 0 for one in rows]
+        if not sum(int(one.sum()) for one in kept):
+            continue
+        weights = torch.cat([one[k] for one, k in zip(rows, kept, strict=True)])
+        stretches = torch.cat([stretches_of(k)[k] for k in kept])
+        counts = torch.bincount(stretches)
+        means = (
+            torch.bincount(stretches, weights.double()) / counts
+        )  # no stretch is skipped: windows begin at position 0
+        spread = means[stretches].float()
+        _normalize([spread])
+        tables[name] = torch.zeros(len(means)).index_copy_(0, stretches, spread)
+    return tables
 
 
 @contextmanager
@@ -82,18 +128,51 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def _lean(blocks: Sequence[nn.Module], model: nn.Module) -> Iterator[None]:
+    """Blocks keep nothing for a backward but their inputs, and run once more when it comes to them.
+
+    On copies, as in rehearsals: one that writes its inputs must find them as they were.
+    """
+
+    def rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def on_copies(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = copy_inputs((args, kwargs))
+            return forward(*args, **kwargs)
+
+        return lambda *args, **kwargs: checkpoint(on_copies, *args, use_reentrant=False, **kwargs)
+
+    changed: list[tuple[nn.Module, Any]] = []
+    try:
+        for block in blocks:
+            if block is not model:
+                changed.append((block, vars(block).get("forward")))
+                block.forward = rerun(block.forward)
+        yield
+    finally:
+        for block, own in changed:
+            if own is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = own
+
+
 def _squared_gradients(
     model: nn.Module, call: Call, index: int, linears: Sequence[nn.Linear], generator: torch.Generator
 ) -> dict[nn.Linear, list[Tensor]]:
-    """For each call of each Linear, a row's squared gradient summed over outputs: fp32 [rows], -1 where the row does not count."""
-    outputs: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in linears}
+    """For each call of each Linear, a row's squared gradient summed over outputs: fp32 [..., T], -1 where it does not count."""
+    squares: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in linears}
     running = True
 
     def see(module: nn.Linear, args: Any, output: Tensor) -> Tensor:
         leaf = not output.requires_grad
         output.requires_grad_()
         if running:
-            outputs[module].append(output)
+            rows = torch.zeros(output.shape[:-1])
+            if (mask := call.row_mask(output)) is not None:
+                rows.masked_fill_(~mask.cpu(), -1.0)
+            squares[module].append(rows)
+            output.register_hook(lambda gradient: _add_squares(rows, gradient))
         # what comes next may work in place, which a leaf would refuse
         return output * 1 if leaf else output
 
@@ -107,19 +186,18 @@ def _squared_gradients(
         if not targets:
             raise CalibrationError(f"nothing that calibration batch {index} returned can be differentiated.{_HINT}")
         interrupt.check()
-        flat = [output for mine in outputs.values() for output in mine]
         try:
-            found = iter(torch.autograd.grad(targets, flat, cotangents, allow_unused=True))
+            torch.autograd.backward(targets, cotangents)
         except RuntimeError as error:
             raise CalibrationError(f"no gradient of calibration batch {index}: {error}.{_HINT}") from error
-    return {linear: [_squares(output, next(found), call) for output in mine] for linear, mine in outputs.items()}
+    return squares
 
 
-def _squares(output: Tensor, gradient: Tensor | None, call: Call) -> Tensor:
-    rows = output.shape[:-1]
-    squares = torch.zeros(rows) if gradient is None else gradient.float().square().sum(-1).cpu()
-    mask = call.row_mask(output)
-    return squares.flatten() if mask is None else squares.masked_fill(~mask.cpu().view(rows), -1.0).flatten()
+def _add_squares(rows: Tensor, gradient: Tensor) -> None:
+    """Add the squares of a gradient [..., T, N], summed over outputs, to the ``rows`` [..., T] that count."""
+    # one reduction: a square in fp32 would be a copy of the gradient at twice its size
+    found = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square().cpu()
+    rows.add_(found.masked_fill_(rows < 0, 0.0))
 
 
 def _cotangents(result: Any, call: Call, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
@@ -128,19 +206,27 @@ def _cotangents(result: Any, call: Call, generator: torch.Generator) -> tuple[li
     leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     given = [leaf for leaf in leaves if leaf.dim()] if logits is None else [logits]
     targets = [target for target in given if target.requires_grad]
-    made = []
-    for target in targets:
-        # signs of rows times signs of columns are as good: the products of any two different ones are 0 on average
-        rows, columns = (_signs(shape, generator, target) for shape in ((*target.shape[:-1], 1), target.shape[-1:]))
-        values = rows * columns
-        if logits is not None:
+    return targets, [_signed_root(target, call, generator, softmax=logits is not None) for target in targets]
+
+
+def _signed_root(target: Tensor, call: Call, generator: torch.Generator, softmax: bool) -> Tensor:
+    """F^(1/2) times random signs for what the model returned, [..., V]; 0 where a row does not count."""
+    # signs of rows times signs of columns are as good: the products of any two different ones are 0 on average
+    rows, columns = (_signs(shape, generator, target) for shape in ((*target.shape[:-1], 1), target.shape[-1:]))
+    if (mask := call.row_mask(target)) is not None:
+        rows *= mask[..., None]
+    given, rows = target.detach().reshape(-1, len(columns)), rows.reshape(-1, 1)
+    made = torch.empty_like(given)
+    # some rows at a time: logits in fp32 would be the largest tensors of all
+    for part, signs, into in zip(*(x.split(_ROWS_AT_ONCE) for x in (given, rows, made)), strict=True):
+        values = columns.expand_as(part)
+        if softmax:
             # a = p^(1/2) e has the second moment diag(p), and a - p (1^T a) that of the softmax, diag(p) - p p^T
-            chances = target.detach().float().softmax(-1)
-            values = chances.sqrt().mul_(values)
+            chances = part.float().softmax(-1)
+            values = chances.sqrt().mul_(columns)
             values -= chances.mul_(values.sum(-1, keepdim=True))
-        mask = call.row_mask(target)
-        made.append((values if mask is None else values * mask[..., None]).to(target.dtype))
-    return targets, made
+        into.copy_(values * signs)
+    return made.view(target.shape)
 
 
 def _signs(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:

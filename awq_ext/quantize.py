@@ -19,7 +19,7 @@ from .blocks import Stop, lockstep
 from .calibrate import BlockSurvey, collect
 from .config import AwqConfig, configured
 from .fold import Change, LinearFold
-from .importance import find_row_weights
+from .importance import find_weights
 from .journal import Journal
 from .memory import PeakMemory, format_bytes, release_free_memory
 from .padding import warnings_for
@@ -41,7 +41,7 @@ from .solution import GroupSolution, build_layer
 from .solve import BlockSolver
 from .threadstate import restoring
 from .vocabulary import generated_calls, random_calls
-from .weighting import RowWeights
+from .weighting import Weights
 
 
 @restoring
@@ -85,7 +85,7 @@ def quantize(
             calls += _own_calls(model, calls, config, report, progress)
             surveys = survey_model(model, calls[0], eligible, blocks, config)
             report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls), config)
-            weights = find_row_weights(model, calls, surveys, progress) if config.objective == "model" else None
+            weights = _weights(model, calls, surveys, config, report, progress)
             biases = own_biases(model, eligible.linears.values())
             run = _Run(model, config, device, journal, report, foldable_norms(model), biases, weights)
             with _bar(surveys, report, progress) as bar:
@@ -122,6 +122,26 @@ def _own_calls(
     return drawn + written
 
 
+def _weights(
+    model: nn.Module,
+    calls: Sequence[Call],
+    surveys: Sequence[BlockSurvey],
+    config: AwqConfig,
+    report: AwqReport,
+    progress: bool,
+) -> Weights | None:
+    """By which the rows of all calls count; None: all alike."""
+    if not config.weighs_rows:
+        return None
+    try:
+        return find_weights(model, calls, surveys, config.weighed_batches, progress)
+    except Exception as error:  # a model need not have gradients to be quantized
+        if config.objective is not None:
+            raise
+        report.notes.append(f"all calibration rows count alike: {type(error).__name__}: {error}")
+        return None
+
+
 class _Run:
     """The state of one quantize() call."""
 
@@ -134,7 +154,7 @@ class _Run:
         report: AwqReport,
         foldable: dict[str, nn.Module],
         biases: set[nn.Linear],
-        weights: RowWeights | None,
+        weights: Weights | None,
     ) -> None:
         self.model = model
         self.config = config

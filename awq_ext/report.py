@@ -16,6 +16,8 @@ from .memory import format_bytes
 class LayerReport:
     """One nn.Linear. Losses are mean squared output errors per calibration row, summed over outputs; None if not measured.
 
+    Rows count as ``AwqConfig.objective`` says: losses of methods with error feedback and of others do not compare.
+
     status: "int4", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
     scale: "identity", "plain" or "duo"; alpha its exponent; power: of that scale, which error feedback was given (otherwise 1).
     applied: "norm" or "linear" (folded into one), "run time", "weights" (fake-quantized weights hold both) or "" (nothing to

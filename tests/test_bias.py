@@ -188,7 +188,9 @@ def test_less_is_lost_than_without(method: str, dtype: torch.dtype) -> None:
     for on in (True, False):
         model, batches = seeded(Relu, dtype)
         original = copy.deepcopy(model)
-        report = awq_ext.quantize(model, batches, method=method, fold="never", bias_correction=on, **FAST).awq_report
+        report = awq_ext.quantize(
+            model, batches, method=method, fold="never", bias_correction=on, objective="layer", **FAST
+        ).awq_report
         x = inputs_of(original, batches, [row.name for row in report.layers])
         for row in report.layers:
             old, new = original.get_submodule(row.name), model.get_submodule(row.name)

@@ -15,9 +15,9 @@ import awq_ext
 from awq_ext.batches import Call
 from awq_ext.blocks import CalibrationError
 from awq_ext.groups import eligible_linears
-from awq_ext.importance import find_row_weights
+from awq_ext.importance import find_weights
 from awq_ext.prepare import survey_model
-from awq_ext.weighting import RowWeights
+from awq_ext.weighting import PositionWeights, RowWeights, Weights
 
 WIDTH = 16
 FAST = {"group_size": 16, "fold": "never", "skip": ("head",), "progress": False}
@@ -44,15 +44,15 @@ class Encoder(Classifier):
         return super().forward(x).logits
 
 
-def weights_of(model: nn.Module, calls: list[Call]) -> RowWeights:
+def weights_of(model: nn.Module, calls: list[Call], batches: int = 0) -> Weights:
     config = awq_ext.AwqConfig(skip=("head",))
     eligible = eligible_linears(model, lambda name, module: "skipped" if name == "head" else None)
     with torch.no_grad():
         surveys = survey_model(model, calls[0], eligible, [], config)
-        return find_row_weights(model, calls, surveys)
+        return find_weights(model, calls, surveys, batches)
 
 
-def of(found: RowWeights, call: Call, name: str, x: Tensor) -> Tensor | None:
+def of(found: Weights, call: Call, name: str, x: Tensor) -> Tensor | None:
     found.begin(call)
     return found.following(name, x)
 
@@ -114,6 +114,119 @@ def test_other_rows_than_were_seen_get_none() -> None:
     assert found.following("first", calls[0].args[0]) is None  # a call more than there was
 
 
+class Mixer(nn.Module):
+    """A block in which every row reads the first one too, and which writes what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        x += torch.tanh(y + y[..., :1, :])
+        return x
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Mixer() for _ in range(3))
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
+        x = x * 1
+        for layer in self.layers:
+            x = layer(x)
+        return SimpleNamespace(logits=self.head(x))
+
+
+def divergence(logits: Tensor, found: Tensor) -> Tensor:
+    """Of what ``found`` says from what ``logits`` say: nats, summed over rows."""
+    return nn.functional.kl_div(found.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="sum")
+
+
+def survey_of(model: nn.Module, call: Call, blocks: list[str] | None) -> list[Any]:
+    eligible = eligible_linears(model, lambda name, module: "skipped" if name == "head" else None)
+    with torch.no_grad():
+        return survey_model(model, call, eligible, blocks, awq_ext.AwqConfig(skip=("head",)))
+
+
+@pytest.mark.parametrize("batches", [0, 2])
+def test_blocks_that_run_once_more_weigh_the_same(batches: int) -> None:
+    torch.manual_seed(0)
+    model, calls = Stack(), [Call((torch.randn(2, 9, WIDTH),)) for _ in range(3)]
+    found = [find_weights(model, calls, survey_of(model, calls[0], blocks), batches) for blocks in (None, [])]
+    for name in ("layers.0.inner", "layers.1.inner", "layers.2.inner"):
+        for call in calls:
+            lean, whole = (of(one, call, name, call.args[0]) for one in found)
+            assert torch.equal(lean, whole)
+            assert not torch.equal(lean, torch.ones_like(lean))
+    assert all("forward" not in vars(layer) for layer in model.layers)
+
+
+def test_forwards_of_blocks_are_put_back() -> None:
+    model = Stack()
+    surveys = survey_of(model, Call((torch.randn(2, 9, WIDTH),)), None)
+    own = model.layers[1].forward = model.layers[1].forward
+    with pytest.raises(CalibrationError, match="rejected calibration batch 0"):
+        find_weights(model, [Call((torch.randn(2, 9, WIDTH + 1),))], surveys)
+    assert [vars(layer).get("forward") for layer in model.layers] == [None, own, None]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_some_batches_stand_for_all(padding: str) -> None:
+    torch.manual_seed(0)
+    model, mask = Stack(), torch.ones(2, 9)
+    if padding != "none":
+        mask[1, slice(0, 4) if padding == "left" else slice(5, 9)] = 0
+    calls = [Call((torch.randn(2, 9, WIDTH),), {"attention_mask": mask}) for _ in range(6)]
+    found = weights_of(model, calls, batches=2)
+    assert isinstance(found, PositionWeights)
+    each = weights_of(model, [calls[1], calls[4]])  # the middles of two halves
+    name, kept = "layers.0.inner", mask != 0
+    rows = torch.stack([of(each, call, name, call.args[0]) for call in (calls[1], calls[4])]).view(2, 2, 9)
+    got = of(found, calls[5], name, calls[5].args[0]).view(2, 9)
+    assert float(got[kept].mean()) == pytest.approx(1.0, rel=1e-5)
+    positions = (kept.long().cumsum(-1) - 1).where(kept, -1)
+    for first, last in ((0, 0), (1, 2), (3, 6), (7, 14)):
+        stretch = (positions >= first) & (positions <= last)
+        assert torch.allclose(got[stretch], rows[:, stretch].mean(), rtol=1e-4)
+
+
+def test_one_window_of_a_batch_of_ids_is_enough() -> None:
+    class Reader(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(50, WIDTH)
+            self.sizes: list[int] = []
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            if torch.is_grad_enabled():
+                self.sizes.append(len(input_ids))
+            return super().forward(self.embed(input_ids))
+
+    torch.manual_seed(0)
+    model, batches = Reader(), []
+    for length in (9, 5, 7, 9, 6, 8):
+        mask = torch.ones(4, 9, dtype=torch.long)
+        for row, kept in enumerate((3, 4, length, 2)):
+            mask[row, kept:] = 0
+        batches.append({"input_ids": torch.randint(50, (4, 9)), "attention_mask": mask})
+    found = weights_of(model, [Call((), batch) for batch in batches], batches=2)
+    assert model.sizes == [1, 1]
+    # the middles of two halves, and the third row of each
+    longest = [Call((), {key: value[2:3] for key, value in batches[i].items()}) for i in (1, 4)]
+    each = weights_of(model, longest)
+    x = [torch.randn(n, 9, WIDTH) for n in (1, 4)]
+    rows = torch.cat(
+        [of(each, call, "layers.1.inner", x[0])[:length] for call, length in zip(longest, (5, 6), strict=True)]
+    )
+    assert float(rows.mean()) == pytest.approx(1.0, rel=1e-5)
+    first = torch.stack([of(each, call, "layers.1.inner", x[0])[0] for call in longest]).mean()
+    assert torch.allclose(of(found, Call((), batches[0]), "layers.1.inner", x[1]).view(4, 9)[:, 0], first)
+
+
 class Gated(nn.Module):
     """Rows of the second kind (x[-1] < 0) do not reach the output."""
 
@@ -138,6 +251,25 @@ def test_errors_go_where_the_output_does_not_react(method: str) -> None:
         awq_ext.quantize(model, [x], method=method, objective=objective, bits=3, packed=False, damping=0.01, **FAST)
         errors[objective] = float((model(x) - original(x)).detach().square().sum())
     assert errors["model"] < 0.9 * errors["layer"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_the_first_of_a_window_counts_by_what_reads_it(method: str) -> None:
+    """By default, with error feedback."""
+    errors = {"layer": 0.0, None: 0.0}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        original = Stack()
+        # far from all others, as first tokens are, and read by all of them
+        batches = [torch.cat([4 * torch.randn(8, 1, WIDTH), torch.randn(8, 40, WIDTH)], 1) for _ in range(6)]
+        for objective in errors:
+            model = Stack()
+            model.load_state_dict(original.state_dict())
+            awq_ext.quantize(model, batches, method=method, objective=objective, bits=3, packed=False, **FAST)
+            assert not any("count alike" in note for note in model.awq_report.notes)
+            with torch.no_grad():
+                errors[objective] += sum(float(divergence(original(x).logits, model(x).logits)) for x in batches)
+    assert errors[None] < 0.95 * errors["layer"]
 
 
 def test_parameters_ask_for_gradients_as_before() -> None:
@@ -193,17 +325,26 @@ def test_a_model_without_gradients_is_an_error_and_stays(cls: Any) -> None:
         awq_ext.quantize(model, [torch.randn(20, WIDTH)], objective="model", **FAST)
     assert model[0].first is first
     assert first.weight.requires_grad
-    awq_ext.quantize(model, [torch.randn(20, WIDTH)], objective="layer", **FAST)
+    report = awq_ext.quantize(model, [torch.randn(20, WIDTH)], method="gptq", **FAST).awq_report
+    assert any("all calibration rows count alike: CalibrationError" in note for note in report.notes)
 
 
 # Those that cannot go on with what they wrote: encoders, models with an encoder, a state instead of keys and values.
 WRITE_NOTHING = {"BERT", "T5", "ViT", "Whisper", "Mamba", *architectures.PLAIN}
 
 
+@pytest.mark.parametrize("batches", [0, 1])
 @pytest.mark.parametrize("name", architectures.NAMES)
-def test_architectures(name: str) -> None:
+def test_architectures(name: str, batches: int) -> None:
     case = architectures.make_or_skip(name)
-    settings = {"method": "awq+gptq", "objective": "model", "group_size": 16, "min_tokens": 0, "progress": False}
+    settings = {
+        "method": "awq+gptq",
+        "objective": "model",
+        "weighed_batches": batches,
+        "group_size": 16,
+        "min_tokens": 0,
+    }
+    settings["progress"] = False
     report = awq_ext.quantize(case.model, case.batches, **settings).awq_report
     assert any("that the model wrote" in note for note in report.notes) == (name not in WRITE_NOTHING)
     assert not any("could not write" in note for note in report.notes)
@@ -224,7 +365,7 @@ def test_experts_chosen_anew_count_alike(monkeypatch: pytest.MonkeyPatch) -> Non
         return found
 
     monkeypatch.setattr(RowWeights, "following", see)
-    settings = {"method": "gptq", "objective": "model", "propagate": "quantized", "group_size": 16, "min_tokens": 0}
+    settings = {"method": "gptq", "weighed_batches": 0, "propagate": "quantized", "group_size": 16, "min_tokens": 0}
     report = awq_ext.quantize(case.model, case.batches, bits=2, packed=False, progress=False, **settings).awq_report
     assert all(known[False])
     assert any(known[True])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import awq_ext
-from awq_ext.weighting import WeightedStats
+from awq_ext.batches import Call
+from awq_ext.weighting import PositionWeights, WeightedStats, stretches_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -41,3 +42,29 @@ def test_without_weights_all_rows_count_one() -> None:
     assert torch.equal(stats.second_moment(), plain.second_moment())
     assert torch.equal(stats.abs_sum(), plain.abs_sum())
     assert torch.allclose(stats.sum(), plain.sum())
+
+
+def test_stretches_double() -> None:
+    every = stretches_of(torch.ones(2, 40, dtype=torch.bool))
+    assert every[0].tolist() == every[1].tolist() == [0] + 2 * [1] + 4 * [2] + 8 * [3] + 16 * [4] + 9 * [5]
+    long = stretches_of(torch.ones(1, 1 << 17, dtype=torch.bool))[0]
+    assert [int((long < i).sum()) for i in range(1, 18)] == [(1 << i) - 1 for i in range(1, 18)]
+
+
+def test_padding_takes_no_positions() -> None:
+    left = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1]]) != 0
+    assert stretches_of(left)[0, 3:].tolist() == [0, 1, 1, 2]
+    assert stretches_of(left)[1][left[1]].tolist() == [0, 1, 1, 2, 2]
+
+
+def test_weights_by_position() -> None:
+    weights = PositionWeights({"a": torch.tensor([8.0, 2.0, 0.5])})
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
+    weights.begin(Call((), {"attention_mask": mask}))
+    x = torch.randn(1, 10, 4)
+    # what lies beyond the windows weighed counts as their end
+    assert weights.following("a", x)[2:].tolist() == [8.0, 2.0, 2.0] + 5 * [0.5]
+    assert weights.following("b", x) is None
+    weights.begin(Call())
+    assert weights.following("a", x).tolist() == [8.0, 2.0, 2.0] + 7 * [0.5]
+    assert weights.following("a", x[0]) is None  # no telling where a window begins
