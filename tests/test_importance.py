@@ -253,6 +253,19 @@ def test_errors_go_where_the_output_does_not_react(method: str) -> None:
     assert errors["model"] < 0.9 * errors["layer"]
 
 
+def test_a_bias_takes_over_the_mean_of_what_the_output_reacts_to() -> None:
+    torch.manual_seed(0)
+    original, x = Gated(), torch.randn(400, WIDTH)
+    means = {}
+    for objective in ("layer", "model"):
+        model = nn.Sequential(Gated())
+        model[0].load_state_dict(original.state_dict())
+        awq_ext.quantize(model, [x], method="gptq", objective=objective, bits=3, packed=False, **FAST)
+        means[objective] = float((model(x) - original(x)).detach().mean(0).abs().max())
+    # rows that do not count still do by a ten-thousandth, and fp32 sums 200 terms
+    assert means["model"] < 1e-3 * means["layer"]
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
 def test_the_first_of_a_window_counts_by_what_reads_it(method: str) -> None:
     """By default, with error feedback."""
