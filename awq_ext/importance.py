@@ -32,14 +32,19 @@ _HINT = ' objective="model" runs it with gradients: objective="layer" needs none
 
 
 def find_weights(
-    model: nn.Module, calls: Sequence[Call], surveys: Sequence[BlockSurvey], batches: int = 0, progress: bool = False
+    model: nn.Module,
+    calls: Sequence[Call],
+    surveys: Sequence[BlockSurvey],
+    batches: int = 0,
+    progress: bool = False,
+    of_tokens: bool = False,
 ) -> Weights:
     """Weights for every input that quantizing looks at, from a forward and a backward of the whole model for some batches.
 
     batches: how many, evenly spaced; rows of all batches then get the mean weight of their position. Of batches of token ids one
     window each is enough. 0, or as many as there are: every row its own. Weights add up over the Linears that read a row.
     Blocks keep their inputs alone and run once more in the backward. Raises CalibrationError for a model that cannot be
-    differentiated.
+    differentiated, and with ``of_tokens`` for one that does not return logits for every token id that it is given.
     """
     parts = [[(name, s.linears[name]) for name in part] for s in surveys for g in s.groups for part in g.inputs]
     linears = [linear for part in parts for _, linear in part]
@@ -50,7 +55,7 @@ def find_weights(
     bar = tqdm(spaced, desc="weighing rows", unit="batch", leave=False, disable=not progress)
     with _without_gradients(model), _lean([s.block.module for s in surveys], model), bar:
         for index in bar:
-            squares = _squared_gradients(model, read[index], index, linears, generator)
+            squares = _squared_gradients(model, read[index], index, linears, generator, of_tokens)
             found.append({part[0][0]: _added([squares[linear] for _, linear in part]) for part in parts})
     names = [part[0][0] for part in parts]
     if len(spaced) < len(calls):
@@ -158,7 +163,12 @@ def _lean(blocks: Sequence[nn.Module], model: nn.Module) -> Iterator[None]:
 
 
 def _squared_gradients(
-    model: nn.Module, call: Call, index: int, linears: Sequence[nn.Linear], generator: torch.Generator
+    model: nn.Module,
+    call: Call,
+    index: int,
+    linears: Sequence[nn.Linear],
+    generator: torch.Generator,
+    of_tokens: bool,
 ) -> dict[nn.Linear, list[Tensor]]:
     """For each call of each Linear, a row's squared gradient summed over outputs: fp32 [..., T], -1 where it does not count."""
     squares: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in linears}
@@ -181,8 +191,11 @@ def _squared_gradients(
         for linear in linears:
             stack.callback(linear.register_forward_hook(see).remove)
         copied = Call(copy_inputs(call.args), copy_inputs(call.kwargs), call.hint + _HINT)
-        targets, cotangents = _cotangents(run_call(model, copied, index), call, generator)
+        result = run_call(model, copied, index)
         running = False
+        if of_tokens and not _are_of_tokens(logits_of(result), call):
+            raise CalibrationError(f"no logits for every token id in what calibration batch {index} returned")
+        targets, cotangents = _cotangents(result, call, generator)
         if not targets:
             raise CalibrationError(f"nothing that calibration batch {index} returned can be differentiated.{_HINT}")
         interrupt.check()
@@ -236,8 +249,12 @@ def _signs(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
 def _logits(result: Any, call: Call) -> Tensor | None:
     """What the model returned if these are logits: by name, or a Tensor [B, T, V] with a place for every id [B, T] it was given."""
     found = logits_of(result)
-    if found is None or not isinstance(result, (Tensor, tuple, list)):
-        return found
+    named = not isinstance(result, (Tensor, tuple, list))
+    return found if named or _are_of_tokens(found, call) else None
+
+
+def _are_of_tokens(logits: Tensor | None, call: Call) -> bool:
     ids = targets_of(call)
-    fits = ids is not None and ids.numel() and found.shape[:-1] == ids.shape and found.shape[-1] > int(ids.max())
-    return found if fits else None
+    if logits is None or ids is None or not ids.numel():
+        return False
+    return logits.shape[:-1] == ids.shape and logits.shape[-1] > int(ids.max())

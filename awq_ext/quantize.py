@@ -133,10 +133,11 @@ def _weights(
     """By which the rows of all calls count; None: all alike."""
     if not config.weighs_rows:
         return None
+    asked = config.objective is not None
     try:
-        return find_weights(model, calls, surveys, config.weighed_batches, progress)
+        return find_weights(model, calls, surveys, config.weighed_batches, progress, of_tokens=not asked)
     except Exception as error:  # a model need not have gradients to be quantized
-        if config.objective is not None:
+        if asked:
             raise
         report.notes.append(f"all calibration rows count alike: {type(error).__name__}: {error}")
         return None

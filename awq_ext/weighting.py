@@ -74,14 +74,21 @@ def stretches_of(kept: Tensor) -> Tensor:
 
 
 class WeightedStats:
-    """``ActivationStats`` of which each row counts by a weight w: G = sum of w x x^T, sum of w x; sum of sqrt(w) |x|."""
+    """``ActivationStats`` of which each row counts by a weight w: G = sum of w x x^T, sum of w x; sum of sqrt(w) |x|.
+
+    Weights are divided by their mean once all rows are in: what is made of G, of the sum and of the number of rows (the second
+    moment around the mean) holds for no other.
+    """
 
     def __init__(self, stats: Any) -> None:
         self._stats = stats
         self._sum = torch.zeros_like(stats.sum())
+        self._total = 0.0
+        self._second_moment: Tensor | None = None
 
     def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add the rows of x [..., K], but for those where ``mask`` is False; weights fp32 [rows], None: all 1."""
+        assert self._second_moment is None, "no rows can be added once the second moment was read"
         rows = x.detach().reshape(-1, x.shape[-1])
         weights = None if weights is None else weights.to(rows.device)
         if mask is not None:
@@ -90,9 +97,15 @@ class WeightedStats:
         if weights is None:
             self._stats.update(rows)
             self._sum += rows.double().sum(0)
+            self._total += len(rows)
             return
         self._stats.update(rows.float() * weights.sqrt()[:, None])
         self._sum += weights.double() @ rows.double()
+        self._total += float(weights.double().sum())
+
+    @property
+    def _share(self) -> float:
+        return self.rows / self._total if self._total > 0 else 1.0
 
     @property
     def rows(self) -> int:
@@ -101,12 +114,16 @@ class WeightedStats:
 
     def sum(self) -> Tensor:
         """Sum over rows of w x: fp64 [K]."""
-        return self._sum
+        return self._sum * self._share
 
     def abs_sum(self) -> Tensor:
         """Sum over rows of sqrt(w) |x|: fp64 [K]."""
-        return self._stats.abs_sum()
+        return self._stats.abs_sum() * self._share**0.5
 
     def second_moment(self) -> Tensor:
         """Sum over rows of w x x^T: fp32 [K, K]."""
-        return self._stats.second_moment()
+        if self._second_moment is None:
+            self._second_moment = self._stats.second_moment().mul_(
+                self._share
+            )  # in its place: it is the largest thing here
+        return self._second_moment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,6 +141,23 @@ class Stack(nn.Module):
         return SimpleNamespace(logits=self.head(x))
 
 
+class Reader(Stack):
+    """Of token ids, of which the first eight lie far from all others; logits for every one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, WIDTH)
+        self.head = nn.Linear(WIDTH, 50)
+        self.sizes: list[int] = []
+        with torch.no_grad():
+            self.embed.weight[:8] *= 4
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        if torch.is_grad_enabled():
+            self.sizes.append(len(input_ids))
+        return super().forward(self.embed(input_ids))
+
+
 def divergence(logits: Tensor, found: Tensor) -> Tensor:
     """Of what ``found`` says from what ``logits`` say: nats, summed over rows."""
     return nn.functional.kl_div(found.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="sum")
@@ -195,17 +213,6 @@ def test_some_batches_stand_for_all(padding: str) -> None:
 
 
 def test_one_window_of_a_batch_of_ids_is_enough() -> None:
-    class Reader(Stack):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(50, WIDTH)
-            self.sizes: list[int] = []
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-            if torch.is_grad_enabled():
-                self.sizes.append(len(input_ids))
-            return super().forward(self.embed(input_ids))
-
     torch.manual_seed(0)
     model, batches = Reader(), []
     for length in (9, 5, 7, 9, 6, 8):
@@ -272,11 +279,10 @@ def test_the_first_of_a_window_counts_by_what_reads_it(method: str) -> None:
     errors = {"layer": 0.0, None: 0.0}
     for seed in range(5):
         torch.manual_seed(seed)
-        original = Stack()
-        # far from all others, as first tokens are, and read by all of them
-        batches = [torch.cat([4 * torch.randn(8, 1, WIDTH), torch.randn(8, 40, WIDTH)], 1) for _ in range(6)]
+        original = Reader()
+        batches = [torch.cat([torch.randint(8, (8, 1)), torch.randint(8, 50, (8, 40))], 1) for _ in range(6)]
         for objective in errors:
-            model = Stack()
+            model = Reader()
             model.load_state_dict(original.state_dict())
             awq_ext.quantize(model, batches, method=method, objective=objective, bits=3, packed=False, **FAST)
             assert not any("count alike" in note for note in model.awq_report.notes)
@@ -338,8 +344,22 @@ def test_a_model_without_gradients_is_an_error_and_stays(cls: Any) -> None:
         awq_ext.quantize(model, [torch.randn(20, WIDTH)], objective="model", **FAST)
     assert model[0].first is first
     assert first.weight.requires_grad
-    report = awq_ext.quantize(model, [torch.randn(20, WIDTH)], method="gptq", **FAST).awq_report
+
+
+class Closed(Reader):
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> Any:
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("model, x", [(Closed(), torch.arange(20)[None]), (Stack(), torch.randn(2, 20, WIDTH))])
+def test_rows_count_alike_by_default_where_tokens_have_no_logits_or_no_gradients(model: nn.Module, x: Tensor) -> None:
+    other = copy.deepcopy(model)
+    report = awq_ext.quantize(model, [x], method="gptq", **FAST).awq_report
     assert any("all calibration rows count alike: CalibrationError" in note for note in report.notes)
+    awq_ext.quantize(other, [x], method="gptq", objective="layer", **FAST)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key])
 
 
 # Those that cannot go on with what they wrote: encoders, models with an encoder, a state instead of keys and values.

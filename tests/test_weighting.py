@@ -7,6 +7,8 @@ import torch
 
 import awq_ext
 from awq_ext.batches import Call
+from awq_ext.bias import KEPT, CentredStats
+from awq_ext.calibrate import InputStatistics
 from awq_ext.weighting import PositionWeights, WeightedStats, stretches_of
 
 
@@ -25,6 +27,7 @@ def test_sums(dtype: torch.dtype, masked: bool) -> None:
         rows.append(x.double().view(-1, k)[kept])
         weights.append(w.double()[kept])
     x, w = torch.cat(rows), torch.cat(weights)
+    w /= w.mean()
     assert stats.rows == len(x)
     assert torch.allclose(stats.sum(), w @ x)
     # products are rounded to float32 before they are added
@@ -42,6 +45,30 @@ def test_without_weights_all_rows_count_one() -> None:
     assert torch.equal(stats.second_moment(), plain.second_moment())
     assert torch.equal(stats.abs_sum(), plain.abs_sum())
     assert torch.allclose(stats.sum(), plain.sum())
+
+
+def test_the_moment_around_the_mean_is_one() -> None:
+    """Whatever weights sum up to: rows that differ little from their mean leave little."""
+    x = 5 + 0.1 * torch.randn(50, 16)
+    stats = WeightedStats(awq_ext._C.ActivationStats(16))
+    stats.update(x, None, torch.linspace(2, 9, 50))
+    book = InputStatistics(CentredStats(stats), centred=True)
+    w = torch.linspace(2, 9, 50).double()
+    w /= w.mean()
+    mean = w @ x.double() / 50
+    assert torch.allclose(book.mean, mean)
+    spread = x.double() - mean
+    # fp32 sums of 50 numbers near 25, and the share of the mean's part that stays
+    expected = (spread.T * w) @ spread + KEPT * 50 * torch.outer(mean, mean)
+    assert torch.allclose(book.stats.second_moment().double(), expected, atol=50 * 50 * 25 * 2**-24)
+
+
+def test_no_rows_after_the_second_moment_was_read() -> None:
+    stats = WeightedStats(awq_ext._C.ActivationStats(16))
+    stats.update(torch.randn(5, 16), None, torch.rand(5))
+    assert torch.equal(stats.second_moment(), stats.second_moment())
+    with pytest.raises(AssertionError, match="no rows can be added"):
+        stats.update(torch.randn(5, 16))
 
 
 def test_stretches_double() -> None:
