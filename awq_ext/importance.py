@@ -41,24 +41,23 @@ def find_weights(
 ) -> Weights:
     """Weights for every input that quantizing looks at, from a forward and a backward of the whole model for some batches.
 
-    batches: how many, evenly spaced; rows of all batches then get the mean weight of their position. Of batches of token ids one
-    window each is enough. 0, or as many as there are: every row its own. Weights add up over the Linears that read a row.
-    Blocks keep their inputs alone and run once more in the backward. Raises CalibrationError for a model that cannot be
-    differentiated, and with ``of_tokens`` for one that does not return logits for every token id that it is given.
+    batches: how many, evenly spaced, and of token ids one window each; rows of all batches then get the mean weight of their
+    position. 0, or where this leaves out nothing: every row its own. Weights add up over the Linears that read a row. Blocks keep
+    their inputs alone and run once more in the backward. Raises CalibrationError for a model that cannot be differentiated, and
+    with ``of_tokens`` for one that does not return logits for every token id that it is given.
     """
     parts = [[(name, s.linears[name]) for name in part] for s in surveys for g in s.groups for part in g.inputs]
     linears = [linear for part in parts for _, linear in part]
     generator = torch.Generator().manual_seed(0)
     found: list[dict[str, list[Tensor]]] = []
-    spaced = _spaced(len(calls), batches)
-    read = calls if len(spaced) == len(calls) else {index: _longest_window(calls[index]) for index in spaced}
-    bar = tqdm(spaced, desc="weighing rows", unit="batch", leave=False, disable=not progress)
+    read = {index: _longest_window(calls[index]) if batches else calls[index] for index in _spaced(len(calls), batches)}
+    bar = tqdm(read, desc="weighing rows", unit="batch", leave=False, disable=not progress)
     with _without_gradients(model), _lean([s.block.module for s in surveys], model), bar:
         for index in bar:
             squares = _squared_gradients(model, read[index], index, linears, generator, of_tokens)
             found.append({part[0][0]: _added([squares[linear] for _, linear in part]) for part in parts})
     names = [part[0][0] for part in parts]
-    if len(spaced) < len(calls):
+    if not all(read.get(index) is call for index, call in enumerate(calls)):
         return PositionWeights(_by_position({name: [rows for mine in found for rows in mine[name]] for name in names}))
     for name in names:
         _normalize([rows for mine in found for rows in mine[name]])
@@ -74,7 +73,9 @@ def _spaced(count: int, wanted: int) -> list[int]:
 def _longest_window(call: Call) -> Call:
     """A batch of token ids and masks [B, T] without all but the window in which most positions count; others as they are."""
     tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
-    if any(t.dim() != 2 or t.is_floating_point() or len(t) != len(tensors[0]) for t in tensors) or not tensors:
+    if any(t.dim() != 2 or t.is_floating_point() or len(t) != len(tensors[0]) for t in tensors):
+        return call
+    if not tensors or len(tensors[0]) == 1:
         return call
     longest = int((call.masks[0] != 0).sum(1).argmax()) if call.masks else 0
     cut = lambda value: value[longest : longest + 1] if isinstance(value, Tensor) else value  # noqa: E731
@@ -110,10 +111,8 @@ def _by_position(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
             continue
         weights = torch.cat([one[k] for one, k in zip(rows, kept, strict=True)])
         stretches = torch.cat([stretches_of(k)[k] for k in kept])
-        counts = torch.bincount(stretches)
-        means = (
-            torch.bincount(stretches, weights.double()) / counts
-        )  # no stretch is skipped: windows begin at position 0
+        # no stretch is skipped: windows begin at position 0
+        means = torch.bincount(stretches, weights.double()) / torch.bincount(stretches)
         spread = means[stretches].float()
         _normalize([spread])
         tables[name] = torch.zeros(len(means)).index_copy_(0, stretches, spread)

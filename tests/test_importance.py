@@ -222,6 +222,8 @@ def test_one_window_of_a_batch_of_ids_is_enough() -> None:
         batches.append({"input_ids": torch.randint(50, (4, 9)), "attention_mask": mask})
     found = weights_of(model, [Call((), batch) for batch in batches], batches=2)
     assert model.sizes == [1, 1]
+    weights_of(model, [Call((), batch) for batch in batches[:2]], batches=2)
+    assert model.sizes == 4 * [1]
     # the middles of two halves, and the third row of each
     longest = [Call((), {key: value[2:3] for key, value in batches[i].items()}) for i in (1, 4)]
     each = weights_of(model, longest)
