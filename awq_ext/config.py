@@ -83,7 +83,8 @@ class AwqConfig:
     propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
     objective: what the error of a Linear on a calibration row counts: with "layer" its square; with "model" the square times how
         strongly the model's output reacts to errors there (``awq_ext.importance``), which a backward of the whole model tells.
-        None: "model" with error feedback, where the model can be differentiated, otherwise "layer".
+        None: "model" with error feedback in models that return logits for every token id and can be differentiated, otherwise
+        "layer".
     weighed_batches: batches that get this backward, or one window of each where they are token ids; rows of all batches then count
         what those at their position in a window count on average. 0 for all, each row by its own: closer still, for more time
         than all the rest takes.
