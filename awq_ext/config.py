@@ -86,8 +86,8 @@ class AwqConfig:
         None: "model" with error feedback in models that return logits for every token id and can be differentiated, otherwise
         "layer".
     weighed_batches: batches that get this backward, or one window of each where they are token ids; rows of all batches then count
-        what those at their position in a window count on average. 0 for all, each row by its own: closer still, for more time
-        than all the rest takes.
+        what those at their position in a window count on average. 0 for all, each row by its own: closer still, for as much
+        time as all the rest takes.
     random_tokens: batches of random tokens that calibration gets besides those given, as a share of their number, for models that
         read token ids and have ``get_input_embeddings()``. They show error feedback what other text than the calibration's
         needs (docs/quality.md). None: 0.25 with error feedback, otherwise 0.
