@@ -130,7 +130,9 @@ def test_errors_fall_where_no_calibration_row_leads() -> None:
     for share in (0, 0.25):
         model = Reader()
         model.load_state_dict(original.state_dict())
-        report = awq_ext.quantize(model, calib, method="gptq", random_tokens=share, **FAST).awq_report
+        report = awq_ext.quantize(
+            model, calib, method="gptq", random_tokens=share, objective="layer", **FAST
+        ).awq_report
         assert report["up"].tokens == 800 * (1 + share)
         assert report.notes == (["calibrated on 8 batches, and on 2 of random tokens"] if share else [])
         errors[share] = float((model(other) - expected).detach().square().sum())
