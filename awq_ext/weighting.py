@@ -123,7 +123,6 @@ class WeightedStats:
     def second_moment(self) -> Tensor:
         """Sum over rows of w x x^T: fp32 [K, K]."""
         if self._second_moment is None:
-            self._second_moment = self._stats.second_moment().mul_(
-                self._share
-            )  # in its place: it is the largest thing here
+            # in its place: it is the largest thing here
+            self._second_moment = self._stats.second_moment().mul_(self._share)
         return self._second_moment

@@ -46,11 +46,8 @@ class Encoder(Classifier):
 
 
 def weights_of(model: nn.Module, calls: list[Call], batches: int = 0) -> Weights:
-    config = awq_ext.AwqConfig(skip=("head",))
-    eligible = eligible_linears(model, lambda name, module: "skipped" if name == "head" else None)
     with torch.no_grad():
-        surveys = survey_model(model, calls[0], eligible, [], config)
-        return find_weights(model, calls, surveys, batches)
+        return find_weights(model, calls, survey_of(model, calls[0], []), batches)
 
 
 def of(found: Weights, call: Call, name: str, x: Tensor) -> Tensor | None:
@@ -346,6 +343,7 @@ def test_a_model_without_gradients_is_an_error_and_stays(cls: Any) -> None:
         awq_ext.quantize(model, [torch.randn(20, WIDTH)], objective="model", **FAST)
     assert model[0].first is first
     assert first.weight.requires_grad
+    awq_ext.quantize(model, [torch.randn(20, WIDTH)], objective="layer", **FAST)
 
 
 class Closed(Reader):
@@ -372,15 +370,8 @@ WRITE_NOTHING = {"BERT", "T5", "ViT", "Whisper", "Mamba", *architectures.PLAIN}
 @pytest.mark.parametrize("name", architectures.NAMES)
 def test_architectures(name: str, batches: int) -> None:
     case = architectures.make_or_skip(name)
-    settings = {
-        "method": "awq+gptq",
-        "objective": "model",
-        "weighed_batches": batches,
-        "group_size": 16,
-        "min_tokens": 0,
-    }
-    settings["progress"] = False
-    report = awq_ext.quantize(case.model, case.batches, **settings).awq_report
+    settings = {"method": "awq+gptq", "objective": "model", "group_size": 16, "min_tokens": 0, "progress": False}
+    report = awq_ext.quantize(case.model, case.batches, weighed_batches=batches, **settings).awq_report
     assert any("that the model wrote" in note for note in report.notes) == (name not in WRITE_NOTHING)
     assert not any("could not write" in note for note in report.notes)
     losses = [(layer.loss, layer.loss_rtn) for layer in report.layers if layer.loss is not None]
