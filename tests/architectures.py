@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from awq_ext.report import AwqReport
+from awq_ext.reporting.report import AwqReport
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, TOKENS = 64, 32, 64, 2, 4, 16
 _SIZES: dict[str, Any] = {

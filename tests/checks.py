@@ -9,7 +9,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from awq_ext.threadstate import ThreadState
+from awq_ext.undo.thread_state import ThreadState
 
 # What exists before the tests is of no interest to suspended_greenlets(); out of the collector's sight it costs no time.
 gc.collect()

@@ -13,7 +13,6 @@ import typer
 from . import bench, compare, convert, demo, doctor, eval, inspect, quantize, report
 
 __all__ = ["app", "main"]
-
 app = typer.Typer(
     name="awq-ext",
     no_args_is_help=True,
@@ -35,6 +34,7 @@ app = typer.Typer(
         "Exit codes: 0 done, 1 failed (one line says why), 2 a wrong option, 130 interrupted."
     ),
 )
+
 
 for _module, _name in (
     (quantize, "quantize"),

@@ -19,7 +19,7 @@ def facts() -> list[tuple[str, str]]:
     import torch
 
     from .. import _C, __version__, _abi
-    from ..speed import read_bandwidth
+    from ..evaluation.cost import read_bandwidth
 
     return [
         ("awq_ext", __version__),
@@ -37,7 +37,8 @@ def wrong_kernels() -> list[str]:
     """Tries each level of kernels on a small layer: a line for every one whose result is not the reference's."""
     import torch
 
-    from .. import _C, QuantLinear, reference
+    from .. import _C, QuantLinear
+    from ..kernels import reference
 
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(96, 192, generator=generator), torch.randn(5, 192, generator=generator)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 Split = Literal["train", "calibration", "held-out"]
-
 # Not text that somebody wrote to be read: tests, generated tables, grammars, vendored wheels, other people's packages
 SKIPPED_FOLDERS = frozenset(
     [

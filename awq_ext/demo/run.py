@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import speed
-from ..quantize import quantize
-from ..size import model_bytes
+from ..evaluation import cost as speed
+from ..evaluation.cost import model_bytes
+from ..pipeline.quantize import quantize
 from . import data
 from .model import ByteLlama, load_demo_model
 

@@ -1,0 +1,1 @@
+"""Evaluation: scores, intervals, methods side by side, and which channels and layers matter."""

@@ -1,0 +1,1 @@
+"""Integrations: Transformers, and tools that look for us under names of their own."""

@@ -1,0 +1,1 @@
+"""Solving a block: scales, codes, error feedback, clips and biases from its statistics."""

@@ -1,0 +1,77 @@
+"""The storeys of the package and of csrc, from top to bottom, and the check that imports run downwards only.
+
+A line may import from the lines below it; packages on one line are neighbours and leave each other alone.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+STOREYS = (
+    ("cli",),
+    ("demo",),
+    ("evaluation", "integrations"),
+    ("pipeline", "checkpoints"),
+    ("solving",),
+    ("folding", "calibration"),
+    ("survey",),
+    ("standins",),
+    ("forwards",),
+    ("layers",),
+    ("kernels", "undo", "modules", "reporting", "config"),
+)
+# What the package's own files beside the storeys are: the public names above all of them, and what they start with.
+TOP = ("__init__", "__main__")
+LEAVES = ("_C", "_abi", "_build")
+# Packages of others, and the only places that may import them.
+CONFINED = {
+    "transformers": ("integrations", "checkpoints.conversions"),
+    "typer": ("cli",),
+    "greenlet": ("forwards.lockstep",),
+    "matplotlib": ("reporting.html", "reporting.plots"),
+    "jinja2": ("reporting.html",),
+}
+_HEIGHT = {name: len(STOREYS) - i for i, names in enumerate(STOREYS) for name in names}
+
+
+def module_name(root: Path, file: Path) -> str:
+    """``folding/proof.py`` -> ``folding.proof``; a package's ``__init__`` goes by the package's name."""
+    parts = file.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def imports(root: Path, file: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of everything that ``file`` imports, inside functions too; below the package without its name."""
+    depth = file.relative_to(root).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.removeprefix(f"{root.name}.")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = depth[: len(depth) - node.level + 1]
+                stem = [*base, *(node.module or "").split(".")] if node.module else [*base]
+            else:
+                stem = (node.module or "").removeprefix(root.name).lstrip(".").split(".")
+            yield from ((node.lineno, ".".join([*filter(None, stem), alias.name])) for alias in node.names)
+
+
+def violations(root: Path) -> list[str]:
+    """Every import in the package at ``root`` that runs upwards, to a neighbour, or to a package that it has no business with."""
+    found = []
+    for file in sorted(root.rglob("*.py")):
+        name = module_name(root, file)
+        top = name.partition(".")[0]
+        for line, imported in imports(root, file):
+            there = imported.partition(".")[0]
+            where = f"{file.relative_to(root)}:{line} imports {imported}"
+            if there in CONFINED and not any(f"{name}.".startswith(f"{place}.") for place in CONFINED[there]):
+                found.append(f"{where}: only {', '.join(CONFINED[there])} may")
+            if top in TOP or top in LEAVES or there == top or there not in _HEIGHT:
+                continue
+            if top not in _HEIGHT:
+                found.append(f"{where}: {top} has no storey")
+            elif _HEIGHT[there] >= _HEIGHT[top]:
+                found.append(f"{where}: {there} is not below {top}")
+    return found
