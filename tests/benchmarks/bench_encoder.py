@@ -18,7 +18,7 @@ import transformers
 import awq_ext
 from awq_ext.evaluation.evaluate import embedding_cosine
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 from test_encoder import BATCH, CALIBRATION, SCORED, batches, folder, tokens
 
 

@@ -20,7 +20,7 @@ from awq_ext.evaluation.bootstrap import Estimate, Measure
 from awq_ext.evaluation.compare import compare, read_methods
 from awq_ext.evaluation.comparison import FLOAT, Variant
 from awq_ext.evaluation.evaluate import Evaluation, accuracy, embedding_cosine, evaluate
-from awq_ext.reporting.tables import plus_minus
+from awq_ext.evaluation.comparison import plus_minus
 
 QUICK = {"bootstrap": Bootstrap(resamples=200), "speed_seconds": 0, "progress": False, "group_size": 16, "n_grid": 4}
 
