@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..forwards.inputs import linear_input
 from ..forwards.lockstep import Stop
 from ..forwards.memory import FreeMemory
 from ..modules import norm_candidates
 from ..survey.survey import BlockSurvey
+from .centred import centred
 from .padding import ExpertPadding
 from .row_weights import WeightedStats, Weights
 
 
+class Accumulator(Protocol):
+    """Sums over the rows of one input, as ``ActivationStats`` keeps them."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that counted."""
+
+    def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Add the rows of x [..., K], but for those where ``mask`` is False; weights fp32 [rows], None: all 1."""
+
+    def sum(self) -> Tensor:
+        """Sum over rows of x: fp64 [K]."""
+
+    def abs_sum(self) -> Tensor:
+        """Sum over rows of |x|: fp64 [K]."""
+
+    def second_moment(self) -> Tensor:
+        """Sum over rows of x x^T: fp32 [K, K]."""
+
+
 @dataclass
 class InputStatistics:
-    """What one input was over all batches. ``centred``: around its mean (``bias.CentredStats``), which a bias will take care of."""
+    """What one input was over all batches; rows_seen: rows that came, masked out or not."""
 
-    stats: Any
+    stats: Accumulator
     rows_seen: int = 0
-    centred: bool = False
 
     @property
     def rows(self) -> int:
@@ -37,6 +58,16 @@ class InputStatistics:
     def mean(self) -> Tensor:
         """Mean of x over the rows that counted: fp64 [K]."""
         return self.stats.sum() / max(self.rows, 1)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """X^T X: fp32 [K, K]."""
+        return self.stats.second_moment()
+
+    @cached_property
+    def around_mean(self) -> Tensor:
+        """X^T X around the mean (``centred``): fp32 [K, K], made when first asked for."""
+        return centred(self.stats.second_moment(), self.stats.sum(), self.rows)
 
     @property
     def finite(self) -> bool:
@@ -76,10 +107,10 @@ class GroupStatistics:
 def collect(
     surveyed: BlockSurvey,
     stops: Sequence[Stop],
-    kernels: ModuleType,
     device: torch.device,
     hold: bool,
     weights: Weights | None = None,
+    accumulator: Callable[[int, torch.device], Accumulator] = kernels.activation_stats,
 ) -> tuple[list[GroupStatistics], Any]:
     """Stream every batch through the block into statistics, one for each of its groups; and the first batch's output.
 
@@ -107,7 +138,7 @@ def collect(
             inputs: dict[str, InputStatistics] = {}
             for part in group.inputs:
                 leader = surveyed.linears[part[0]]
-                stats = _new_statistics(kernels, leader.in_features, device)
+                stats = accumulator(leader.in_features, device)
                 book = InputStatistics(stats if weights is None else WeightedStats(stats))
                 inputs |= dict.fromkeys(part, book)
                 told = (book, part[0], part[0] in group.experts)
@@ -129,9 +160,3 @@ def collect(
     for group in books:
         group.untold = [name for name in group.inputs if name in padding.untold]
     return books, output
-
-
-def _new_statistics(kernels: ModuleType, in_features: int, device: torch.device) -> Any:
-    if device.type == "cpu":
-        return kernels.ActivationStats(in_features)
-    return kernels.ActivationStats(in_features, device=device)

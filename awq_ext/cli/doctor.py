@@ -39,12 +39,13 @@ def wrong_kernels() -> list[str]:
 
     from .. import _C, QuantLinear
     from ..kernels import reference
+    from ..layers.quantized_weight import QuantizedWeight
 
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(96, 192, generator=generator), torch.randn(5, 192, generator=generator)
     codes, scales, zeros = reference.quantize_weight(weight, 64)
     linear = torch.nn.Linear(192, 96, bias=False, device="meta")
-    layer = QuantLinear.from_packed(linear, reference.pack_int4(codes), scales, zeros, 64)
+    layer = QuantLinear.from_packed(linear, QuantizedWeight.of_codes(codes, scales, zeros, 64))
     expected = x @ reference.dequantize_weight(codes, scales, zeros, 64).T
     chosen, problems = _C.isa(), []
     try:

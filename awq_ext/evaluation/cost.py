@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import kernels_for, reference
+from .. import kernels
+from ..kernels import reference
 from ..layers.quant_linear import QuantLinear
+from ..layers.quantized_weight import QuantizedWeight
 from ..reporting.report import AwqReport, LayerReport
 from ..undo import interrupt
 
@@ -78,11 +80,10 @@ def rotating_layers(
     So many copies that a call finds its weight in no cache, as in a model of many layers.
     """
     linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
-    codes, scales, zeros = kernels_for("cpu").quantize_weight(linear.weight.detach().float(), group_size)
-    parts = (reference.pack_int4(codes), scales, zeros)
+    weight = QuantizedWeight.of_codes(*kernels.quantize_weight(linear.weight.detach().float(), group_size), group_size)
     make = {
         "float": lambda: nn.Linear(in_features, out_features, bias=False, dtype=dtype),
-        "int4": lambda: QuantLinear.from_packed(linear, *parts, group_size),
+        "int4": lambda: QuantLinear.from_packed(linear, weight),
     }
     runners = {}
     for name, size in (("float", linear.weight.nbytes), ("int4", make["int4"]().nbytes)):

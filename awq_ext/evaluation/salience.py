@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,15 +15,11 @@ from tqdm import tqdm
 from ..calibration.channels import Agreement, ChannelMeans, agreement, channel_salience, top_share
 from ..calibration.statistics import collect
 from ..config import AwqConfig
-from ..forwards.calls import Call, read_calls
-from ..forwards.lockstep import Stop, lockstep
-from ..forwards.mode import calibration_mode
+from ..forwards.lockstep import Stop
 from ..modules import unwrapped
+from ..pipeline.session import Session, session
 from ..reporting.tables import Cell, Grid, as_text
-from ..survey.selection import check_layers, select_linears
-from ..survey.survey import BlockSurvey, survey_model
-from ..undo import interrupt
-from ..undo.journal import Journal
+from ..survey.survey import BlockSurvey
 from ..undo.thread_state import restoring
 
 
@@ -189,7 +184,8 @@ def salience(
     texts = {None: loader, **(traffic or {})}
     seen: dict[str | None, list[_Seen]] = {}
     for name, samples in tqdm(texts.items(), "watching", disable=not progress):
-        seen[name] = _watch(model, samples, config, tokenizer, inputs, blocks)
+        with session(model, samples, config, tokenizer, inputs) as opened:
+            seen[name] = _watch(opened, blocks)
     others = {name: {one.layers[0]: one for one in found} for name, found in seen.items() if name is not None}
     rows = [_row(one, {n: found.get(one.layers[0]) for n, found in others.items()}, tolerance) for one in seen[None]]
     found = Salience(rows, list(others), tolerance)
@@ -198,45 +194,24 @@ def salience(
     return found
 
 
-def _watch(
-    model: nn.Module,
-    samples: Iterable[Any],
-    config: AwqConfig,
-    tokenizer: Callable[..., Any] | None,
-    inputs: str | Callable[[Any], Any],
-    names: Sequence[str] | None,
-) -> list[_Seen]:
-    """The channel means of every scale group, from one lockstep pass as quantize() makes it."""
-    device = check_layers(model, config)
-    calls = read_calls(samples, device, tokenizer, inputs, config.seq_len)
-    with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
-        try:
-            eligible, _ = select_linears(model, calls[0], config, journal)
-            with calibration_mode(model):
-                return _means(model, calls, survey_model(model, calls[0], eligible, names, config), device)
-        finally:
-            journal.rollback()
-
-
-def _means(
-    model: nn.Module, calls: Sequence[Call], surveys: Sequence[BlockSurvey], device: torch.device
-) -> list[_Seen]:
+def _watch(opened: Session, names: Sequence[str] | None) -> list[_Seen]:
+    """Collect the channel means of every scale group, from one lockstep pass as quantize() makes it."""
     found = []
-    with lockstep(model, [s.block for s in surveys], calls) as visits:
-        for surveyed, (_, stops) in zip(surveys, visits, strict=True):
+    with opened.surveyed(names) as surveys, opened.visits(surveys, opened.calls) as visits:
+        for surveyed, stops in visits:
             if surveyed.groups:
-                found += _one_block(surveyed, stops, device, last=surveyed is surveys[-1])
+                found += _one_block(surveyed, stops, opened.device, last=surveyed is surveys[-1])
     return found
 
 
 def _one_block(surveyed: BlockSurvey, stops: list[Stop], device: torch.device, last: bool) -> list[_Seen]:
-    books, _ = collect(surveyed, stops, SimpleNamespace(ActivationStats=ChannelMeans), device, hold=last)
+    statistics, _ = collect(surveyed, stops, device, last, accumulator=ChannelMeans)
     found = []
-    for group, book in zip(surveyed.groups, books, strict=True):
+    for group, seen in zip(surveyed.groups, statistics, strict=True):
         for layers in group.inputs:
             weights = [surveyed.linears[name].weight.detach() for name in layers]
             ones = torch.ones(weights[0].shape[1], device=device)
-            found.append(_Seen(tuple(layers), channel_salience(ones, weights), book.inputs[layers[0]].stats))
+            found.append(_Seen(tuple(layers), channel_salience(ones, weights), seen.inputs[layers[0]].stats))
     return found
 
 

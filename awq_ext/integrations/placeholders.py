@@ -9,6 +9,7 @@ from ..checkpoints.fill import fitting_bias, run_time_scales
 from ..checkpoints.formats import CheckpointError, PackedLinear
 from ..checkpoints.renaming import Renamed
 from ..layers.quant_linear import QuantLinear
+from ..layers.quantized_weight import QuantizedWeight
 
 
 class Waiting(nn.Module):
@@ -38,12 +39,11 @@ class Waiting(nn.Module):
     def _int4_layer(self, packed: PackedLinear, device: torch.device) -> QuantLinear:
         linear = self.linear
         linear.bias = self._bias(packed)
-        parts = (packed.qweight, run_time_scales(packed, linear.weight.dtype, self.name), packed.zeros)
+        scales = run_time_scales(packed, linear.weight.dtype, self.name)
+        parts = (part.to(device) for part in (packed.qweight, scales, packed.zeros))
+        weight = QuantizedWeight(*parts, packed.in_features, packed.group_size)
         scale = packed.pre_quant_scale
-        layer = QuantLinear.from_packed(
-            linear, *(part.to(device) for part in parts), packed.group_size, None if scale is None else scale.to(device)
-        )
-        return layer.to(device)
+        return QuantLinear.from_packed(linear, weight, None if scale is None else scale.to(device)).to(device)
 
     def _bias(self, packed: PackedLinear) -> nn.Parameter | None:
         linear = self.linear

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import kernels_for, reference
+from .. import kernels
+from ..kernels import reference
 from ..modules import take_hooks
 from .frozen import FrozenTensor
 from .ops import int4_linear, int4_weight
+from .quantized_weight import QuantizedWeight
 
 # These hold bit patterns that were searched for; a cast of the model must not round them again.
 _FROZEN_DTYPE = ("tile_scales", "pre_quant_scale")
@@ -70,18 +72,16 @@ class QuantLinear(nn.Module):
     def from_packed(
         cls,
         linear: nn.Linear,
-        qweight: Tensor,
-        scales: Tensor,
-        zeros: Tensor,
-        group_size: int,
+        weight: QuantizedWeight,
         pre_quant_scale: Tensor | None = None,
     ) -> QuantLinear:
-        """The layer that computes what ``linear`` did, with this qweight uint8 [N, ceil(K/2)], scales and zeros [N, G].
+        """Build the layer that computes what ``linear`` did, with this weight of 4 bits; pre_quant_scale: fp32 [K] or None.
 
         It shares ``linear``'s bias, and takes over its hooks and training flag.
         """
-        layer = cls.empty_like(linear, group_size, False, scales.dtype, device="meta")
-        layer.qweight, layer.scales, layer.zeros, layer.pre_quant_scale = qweight, scales, zeros, pre_quant_scale
+        layer = cls.empty_like(linear, weight.group_size, False, weight.scales.dtype, device="meta")
+        layer.qweight, layer.scales, layer.zeros = weight.qweight, weight.scales, weight.zeros
+        layer.pre_quant_scale = pre_quant_scale
         layer.bias = linear.bias
         take_hooks(layer, linear)
         return layer.train(linear.training)
@@ -144,7 +144,7 @@ class QuantLinear(nn.Module):
         if rows.shape != expected:
             raise ValueError(f"{name} has shape {tuple(rows.shape)}, this layer needs {expected}")
         if name == "qweight":
-            return kernels_for(rows.device).tile_int4(rows, self.in_features, self.group_size)
+            return kernels.tile_int4(rows, self.in_features, self.group_size)
         if name == "scales":
             return reference.tile_scales(rows)
         if not rows.is_meta and rows.numel() and rows.max() > 15:
@@ -155,7 +155,6 @@ class QuantLinear(nn.Module):
         """qweight, scales or zeros, as a checkpoint has them: a copy."""
         held = getattr(self, TILED[name])
         if name == "qweight":
-            kernels = kernels_for(held.device)
             return kernels.untile_int4(held, self.out_features, self.in_features, self.group_size)
         return (reference.untile_scales if name == "scales" else reference.untile_zeros)(held, self.out_features)
 

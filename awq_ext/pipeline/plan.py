@@ -7,25 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import AwqConfig, configured
 from ..folding.finder import FoldFinder
 from ..folding.fold import Fold, NormFold
-from ..forwards.calls import Call, read_calls
-from ..forwards.lockstep import lockstep
-from ..forwards.mode import calibration_mode
 from ..forwards.probe import Probe
 from ..modules import foldable_norms, unwrapped
 from ..reporting.tables import aligned, format_bytes
 from ..solving.block_solver import takes_fold
 from ..survey.budget import planned_bytes
-from ..survey.selection import check_layers, select_linears
-from ..survey.survey import reasons_to_stay, survey_model
-from ..undo import interrupt
-from ..undo.journal import Journal
+from ..survey.survey import reasons_to_stay
 from ..undo.thread_state import restoring
+from .session import Session, session
 
 
 @dataclass(frozen=True)
@@ -119,45 +113,30 @@ def plan(
     config = configured(config, overrides)
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches={batches!r}: a number of calibration batches, at least 1, is needed")
-    model = unwrapped(model)
-    device = check_layers(model, config)
-    calls = read_calls([example_batch], device, tokenizer, inputs, config.seq_len)
-    with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
-        try:
-            return _plan(model, calls, batches, blocks, config, journal)
-        finally:
-            journal.rollback()
+    with session(unwrapped(model), [example_batch], config, tokenizer, inputs) as opened:
+        return _plan(opened, batches, blocks)
 
 
-def _plan(
-    model: nn.Module,
-    calls: Sequence[Call],
-    batches: int,
-    blocks: Sequence[str] | None,
-    config: AwqConfig,
-    journal: Journal,
-) -> Plan:
-    eligible, _ = select_linears(model, calls[0], config, journal)
+def _plan(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan:
+    model, config = opened.model, opened.config
     names = {id(module): name for name, module in model.named_modules()}
     found: list[GroupPlan] = []
-    with calibration_mode(model):
-        surveys = survey_model(model, calls[0], eligible, blocks, config)
+    with opened.surveyed(blocks) as surveys, opened.visits(surveys, opened.calls[:1]) as visits:
         finder = FoldFinder(foldable_norms(model))
-        with lockstep(model, [s.block for s in surveys], calls[:1]) as visits:
-            for surveyed, (block, stops) in zip(surveys, visits, strict=True):
-                wanted = [takes_fold(group, config) for group in surveyed.groups]
-                folds: list[Fold | None] = [None] * len(wanted)
-                if any(wanted):
-                    probe = Probe(stops[0].rehearse, stops[0].rehearse(), stops[0].call.row_mask)
-                    folds = finder.find(probe, surveyed.groups, surveyed.linears, wanted)
-                for group, fold in zip(surveyed.groups, folds, strict=True):
-                    linears = [surveyed.linears[name] for name in group.linears]
-                    found.append(_planned(block.name, group.linears, linears, fold, config, names))
+        for surveyed, (first, *_) in visits:
+            wanted = [takes_fold(group, config) for group in surveyed.groups]
+            folds: list[Fold | None] = [None] * len(wanted)
+            if any(wanted):
+                probe = Probe(first.rehearse, first.rehearse(), first.call.row_mask)
+                folds = finder.find(probe, surveyed.groups, surveyed.linears, wanted)
+            for group, fold in zip(surveyed.groups, folds, strict=True):
+                linears = [surveyed.linears[name] for name in group.linears]
+                found.append(_planned(surveyed.block.name, group.linears, linears, fold, config, names))
     return Plan(
         groups=found,
-        stays_float=reasons_to_stay(eligible, surveys),
+        stays_float=reasons_to_stay(opened.eligible, surveys),
         parameters=sum(p.numel() for p in model.parameters()),
-        planned_memory_bytes=planned_bytes(surveys, batches * len(calls), config),
+        planned_memory_bytes=planned_bytes(surveys, batches * len(opened.calls), config),
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -15,16 +16,14 @@ from ..calibration.extra_batches import generated_calls, random_calls
 from ..calibration.importance import find_weights
 from ..calibration.padding import warnings_for
 from ..calibration.row_weights import Weights
-from ..calibration.statistics import collect
+from ..calibration.statistics import GroupStatistics, collect
 from ..config import AwqConfig, configured
 from ..folding.finder import FoldFinder
 from ..folding.fold import Change, LinearFold
-from ..forwards.calls import Call, read_calls
-from ..forwards.lockstep import Stop, lockstep
-from ..forwards.memory import PeakMemory, release_free_memory
-from ..forwards.mode import calibration_mode
+from ..forwards.calls import Call
+from ..forwards.lockstep import Stop
+from ..forwards.memory import release_free_memory
 from ..forwards.probe import Probe, combined
-from ..kernels import kernels_for
 from ..modules import foldable_norms, unwrapped
 from ..reporting.report import AwqReport, LayerReport
 from ..reporting.tables import format_bytes
@@ -32,11 +31,10 @@ from ..solving.bias import own_biases
 from ..solving.block_solver import BlockSolver
 from ..solving.solution import GroupSolution, build_layer
 from ..survey.budget import growth_of, planned_bytes
-from ..survey.selection import check_layers, select_linears
-from ..survey.survey import BlockSurvey, reasons_to_stay, survey_model
+from ..survey.survey import BlockSurvey, reasons_to_stay
 from ..undo import interrupt
-from ..undo.journal import Journal
 from ..undo.thread_state import restoring
+from .session import Session, session
 
 
 @restoring
@@ -69,28 +67,16 @@ def quantize(
     given, model = model, unwrapped(model)
     config = configured(config, overrides)
     started = time.perf_counter()
-    device = check_layers(model, config)
-    calls = read_calls(calib_loader, device, tokenizer, inputs, config.seq_len)
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
-    # tensors made in inference mode could never be trained around
-    with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
-        memory = PeakMemory(device)
-        eligible, standins = select_linears(model, calls[0], config, journal)
-        with calibration_mode(model):
-            calls += _own_calls(model, calls, config, report, progress)
-            surveys = survey_model(model, calls[0], eligible, blocks, config)
-            report.planned_memory_bytes = memory.bytes() + planned_bytes(surveys, growth_of(calls), config)
-            weights = _weights(model, calls, surveys, config, report, progress)
-            biases = own_biases(model, eligible.linears.values())
-            run = _Run(model, config, device, journal, report, foldable_norms(model), biases, weights)
-            with _bar(surveys, report, progress) as bar:
-                run.all_blocks(surveys, calls, memory, bar)
-        standins.settle(model, journal)
-        report.peak_memory_bytes = memory.bytes()
-        for name, reason in reasons_to_stay(eligible, surveys).items():
-            report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
-        report.notes += standins.notes()
-        report.warnings += standins.warnings(report.parameters)
+    with session(model, calib_loader, config, tokenizer, inputs, undo=False) as opened:
+        with opened.surveyed(blocks) as surveys:
+            run = _Run(opened, surveys, report, progress)
+            with run.blocks() as visited:
+                for block in visited:
+                    collected = run.collect(block)
+                    groups = run.solve(block, collected)
+                    run.swap(block, groups)
+        _finish(opened, surveys, report)
         report.seconds = time.perf_counter() - started
         for text in report.warnings:
             warnings.warn(text, UserWarning, stacklevel=3)  # past restoring()
@@ -100,10 +86,115 @@ def quantize(
     return given
 
 
-def _own_calls(
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block with the batches that wait at its entry; hold: whether they run through it only after it is quantized."""
+
+    surveyed: BlockSurvey
+    stops: list[Stop]
+    hold: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Collected:
+    """Statistics of a block, one for each of its scale groups, and what it returned for the first batch."""
+
+    statistics: list[GroupStatistics]
+    output: Any
+
+
+class _Run:
+    """The state of one quantize() call, and its three steps."""
+
+    def __init__(self, opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport, progress: bool) -> None:
+        self._session = opened
+        self._surveys = surveys
+        self._report = report
+        self._progress = progress
+        model, config = opened.model, opened.config
+        self._calls = opened.calls + _extra_calls(model, opened.calls, config, report, progress)
+        planned = planned_bytes(surveys, growth_of(self._calls), config)
+        report.planned_memory_bytes = opened.memory.bytes() + planned
+        self._weights = _row_weights(model, self._calls, surveys, config, report, progress)
+        self._biases = own_biases(model, opened.eligible.linears.values())
+        self._finder = FoldFinder(foldable_norms(model))
+        self._padded: list[str] = []
+
+    @contextmanager
+    def blocks(self) -> Iterator[Iterator[_Block]]:
+        """Let all batches run in lockstep: the body gets block after block."""
+        with self._session.visits(self._surveys, self._calls) as visits, self._bar() as bar:
+            yield self._each(visits, bar)
+        self._report.warnings += warnings_for(self._padded)
+
+    def _each(self, visits: Iterator[tuple[BlockSurvey, list[Stop]]], bar: tqdm) -> Iterator[_Block]:
+        for surveyed, stops in visits:
+            peak = format_bytes(self._session.memory.bytes())
+            bar.set_postfix_str(f"{surveyed.block.name or 'whole model'}, peak {peak}")
+            release_free_memory()
+            if surveyed.groups:
+                last = surveyed is self._surveys[-1]
+                yield _Block(surveyed, stops, last or self._session.config.propagate == "quantized")
+            bar.update()
+
+    def collect(self, block: _Block) -> _Collected:
+        """Stream the batches through the float block."""
+        start = time.perf_counter()
+        found, output = collect(block.surveyed, block.stops, self._session.device, block.hold, self._weights)
+        self._report.calibration_seconds += time.perf_counter() - start
+        self._padded += [name for group in found for name in group.untold]
+        return _Collected(found, output)
+
+    def solve(self, block: _Block, collected: _Collected) -> list[GroupSolution]:
+        """Find the scales, folds and codes of the block; the model stays as it is."""
+        start = time.perf_counter()
+        first = block.stops[0]
+        probe = Probe(first.rehearse, collected.output, first.call.row_mask)
+        solver = BlockSolver(
+            block.surveyed, collected.statistics, probe, self._session.config, self._finder, self._biases
+        )
+        groups, block_report = solver.solve()
+        self._report.blocks.append(block_report)
+        if block_report.note:
+            self._report.warnings.append(f"block {block_report.name or '(whole model)'}: {block_report.note}")
+        self._report.search_seconds += time.perf_counter() - start
+        return groups
+
+    def swap(self, block: _Block, groups: Sequence[GroupSolution]) -> None:
+        """Put the int4 layers in the place of the block's Linears, and the folds into its norms."""
+        if not block.hold:
+            block.stops[0].advance()  # through the float block, as the other batches did
+        journal, report = self._session.journal, self._report
+        report.warnings += _problems(groups)
+        for (module, name), values in combined(_changes(groups)).items():
+            journal.write_tensor(module._parameters[name], values)
+        for group in groups:
+            report.layers.extend(group.reports())
+            for layer in group.layers:
+                journal.set_module(self._session.model, layer.task.name, build_layer(layer, group.fold))
+                report.quantized_parameters += layer.task.linear.weight.numel()
+
+    def _bar(self) -> tqdm:
+        if self._progress:
+            planned = format_bytes(self._report.planned_memory_bytes)
+            tqdm.write(f"awq_ext: {len(self._surveys)} blocks, planned peak memory {planned}")
+        return tqdm(total=len(self._surveys), desc="quantizing", unit="block", disable=not self._progress)
+
+
+def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) -> None:
+    """Put what stood in for other layers back where it stays float, and complete the report."""
+    opened.standins.settle(opened.model, opened.journal)
+    report.peak_memory_bytes = opened.memory.bytes()
+    for name, reason in reasons_to_stay(opened.eligible, surveys).items():
+        report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
+    report.notes += opened.standins.notes()
+    report.warnings += opened.standins.warnings(report.parameters)
+
+
+def _extra_calls(
     model: nn.Module, calls: Sequence[Call], config: AwqConfig, report: AwqReport, progress: bool
 ) -> list[Call]:
-    """Calls to calibrate on beside those given: random tokens, and text that the model writes where it can."""
+    """Make batches beside those given: random tokens, and text that the model writes where it can."""
     drawn = random_calls(model, calls, config.random_share)
     try:
         written = generated_calls(model, calls, config.generated_share, progress)
@@ -117,7 +208,7 @@ def _own_calls(
     return drawn + written
 
 
-def _weights(
+def _row_weights(
     model: nn.Module,
     calls: Sequence[Call],
     surveys: Sequence[BlockSurvey],
@@ -125,7 +216,7 @@ def _weights(
     report: AwqReport,
     progress: bool,
 ) -> Weights | None:
-    """By which the rows of all calls count; None: all alike."""
+    """Weigh the calibration rows by how strongly the model reacts to errors there; None where all count alike."""
     if not config.weighs_rows:
         return None
     asked = config.objective is not None
@@ -136,71 +227,6 @@ def _weights(
             raise
         report.notes.append(f"all calibration rows count alike: {type(error).__name__}: {error}")
         return None
-
-
-class _Run:
-    """The state of one quantize() call."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: AwqConfig,
-        device: torch.device,
-        journal: Journal,
-        report: AwqReport,
-        foldable: dict[str, nn.Module],
-        biases: set[nn.Linear],
-        weights: Weights | None,
-    ) -> None:
-        self.model = model
-        self.config = config
-        self.device = device
-        self.journal = journal
-        self.report = report
-        self.finder = FoldFinder(foldable)
-        self.biases = biases
-        self.weights = weights
-        self.kernels = kernels_for(device)
-        self.untold: list[str] = []
-
-    def all_blocks(self, surveys: Sequence[BlockSurvey], calls: Sequence[Call], memory: PeakMemory, bar: tqdm) -> None:
-        """Calibrate, solve and swap block after block, all batches in lockstep."""
-        with lockstep(self.model, [s.block for s in surveys], calls) as visits:
-            for surveyed, (block, stops) in zip(surveys, visits, strict=True):
-                bar.set_postfix_str(f"{block.name or 'whole model'}, peak {format_bytes(memory.bytes())}")
-                release_free_memory()
-                if surveyed.groups:
-                    self._one_block(surveyed, stops, last=surveyed is surveys[-1])
-                bar.update()
-        self.report.warnings += warnings_for(self.untold)
-
-    def _one_block(self, surveyed: BlockSurvey, stops: list[Stop], last: bool) -> None:
-        hold = last or self.config.propagate == "quantized"
-        start = time.perf_counter()
-        books, output = collect(surveyed, stops, self.kernels, self.device, hold, self.weights)
-        collected = time.perf_counter()
-        self.untold += [name for book in books for name in book.untold]
-        probe = Probe(stops[0].rehearse, output, stops[0].call.row_mask)
-        solver = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.finder, self.biases)
-        groups, block_report = solver.solve()
-        self.report.blocks.append(block_report)
-        if block_report.note:
-            self.report.warnings.append(f"block {block_report.name or '(whole model)'}: {block_report.note}")
-        self.report.calibration_seconds += collected - start
-        self.report.search_seconds += time.perf_counter() - collected
-        if not hold:
-            stops[0].advance()
-        self._swap(groups)
-
-    def _swap(self, groups: Sequence[GroupSolution]) -> None:
-        self.report.warnings += _problems(groups)
-        for (module, name), values in combined(_changes(groups)).items():
-            self.journal.write_tensor(module._parameters[name], values)
-        for group in groups:
-            self.report.layers.extend(group.reports())
-            for layer in group.layers:
-                self.journal.set_module(self.model, layer.name, build_layer(layer, group.fold))
-                self.report.quantized_parameters += layer.linear.weight.numel()
 
 
 def _changes(groups: Sequence[GroupSolution]) -> list[Change]:
@@ -219,16 +245,11 @@ def _problems(groups: Sequence[GroupSolution]) -> list[str]:
     named: dict[Any, list[str]] = {}
     for group in groups:
         for layer in group.layers:
-            few = layer.seldom_called and layer.name in group.group.experts
-            key = "" if few else (group.group.linears, layer.problem)
-            if layer.problem:
-                named.setdefault(key, []).append(f"{layer.name} ({layer.book.rows})" if few else layer.name)
+            few = layer.seldom_called and layer.task.name in group.task.group.experts
+            key = "" if few else (group.task.group.linears, layer.task.problem)
+            if layer.task.problem:
+                named.setdefault(key, []).append(
+                    f"{layer.task.name} ({layer.task.input.rows})" if few else layer.task.name
+                )
     texts = {key: key[1] if key else "experts that fewer than min_tokens calibration rows reached" for key in named}
     return [f"{', '.join(names)}: {texts[key]}; rounded to nearest instead" for key, names in named.items()]
-
-
-def _bar(surveys: Sequence[BlockSurvey], report: AwqReport, progress: bool) -> tqdm:
-    planned = format_bytes(report.planned_memory_bytes)
-    if progress:
-        tqdm.write(f"awq_ext: {len(surveys)} blocks, planned peak memory {planned}")
-    return tqdm(total=len(surveys), desc="quantizing", unit="block", disable=not progress)

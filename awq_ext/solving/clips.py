@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -10,36 +11,35 @@ from ..forwards.probe import Probe
 from .solution import GroupSolution, LayerSolution
 
 
-def settle_clips(probe: Probe, groups: Sequence[GroupSolution]) -> float:
-    """Distance of the quantized block's output from the float one, clips that raise it taken back.
+def keep_clips_that_serve(probe: Probe, groups: Sequence[GroupSolution]) -> tuple[list[GroupSolution], float]:
+    """Take back the clips that raise the error of the block's output; also returns its distance from the float output.
 
     Only with clip="auto": a clip lowers its own Linear's error, but may raise what the block makes of it (scores of
     queries and keys). Each layer in turn is tried without its clip, all others as they stand; experts of one kind together.
     """
+    kept = {layer.task.name: layer for group in groups for layer in group.layers}
     substitutes: dict[tuple[nn.Module, str], Tensor] = {}
-    for layer in (layer for group in groups for layer in group.layers):
-        substitutes |= layer.substitutes(layer.codes)
+    for layer in kept.values():
+        substitutes |= layer.substitutes()
     best = probe.distance(substitutes)
     for unit in _clip_units(groups):
-        layers = [layer for layer in unit if layer.unclipped_loss <= layer.limit]
+        layers = [layer.unclipped for layer in unit if layer.unclipped.loss <= layer.limit]
         trial = dict(substitutes)
         for layer in layers:
-            trial |= layer.substitutes(layer.unclipped)
-        if not layers or (distance := probe.distance(trial)) >= best:
-            continue
-        best, substitutes = distance, trial
-        for layer in layers:
-            layer.codes, layer.unclipped, layer.loss = layer.unclipped, None, layer.unclipped_loss
-    return best
+            trial |= layer.substitutes()
+        if layers and (distance := probe.distance(trial)) < best:
+            best, substitutes = distance, trial
+            kept |= {layer.task.name: layer for layer in layers}
+    return [replace(one, layers=tuple(kept[layer.task.name] for layer in one.layers)) for one in groups], best
 
 
-def _clip_units(groups: Sequence[GroupSolution]) -> Iterator[list[LayerSolution]]:
+def _clip_units(groups: Sequence[GroupSolution]) -> list[list[LayerSolution]]:
     """Clipped layers with clip="auto" to be tried together: a layer alone, but experts by the dozen."""
     units: dict[Hashable, list[LayerSolution]] = {}
     for group in groups:
+        family = group.task.group.family or group.task.group.linears
         for layer in group.layers:
-            if layer.settings.clip == "auto" and layer.clipped:
-                family = group.group.family or group.group.linears
-                expert = layer.name in group.group.experts
-                units.setdefault(family if expert else layer.name, []).append(layer)
-    yield from units.values()
+            if layer.task.settings.clip == "auto" and layer.clipped:
+                expert = layer.task.name in group.task.group.experts
+                units.setdefault(family if expert else layer.task.name, []).append(layer)
+    return list(units.values())

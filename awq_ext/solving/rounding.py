@@ -2,139 +2,150 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..calibration.statistics import InputStatistics
-from ..config import AwqConfig
-from .bias import KEPT, mean_error
-from .codes import Codes, RowLosses, round_to_nearest, row_losses, search_clip, spread_rows
-from .gptq import Feedback
+from ..calibration.centred import KEPT
+from ..layers.quantized_weight import QuantizedWeight
+from .bias import mean_error
+from .codes import RowLosses, round_to_nearest, row_losses, search_clip, spread_rows
+from .gptq import Quantizer
 from .solution import LayerSolution
+from .tasks import LayerTask
 
 
-class Rounding:
-    """What rounds the Linears of a block, one at a time. Reads them, never writes them."""
+def rounded(task: LayerTask, scale: Tensor | None = None, divisor: Tensor | None = None) -> LayerSolution:
+    """Round to nearest by the given scale and divisor. A task with a problem has no losses."""
+    found = round_to_nearest(divided(task.weight, divisor), task.settings, scale)
+    solution = LayerSolution(task, found, scale, divisor)
+    if task.problem:
+        return solution
+    # its bias stays as it is, so the second moment is the plain one
+    losses = row_losses(task.weight, found, task.input.second_moment, scale, divisor)
+    loss = _mean(task, losses)
+    return replace(solution, loss=loss, limit=loss, loss_rtn=loss)
 
-    def __init__(self, kernels: ModuleType) -> None:
-        self._kernels = kernels
 
-    def nearest(
-        self,
-        name: str,
-        linear: nn.Linear,
-        settings: AwqConfig,
-        book: InputStatistics,
-        scale: Tensor | None = None,
-        divisor: Tensor | None = None,
-        problem: str = "",
-    ) -> LayerSolution:
-        """To nearest, by the given scale and divisor (:class:`LayerSolution`); a ``problem`` leaves it without losses."""
-        codes = round_to_nearest(self._kernels, divided(linear.weight.detach(), divisor), settings, scale)
-        layer = LayerSolution(name, linear, settings, book, codes, scale, divisor, problem=problem)
-        if not problem:
-            layer.loss = layer.limit = layer.loss_rtn = _mean(layer, self._losses(layer, layer.codes))
-        return layer
+def searched(task: LayerTask, quantizer: Quantizer, divisor: Tensor | None = None) -> LayerSolution:
+    """Round by the scale of ``quantizer``, with error feedback and clips as the settings want and the losses allow."""
+    job = _Job(task, quantizer, divisor)
+    rtn = round_to_nearest(task.weight, task.settings)
+    plain = row_losses(task.weight, rtn, task.second_moment, damping=job.damping)
+    nearest = _Trial(rtn, plain, _mean(task, plain))
+    limit = loss_rtn = nearest.loss
+    if task.centred:
+        # what the moment around the mean leaves out: RTN's bias stays as it is
+        mean = mean_error(task.weight, rtn.dequantize(), task.input.mean)
+        loss_rtn += float(mean.square().sum()) * (1 - KEPT)
+    best = job.nearest(nearest)
+    if task.settings.uses_gptq:
+        best = job.with_gptq(best, limit)
+    solution = LayerSolution(
+        task, best.found, quantizer.scale, divisor, best.loss, limit, loss_rtn, best.gptq, task.corrects_bias
+    )
+    clipped = None if task.settings.clip is False else job.clipped(best, limit)
+    return (
+        solution if clipped is None else replace(solution, found=clipped.found, loss=clipped.loss, unclipped=solution)
+    )
 
-    def searched(
-        self,
-        name: str,
-        linear: nn.Linear,
-        settings: AwqConfig,
-        book: InputStatistics,
-        feedback: Feedback,
-        divisor: Tensor | None = None,
-    ) -> LayerSolution:
-        """By the scale of ``feedback``: fed back and clipped as ``settings`` want and the losses allow.
 
-        A ``book`` around the mean is that of a Linear whose bias takes over the mean's error.
+def loss_after_gptq(task: LayerTask, rows: Tensor, quantizer: Quantizer) -> float:
+    """Estimate, on some output ``rows``, the squared output error over the calibration rows that error feedback would leave.
+
+    Before refining, which ranks scales no better (docs/quality.md) and would take as long again.
+    """
+    weight = task.weight[rows]
+    found = quantizer.gptq(weight, task.settings, refined=False)
+    losses = row_losses(weight, found, quantizer.second_moment, quantizer.scale)
+    return float(losses.plain.sum()) * len(task.weight) / len(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """Codes that may be taken, and what they lose."""
+
+    found: QuantizedWeight
+    losses: RowLosses
+    loss: float
+    gptq: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One Linear under one scale and divisor."""
+
+    task: LayerTask
+    quantizer: Quantizer
+    divisor: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """What is rounded: [N, K]."""
+        return divided(self.task.weight, self.divisor)
+
+    @property
+    def damping(self) -> float:
+        """Of the losses that decide on clips; 0 where no errors are fed back."""
+        return self.task.settings.damping if self.task.settings.uses_gptq else 0.0
+
+    def losses(self, found: QuantizedWeight, rows: Tensor | None = None) -> RowLosses:
+        """Squared output errors in the space of the original weight, of all output rows or of some."""
+        weight, divisor = self.task.weight, self.divisor
+        if rows is not None:
+            weight, found = weight[rows], found.rows(rows)
+            divisor = None if divisor is None else divisor[rows]
+        return row_losses(weight, found, self.task.second_moment, self.quantizer.scale, divisor, self.damping)
+
+    def trial(self, found: QuantizedWeight, gptq: bool = False) -> _Trial:
+        losses = self.losses(found)
+        return _Trial(found, losses, _mean(self.task, losses), gptq)
+
+    def nearest(self, rtn: _Trial) -> _Trial:
+        """Round to nearest by the scale, the scales of the weight groups fitted.
+
+        The fit is damped, so that undamped it may lose to ``rtn``: then without. Nor where GPTQ will refine them anyway.
         """
-        weight, scale = linear.weight.detach(), feedback.scale
-        layer = LayerSolution(name, linear, settings, book, round_to_nearest(self._kernels, weight, settings))
-        layer.limit = layer.loss_rtn = _mean(layer, plain := self._losses(layer, layer.codes))
-        if book.centred:
-            own = mean_error(weight, layer.weight(layer.codes), book.mean)
-            layer.loss_rtn += float(own.square().sum()) * (1 - KEPT)
-        layer.scale, layer.divisor = scale, divisor
-        losses = self._round_to_nearest(layer, plain, feedback)
-        if settings.feeds_back:
-            losses = self._feed_back(layer, losses, feedback)
-        if settings.clip is not False:
-            self._clip(layer, losses, feedback)
-        return layer
+        settings = self.task.settings
+        scaled = self.quantizer.scale is not None or self.divisor is not None
+        if settings.refine and not settings.uses_gptq:
+            trial = self.trial(self.quantizer.nearest(self.weight, settings))
+            if trial.loss <= rtn.loss:
+                return trial
+        return self.trial(self.quantizer.nearest(self.weight, settings, fitted=False)) if scaled else rtn
 
-    def loss_after_feedback(self, linear: nn.Linear, settings: AwqConfig, rows: Tensor, feedback: Feedback) -> float:
-        """Squared output error over the calibration rows that error feedback would leave, estimated on some output ``rows``.
+    def with_gptq(self, best: _Trial, limit: float) -> _Trial:
+        """Round with error feedback, and take that if it loses less than rounding to nearest."""
+        trial = self.trial(self.quantizer.gptq(self.weight, self.task.settings), gptq=True)
+        return trial if trial.loss < min(best.loss, limit) else best
 
-        Before refining, which ranks scales no better (docs/quality.md) and would take as long again.
-        """
-        weight = linear.weight.detach()[rows]
-        codes = feedback.quantize(weight, settings, refined=False)
-        losses = row_losses(self._kernels, weight, codes, feedback.scale, feedback.second_moment, settings.group_size)
-        return float(losses.plain.sum()) * len(linear.weight) / len(rows)
-
-    def _round_to_nearest(self, layer: LayerSolution, plain: RowLosses, feedback: Feedback) -> RowLosses:
-        """Give ``layer`` codes by its scale, the scales of its groups fitted; ``plain``: the losses of the codes it has, RTN's.
-
-        The fit is damped, so that undamped it may lose to RTN: then without. Nor where error feedback will refine them anyway.
-        """
-        weight, settings = divided(layer.linear.weight.detach(), layer.divisor), layer.settings
-        rtn, scaled = layer.codes, layer.scale is not None or layer.divisor is not None
-        for fitted in (True, False) if settings.refine and not settings.feeds_back else (False,):
-            layer.codes, losses = rtn, plain
-            if fitted or scaled:
-                layer.codes = feedback.nearest(weight, settings, fitted=fitted)
-                losses = self._losses(layer, layer.codes)
-            layer.loss = _mean(layer, losses)
-            if layer.loss <= layer.limit:
-                break
-        return losses
-
-    def _feed_back(self, layer: LayerSolution, losses: RowLosses, feedback: Feedback) -> RowLosses:
-        """Give ``layer`` codes rounded with error feedback, if their loss is below that of rounding to nearest."""
-        codes = feedback.quantize(divided(layer.linear.weight.detach(), layer.divisor), layer.settings)
-        fed = self._losses(layer, codes)
-        if (loss := _mean(layer, fed)) < min(layer.loss, layer.limit):
-            layer.codes, layer.loss, layer.fed_back = codes, loss, True
-            return fed
-        return losses
-
-    def _clip(self, layer: LayerSolution, losses: RowLosses, feedback: Feedback) -> None:
-        """Give ``layer`` codes of clipped ranges, if their output error is below that of the full ranges (on the search's rows).
+    def clipped(self, best: _Trial, limit: float) -> _Trial | None:
+        """Round to clipped ranges; None where these lose more than the full ranges of ``best`` (on the search's rows).
 
         The ranges are searched on diagonal blocks of the second moment; here all of it counts. With error feedback both are
-        damped like the feedback itself. ``losses``: those of the full ranges.
+        damped like the feedback itself.
         """
-        settings = layer.settings
-        weight = divided(layer.linear.weight.detach(), layer.divisor)
-        second_moment = feedback.damped(settings.damping) if layer.fed_back else layer.book.stats.second_moment()
-        clip = search_clip(self._kernels, weight, second_moment, settings, layer.scale)
-        codes = (feedback.quantize if layer.fed_back else feedback.nearest)(weight, settings, clip)
+        settings, weight = self.task.settings, self.weight
+        second_moment = self.quantizer.damped(settings.damping) if best.gptq else self.task.second_moment
+        clip = search_clip(weight, second_moment, settings, self.quantizer.scale)
+        found = (self.quantizer.gptq if best.gptq else self.quantizer.nearest)(weight, settings, clip)
         rows = spread_rows(len(weight), settings.search_rows, weight.device)
-        clipped = self._losses(layer, codes, rows)
-        if not _judged(layer, clipped, rows) < _judged(layer, losses.at(rows), rows):
-            return
-        rest = (
-            torch.ones(len(weight), dtype=torch.bool, device=weight.device).index_fill_(0, rows, False).nonzero()[:, 0]
-        )
-        every = torch.cat([clipped.plain, self._losses(layer, codes, rest).plain])
+        losses = self.losses(found, rows)
+        if not self._judged(losses, rows, best.gptq) < self._judged(best.losses.at(rows), rows, best.gptq):
+            return None
+        others = torch.ones(len(weight), dtype=torch.bool, device=weight.device).index_fill_(0, rows, False)
+        rest = others.nonzero()[:, 0]
+        every = torch.cat([losses.plain, self.losses(found, rest).plain])
         # in the order of the rows, so that the sum is that of all rows taken at once
-        loss = float(torch.empty_like(every).index_copy_(0, torch.cat([rows, rest]), every).sum()) / layer.book.rows
-        if loss <= layer.limit:
-            layer.codes, layer.unclipped = codes, layer.codes
-            layer.loss, layer.unclipped_loss = loss, layer.loss
+        ordered = torch.empty_like(every).index_copy_(0, torch.cat([rows, rest]), every)
+        loss = float(ordered.sum()) / self.task.input.rows
+        return _Trial(found, losses, loss, best.gptq) if loss <= limit else None
 
-    def _losses(self, layer: LayerSolution, codes: Codes, rows: Tensor | None = None) -> RowLosses:
-        """Squared output errors in the space of the original weight, of all output rows or of some."""
-        weight, divisor = layer.linear.weight.detach(), layer.divisor
-        if rows is not None:
-            weight, codes = weight[rows], codes.rows(rows)
-            divisor = None if divisor is None else divisor[rows]
-        damping = layer.settings.damping if layer.settings.feeds_back else 0.0
-        moment, group_size = layer.book.stats.second_moment(), layer.settings.group_size
-        return row_losses(self._kernels, weight, codes, layer.scale, moment, group_size, divisor, damping)
+    def _judged(self, losses: RowLosses, rows: Tensor, damped: bool) -> float:
+        """Sum the losses of ``rows`` in the space in which they are rounded: what decides on a clip."""
+        values = losses.damped if damped else losses.plain
+        return float((values if self.divisor is None else values / self.divisor[rows].double().square()).sum())
 
 
 def divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
@@ -142,12 +153,6 @@ def divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
     return weight if divisor is None else weight.float() / divisor[:, None]
 
 
-def _mean(layer: LayerSolution, losses: RowLosses) -> float:
+def _mean(task: LayerTask, losses: RowLosses) -> float:
     """Mean squared output error a calibration row, over all output rows."""
-    return float(losses.plain.sum()) / layer.book.rows
-
-
-def _judged(layer: LayerSolution, losses: RowLosses, rows: Tensor) -> float:
-    """What decides on a clip: the sum over ``rows`` in the space in which they are rounded."""
-    values = losses.damped if layer.fed_back else losses.plain
-    return float((values if layer.divisor is None else values / layer.divisor[rows].double().square()).sum())
+    return float(losses.plain.sum()) / task.input.rows

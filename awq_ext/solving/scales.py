@@ -6,13 +6,13 @@ number of calibration rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..config import AwqConfig
 from ..kernels import reference
 from ..undo import interrupt
@@ -86,10 +86,9 @@ def _normalized(scales: Tensor, alive: Tensor) -> Tensor:
 
 
 def search_scale(
-    kernels: ModuleType,
     weights: Sequence[Tensor],
     x_mean: Tensor,
-    second_moments: Iterable[Tensor],
+    second_moments: Sequence[Tensor],
     settings: Sequence[AwqConfig],
     tie: Callable[[Tensor], Tensor] | None = None,
     alone: bool = False,
@@ -106,14 +105,13 @@ def search_scale(
     candidates, labels = candidate_scales(x_mean, weight_mean(weights, group_sizes), settings[0].n_grid)
     if tie is not None:
         candidates = tie(candidates)
-    moments = list(second_moments)
     totals = torch.full((len(candidates),), torch.inf, dtype=torch.float64, device=candidates.device)
     first = _spaced(len(candidates))
-    losses = _ranking_losses(kernels, weights, candidates[first], moments, settings)
+    losses = _ranking_losses(weights, candidates[first], second_moments, settings)
     rtn = losses[:, :1]
     totals[first] = _total(losses, rtn, alone)
     if more := [i for i in _around(totals) if i not in first]:
-        totals[more] = _total(_ranking_losses(kernels, weights, candidates[more], moments, settings), rtn, alone)
+        totals[more] = _total(_ranking_losses(weights, candidates[more], second_moments, settings), rtn, alone)
     best = int(totals.argmin())
     if best == 0:
         return ScaleChoice(None)
@@ -121,7 +119,6 @@ def search_scale(
 
 
 def _ranking_losses(
-    kernels: ModuleType,
     weights: Sequence[Tensor],
     candidates: Tensor,
     second_moments: Sequence[Tensor],

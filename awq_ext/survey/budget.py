@@ -25,7 +25,7 @@ def planned_bytes(surveys: Sequence[BlockSurvey], growth: float, config: AwqConf
     weights = {name: linear.weight for s in surveys for name, linear in s.linears.items()}
     made = sum(0.6 * w.numel() if config.for_layer(name).packed else w.nbytes for name, w in weights.items())
     # the factor; the whole moment in panels for refining; and damped, for the clips
-    widths = [m.in_features for s in surveys for n, m in s.linears.items() if config.for_layer(n).feeds_back]
+    widths = [m.in_features for s in surveys for n, m in s.linears.items() if config.for_layer(n).uses_gptq]
     factored = 12 * max(widths, default=0) ** 2
     return int(hidden + statistics + made + factored + max(_scratch_bytes(s) for s in surveys))
 

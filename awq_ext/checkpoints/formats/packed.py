@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...kernels import kernels_for
-from ...kernels.reference import group_count
+from ... import kernels
+from ...layers.quantized_weight import QuantizedWeight
 
 SYMMETRIC_ZERO = 8  # the middle code: what formats without zeros subtract
 
@@ -19,49 +19,21 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class PackedLinear:
-    """W[n, k] = (code[n, k] - zeros[n, k // g]) * scales[n, k // g], in rows, as ``QuantLinear`` has them in its state_dict.
+class PackedLinear(QuantizedWeight):
+    """A weight of 4 bits (zeros 0..15) with the rest of its Linear: bias [N]; pre_quant_scale fp32 [K] multiplies the input."""
 
-    qweight uint8 [N, ceil(K/2)], even channel in the low nibble; scales fp16, bf16 or fp32 [N, G]; zeros uint8 [N, G], 0..15;
-    group_size -1 for one group a row; bias [N]; pre_quant_scale fp32 [K] multiplies the input.
-    """
-
-    qweight: Tensor
-    scales: Tensor
-    zeros: Tensor
-    in_features: int
-    group_size: int
     bias: Tensor | None = None
     pre_quant_scale: Tensor | None = None
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.qweight.shape[0]
-
-    @property
-    def groups(self) -> int:
-        """G, the short last group included."""
-        return group_count(self.in_features, self.group_size)
 
     @property
     def symmetric(self) -> bool:
         """Whether every zero is the middle code."""
         return bool((self.zeros == SYMMETRIC_ZERO).all())
 
-    def codes(self) -> Tensor:
-        """uint8 [N, K], 0..15."""
-        return kernels_for(self.qweight.device).unpack_int4(self.qweight, self.in_features)
-
-    def dequantize(self) -> Tensor:
-        """The weight, without pre_quant_scale: fp32 [N, K]."""
-        kernels = kernels_for(self.qweight.device)
-        return kernels.dequantize_weight(self.codes(), self.scales.float(), self.zeros, self.group_size)
-
 
 def pack_rows(codes: Tensor) -> Tensor:
     """uint8 [N, K] codes below 16 -> uint8 [N, ceil(K/2)], even channel in the low nibble."""
-    return kernels_for(codes.device).pack_int4(codes)
+    return kernels.pack_int4(codes)
 
 
 def expect(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
