@@ -228,7 +228,7 @@ def test_reordered_channels_are_refused_and_trivial_ones_not(name: str) -> None:
 def test_dequantized_weight_is_the_layer_s() -> None:
     layer = random_layer()
     linear = torch.nn.Linear(K, N, bias=False, device="meta")
-    ours = QuantLinear.from_packed(linear, layer.qweight, layer.scales, layer.zeros, G)
+    ours = QuantLinear.from_packed(linear, layer)
     assert torch.equal(layer.dequantize(), ours.weight)
     expected = reference.dequantize_weight(layer.codes(), layer.scales, layer.zeros, G)
     assert torch.equal(layer.dequantize(), expected)

@@ -18,9 +18,8 @@ import awq_ext
 from awq_ext import AwqConfig, Bootstrap, Comparison
 from awq_ext.evaluation.bootstrap import Estimate, Measure
 from awq_ext.evaluation.compare import compare, read_methods
-from awq_ext.evaluation.comparison import FLOAT, Variant
+from awq_ext.evaluation.comparison import FLOAT, Variant, plus_minus
 from awq_ext.evaluation.evaluate import Evaluation, accuracy, embedding_cosine, evaluate
-from awq_ext.evaluation.comparison import plus_minus
 
 QUICK = {"bootstrap": Bootstrap(resamples=200), "speed_seconds": 0, "progress": False, "group_size": 16, "n_grid": 4}
 

@@ -1,22 +1,17 @@
-"""Rounding with error feedback: the factor, every decision it leads to, and what the solver makes of it."""
+"""Rounding with error feedback (GPTQ): the factor, and every decision it leads to."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 from types import ModuleType
 
 import pytest
 import torch
 from checks import moment
-from torch import Tensor, nn
+from torch import Tensor
 
-import awq_ext
-from awq_ext import _C, AwqConfig
+from awq_ext import _C
 from awq_ext.kernels import reference
-from awq_ext.solving import codes as codes_module
-from awq_ext.solving import scales as scales_module
-from awq_ext.solving.gptq import Feedback
 
 EPS = 2.0**-24  # relative error of one fp32 operation
 KERNELS = pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
@@ -181,114 +176,3 @@ def test_wrong_arguments_are_named() -> None:
         _C.gptq_factor(second_moment, order, 0.0)
     with pytest.raises(TypeError, match="order"):
         _C.gptq_factor(second_moment, order.float())
-
-
-@KERNELS
-@pytest.mark.parametrize("group_size", [16, -1])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_less_output_error_than_nearest(kernels: ModuleType, group_size: int, bits: int) -> None:
-    second_moment, weight, scale = moment(120), torch.randn(40, 120), torch.rand(120) + 0.5
-    config = AwqConfig(method="gptq", group_size=group_size, bits=bits, packed=False)
-    codes = {
-        "nearest": codes_module.round_to_nearest(kernels, weight, config, scale),
-        "feedback": Feedback(kernels, second_moment, scale).quantize(weight, config),
-    }
-    losses = {
-        name: float(codes_module.row_losses(kernels, weight, c, scale, second_moment, group_size).plain.sum())
-        for name, c in codes.items()
-    }
-    assert losses["feedback"] < 0.8 * losses["nearest"]
-
-
-def test_a_factor_is_made_once_for_all_linears_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    factor = reference.gptq_factor
-    monkeypatch.setattr(reference, "gptq_factor", lambda *args: made.append(args) or factor(*args))
-    feedback = Feedback(reference, moment(20), None)
-    for weight in torch.randn(3, 4, 20):
-        feedback.quantize(weight, AwqConfig(method="gptq"))
-    assert len(made) == 1
-    feedback.under(torch.rand(20) + 0.5).quantize(weight, AwqConfig(method="awq+gptq"))
-    assert len(made) == 1
-    feedback.quantize(weight, AwqConfig(method="gptq", damping=0.1))
-    assert len(made) == 2
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
-
-
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-@pytest.mark.parametrize("clip", [True, False, "auto"])
-def test_the_report_says_what_was_used(method: str, clip: bool | str) -> None:
-    model, mix = mlp(), torch.randn(64, 64)
-    batches = [torch.randn(50, 64) @ mix for _ in range(4)]
-    awq_ext.quantize(model, batches, method=method, clip=clip, group_size=16, progress=False)
-    for row in model.awq_report.layers:
-        assert row.method == method
-        assert row.loss < row.loss_rtn
-        assert clip is not False or not row.clipped
-
-
-def test_feedback_is_dropped_where_it_does_not_help() -> None:
-    # a single channel has nothing to make up with: feedback gives the codes of rounding to nearest
-    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 8))
-    batches = [torch.randn(100, 1) for _ in range(2)]
-    result = awq_ext.quantize(copy.deepcopy(model), batches, method="gptq", group_size=16, progress=False)
-    rows = result.awq_report.layers
-    assert rows[0].method == "rtn"
-    assert rows[0].loss <= rows[0].loss_rtn  # its bias takes over what the mean of the input leaves
-    assert rows[1].method == "gptq"
-    assert rows[1].loss < rows[1].loss_rtn
-
-
-class TwoHeads(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(64, 96), nn.Linear(64, 40)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.a(x), self.b(x)], -1)
-
-
-def fed_back_loss(
-    weights: list[Tensor], scale: Tensor, second_moment: Tensor, settings: AwqConfig, refined: bool
-) -> float:
-    """What the Linears lose together, over all rows."""
-    feedback = Feedback(_C, second_moment, scale)
-    codes = [feedback.quantize(weight, settings, refined=refined) for weight in weights]
-    found = [one.dequantize(_C, settings.group_size, scale) for one in codes]
-    return sum(float(reference.quadratic_loss(f - w, second_moment).sum()) for f, w in zip(found, weights, strict=True))
-
-
-@pytest.mark.parametrize("bits", [3, 4])
-def test_the_power_of_the_scale_is_the_one_that_loses_least(bits: int) -> None:
-    settings = AwqConfig(
-        bits=bits, group_size=16, search_rows=0, clip=False, fold="never", packed=False, bias_correction=False
-    )
-    powers = set()
-    for seed in range(8):
-        torch.manual_seed(seed)
-        model = TwoHeads()
-        x = torch.randn(400, 64) @ (torch.eye(64) + torch.randn(64, 64) / 16) * torch.exp(1.5 * torch.randn(64))
-        awq, both = (
-            awq_ext.quantize(copy.deepcopy(model), [x], settings, method=method, progress=False).awq_report
-            for method in ("awq", "awq+gptq")
-        )
-        row = both.layers[0]
-        assert (row.scale, row.alpha) == (awq.layers[0].scale, awq.layers[0].alpha)
-        weights = [model.a.weight.detach(), model.b.weight.detach()]
-        w_mean = scales_module.weight_mean(weights, [16, 16])
-        scales, labels = scales_module.candidate_scales(x.abs().mean(0), w_mean, settings.n_grid)
-        scale = scales[[(label.kind, label.alpha) for label in labels].index((row.scale, row.alpha))]
-        moment = x.T @ x
-        losses = {
-            power: fed_back_loss(weights, scale**power, moment, settings, False) for power in scales_module.STRENGTHS
-        }
-        # fp32 sums in another order
-        assert losses[row.power] <= min(losses.values()) * (1 + 1e-4)
-        left = fed_back_loss(weights, scale**row.power, moment, settings, True)
-        assert sum(one.loss for one in both.layers) * len(x) == pytest.approx(left, rel=1e-3)
-        assert {one.power for one in awq.layers} == {1.0}
-        powers.add(row.power)
-    assert len(powers) > 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import awq_ext
 from awq_ext import _C, QuantLinear
 from awq_ext.kernels import reference
-from awq_ext.solving import scales as scales_module
+from awq_ext.solving.scales import candidate_scales, weight_mean
 
 both_kernels = pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
 both_backends = pytest.mark.parametrize("backend", ["compiled", "reference"])
@@ -241,9 +241,7 @@ def test_loss_over_alpha_is_lowest_inside(kernels: ModuleType) -> None:
     loud = torch.ones(256)
     loud[[30, 101, 200]] = torch.tensor([30.0, 18.0, 12.0])
     x = torch.randn(1024, 256, generator=generator(1)) * loud
-    candidates, labels = scales_module.candidate_scales(
-        x.abs().mean(0), scales_module.weight_mean([weight], [64]), n_grid=20
-    )
+    candidates, labels = candidate_scales(x.abs().mean(0), weight_mean([weight], [64]), n_grid=20)
     losses = kernels.scale_losses(weight, candidates, x.T @ x, group_size=64).tolist()
     plain = {label.alpha: loss for label, loss in zip(labels, losses, strict=True) if label.kind == "plain"}
     best = min(plain, key=lambda alpha: plain[alpha])

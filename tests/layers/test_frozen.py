@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from awq_ext import QuantLinear
 from awq_ext.kernels import reference
 from awq_ext.layers.frozen import FrozenTensor
+from awq_ext.layers.quantized_weight import QuantizedWeight
 
 
 def made() -> QuantLinear:
     codes, scales, zeros = reference.quantize_weight(torch.randn(8, 32), 16)
-    return QuantLinear.from_packed(nn.Linear(32, 8), reference.pack_int4(codes), scales, zeros, 16)
+    return QuantLinear.from_packed(nn.Linear(32, 8), QuantizedWeight.of_codes(codes, scales, zeros, 16))
 
 
 def shifted(weight: Tensor) -> None:

@@ -182,7 +182,7 @@ def test_folded_float_weights_compute_what_the_model_did(name: str, monkeypatch:
     made = []
 
     def unrounded(layer: LayerSolution, fold: Fold | None) -> nn.Module:
-        linear = layer.linear
+        linear = layer.task.linear
         twin = nn.Linear(linear.in_features, linear.out_features, device="meta")
         weight = linear.weight.detach() * (1 if layer.scale is None else layer.scale)
         twin.weight = nn.Parameter(weight if layer.divisor is None else weight / layer.divisor[:, None])

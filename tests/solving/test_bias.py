@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import awq_ext
-from awq_ext import _C
-from awq_ext.kernels import reference
-from awq_ext.solving import bias as bias_module
-from awq_ext.solving.bias import KEPT, CentredStats, corrected, own_biases
+from awq_ext.solving.bias import corrected, own_biases
 from awq_ext.undo.journal import Journal
 
 # rows count alike, as in the means taken here
@@ -50,42 +47,6 @@ def seeded(make: type[nn.Module], *args: Any) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(0)
     model = make(*args)
     return model, [torch.randn(2, t, 40).to(model.norm.weight.dtype) * 2 for t in (50, 90)]
-
-
-# --- the moment around the mean --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
-@pytest.mark.parametrize(("rows", "k"), [(1, 1), (7, 33), (700, 40), (2100, 20)])
-def test_the_moment_around_the_mean(kernels: Any, rows: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(rows, k) + 5 * torch.randn(k)
-    stats = kernels.ActivationStats(k)
-    stats.update(x)
-    found = CentredStats(stats).second_moment()
-    exact = x.double()
-    mean = exact.mean(0)
-    expected = (exact - mean).T @ (exact - mean) + KEPT * rows * torch.outer(mean, mean)
-    # G itself, rows + 4 units of its sum of magnitudes, and one rounding to fp32
-    allowed = (rows + 5) * EPS * (exact.abs().T @ exact.abs())
-    assert ((found.double() - expected).abs() <= allowed).all()
-    assert torch.equal(found, found.T)
-    assert (found.diagonal() >= 0).all()
-    monkeypatch.setattr(bias_module, "_AT_ONCE", 3 * k)
-    assert torch.equal(CentredStats(stats).second_moment(), found)
-
-
-@pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
-def test_rows_that_are_all_the_same_leave_a_moment_that_is_none_below_zero(kernels: Any) -> None:
-    row = torch.randn(64) * torch.randn(64).exp()
-    stats = kernels.ActivationStats(64)
-    for _ in range(30):
-        stats.update(row.expand(700, 64))
-    found = CentredStats(stats).second_moment().double()
-    assert (found.diagonal() >= 0).all()
-    size = (stats.second_moment().diagonal().double()).sqrt()
-    relative = found / size / size[:, None]
-    assert relative.abs().max() <= 2 * KEPT
-    assert torch.linalg.eigvalsh(relative).min() >= -KEPT
 
 
 # --- what may be written ---------------------------------------------------------------------------------------
@@ -217,7 +178,7 @@ def test_a_bias_is_corrected_before_a_fold_divides_it(
     real = quantizing.build_layer
 
     def build(layer: Any, fold: Any) -> nn.Module:
-        solved[layer.name] = layer
+        solved[layer.task.name] = layer
         return real(layer, fold)
 
     monkeypatch.setattr(quantizing, "build_layer", build)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor
 
-from awq_ext import _C, AwqConfig
+from awq_ext import AwqConfig, kernels
 from awq_ext.kernels import reference
-from awq_ext.solving import codes as codes_module
-from awq_ext.solving import scales as scales_module
+from awq_ext.solving.codes import CLIP_RATIOS, round_to_nearest, row_losses, search_clip, spread_rows
+from awq_ext.solving.scales import candidate_scales, search_scale, weight_mean
 
-KERNELS = pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
 CONFIGS = pytest.mark.parametrize(
     "config",
     [
@@ -44,14 +41,14 @@ def test_weight_mean_is_the_formula() -> None:
                 if part.max() > 0:
                     expected[start : start + 16] += part / part.max()
     # one fp32 division a term: relative 2^-24, the sum is fp64, the result rounded once more: 2^-23 in all
-    found = scales_module.weight_mean(weights, [16] * len(weights))
+    found = weight_mean(weights, [16] * len(weights))
     assert found.dtype == torch.float32
     assert torch.all((found - expected / 3005).abs() <= expected / 3005 * 2.0**-22)
 
 
 def test_candidates_start_with_the_identity_and_span_the_grid() -> None:
     x_mean, w_mean = torch.rand(12) * 10, torch.rand(12)
-    scales, labels = scales_module.candidate_scales(x_mean, w_mean, 20)
+    scales, labels = candidate_scales(x_mean, w_mean, 20)
     assert scales.shape == (42, 12)
     assert torch.equal(scales[0], torch.ones(12))
     assert labels[0].kind == "identity"
@@ -70,30 +67,29 @@ def test_candidates_start_with_the_identity_and_span_the_grid() -> None:
 
 def test_dead_channels_keep_one_and_do_not_move_the_others() -> None:
     x_mean, w_mean = torch.tensor([0.0, 4.0, 0.0, 9.0]), torch.rand(4) + 0.1
-    scales, _ = scales_module.candidate_scales(x_mean, w_mean, 5)
+    scales, _ = candidate_scales(x_mean, w_mean, 5)
     assert torch.equal(scales[:, [0, 2]], torch.ones(len(scales), 2))
-    without, _ = scales_module.candidate_scales(x_mean[[1, 3]], w_mean[[1, 3]], 5)
+    without, _ = candidate_scales(x_mean[[1, 3]], w_mean[[1, 3]], 5)
     assert torch.equal(scales[:, [1, 3]], without)
 
 
 @pytest.mark.parametrize("value", [0.0, float("inf"), 1e-42, 3e38])
 def test_candidates_are_always_usable(value: float) -> None:
     x_mean = torch.tensor([value, 1.0, 0.5, value])
-    scales, _ = scales_module.candidate_scales(x_mean, torch.tensor([0.0, 1.0, 0.0, 1e-30]), 20)
+    scales, _ = candidate_scales(x_mean, torch.tensor([0.0, 1.0, 0.0, 1e-30]), 20)
     assert torch.isfinite(scales).all()
     assert (scales > 0).all()
 
 
-@KERNELS
 @CONFIGS
-def test_the_choice_is_the_least_loss_that_hurts_no_linear(kernels: ModuleType, config: AwqConfig) -> None:
+def test_the_choice_is_the_least_loss_that_hurts_no_linear(backend: None, config: AwqConfig) -> None:
     x = activations(72)
     moment, x_mean = x.T @ x, x.abs().mean(0)
     weights = [torch.randn(90, 72), torch.randn(20, 72) * 0.1]
-    choice = scales_module.search_scale(kernels, weights, x_mean, [moment] * 2, [config] * 2)
+    choice = search_scale(weights, x_mean, [moment] * 2, [config] * 2)
     losses = []
-    candidates, labels = scales_module.candidate_scales(
-        x_mean, scales_module.weight_mean(weights, [config.group_size] * len(weights)), config.n_grid
+    candidates, labels = candidate_scales(
+        x_mean, weight_mean(weights, [config.group_size] * len(weights)), config.n_grid
     )
     for weight in weights:
         rows = 0
@@ -112,26 +108,17 @@ def test_the_choice_is_the_least_loss_that_hurts_no_linear(kernels: ModuleType, 
     assert totals[index] <= totals.min() * (1 + 2 * 72 * 2.0**-24)
     if config.search_rows in (0, 512):  # all rows were ranked
         for weight in weights:
-            rtn = codes_module.round_to_nearest(kernels, weight, config, None, None)
-            best = codes_module.round_to_nearest(kernels, weight, config, choice.scale, None)
-            loss = float(
-                codes_module.row_losses(kernels, weight, best, choice.scale, moment, config.group_size).plain.sum()
-            )
-            assert loss < float(
-                codes_module.row_losses(kernels, weight, rtn, None, moment, config.group_size).plain.sum()
-            )
+            rtn, best = round_to_nearest(weight, config), round_to_nearest(weight, config, choice.scale)
+            loss = float(row_losses(weight, best, moment, choice.scale).plain.sum())
+            assert loss < float(row_losses(weight, rtn, moment).plain.sum())
 
 
-@KERNELS
-def test_the_identity_wins_ties(kernels: ModuleType) -> None:
+def test_the_identity_wins_ties(backend: None) -> None:
     """Weights that the quantizer holds exactly: every loss is 0 at the identity."""
     weight = torch.randint(0, 16, (8, 32)).float()
     weight[:, ::16], weight[:, 1::16] = 0, 15
     x = activations(32)
-    assert (
-        scales_module.search_scale(kernels, [weight], x.abs().mean(0), [x.T @ x], [AwqConfig(group_size=16)]).scale
-        is None
-    )
+    assert search_scale([weight], x.abs().mean(0), [x.T @ x], [AwqConfig(group_size=16)]).scale is None
 
 
 def test_one_linear_is_not_sacrificed_for_another() -> None:
@@ -145,27 +132,26 @@ def test_one_linear_is_not_sacrificed_for_another() -> None:
         exact = torch.randint(0, 16, (64, 32), generator=generator).float()
         exact[:, 0], exact[:, 1] = 0, 15
         config = AwqConfig(group_size=-1, search_rows=0)
-        alone = scales_module.search_scale(_C, [loud], x_mean, [moment], [config])
-        both = scales_module.search_scale(_C, [loud, exact], x_mean, [moment] * 2, [config] * 2)
-        apart = scales_module.search_scale(_C, [loud, exact], x_mean, [moment] * 2, [config] * 2, alone=True)
+        alone = search_scale([loud], x_mean, [moment], [config])
+        both = search_scale([loud, exact], x_mean, [moment] * 2, [config] * 2)
+        apart = search_scale([loud, exact], x_mean, [moment] * 2, [config] * 2, alone=True)
         assert alone.scale is None or apart.scale is not None, "the second Linear does without"
         hurt += alone.scale is not None
         assert both.scale is None, "the second Linear is exact at the identity alone"
     assert hurt > 6
 
 
-@KERNELS
 @CONFIGS
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_output_loss_is_the_squared_output_error(
-    kernels: ModuleType, config: AwqConfig, scaled: bool, dtype: torch.dtype
+    backend: None, config: AwqConfig, scaled: bool, dtype: torch.dtype
 ) -> None:
     x, weight = activations(72), torch.randn(33, 72).to(dtype)
     scale = torch.rand(72).add(0.5) if scaled else None
-    codes = codes_module.round_to_nearest(kernels, weight, config, scale, None)
-    loss = float(codes_module.row_losses(kernels, weight, codes, scale, x.T @ x, config.group_size).plain.sum())
-    restored = reference.dequantize_weight(codes.unpacked(_C), codes.scales, codes.zeros, config.group_size).double()
+    found = round_to_nearest(weight, config, scale)
+    loss = float(row_losses(weight, found, x.T @ x, scale).plain.sum())
+    restored = reference.dequantize_weight(found.codes(), found.scales, found.zeros, config.group_size).double()
     if scale is not None:
         restored = restored / scale
     error = restored - weight.double()
@@ -176,26 +162,24 @@ def test_output_loss_is_the_squared_output_error(
     assert bound < 0.2 * direct, "the bound would let a wrong formula pass"
 
 
-@KERNELS
 @CONFIGS
-def test_a_clip_never_hurts_where_groups_do_not_interact(kernels: ModuleType, config: AwqConfig) -> None:
+def test_a_clip_never_hurts_where_groups_do_not_interact(backend: None, config: AwqConfig) -> None:
     """With a second moment that is zero outside the diagonal blocks the clip's objective is the whole loss."""
     x, weight = activations(72), torch.randn(40, 72) ** 3
     g = reference.group_length(72, config.group_size)
     blocks = torch.arange(72) // g
     moment = (x.T @ x) * (blocks[:, None] == blocks[None, :])
     scale = torch.rand(72).add(0.5)
-    clip = codes_module.search_clip(kernels, weight, moment, config, scale)
+    clip = search_clip(weight, moment, config, scale)
     assert clip.shape == (40, reference.group_count(72, config.group_size))
-    assert set(clip.unique().tolist()) <= {torch.tensor(r).item() for r in codes_module.CLIP_RATIOS}
+    assert set(clip.unique().tolist()) <= {torch.tensor(r).item() for r in CLIP_RATIOS}
     assert (clip < 1).any()
 
-    def row_losses(ratio: Tensor | None) -> Tensor:
-        codes = codes_module.round_to_nearest(kernels, weight, config, scale, ratio)
-        error = codes.dequantize(kernels, config.group_size, scale) - weight
+    def lost(ratio: Tensor | None) -> Tensor:
+        error = round_to_nearest(weight, config, scale, ratio).dequantize(scale) - weight
         return kernels.quadratic_loss(error, moment)
 
-    full, clipped = row_losses(None), row_losses(clip)
+    full, clipped = lost(None), lost(clip)
     # every group's loss fell or stayed; the row's sum is rounded once per channel in fp32
     assert torch.all(clipped <= full * (1 + 72 * 2.0**-23))
     assert clipped.sum() < full.sum()
@@ -203,9 +187,9 @@ def test_a_clip_never_hurts_where_groups_do_not_interact(kernels: ModuleType, co
 
 def test_rows_are_spread_evenly() -> None:
     cpu = torch.device("cpu")
-    assert codes_module.spread_rows(10, 5, cpu).tolist() == [0, 2, 4, 6, 8]
-    assert codes_module.spread_rows(3, 5, cpu).tolist() == [0, 1, 2]
-    assert codes_module.spread_rows(3, 0, cpu).tolist() == [0, 1, 2]
+    assert spread_rows(10, 5, cpu).tolist() == [0, 2, 4, 6, 8]
+    assert spread_rows(3, 5, cpu).tolist() == [0, 1, 2]
+    assert spread_rows(3, 0, cpu).tolist() == [0, 1, 2]
 
 
 class Counted:
@@ -222,18 +206,19 @@ class Counted:
 
 
 @pytest.mark.parametrize("n_grid", [1, 2, 3, 4, 5, 19, 20, 21])
-def test_every_third_step_leads_to_the_least_of_each_family(n_grid: int) -> None:
+def test_every_third_step_leads_to_the_least_of_each_family(n_grid: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x_mean, weight = torch.rand(32) * 10 + 0.1, torch.randn(8, 32)
     config = AwqConfig(group_size=16, n_grid=n_grid)
-    candidates, labels = scales_module.candidate_scales(x_mean, scales_module.weight_mean([weight], [16]), n_grid)
+    candidates, labels = candidate_scales(x_mean, weight_mean([weight], [16]), n_grid)
     for best in range(len(candidates)):
         # falls to the best and rises after it, in its own family; the other one is flat, and worse
         distance = torch.tensor([abs(i - best) if i % 2 == best % 2 else 100 + i for i in range(len(candidates))])
-        kernels = Counted(candidates, 1.0 + distance.double())
+        counted = Counted(candidates, 1.0 + distance.double())
+        monkeypatch.setattr(kernels, "scale_losses", counted.scale_losses)
         if best % 2:
-            kernels.losses[0] = 200.0  # the identity is a candidate of the other family
-        choice = scales_module.search_scale(kernels, [weight], x_mean, [torch.eye(32)], [config])
+            counted.losses[0] = 200.0  # the identity is a candidate of the other family
+        choice = search_scale([weight], x_mean, [torch.eye(32)], [config])
         assert (choice.kind, choice.alpha) == (labels[best].kind, labels[best].alpha)
-        assert len(kernels.seen) == len(set(kernels.seen))
+        assert len(counted.seen) == len(set(counted.seen))
         if n_grid >= 19:
-            assert len(kernels.seen) <= 0.67 * len(candidates)
+            assert len(counted.seen) <= 0.67 * len(candidates)
