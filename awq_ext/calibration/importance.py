@@ -136,7 +136,7 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 def _lean(blocks: Sequence[nn.Module], model: nn.Module) -> Iterator[None]:
     """Blocks keep nothing for a backward but their inputs, and run once more when it comes to them.
 
-    On copies, as in rehearsals: one that writes its inputs must find them as they were.
+    On copies of them: a block that writes its inputs must find them as they were.
     """
 
     def rerun(forward: Callable[..., Any]) -> Callable[..., Any]:

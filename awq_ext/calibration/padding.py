@@ -39,7 +39,7 @@ class ExpertPadding:
         ] = []  # width, sorted hashes of the rows that count, of the others
         self._rows: dict[str, Tensor] = {}  # masks by Linear
         self._expert_rows: dict[tuple[str, bool, int], Tensor] = {}  # that of the rows an expert was called with last
-        self.untold: dict[str, None] = {}  # Linears some of whose rows are known of no token
+        self.including_padding: dict[str, None] = {}  # Linears some of whose rows are known of no token
 
     def begin(self, stop: Stop) -> None:
         """The batch that runs next."""
@@ -73,7 +73,7 @@ class ExpertPadding:
         # as many rows as samples are no tokens, but what was made of each sample
         no_tokens = (0, *(len(each) for each in self._call.masks))
         if self._padded and mask is None and name in self._expert_of and x.numel() // x.shape[-1] not in no_tokens:
-            self.untold[name] = None
+            self.including_padding[name] = None
         return mask
 
     def _owner_called(self, owner: str) -> Callable[..., None]:
@@ -119,13 +119,13 @@ class ExpertPadding:
         return None
 
 
-def warnings_for(untold: Sequence[str]) -> list[str]:
+def warnings_for(names: Sequence[str]) -> list[str]:
     """What a user should know of such Linears."""
-    if not untold:
+    if not names:
         return []
-    more = f" and {len(untold) - 1} more" if len(untold) > 1 else ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [
-        f"{untold[0]}{more}: the rows of these experts cannot be told apart by attention_mask, so padding counts in their "
+        f"{names[0]}{more}: the rows of these experts cannot be told apart by attention_mask, so padding counts in their "
         "statistics: calibrate with batches that have none"
     ]
 

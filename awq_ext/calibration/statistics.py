@@ -48,11 +48,11 @@ class InputStatistics:
 class GroupStatistics:
     """What the inputs of a group's Linears were, by name of the Linear: one object for those that read the same tensor.
 
-    untold: those whose rows include padding, because no mask fits them.
+    including_padding: those whose rows include padding, because no mask fits them.
     """
 
     inputs: dict[str, InputStatistics]
-    untold: list[str] = field(default_factory=list)
+    including_padding: list[str] = field(default_factory=list)
 
     @property
     def rows_seen(self) -> int:
@@ -83,8 +83,8 @@ def collect(
 ) -> tuple[list[GroupStatistics], Any]:
     """Stream every batch through the block into statistics, one for each of its groups; and the first batch's output.
 
-    The first batch stays at the block's entry for later probes; with ``hold`` all of them do (they rehearse the block and run
-    it again later, on other weights), otherwise they move on to the next block, and the block runs once. weights: by which rows
+    The first batch stays at the block's entry for later probes; with ``hold`` all of them do (they run the block on copies, and
+    again later, on other weights), otherwise they move on to the next block, and the block runs once. weights: by which rows
     count (None: all alike).
     """
     books = []
@@ -110,24 +110,24 @@ def collect(
                 stats = _new_statistics(kernels, leader.in_features, device)
                 book = InputStatistics(stats if weights is None else WeightedStats(stats))
                 inputs |= dict.fromkeys(part, book)
-                told = (book, part[0], part[0] in group.experts)
+                into = (book, part[0], part[0] in group.experts)
                 hook = leader.register_forward_pre_hook(
-                    lambda _, args, kwargs, told=told: feed(*told, linear_input(args, kwargs)), with_kwargs=True
+                    lambda _, args, kwargs, into=into: feed(*into, linear_input(args, kwargs)), with_kwargs=True
                 )
                 stack.callback(hook.remove)
             books.append(GroupStatistics(inputs))
         begin(stops[0])
-        output = stops[0].rehearse()
+        output = stops[0].run_on_copies()
         free = FreeMemory()  # the sums have their pages by now
         for stop in stops[1:]:
             begin(stop)
             if hold:
-                stop.rehearse()
+                stop.run_on_copies()
             else:
                 stop.advance()
             free.release_if_grown()
     for group in books:
-        group.untold = [name for name in group.inputs if name in padding.untold]
+        group.including_padding = [name for name in group.inputs if name in padding.including_padding]
     return books, output
 
 

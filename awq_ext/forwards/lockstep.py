@@ -49,7 +49,7 @@ class Stop:
         """Positional and keyword arguments of that call."""
         return self._args, self._kwargs
 
-    def rehearse(self) -> Any:
+    def run_on_copies(self) -> Any:
         """Run the block on copies of its arguments, in the state of this batch's forward; returns the block's output.
 
         Hooks on the block itself do not run (its submodules' do), and the forward stays where it is.
@@ -69,7 +69,7 @@ class Stop:
 
 
 class _Worker(greenlet.greenlet):
-    """One batch's forward. Talks to the hub (the greenlet that made it) by switching values back and forth."""
+    """One batch's forward. Talks to its caller (the greenlet that made it) by switching values back and forth."""
 
     def __init__(self, model: nn.Module, index: int, call: Call, home: ThreadState) -> None:
         super().__init__(self._forward)
@@ -90,15 +90,15 @@ class _Worker(greenlet.greenlet):
             self.stop = None  # the stop knows its worker: a cycle, which would keep the hidden states alive
 
     def pause(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Called from inside the forward: wait here, doing what the hub asks, until it says go on (None)."""
+        """Called from inside the forward: wait here, doing what the caller requests, until that is to go on (None)."""
         self.stop = Stop(self, block, args, kwargs)
         while True:
             with other_state(self._home):
-                errand = self.parent.switch()
-            if errand is None:
+                request = self.parent.switch()
+            if request is None:
                 break
             # not passed through switch(): this frame would hold it while it waits
-            self._result = errand()
+            self._result = request()
         self.stop = None
 
     def advance(self) -> None:
@@ -112,9 +112,9 @@ class _Worker(greenlet.greenlet):
             with suppress(Exception):
                 self.throw(greenlet.GreenletExit)
 
-    def do(self, errand: Callable[[], T]) -> T:
+    def do(self, request: Callable[[], T]) -> T:
         interrupt.check()
-        self.switch(errand)
+        self.switch(request)
         result, self._result = self._result, None
         return result
 
@@ -125,7 +125,7 @@ def lockstep(
 ) -> Iterator[Iterator[tuple[Block, list[Stop]]]]:
     """Iterate over ``blocks`` (in calling order) with the batches that wait at each one's entry.
 
-    The body of the loop may rehearse stops and advance them; those that it left are advanced before the next block. Leaving
+    The body of the loop may run blocks on copies and advance stops; those that it left are advanced before the next block. Leaving
     the context ends all forwards where they are (what follows the last block never runs) and removes every hook.
     """
     home = ThreadState.capture()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .inputs import linear_input
 from .outputs import distance_of, norm_of
 
-# Parameters by (module, name) that a rehearsal sees instead of the real ones.
+# Parameters by (module, name) that a block sees on trial instead of the real ones.
 Substitutes = Mapping[tuple[nn.Module, str], Tensor]
 
 
@@ -33,14 +33,14 @@ def substituted(substitutes: Substitutes) -> Iterator[None]:
 class Probe:
     """A block's output on one calibration batch, under substituted parameters.
 
-    rehearse: runs the block; output: what it returned with its own parameters; row_mask: the bool mask of the rows of a tensor
-    that count, or None for all (``Call.row_mask``).
+    run: runs the block on copies of its arguments; output: what it returned with its own parameters; row_mask: the bool mask of
+    the rows of a tensor that count, or None for all (``Call.row_mask``).
     """
 
     def __init__(
-        self, rehearse: Callable[[], Any], output: Any, row_mask: Callable[[Tensor], Tensor | None] = lambda _: None
+        self, run: Callable[[], Any], output: Any, row_mask: Callable[[Tensor], Tensor | None] = lambda _: None
     ) -> None:
-        self._rehearse = rehearse
+        self._run = run
         self._row_mask = row_mask
         self.reference = self._rows(output)
 
@@ -66,7 +66,7 @@ class Probe:
         with ExitStack() as stack, substituted(substitutes):
             for linear in linears:
                 stack.callback(linear.register_forward_pre_hook(see, with_kwargs=True).remove)
-            output = self._rows(self._rehearse())
+            output = self._rows(self._run())
         return output, [seen.get(linear, torch.empty(0, linear.in_features)) for linear in linears]
 
     def _counted(self, tensor: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def _plan(
                 wanted = [takes_fold(group, config) for group in surveyed.groups]
                 folds: list[Fold | None] = [None] * len(wanted)
                 if any(wanted):
-                    probe = Probe(stops[0].rehearse, stops[0].rehearse(), stops[0].call.row_mask)
+                    probe = Probe(stops[0].run_on_copies, stops[0].run_on_copies(), stops[0].call.row_mask)
                     folds = finder.find(probe, surveyed.groups, surveyed.linears, wanted)
                 for group, fold in zip(surveyed.groups, folds, strict=True):
                     linears = [surveyed.linears[name] for name in group.linears]

@@ -85,7 +85,7 @@ def quantize(
             run = _Run(model, config, device, journal, report, foldable_norms(model), biases, weights)
             with _bar(surveys, report, progress) as bar:
                 run.all_blocks(surveys, calls, memory, bar)
-        standins.settle(model, journal)
+        standins.put_back(model, journal)
         report.peak_memory_bytes = memory.bytes()
         for name, reason in reasons_to_stay(eligible, surveys).items():
             report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
@@ -161,7 +161,7 @@ class _Run:
         self.biases = biases
         self.weights = weights
         self.kernels = kernels_for(device)
-        self.untold: list[str] = []
+        self.including_padding: list[str] = []
 
     def all_blocks(self, surveys: Sequence[BlockSurvey], calls: Sequence[Call], memory: PeakMemory, bar: tqdm) -> None:
         """Calibrate, solve and swap block after block, all batches in lockstep."""
@@ -172,15 +172,15 @@ class _Run:
                 if surveyed.groups:
                     self._one_block(surveyed, stops, last=surveyed is surveys[-1])
                 bar.update()
-        self.report.warnings += warnings_for(self.untold)
+        self.report.warnings += warnings_for(self.including_padding)
 
     def _one_block(self, surveyed: BlockSurvey, stops: list[Stop], last: bool) -> None:
         hold = last or self.config.propagate == "quantized"
         start = time.perf_counter()
         books, output = collect(surveyed, stops, self.kernels, self.device, hold, self.weights)
         collected = time.perf_counter()
-        self.untold += [name for book in books for name in book.untold]
-        probe = Probe(stops[0].rehearse, output, stops[0].call.row_mask)
+        self.including_padding += [name for book in books for name in book.including_padding]
+        probe = Probe(stops[0].run_on_copies, output, stops[0].call.row_mask)
         solver = BlockSolver(surveyed, books, probe, self.kernels, self.config, self.finder, self.biases)
         groups, block_report = solver.solve()
         self.report.blocks.append(block_report)

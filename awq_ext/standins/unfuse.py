@@ -56,18 +56,18 @@ def unfuse(
     wanted = [fused for fused in found if not fused.reason]
     result = Unfused()
     if wanted:
-        twins = eager_configs({fused.module for fused in wanted})
+        configs = eager_configs({fused.module for fused in wanted})
         with mode(model):
-            _compare_loops(model, call, wanted, twins)
-            with eager(twins):
+            _compare_loops(model, call, wanted, configs)
+            with eager(configs):
                 _observe_and_prove(model, call, wanted, journal)
         result.weights = [fused for fused in wanted if not fused.reason]
         result.refused = [fused for fused in wanted if fused.reason]
         for fused in result.weights:
             fused.module._modules[fused.leaf].train(fused.module.training)
-            if fused.module in twins and fused.module.config is not twins[fused.module]:
+            if fused.module in configs and fused.module.config is not configs[fused.module]:
                 result.configs[fused.name.rpartition(".")[0]] = fused.module.config
-                journal.set_attribute(fused.module, "config", twins[fused.module])
+                journal.set_attribute(fused.module, "config", configs[fused.module])
     result.reasons = {fused.name: fused.reason for fused in found if fused.reason}
     return result
 
@@ -78,11 +78,13 @@ def _run(model: nn.Module, call: Call) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _compare_loops(model: nn.Module, call: Call, wanted: Sequence[FusedWeight], twins: Mapping[nn.Module, Any]) -> None:
+def _compare_loops(
+    model: nn.Module, call: Call, wanted: Sequence[FusedWeight], configs: Mapping[nn.Module, Any]
+) -> None:
     """Give a reason to those whose own loop computes something else than what runs now, on the very same input."""
-    if not twins:
+    if not configs:
         return
-    with loop_errors(twins) as errors:
+    with loop_errors(configs) as errors:
         _run(model, call)
     for fused in wanted:
         if errors.get(fused.module, 0.0) > _ROUNDINGS * torch.finfo(fused.original.dtype).eps:

@@ -47,12 +47,12 @@ class Watch:
         self.outputs: dict[str, list[tuple[Any, ...]]] = {}
         self._alive: list[Tensor] = []
 
-    def _see(self, book: dict[str, list[tuple[Any, ...]]], name: str, value: Any) -> None:
+    def _see(self, seen: dict[str, list[tuple[Any, ...]]], name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             self._alive.append(value)
             # empty ones lie nowhere: experts that no token came to would all seem to read one tensor
             identity = tensor_identity(value) if value.numel() else ("no rows of", name)
-            book.setdefault(name, []).append(identity)
+            seen.setdefault(name, []).append(identity)
 
     @contextmanager
     def on(self, linears: Mapping[str, nn.Linear], producers: Mapping[str, nn.Module]) -> Iterator[None]:
