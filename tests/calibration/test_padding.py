@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import HIDDEN, ExpertList
 from checks import hook_count
-from test_mixture import surveyed, two_layers
+from mixtures import surveyed, two_layers
 from torch import Tensor, nn
 
 import awq_ext
