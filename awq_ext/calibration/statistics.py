@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..forwards.hooks import Hooks
 from ..forwards.inputs import linear_input
 from ..forwards.lockstep import Stop
 from ..forwards.memory import FreeMemory
@@ -90,7 +91,8 @@ def collect(
     books = []
     padding = ExpertPadding(surveyed.mixtures)
 
-    def feed(book: InputStatistics, name: str, expert: bool, x: Tensor) -> None:
+    def feed(book: InputStatistics, name: str, expert: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = linear_input(args, kwargs)
         mask = padding.row_mask(name, x)
         # an expert that only padding chose is one that no token chose
         book.rows_seen += int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
@@ -101,8 +103,8 @@ def collect(
         if weights is not None:
             weights.begin(stop.call)
 
-    with ExitStack() as stack:
-        stack.enter_context(padding.on(norm_candidates(surveyed.block.module)))
+    with Hooks() as on:
+        on.enter_context(padding.on(norm_candidates(surveyed.block.module)))
         for group in surveyed.groups:
             inputs: dict[str, InputStatistics] = {}
             for part in group.inputs:
@@ -110,11 +112,7 @@ def collect(
                 stats = _new_statistics(kernels, leader.in_features, device)
                 book = InputStatistics(stats if weights is None else WeightedStats(stats))
                 inputs |= dict.fromkeys(part, book)
-                into = (book, part[0], part[0] in group.experts)
-                hook = leader.register_forward_pre_hook(
-                    lambda _, args, kwargs, into=into: feed(*into, linear_input(args, kwargs)), with_kwargs=True
-                )
-                stack.callback(hook.remove)
+                on.input(leader, partial(feed, book, part[0], part[0] in group.experts))
             books.append(GroupStatistics(inputs))
         begin(stops[0])
         output = stops[0].run_on_copies()

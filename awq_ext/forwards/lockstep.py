@@ -12,6 +12,7 @@ import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import greenlet
@@ -21,6 +22,7 @@ from torch import nn
 from ..undo import interrupt
 from ..undo.thread_state import ThreadState, other_state
 from .calls import CalibrationError, Call, run_call
+from .hooks import Hooks
 from .inputs import copy_inputs
 
 T = TypeVar("T")
@@ -130,24 +132,22 @@ def lockstep(
     """
     home = ThreadState.capture()
     workers = [_Worker(model, i, call, home) for i, call in enumerate(calls)]
-    hooks = [_stop_hook(block) for block in blocks]
+    on = Hooks()
     try:
+        for block in blocks:
+            on.input(block.module, partial(_stop_at, block))
         yield _visits(blocks, workers)
     finally:
-        for hook in hooks:
-            hook.remove()
+        on.close()
         for worker in workers:
             worker.end()
         home.apply()
 
 
-def _stop_hook(block: Block) -> torch.utils.hooks.RemovableHandle:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        worker = greenlet.getcurrent()
-        if isinstance(worker, _Worker):
-            worker.pause(block, args, kwargs)
-
-    return block.module.register_forward_pre_hook(hook, with_kwargs=True)
+def _stop_at(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    worker = greenlet.getcurrent()
+    if isinstance(worker, _Worker):
+        worker.pause(block, args, kwargs)
 
 
 def _visits(blocks: Sequence[Block], workers: Sequence[_Worker]) -> Iterator[tuple[Block, list[Stop]]]:

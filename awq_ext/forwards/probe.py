@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .hooks import Hooks
 from .inputs import linear_input
 from .outputs import distance_of, norm_of
 
@@ -59,13 +61,13 @@ class Probe:
         """Both :meth:`output` and :meth:`inputs`, of one run."""
         seen: dict[nn.Linear, Tensor] = {}
 
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def see(linear: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = linear_input(args, kwargs)
-            seen.setdefault(module, self._counted(x).reshape(-1, x.shape[-1]))
+            seen.setdefault(linear, self._counted(x).reshape(-1, x.shape[-1]))
 
-        with ExitStack() as stack, substituted(substitutes):
+        with Hooks() as on, substituted(substitutes):
             for linear in linears:
-                stack.callback(linear.register_forward_pre_hook(see, with_kwargs=True).remove)
+                on.input(linear, partial(see, linear))
             output = self._rows(self._run())
         return output, [seen.get(linear, torch.empty(0, linear.in_features)) for linear in linears]
 
@@ -92,13 +94,9 @@ def output_dtypes(modules: Sequence[nn.Module]) -> Iterator[set[torch.dtype]]:
     """The floating-point dtypes that ``modules`` return while the body runs."""
     seen: set[torch.dtype] = set()
 
-    def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.dtype.is_floating_point:
-            seen.add(output.dtype)
-
-    with ExitStack() as stack:
+    with Hooks() as on:
         for module in modules:
-            stack.callback(module.register_forward_hook(see).remove)
+            on.output(module, lambda output: seen.add(output.dtype) if output.dtype.is_floating_point else None)
         yield seen
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..forwards.calls import CalibrationError, Call, run_call
-from ..forwards.inputs import copy_inputs
+from ..forwards.hooks import Hooks
 from ..forwards.outputs import distance_of, norm_of
 from ..undo.journal import Journal
 from .eager import eager, eager_configs, loop_errors
@@ -74,7 +75,7 @@ def unfuse(
 
 def _run(model: nn.Module, call: Call) -> list[Tensor]:
     with torch.no_grad():
-        output = run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
+        output = run_call(model, call.on_copies(), 0)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
@@ -104,17 +105,14 @@ def _observe_and_prove(model: nn.Module, call: Call, wanted: Sequence[FusedWeigh
     mark = len(journal)
     counts = {fused.name: 0 for fused in taken}
 
-    def count(name: str) -> Callable[..., None]:
-        def called(*_: Any) -> None:
-            counts[name] += 1
+    def count(name: str, *_: Any) -> None:
+        counts[name] += 1
 
-        return called
-
-    with ExitStack() as stack:
+    with Hooks() as on:
         for fused in taken:
             linears = fused.linears(fused.use)
             for linear in linears.children():
-                stack.callback(linear.register_forward_pre_hook(count(fused.name)).remove)
+                on.input(linear, partial(count, fused.name))
             journal.replace_parameter(fused.module, fused.leaf, linears)
         try:
             after, problem = _run(model, call), ""
