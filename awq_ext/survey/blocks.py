@@ -11,7 +11,8 @@ from torch import nn
 from ..forwards.calls import Call, run_call
 from ..forwards.lockstep import Block
 from ..modules import norm_candidates
-from .mixtures import Mixture, MixtureWatch
+from .expert_groups import MixtureWatch
+from .mixtures import Mixture
 
 
 def find_blocks(model: nn.Module) -> list[Block]:

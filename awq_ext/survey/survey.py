@@ -18,8 +18,9 @@ from ..forwards.lockstep import Block
 from ..modules import norm_candidates
 from ..undo import interrupt
 from .blocks import blocks_found, blocks_named, linears_of
+from .expert_groups import MixtureWatch
 from .groups import ScaleGroup, Watch
-from .mixtures import Mixture, MixtureWatch, find_mixtures
+from .mixtures import Mixture, find_mixtures
 from .selection import Eligible
 
 
