@@ -61,10 +61,11 @@ class ExpertHooks:
     def on(self, norms: Mapping[str, nn.Module]) -> Iterator[None]:
         """See what a forward in the body does. norms: those in it, by name. Experts that stay float are seen like the others."""
         with Hooks() as on:
-            for mixture in self.mixtures:
-                on.input(mixture.modules[mixture.owner], partial(self._owner_called, mixture.owner))
-                for name, linear in mixture.linears.items():
-                    on.input(linear, partial(self._expert_called, name))
+            # one module may hold several mixtures
+            for owner, module in {m.owner: m.modules[m.owner] for m in self.mixtures}.items():
+                on.input(module, partial(self._owner_called, owner))
+            for name, linear in {n: m for mixture in self.mixtures for n, m in mixture.linears.items()}.items():
+                on.input(linear, partial(self._expert_called, name))
             for name, norm in norms.items() if self.mixtures else ():
                 on.output(norm, partial(self._see_source, None, name))
             yield
