@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..forwards.calls import Call
-from ..forwards.inputs import copy_inputs
 from ..modules import input_embeddings
 from .sampled_text import can_generate, generated_tokens
 
@@ -102,7 +101,8 @@ def _rewritten(
 ) -> Call:
     """``call`` with the next of ``others`` in place of its ordinary ids."""
     # what a model writes to, such as a key/value cache, must not be shared with the call it comes from
-    args, kwargs = copy_inputs((list(call.args), call.kwargs))
+    copied = call.on_copies()
+    args, kwargs = list(copied.args), copied.kwargs
     for name, value in ids.items():
         other = next(others).view(value.shape).to(value)
         keep = ~torch.isin(value, tokens.to(value))

@@ -9,7 +9,8 @@ estimates it: with random signs e and g = F^(1/2) e, the squared entries of J^T 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..forwards.calls import CalibrationError, Call, run_call
+from ..forwards.hooks import Hooks
 from ..forwards.inputs import copy_inputs
 from ..forwards.outputs import logits_of, targets_of
 from ..survey.survey import BlockSurvey
@@ -136,7 +138,7 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 def _lean(blocks: Sequence[nn.Module], model: nn.Module) -> Iterator[None]:
     """Blocks keep nothing for a backward but their inputs, and run once more when it comes to them.
 
-    On copies, as in rehearsals: one that writes its inputs must find them as they were.
+    On copies of them: a block that writes its inputs must find them as they were.
     """
 
     def rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,24 +175,23 @@ def _squared_gradients(
     squares: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in linears}
     running = True
 
-    def see(module: nn.Linear, args: Any, output: Tensor) -> Tensor:
+    def see(linear: nn.Linear, output: Tensor) -> Tensor:
         leaf = not output.requires_grad
         output.requires_grad_()
         if running:
             rows = torch.zeros(output.shape[:-1])
             if (mask := call.row_mask(output)) is not None:
                 rows.masked_fill_(~mask.cpu(), -1.0)
-            squares[module].append(rows)
+            squares[linear].append(rows)
             output.register_hook(lambda gradient: _add_squares(rows, gradient))
         # what comes next may work in place, which a leaf would refuse
         return output * 1 if leaf else output
 
     # hooked during the backward too: a checkpointed part of the model runs once more then, and must do the same
-    with ExitStack() as stack, torch.enable_grad():
+    with Hooks() as on, torch.enable_grad():
         for linear in linears:
-            stack.callback(linear.register_forward_hook(see).remove)
-        copied = Call(copy_inputs(call.args), copy_inputs(call.kwargs), call.hint + _HINT)
-        result = run_call(model, copied, index)
+            on.output(linear, partial(see, linear))
+        result = run_call(model, call.on_copies(_HINT), index)
         running = False
         if of_tokens and not _are_of_tokens(logits_of(result), call):
             raise CalibrationError(f"no logits for every token id in what calibration batch {index} returned")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from ..forwards.calls import Call
 from ..forwards.lockstep import Stop
-from ..survey.expert_rows import expert_rows, row_hashes
+from ..survey.expert_rows import ExpertHooks, row_hashes, row_tensors
 from ..survey.mixtures import Mixture
 
 
-class ExpertPadding:
+class ExpertPadding(ExpertHooks):
     """The masks of the rows of experts, batch by batch.
 
     An expert is called with rows chosen by a router, which no mask fits by its shape. They are known by their bits: those of the
@@ -25,7 +23,7 @@ class ExpertPadding:
     """
 
     def __init__(self, mixtures: Sequence[Mixture]) -> None:
-        self._mixtures = mixtures
+        super().__init__(mixtures)
         self._expert_of = {
             name: (m.owner, m.fused, e)
             for m in mixtures
@@ -34,36 +32,19 @@ class ExpertPadding:
         }
         self._call = Call()
         self._padded = False
-        self._sources: list[
-            tuple[int, Tensor, Tensor]
-        ] = []  # width, sorted hashes of the rows that count, of the others
+        # width, and sorted hashes of the rows that count and of the others
+        self._sources: list[tuple[int, Tensor, Tensor]] = []
         self._rows: dict[str, Tensor] = {}  # masks by Linear
         self._expert_rows: dict[tuple[str, bool, int], Tensor] = {}  # that of the rows an expert was called with last
-        self.untold: dict[str, None] = {}  # Linears some of whose rows are known of no token
+        self.including_padding: dict[str, None] = {}  # Linears some of whose rows are known of no token
 
     def begin(self, stop: Stop) -> None:
         """The batch that runs next."""
         self._call = stop.call
-        self._padded = bool(self._mixtures) and any((mask == 0).any() for mask in self._call.masks)
+        self._padded = bool(self.mixtures) and any((mask == 0).any() for mask in self._call.masks)
         self._sources, self._rows, self._expert_rows = [], {}, {}
-        if any(mixture.owner == stop.block.name for mixture in self._mixtures):
-            self._see(stop.inputs)  # hooks on the block itself do not run
-
-    @contextmanager
-    def on(self, norms: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Watch the block while the body runs it. norms: in it, by name."""
-        with ExitStack() as stack:
-            for mixture in self._mixtures:
-                owner = mixture.modules[mixture.owner]
-                hook = owner.register_forward_pre_hook(self._owner_called(mixture.owner), with_kwargs=True)
-                stack.callback(hook.remove)
-                for name, linear in mixture.linears.items():
-                    hook = linear.register_forward_pre_hook(self._called(name), with_kwargs=True)
-                    stack.callback(hook.remove)
-            if self._mixtures:
-                for norm in norms.values():
-                    stack.callback(norm.register_forward_hook(lambda _, __, output: self._see(output)).remove)
-            yield
+        if any(mixture.owner == stop.block.name for mixture in self.mixtures):
+            self._see_source(stop.block.name, "", stop.inputs)  # hooks on the block itself do not run
 
     def row_mask(self, name: str, x: Tensor) -> Tensor | None:
         """Which rows of ``x``, with which the Linear ``name`` is being called, count; None for all. Not only for experts."""
@@ -73,41 +54,30 @@ class ExpertPadding:
         # as many rows as samples are no tokens, but what was made of each sample
         no_tokens = (0, *(len(each) for each in self._call.masks))
         if self._padded and mask is None and name in self._expert_of and x.numel() // x.shape[-1] not in no_tokens:
-            self.untold[name] = None
+            self.including_padding[name] = None
         return mask
 
-    def _owner_called(self, owner: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see_source(self, owner: str | None, name: str, value: Any) -> None:
+        if owner is not None:
             self._expert_rows = {expert: mask for expert, mask in self._expert_rows.items() if expert[0] != owner}
-            self._see((args, kwargs))
-
-        return hook
-
-    def _see(self, value: Any) -> None:
-        for tensor in tree_leaves(value) if self._padded else ():
-            rows = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim() > 1
-            if rows and (mask := self._call.row_mask(tensor)) is not None:
+        for _, tensor in row_tensors(value) if self._padded else ():
+            if (mask := self._call.row_mask(tensor)) is not None:
                 hashes, counts = row_hashes(tensor), mask.flatten()
                 kept, left = hashes[counts].sort().values, hashes[~counts].sort().values
                 self._sources.append((tensor.shape[-1], kept, left))
 
-    def _called(self, name: str) -> Callable[..., None]:
+    def _see_rows(self, name: str, x: Tensor | None) -> None:
         expert = self._expert_of[name]
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = expert_rows(args, kwargs)
-            self._rows.pop(name, None)
-            if not self._padded or x is None or x.dim() < 2 or (x.dim() > 2 and self._call.row_mask(x) is not None):
-                return
-            count = x.numel() // x.shape[-1]
-            mask = self._known(row_hashes(x), x.shape[-1])
-            if mask is None and expert in self._expert_rows and len(self._expert_rows[expert]) == count:
-                mask = self._expert_rows[expert]
-            if mask is not None:
-                self._expert_rows[expert] = mask
-                self._rows[name] = mask.view(x.shape[:-1])
-
-        return hook
+        self._rows.pop(name, None)
+        if not self._padded or x is None or x.dim() < 2 or (x.dim() > 2 and self._call.row_mask(x) is not None):
+            return
+        count = x.numel() // x.shape[-1]
+        mask = self._known(row_hashes(x), x.shape[-1])
+        if mask is None and expert in self._expert_rows and len(self._expert_rows[expert]) == count:
+            mask = self._expert_rows[expert]
+        if mask is not None:
+            self._expert_rows[expert] = mask
+            self._rows[name] = mask.view(x.shape[:-1])
 
     def _known(self, rows: Tensor, width: int) -> Tensor | None:
         """The mask of rows with these hashes; None unless all are rows of one tensor."""
@@ -119,13 +89,13 @@ class ExpertPadding:
         return None
 
 
-def warnings_for(untold: Sequence[str]) -> list[str]:
+def warnings_for(names: Sequence[str]) -> list[str]:
     """What a user should know of such Linears."""
-    if not untold:
+    if not names:
         return []
-    more = f" and {len(untold) - 1} more" if len(untold) > 1 else ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [
-        f"{untold[0]}{more}: the rows of these experts cannot be told apart by attention_mask, so padding counts in their "
+        f"{names[0]}{more}: the rows of these experts cannot be told apart by attention_mask, so padding counts in their "
         "statistics: calibrate with batches that have none"
     ]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import kernels
+from ..forwards.hooks import Hooks
 from ..forwards.inputs import linear_input
 from ..forwards.lockstep import Stop
 from ..forwards.memory import FreeMemory
@@ -79,11 +79,11 @@ class InputStatistics:
 class GroupStatistics:
     """What the inputs of a group's Linears were, by name of the Linear: one object for those that read the same tensor.
 
-    untold: those whose rows include padding, because no mask fits them.
+    including_padding: those whose rows include padding, because no mask fits them.
     """
 
     inputs: dict[str, InputStatistics]
-    untold: list[str] = field(default_factory=list)
+    including_padding: list[str] = field(default_factory=list)
 
     @property
     def rows_seen(self) -> int:
@@ -114,14 +114,15 @@ def collect(
 ) -> tuple[list[GroupStatistics], Any]:
     """Stream every batch through the block into statistics, one for each of its groups; and the first batch's output.
 
-    The first batch stays at the block's entry for later probes; with ``hold`` all of them do (they rehearse the block and run
-    it again later, on other weights), otherwise they move on to the next block, and the block runs once. weights: by which rows
+    The first batch stays at the block's entry for later probes; with ``hold`` all of them do (they run the block on copies, and
+    again later, on other weights), otherwise they move on to the next block, and the block runs once. weights: by which rows
     count (None: all alike).
     """
     books = []
     padding = ExpertPadding(surveyed.mixtures)
 
-    def feed(book: InputStatistics, name: str, expert: bool, x: Tensor) -> None:
+    def feed(book: InputStatistics, name: str, expert: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = linear_input(args, kwargs)
         mask = padding.row_mask(name, x)
         # an expert that only padding chose is one that no token chose
         book.rows_seen += int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
@@ -132,8 +133,8 @@ def collect(
         if weights is not None:
             weights.begin(stop.call)
 
-    with ExitStack() as stack:
-        stack.enter_context(padding.on(norm_candidates(surveyed.block.module)))
+    with Hooks() as on:
+        on.enter_context(padding.on(norm_candidates(surveyed.block.module)))
         for group in surveyed.groups:
             inputs: dict[str, InputStatistics] = {}
             for part in group.inputs:
@@ -141,22 +142,18 @@ def collect(
                 stats = accumulator(leader.in_features, device)
                 book = InputStatistics(stats if weights is None else WeightedStats(stats))
                 inputs |= dict.fromkeys(part, book)
-                told = (book, part[0], part[0] in group.experts)
-                hook = leader.register_forward_pre_hook(
-                    lambda _, args, kwargs, told=told: feed(*told, linear_input(args, kwargs)), with_kwargs=True
-                )
-                stack.callback(hook.remove)
+                on.input(leader, partial(feed, book, part[0], part[0] in group.experts))
             books.append(GroupStatistics(inputs))
         begin(stops[0])
-        output = stops[0].rehearse()
+        output = stops[0].run_on_copies()
         free = FreeMemory()  # the sums have their pages by now
         for stop in stops[1:]:
             begin(stop)
             if hold:
-                stop.rehearse()
+                stop.run_on_copies()
             else:
                 stop.advance()
             free.release_if_grown()
     for group in books:
-        group.untold = [name for name in group.inputs if name in padding.untold]
+        group.including_padding = [name for name in group.inputs if name in padding.including_padding]
     return books, output

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..undo import interrupt
+from .inputs import copy_inputs
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Call:
     def elements(self) -> int:
         """Elements of all tensors: the measure by which batches of different length are compared."""
         return sum(v.numel() for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
+
+    def on_copies(self, hint: str = "") -> Call:
+        """The same call with copies of its arguments, which a model that writes its input may change; ``hint`` is added."""
+        args, kwargs = copy_inputs((self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs, hint=self.hint + hint)
 
 
 def read_calls(

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def copy_inputs(value: Any) -> Any:
-    """Arguments for a rehearsal, so that in-place code cannot reach the real ones: one copy of each tensor.
+    """Copies of arguments, so that code that works in place cannot reach the real ones: one copy of each tensor.
 
     Objects that hold tensors (key/value caches) are copied with what they hold; modules and parameters are shared.
     """
@@ -28,12 +28,12 @@ def _copy_leaf(leaf: Any, copies: dict[int, Any]) -> Any:
         return leaf
     else:
         try:
-            twin = copy.copy(leaf)
+            copied = copy.copy(leaf)
         except Exception:  # what cannot be copied (locks, handles) is shared
             return leaf
-        copies[id(leaf)] = twin  # before its attributes: they may refer back to it
-        for name, held in vars(twin).items():
-            vars(twin)[name] = tree_map(lambda inner: _copy_leaf(inner, copies), held)
+        copies[id(leaf)] = copied  # before its attributes: they may refer back to it
+        for name, held in vars(copied).items():
+            vars(copied)[name] = tree_map(lambda inner: _copy_leaf(inner, copies), held)
     return copies[id(leaf)]
 
 

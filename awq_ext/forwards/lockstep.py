@@ -12,6 +12,7 @@ import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import greenlet
@@ -21,6 +22,7 @@ from torch import nn
 from ..undo import interrupt
 from ..undo.thread_state import ThreadState, other_state
 from .calls import CalibrationError, Call, run_call
+from .hooks import Hooks
 from .inputs import copy_inputs
 
 T = TypeVar("T")
@@ -49,7 +51,7 @@ class Stop:
         """Positional and keyword arguments of that call."""
         return self._args, self._kwargs
 
-    def rehearse(self) -> Any:
+    def run_on_copies(self) -> Any:
         """Run the block on copies of its arguments, in the state of this batch's forward; returns the block's output.
 
         Hooks on the block itself do not run (its submodules' do), and the forward stays where it is.
@@ -69,7 +71,7 @@ class Stop:
 
 
 class _Worker(greenlet.greenlet):
-    """One batch's forward. Talks to the hub (the greenlet that made it) by switching values back and forth."""
+    """One batch's forward. Talks to its caller (the greenlet that made it) by switching values back and forth."""
 
     def __init__(self, model: nn.Module, index: int, call: Call, home: ThreadState) -> None:
         super().__init__(self._forward)
@@ -90,15 +92,15 @@ class _Worker(greenlet.greenlet):
             self.stop = None  # the stop knows its worker: a cycle, which would keep the hidden states alive
 
     def pause(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Called from inside the forward: wait here, doing what the hub asks, until it says go on (None)."""
+        """Called from inside the forward: wait here, doing what the caller requests, until that is to go on (None)."""
         self.stop = Stop(self, block, args, kwargs)
         while True:
             with other_state(self._home):
-                errand = self.parent.switch()
-            if errand is None:
+                request = self.parent.switch()
+            if request is None:
                 break
             # not passed through switch(): this frame would hold it while it waits
-            self._result = errand()
+            self._result = request()
         self.stop = None
 
     def advance(self) -> None:
@@ -112,9 +114,9 @@ class _Worker(greenlet.greenlet):
             with suppress(Exception):
                 self.throw(greenlet.GreenletExit)
 
-    def do(self, errand: Callable[[], T]) -> T:
+    def do(self, request: Callable[[], T]) -> T:
         interrupt.check()
-        self.switch(errand)
+        self.switch(request)
         result, self._result = self._result, None
         return result
 
@@ -125,29 +127,27 @@ def lockstep(
 ) -> Iterator[Iterator[tuple[Block, list[Stop]]]]:
     """Iterate over ``blocks`` (in calling order) with the batches that wait at each one's entry.
 
-    The body of the loop may rehearse stops and advance them; those that it left are advanced before the next block. Leaving
+    The body of the loop may run blocks on copies and advance stops; those that it left are advanced before the next block. Leaving
     the context ends all forwards where they are (what follows the last block never runs) and removes every hook.
     """
     home = ThreadState.capture()
     workers = [_Worker(model, i, call, home) for i, call in enumerate(calls)]
-    hooks = [_stop_hook(block) for block in blocks]
+    on = Hooks()
     try:
+        for block in blocks:
+            on.input(block.module, partial(_stop_at, block))
         yield _visits(blocks, workers)
     finally:
-        for hook in hooks:
-            hook.remove()
+        on.close()
         for worker in workers:
             worker.end()
         home.apply()
 
 
-def _stop_hook(block: Block) -> torch.utils.hooks.RemovableHandle:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        worker = greenlet.getcurrent()
-        if isinstance(worker, _Worker):
-            worker.pause(block, args, kwargs)
-
-    return block.module.register_forward_pre_hook(hook, with_kwargs=True)
+def _stop_at(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    worker = greenlet.getcurrent()
+    if isinstance(worker, _Worker):
+        worker.pause(block, args, kwargs)
 
 
 def _visits(blocks: Sequence[Block], workers: Sequence[_Worker]) -> Iterator[tuple[Block, list[Stop]]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .hooks import Hooks
 from .inputs import linear_input
 from .outputs import distance_of, norm_of
 
-# Parameters by (module, name) that a rehearsal sees instead of the real ones.
+# Parameters by (module, name) that a block sees on trial instead of the real ones.
 Substitutes = Mapping[tuple[nn.Module, str], Tensor]
 
 
@@ -33,14 +35,14 @@ def substituted(substitutes: Substitutes) -> Iterator[None]:
 class Probe:
     """A block's output on one calibration batch, under substituted parameters.
 
-    rehearse: runs the block; output: what it returned with its own parameters; row_mask: the bool mask of the rows of a tensor
-    that count, or None for all (``Call.row_mask``).
+    run: runs the block on copies of its arguments; output: what it returned with its own parameters; row_mask: the bool mask of
+    the rows of a tensor that count, or None for all (``Call.row_mask``).
     """
 
     def __init__(
-        self, rehearse: Callable[[], Any], output: Any, row_mask: Callable[[Tensor], Tensor | None] = lambda _: None
+        self, run: Callable[[], Any], output: Any, row_mask: Callable[[Tensor], Tensor | None] = lambda _: None
     ) -> None:
-        self._rehearse = rehearse
+        self._run = run
         self._row_mask = row_mask
         self.reference = self._rows(output)
 
@@ -59,14 +61,14 @@ class Probe:
         """Both :meth:`output` and :meth:`inputs`, of one run."""
         seen: dict[nn.Linear, Tensor] = {}
 
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def see(linear: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = linear_input(args, kwargs)
-            seen.setdefault(module, self._counted(x).reshape(-1, x.shape[-1]))
+            seen.setdefault(linear, self._counted(x).reshape(-1, x.shape[-1]))
 
-        with ExitStack() as stack, substituted(substitutes):
+        with Hooks() as on, substituted(substitutes):
             for linear in linears:
-                stack.callback(linear.register_forward_pre_hook(see, with_kwargs=True).remove)
-            output = self._rows(self._rehearse())
+                on.input(linear, partial(see, linear))
+            output = self._rows(self._run())
         return output, [seen.get(linear, torch.empty(0, linear.in_features)) for linear in linears]
 
     def _counted(self, tensor: Tensor) -> Tensor:
@@ -92,13 +94,9 @@ def output_dtypes(modules: Sequence[nn.Module]) -> Iterator[set[torch.dtype]]:
     """The floating-point dtypes that ``modules`` return while the body runs."""
     seen: set[torch.dtype] = set()
 
-    def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.dtype.is_floating_point:
-            seen.add(output.dtype)
-
-    with ExitStack() as stack:
+    with Hooks() as on:
         for module in modules:
-            stack.callback(module.register_forward_hook(see).remove)
+            on.output(module, lambda output: seen.add(output.dtype) if output.dtype.is_floating_point else None)
         yield seen
 
 

@@ -127,7 +127,7 @@ def _plan(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan:
             wanted = [takes_fold(group, config) for group in surveyed.groups]
             folds: list[Fold | None] = [None] * len(wanted)
             if any(wanted):
-                probe = Probe(first.rehearse, first.rehearse(), first.call.row_mask)
+                probe = Probe(first.run_on_copies, first.run_on_copies(), first.call.row_mask)
                 folds = finder.find(probe, surveyed.groups, surveyed.linears, wanted)
             for group, fold in zip(surveyed.groups, folds, strict=True):
                 linears = [surveyed.linears[name] for name in group.linears]

@@ -142,14 +142,14 @@ class _Run:
         start = time.perf_counter()
         found, output = collect(block.surveyed, block.stops, self._session.device, block.hold, self._weights)
         self._report.calibration_seconds += time.perf_counter() - start
-        self._padded += [name for group in found for name in group.untold]
+        self._padded += [name for group in found for name in group.including_padding]
         return _Collected(found, output)
 
     def solve(self, block: _Block, collected: _Collected) -> list[GroupSolution]:
         """Find the scales, folds and codes of the block; the model stays as it is."""
         start = time.perf_counter()
         first = block.stops[0]
-        probe = Probe(first.rehearse, collected.output, first.call.row_mask)
+        probe = Probe(first.run_on_copies, collected.output, first.call.row_mask)
         solver = BlockSolver(
             block.surveyed, collected.statistics, probe, self._session.config, self._finder, self._biases
         )
@@ -183,7 +183,7 @@ class _Run:
 
 def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) -> None:
     """Put what stood in for other layers back where it stays float, and complete the report."""
-    opened.standins.settle(opened.model, opened.journal)
+    opened.standins.put_back(opened.model, opened.journal)
     report.peak_memory_bytes = opened.memory.bytes()
     for name, reason in reasons_to_stay(opened.eligible, surveys).items():
         report.layers.append(LayerReport(name, 0, 0, "float", note=reason))

@@ -14,11 +14,11 @@ from ..forwards.outputs import distance_of, norm_of
 
 
 @contextmanager
-def eager(twins: Mapping[nn.Module, Any]) -> Iterator[None]:
+def eager(configs: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Let modules run their own forward instead of a fused implementation."""
-    real = {module: module.config for module in twins}
+    real = {module: module.config for module in configs}
     try:
-        for module, config in twins.items():
+        for module, config in configs.items():
             module.config = config
         yield
     finally:
@@ -34,36 +34,36 @@ def eager_config(module: nn.Module) -> Any | None:
     config = getattr(module, "config", None)
     if getattr(config, "_experts_implementation", None) in (None, "eager"):
         return None
-    twin = copy.copy(config)
+    copied = copy.copy(config)
     # the property would write to the configs below, which the copy shares
-    twin._experts_implementation_internal = "eager"
-    return twin if twin._experts_implementation == "eager" else None
+    copied._experts_implementation_internal = "eager"
+    return copied if copied._experts_implementation == "eager" else None
 
 
 def eager_configs(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
     """By module, the config by which it runs its own loop; modules of one config share the new one."""
     by_config: dict[int, Any] = {}
-    twins = {}
+    configs = {}
     for module in modules:
         config = getattr(module, "config", None)
-        if (twin := by_config.setdefault(id(config), eager_config(module))) is not None:
-            twins[module] = twin
-    return twins
+        if (copied := by_config.setdefault(id(config), eager_config(module))) is not None:
+            configs[module] = copied
+    return configs
 
 
 @contextmanager
-def loop_errors(twins: Mapping[nn.Module, Any]) -> Iterator[dict[nn.Module, float]]:
+def loop_errors(configs: Mapping[nn.Module, Any]) -> Iterator[dict[nn.Module, float]]:
     """How far what a module's own loop computes is from what runs now (of its norm), on the inputs that the body calls it with."""
     errors: dict[nn.Module, float] = {}
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        with eager({module: twins[module]}):
+        with eager({module: configs[module]}):
             again = module.forward(*args, **kwargs)
         tensors, others = ([t for t in tree_leaves(o) if isinstance(t, Tensor)] for o in (output, again))
         error = distance_of(tensors, others) / (norm_of(tensors) or 1.0)
         errors[module] = max(error, errors.get(module, 0.0))
 
     with ExitStack() as stack:
-        for module in twins:
+        for module in configs:
             stack.callback(module.register_forward_hook(compare, with_kwargs=True).remove)
         yield errors

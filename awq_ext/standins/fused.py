@@ -42,7 +42,7 @@ class FusedWeight:
             made.append(linear)
         return ExpertLinears(made, use).train(self.module.training)
 
-    def settle(self, journal: Journal) -> None:
+    def finish(self, journal: Journal) -> None:
         """Once experts are quantized: keep of those that stayed float what they need; put the parameter back if all did."""
         experts = self.module._modules[self.leaf]
         left = [linear for linear in experts.children() if isinstance(linear, nn.Linear)]
@@ -125,8 +125,8 @@ def unfuse_as(model: nn.Module, name: str, use: Any, journal: Journal) -> None:
     if use not in USES or parameter is None or parameter.dim() != 3:
         raise ValueError(f"{name} holds no fused experts that could be taken apart (use {use!r})")
     journal.replace_parameter(module, leaf, FusedWeight(name, module, leaf, parameter).linears(use))
-    if (twin := eager_config(module)) is not None:
-        journal.set_attribute(module, "config", twin)
+    if (config := eager_config(module)) is not None:
+        journal.set_attribute(module, "config", config)
 
 
 def put_back(model: nn.Module, journal: Journal) -> None:

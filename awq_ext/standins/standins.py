@@ -47,7 +47,7 @@ class StandIns:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         return [f"{left[0].name}{more} stay float, {share:.1%} of all parameters: {left[0].reason}"]
 
-    def settle(self, model: nn.Module, journal: Journal) -> None:
+    def put_back(self, model: nn.Module, journal: Journal) -> None:
         """Once layers are quantized: give what stayed a float Linear its own form back, with the weights it has by now."""
         for name, original in self.transposed.items():
             now = model.get_submodule(name)
@@ -55,7 +55,7 @@ class StandIns:
                 same = now.weight.data_ptr() == original.weight.data_ptr()
                 journal.set_module(model, name, original if same else with_weight_of(original, now))
         for fused in self.unfused.weights:
-            fused.settle(journal)
+            fused.finish(journal)
         for name, config in self.unfused.configs.items():
             module = model.get_submodule(name)
             if not any(isinstance(child, ExpertLinears) for child in module.children()):

@@ -73,7 +73,7 @@ def linear_of(module: nn.Module) -> nn.Linear:
 
 def with_weight_of(module: nn.Module, linear: nn.Linear) -> nn.Module:
     """A layer like ``module`` that computes what ``linear`` does."""
-    twin = copy.copy(module)
+    layer = copy.copy(module)
     weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=linear.weight.requires_grad)
-    twin._parameters = module._parameters | {"weight": weight, "bias": linear.bias}
-    return twin.train(linear.training)
+    layer._parameters = module._parameters | {"weight": weight, "bias": linear.bias}
+    return layer.train(linear.training)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..forwards.calls import CalibrationError, Call, run_call
-from ..forwards.inputs import copy_inputs
+from ..forwards.hooks import Hooks
 from ..forwards.outputs import distance_of, norm_of
 from ..undo.journal import Journal
 from .eager import eager, eager_configs, loop_errors
@@ -56,33 +57,35 @@ def unfuse(
     wanted = [fused for fused in found if not fused.reason]
     result = Unfused()
     if wanted:
-        twins = eager_configs({fused.module for fused in wanted})
+        configs = eager_configs({fused.module for fused in wanted})
         with mode(model):
-            _compare_loops(model, call, wanted, twins)
-            with eager(twins):
+            _compare_loops(model, call, wanted, configs)
+            with eager(configs):
                 _observe_and_prove(model, call, wanted, journal)
         result.weights = [fused for fused in wanted if not fused.reason]
         result.refused = [fused for fused in wanted if fused.reason]
         for fused in result.weights:
             fused.module._modules[fused.leaf].train(fused.module.training)
-            if fused.module in twins and fused.module.config is not twins[fused.module]:
+            if fused.module in configs and fused.module.config is not configs[fused.module]:
                 result.configs[fused.name.rpartition(".")[0]] = fused.module.config
-                journal.set_attribute(fused.module, "config", twins[fused.module])
+                journal.set_attribute(fused.module, "config", configs[fused.module])
     result.reasons = {fused.name: fused.reason for fused in found if fused.reason}
     return result
 
 
 def _run(model: nn.Module, call: Call) -> list[Tensor]:
     with torch.no_grad():
-        output = run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
+        output = run_call(model, call.on_copies(), 0)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _compare_loops(model: nn.Module, call: Call, wanted: Sequence[FusedWeight], twins: Mapping[nn.Module, Any]) -> None:
+def _compare_loops(
+    model: nn.Module, call: Call, wanted: Sequence[FusedWeight], configs: Mapping[nn.Module, Any]
+) -> None:
     """Give a reason to those whose own loop computes something else than what runs now, on the very same input."""
-    if not twins:
+    if not configs:
         return
-    with loop_errors(twins) as errors:
+    with loop_errors(configs) as errors:
         _run(model, call)
     for fused in wanted:
         if errors.get(fused.module, 0.0) > _ROUNDINGS * torch.finfo(fused.original.dtype).eps:
@@ -102,17 +105,14 @@ def _observe_and_prove(model: nn.Module, call: Call, wanted: Sequence[FusedWeigh
     mark = len(journal)
     counts = {fused.name: 0 for fused in taken}
 
-    def count(name: str) -> Callable[..., None]:
-        def called(*_: Any) -> None:
-            counts[name] += 1
+    def count(name: str, *_: Any) -> None:
+        counts[name] += 1
 
-        return called
-
-    with ExitStack() as stack:
+    with Hooks() as on:
         for fused in taken:
             linears = fused.linears(fused.use)
             for linear in linears.children():
-                stack.callback(linear.register_forward_pre_hook(count(fused.name)).remove)
+                on.input(linear, partial(count, fused.name))
             journal.replace_parameter(fused.module, fused.leaf, linears)
         try:
             after, problem = _run(model, call), ""

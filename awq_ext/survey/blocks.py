@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..forwards.calls import Call, run_call
-from ..forwards.inputs import copy_inputs
 from ..forwards.lockstep import Block
 from ..modules import norm_candidates
-from .mixtures import Mixture, MixtureWatch
+from .expert_groups import MixtureWatch
+from .mixtures import Mixture
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -71,7 +71,7 @@ def blocks_found(model: nn.Module, call: Call, mixtures: Sequence[Mixture]) -> l
         return blocks
     watch = MixtureWatch(spread)
     with watch.on(norm_candidates(model)), torch.no_grad():
-        run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
+        run_call(model, call.on_copies(), 0)
     return blocks_around(model, blocks, [mixture.owner for mixture in watch.shown()])
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..forwards.hooks import Hooks
 from ..forwards.inputs import linear_input, tensor_identity
 
 
@@ -47,33 +49,26 @@ class Watch:
         self.outputs: dict[str, list[tuple[Any, ...]]] = {}
         self._alive: list[Tensor] = []
 
-    def _see(self, book: dict[str, list[tuple[Any, ...]]], name: str, value: Any) -> None:
+    def _see(self, seen: dict[str, list[tuple[Any, ...]]], name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             self._alive.append(value)
             # empty ones lie nowhere: experts that no token came to would all seem to read one tensor
             identity = tensor_identity(value) if value.numel() else ("no rows of", name)
-            book.setdefault(name, []).append(identity)
+            seen.setdefault(name, []).append(identity)
 
     @contextmanager
     def on(self, linears: Mapping[str, nn.Linear], producers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Watch while the body runs a forward."""
-        hooks = [
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: self._see(self.inputs, name, linear_input(args, kwargs)),
-                with_kwargs=True,
-            )
-            for name, module in linears.items()
-        ]
-        hooks += [
-            module.register_forward_hook(lambda _, __, output, name=name: self._see(self.outputs, name, output))
-            for name, module in producers.items()
-        ]
-        try:
+        with Hooks() as on:
+            on.callback(self.release)
+            for name, module in linears.items():
+                on.input(module, partial(self._called, name))
+            for name, module in producers.items():
+                on.output(module, partial(self._see, self.outputs, name))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.release()
+
+    def _called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._see(self.inputs, name, linear_input(args, kwargs))
 
     def release(self) -> None:
         """Let go of the tensors: the forward has left the block."""

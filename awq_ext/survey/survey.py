@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from torch import nn
 
 from ..config import AwqConfig
 from ..forwards.calls import CalibrationError, Call, run_call
-from ..forwards.inputs import copy_inputs, tensor_bytes
+from ..forwards.hooks import Hooks
+from ..forwards.inputs import tensor_bytes
 from ..forwards.lockstep import Block
 from ..modules import norm_candidates
 from ..undo import interrupt
 from .blocks import blocks_found, blocks_named, linears_of
+from .expert_groups import MixtureWatch
 from .groups import ScaleGroup, Watch
-from .mixtures import Mixture, MixtureWatch, find_mixtures
+from .mixtures import Mixture, find_mixtures
 from .selection import Eligible
 
 
@@ -81,17 +83,23 @@ def survey(
     tokens = {
         b.name: MixtureWatch([m for m in mixtures if len(linears_of(b, m.linears)) == len(m.linears)]) for b in blocks
     }
-    with ExitStack() as stack:
+
+    def entered(block: Block, *inputs: Any) -> None:
+        interrupt.check()
+        order.append(block)
+        sizes[block.name] = tensor_bytes(inputs)
+
+    with Hooks() as on:
         for block in blocks:
             inside = linears_of(block, linears)
             norms = {f"{block.name}.{n}" if block.name else n: m for n, m in norm_candidates(block.module).items()}
-            stack.enter_context(watches[block.name].on(inside, norms))
-            stack.enter_context(tokens[block.name].on(norms))
-            stack.enter_context(_entry_hook(block, order, sizes))
-            stack.enter_context(_exit_hook(block, watches[block.name]))
+            on.enter_context(watches[block.name].on(inside, norms))
+            on.enter_context(tokens[block.name].on(norms))
+            on.input(block.module, partial(entered, block))
+            on.output(block.module, lambda _, watch=watches[block.name]: watch.release())
         with torch.no_grad():
             # on copies: a model that writes its input must find the batch untouched when it is calibrated
-            run_call(model, Call(copy_inputs(call.args), copy_inputs(call.kwargs)), 0)
+            run_call(model, call.on_copies(), 0)
     if len({block.name for block in order}) < len(order):
         return survey(model, [Block("", model)], linears, call, kind, mixtures)
     found = []
@@ -104,29 +112,6 @@ def survey(
         worked_on = [mixture for mixture in tokens[block.name].mixtures if mixture.linears.keys() & inside.keys()]
         found.append(BlockSurvey(block, inside, groups, sizes[block.name], reasons, worked_on))
     return found
-
-
-@contextmanager
-def _entry_hook(block: Block, order: list[Block], sizes: dict[str, int]) -> Iterator[None]:
-    def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        interrupt.check()
-        order.append(block)
-        sizes[block.name] = tensor_bytes((args, kwargs))
-
-    hook = block.module.register_forward_pre_hook(entered, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _exit_hook(block: Block, watch: Watch) -> Iterator[None]:
-    hook = block.module.register_forward_hook(lambda *_: watch.release())
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def reasons_to_stay(eligible: Eligible, surveys: Sequence[BlockSurvey]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import HIDDEN, ExpertList
 from checks import hook_count
-from test_mixtures import surveyed, two_layers
+from mixtures import surveyed, two_layers
 from torch import Tensor, nn
 
 import awq_ext
@@ -47,13 +47,13 @@ def padded(samples: list[Tensor], left: bool = False) -> dict[str, Tensor]:
     }
 
 
-def books(model: nn.Module, calls: list[Call]) -> dict[str, Any]:
+def statistics_of(model: nn.Module, calls: list[Call]) -> dict[str, Any]:
     found = surveyed(model, calls)
     made = {}
     with torch.no_grad(), lockstep(model, [s.block for s in found], calls) as visits:
         for one, (_, stops) in zip(found, visits, strict=True):
             groups, _ = collect(one, stops, awq_ext._C, torch.device("cpu"), one is found[-1])
-            made |= {name: book.inputs[name] for book in groups for name in book.inputs}
+            made |= {name: group.inputs[name] for group in groups for name in group.inputs}
     assert hook_count(model) == 0
     return made
 
@@ -62,17 +62,17 @@ def books(model: nn.Module, calls: list[Call]) -> dict[str, Any]:
 def test_statistics_are_those_of_the_rows_without_padding(left: bool) -> None:
     model = masked(two_layers())
     samples = [torch.randn(t, HIDDEN) for t in (20, 7, 13, 20, 3, 16)]
-    expected = books(model, [Call((s[None],)) for s in samples])
-    found = books(model, [Call(kwargs=padded(samples[:3], left)), Call(kwargs=padded(samples[3:], left))])
+    expected = statistics_of(model, [Call((s[None],)) for s in samples])
+    found = statistics_of(model, [Call(kwargs=padded(samples[:3], left)), Call(kwargs=padded(samples[3:], left))])
     assert found.keys() == expected.keys()
     assert sum(".experts." in name for name in found) == 24
-    for name, book in found.items():
-        assert book.rows == expected[name].rows, name
+    for name, one in found.items():
+        assert one.rows == expected[name].rows, name
         if ".experts." in name:
-            assert book.rows_seen == expected[name].rows_seen
+            assert one.rows_seen == expected[name].rows_seen
         exact = expected[name].stats.abs_sum()
-        torch.testing.assert_close(book.stats.abs_sum(), exact, rtol=1e-6, atol=0)
-        moment, other = book.stats.second_moment(), expected[name].stats.second_moment()
+        torch.testing.assert_close(one.stats.abs_sum(), exact, rtol=1e-6, atol=0)
+        moment, other = one.stats.second_moment(), expected[name].stats.second_moment()
         size = other.diagonal().sqrt()
         assert ((moment - other).abs() <= 79 * 2.0**-24 * size[:, None] * size).all()  # sums of 79 products in fp32
 
@@ -84,11 +84,11 @@ def test_rows_of_equal_bits_are_counted_as_often_as_tokens_have_them() -> None:
     batch = torch.stack([sample, torch.cat([sample[:4], row.expand(5, -1)])])
     mask = torch.ones(2, 9)
     mask[1, 4:] = 0
-    expected = books(model, [Call((sample[None],)), Call((sample[None, :4],))])
-    found = books(model, [Call(kwargs={"x": batch, "attention_mask": mask})])
-    assert {name: book.rows for name, book in found.items()} == {name: book.rows for name, book in expected.items()}
-    for name, book in found.items():
-        torch.testing.assert_close(book.stats.abs_sum(), expected[name].stats.abs_sum(), rtol=1e-4, atol=1e-4)
+    expected = statistics_of(model, [Call((sample[None],)), Call((sample[None, :4],))])
+    found = statistics_of(model, [Call(kwargs={"x": batch, "attention_mask": mask})])
+    assert {name: one.rows for name, one in found.items()} == {name: one.rows for name, one in expected.items()}
+    for name, one in found.items():
+        torch.testing.assert_close(one.stats.abs_sum(), expected[name].stats.abs_sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_an_expert_that_only_padding_chose_is_one_that_no_token_chose() -> None:

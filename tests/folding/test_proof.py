@@ -21,11 +21,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def probe_of(block: nn.Module, dtype: torch.dtype = torch.float32) -> Probe:
     x = torch.randn(2, 7, models.HIDDEN).to(dtype)
 
-    def rehearse() -> Any:
+    def run() -> Any:
         with torch.no_grad():
             return block(x.clone())
 
-    return Probe(rehearse, rehearse())
+    return Probe(run, run())
 
 
 def prove(block: nn.Module, norm: str, *linears: str, dtype: torch.dtype = torch.float32) -> NormFold | None:

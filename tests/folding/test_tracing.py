@@ -19,10 +19,10 @@ def fused(rows: int, channels: int, take: Callable[[Tensor], Tensor]) -> LinearF
     x = torch.randn(4, 9, 16)
 
     @torch.no_grad()
-    def rehearse() -> Tensor:
+    def run() -> Tensor:
         return out(take(producer(x)))
 
-    probe = Probe(rehearse, rehearse())
+    probe = Probe(run, run())
     (seen,) = probe.inputs([out], {})
     found = find_rows(probe, out, seen, producer)
     return None if found is None else LinearFold(producer, found)

@@ -78,7 +78,7 @@ def entries(model: nn.Module, blocks: Sequence[Block], run: Any) -> dict[tuple[i
 
 @pytest.mark.parametrize("name", ["llama", "modes", "inplace", "dict"])
 def test_lockstep_computes_what_plain_forwards_do(name: str) -> None:
-    """Bit for bit, with rehearsals in between, for batches of different lengths."""
+    """Bit for bit, with runs on copies in between, for batches of different lengths."""
     case = models.make(name)
     blocks = find_blocks(case.model)
 
@@ -93,7 +93,7 @@ def test_lockstep_computes_what_plain_forwards_do(name: str) -> None:
                 assert block is blocks[number]
                 assert [stop.call.args[0].shape[1] for stop in stops] == [b.shape[1] for b in case.batches]
                 for stop in stops[number:]:  # some are advanced by hand, the others by the loop
-                    stop.rehearse()
+                    stop.run_on_copies()
                     if number < 2:
                         stop.advance()
 
@@ -104,15 +104,15 @@ def test_lockstep_computes_what_plain_forwards_do(name: str) -> None:
         assert torch.equal(found[key], tensor), key
 
 
-def test_a_rehearsal_returns_the_blocks_output_and_leaves_its_inputs() -> None:
+def test_a_run_on_copies_returns_the_blocks_output_and_leaves_its_inputs() -> None:
     case = models.make("inplace")
     layer = case.model.layers[0]
     x = case.model.embed(case.batches[0])
     with torch.no_grad(), lockstep(case.model, find_blocks(case.model), calls_of(case.batches)) as visits:
         _, stops = next(visits)
         expected = layer.forward(x.clone())
-        assert torch.equal(stops[0].rehearse(), expected)
-        assert torch.equal(stops[0].rehearse(), expected)
+        assert torch.equal(stops[0].run_on_copies(), expected)
+        assert torch.equal(stops[0].run_on_copies(), expected)
 
 
 def test_copies_keep_shared_tensors_shared() -> None:
@@ -179,7 +179,7 @@ def test_every_forward_sees_its_own_modes_and_the_caller_keeps_his() -> None:
             for number, (_, stops) in enumerate(visits):
                 assert modes() == home
                 for stop in stops:
-                    stop.rehearse()
+                    stop.run_on_copies()
                     assert modes() == home
                 if number < 2:
                     for stop in stops:
@@ -189,7 +189,7 @@ def test_every_forward_sees_its_own_modes_and_the_caller_keeps_his() -> None:
                     stops[0].advance()  # one to its end, the others are cut off
                     assert modes() == home
         assert modes() == home
-    # block k ran for every batch in rehearsal, and once more where the forward went on
+    # block k ran for every batch on copies, and once more where the forward went on
     for number, layer in enumerate(case.model.layers):
         count = 2 * len(batches) if number < 2 else len(batches) + 1
         assert layer.seen == alone[number] * count
@@ -211,9 +211,9 @@ class Failing(models.ModesNet):
 @pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.parametrize("length", [17, 9, 24], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("rehearse", [False, True])
+@pytest.mark.parametrize("on_copies", [False, True])
 def test_an_error_in_any_batch_leaves_nothing(
-    block: int, length: int, error: type[BaseException], rehearse: bool
+    block: int, length: int, error: type[BaseException], on_copies: bool
 ) -> None:
     model, batches = Failing(block, length, error), models.token_batches()
     before = Snapshot(model)
@@ -225,8 +225,8 @@ def test_an_error_in_any_batch_leaves_nothing(
     ):
         for _, stops in visits:
             for stop in stops:
-                if rehearse:
-                    stop.rehearse()
+                if on_copies:
+                    stop.run_on_copies()
                 stop.advance()
     if error is RuntimeError:
         number = [b.shape[1] for b in batches].index(length)

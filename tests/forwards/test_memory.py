@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import awq_ext
-from awq_ext.memory import resident_bytes
+from awq_ext.forwards.memory import resident_bytes
 
 given = json.loads(sys.argv[1])
 torch.manual_seed(0)

@@ -194,7 +194,7 @@ def test_folded_float_weights_compute_what_the_model_did(name: str, monkeypatch:
         return twin
 
     monkeypatch.setattr(importlib.import_module("awq_ext.pipeline.quantize"), "build_layer", unrounded)
-    monkeypatch.setattr(StandIns, "settle", lambda *_: None)  # would give float layers their own form back
+    monkeypatch.setattr(StandIns, "put_back", lambda *_: None)  # would give float layers their own form back
     case = case_of(name)
     before = [outputs(case.model, batch) for batch in case.batches]
     awq_ext.quantize(case.model, case.batches, bias_correction=False, **SETTINGS)
@@ -396,10 +396,10 @@ def test_a_norm_of_each_head_folds_with_tied_scales() -> None:
     x = torch.randn(5, 16)
 
     @torch.no_grad()
-    def rehearse() -> Tensor:
+    def run() -> Tensor:
         return block(x)
 
-    probe = Probe(rehearse, rehearse())
+    probe = Probe(run, run())
     watch = Watch()
     with watch.on({"out": block.out}, {"norm": block.norm}):
         block(x)
@@ -445,7 +445,7 @@ class Ledger:
         self.done = {"layer": False}
 
 
-def test_rehearsals_cannot_write_what_the_forward_reads() -> None:
+def test_runs_on_copies_cannot_write_what_the_forward_reads() -> None:
     ledger, x = Ledger(), torch.ones(3)
     parameter = nn.Parameter(torch.ones(2))
     args, kwargs = copy_inputs(((ledger, x, parameter, torch.relu), {"again": x, "ledger": ledger}))
@@ -466,8 +466,8 @@ def test_rehearsals_cannot_write_what_the_forward_reads() -> None:
     assert torch.equal(x, torch.ones(3))
 
 
-def test_blocks_under_a_key_value_cache_are_rehearsed_from_where_they_were() -> None:
-    """Each rehearsal would add to the cache, and the next one attend to what it left."""
+def test_blocks_under_a_key_value_cache_are_run_on_copies_from_where_they_were() -> None:
+    """Each run would add to the cache, and the next one attend to what it left."""
     pytest.importorskip("transformers", reason="transformers is not installed: its caches are not tested")
     from transformers import DynamicCache
 

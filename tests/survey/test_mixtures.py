@@ -9,25 +9,18 @@ import architectures
 import pytest
 import torch
 from architectures import HIDDEN, INNER, ExpertList
+from mixtures import linears, surveyed, two_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import awq_ext
 from awq_ext.calibration.statistics import collect
 from awq_ext.forwards.calls import Call
-from awq_ext.forwards.lockstep import Block, lockstep
+from awq_ext.forwards.lockstep import lockstep
 from awq_ext.survey.budget import statistics_bytes
-from awq_ext.survey.expert_rows import row_hashes
-from awq_ext.survey.mixtures import find_mixtures
-from awq_ext.survey.survey import BlockSurvey, survey
 
 SETTINGS = {"group_size": 16, "n_grid": 4, "progress": False}
 KINDS = ("w1", "w2", "w3")
-
-
-def two_layers(count: int = 4, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(1)
-    return architectures.loud(nn.Sequential(ExpertList(count), ExpertList(count))).to(dtype)
 
 
 def batches(dtype: torch.dtype = torch.float32, count: int = 3) -> list[Tensor]:
@@ -40,30 +33,6 @@ def avoid(layer: ExpertList, expert: int) -> None:
         layer.norm.bias[0] = 50.0
         layer.gate.weight[:, 0] = 0.0
         layer.gate.weight[expert, 0] = -10.0
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
-def surveyed(model: nn.Module, calls: list[Call]) -> list[BlockSurvey]:
-    blocks = [Block(name, child) for name, child in model.named_children()]
-    return survey(model, blocks, linears(model), calls[0], mixtures=find_mixtures(model))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_hashes_tell_rows_by_their_bits(dtype: torch.dtype) -> None:
-    rows = torch.randn(700, 33).to(dtype)
-    order = torch.randperm(700)
-    hashes = row_hashes(rows)
-    assert hashes.shape == (700,)
-    assert len(set(hashes.tolist())) == 700
-    assert torch.equal(row_hashes(rows[order]), hashes[order])
-    assert torch.equal(row_hashes(rows.view(7, 100, 33).transpose(0, 1)), hashes.view(7, 100).T.flatten())
-    changed = rows.clone()
-    changed[3, 7] = -changed[3, 7]
-    assert (row_hashes(changed) != hashes).nonzero().tolist() == [[3]]
-    assert row_hashes(rows[:0]).shape == (0,)
 
 
 def test_experts_share_a_scale_and_routers_are_left() -> None:
