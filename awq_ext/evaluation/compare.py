@@ -43,6 +43,7 @@ def compare(
     metric: Metric | Mapping[str, Metric] | None = None,
     bootstrap: Bootstrap | None = None,
     speed_seconds: float = 0.5,
+    on_model: Callable[[str, nn.Module], object] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Comparison:
@@ -53,6 +54,8 @@ def compare(
         AwqConfig objects; or a dict of these by label. settings: fields that hold for all of them, such as ``group_size=64``.
     metric: as for :func:`awq_ext.evaluate`; None scores next tokens: perplexity, KL divergence and top-1 agreement with ``model``.
     speed_seconds: time for each speed measurement, a method and the float model taking turns; 0 leaves speeds out.
+    on_model: called with the label and the model of each row, the float one first, before the model is let go: to let it write
+        a text, say. An error in it is one of the method.
 
     Returns a :class:`Comparison`: print it, show it in a notebook, ``to_markdown()``, ``to_json()``. A method that fails has its
     error in the table, and a warning; the others are done nevertheless.
@@ -67,7 +70,7 @@ def compare(
     configs = read_methods(methods, settings)
     samples = {name: list(loader) for name, loader in traffic.items()}
     scoring = {"metric": metric, "tokenizer": tokenizer, "inputs": inputs, "seq_len": shared_config.seq_len}
-    run = _Run(unwrapped(model), list(calib), samples, {**scoring, "bootstrap": bootstrap}, speed_seconds)
+    run = _Run(unwrapped(model), list(calib), samples, {**scoring, "bootstrap": bootstrap}, speed_seconds, on_model)
     reading = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks}
     total = (1 + len(configs)) * len(samples) + len(configs)
     with tqdm(total=total, desc="comparing", disable=not progress) as bar:
@@ -127,10 +130,12 @@ class _Run:
     samples: dict[str, list[Any]]
     scoring: dict[str, Any]
     speed_seconds: float
+    on_model: Callable[[str, nn.Module], object] | None
 
     def float_row(self, bar: tqdm) -> Variant:
         bar.set_postfix_str(FLOAT)
-        return Variant(FLOAT, None, model_bytes(self.model), evaluations=self._score(self.model, bar))
+        evaluations = self._score(FLOAT, self.model, bar)
+        return Variant(FLOAT, None, model_bytes(self.model), evaluations=evaluations)
 
     def attempt(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: tqdm) -> Variant:
         """The row of one method, or of its failure."""
@@ -158,19 +163,21 @@ class _Run:
             model_bytes(twin.module),
             seconds=seconds,
             simulated=not config.packed,
-            evaluations=self._score(twin.module, bar),
+            evaluations=self._score(label, twin.module, bar),
             # a fake-quantized model computes with float weights: its speed is the float model's
             speeds=self._speeds(twin.module) if config.packed else {},
             report=twin.module.awq_report,
         )
 
-    def _score(self, module: nn.Module, bar: tqdm) -> dict[str, Evaluation]:
+    def _score(self, label: str, module: nn.Module, bar: tqdm) -> dict[str, Evaluation]:
         found = {}
         # next-token scores of the float model against itself are known: no divergence, full agreement
         reference = None if module is self.model and self.scoring["metric"] is None else self.model
         for name, loader in self.samples.items():
             found[name] = evaluate(module, loader, reference=reference, **self.scoring)
             bar.update()
+        if self.on_model is not None:
+            self.on_model(label, module)
         return found
 
     def _speeds(self, module: nn.Module) -> dict[str, tuple[float, float]]:

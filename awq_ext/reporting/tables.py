@@ -32,9 +32,12 @@ class Grid:
 
     def to_rich(self) -> Group:
         """For a terminal. The title is no part of the table, which would wrap it to its own width."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        # two spaces between columns, not three: eight figures fit into 80 columns
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for position, name in enumerate(self.header):
-            table.add_column(escape_rich(name), justify="right" if position else "left", no_wrap=position == 0)
+            word = max(map(len, name.split()), default=0)  # a heading may wrap, but only between its words
+            align = "right" if position else "left"
+            table.add_column(escape_rich(name), justify=align, no_wrap=position == 0, min_width=word)
         for row in self.rows:
             table.add_row(*(Text(cell.text, style="bold green" if cell.best else "") for cell in row))
         return Group(Text(self.title, style="bold"), table)

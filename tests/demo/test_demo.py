@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +12,13 @@ from programs import run_python
 from torch import nn
 
 import awq_ext
-from awq_ext.demo import data, display, run, train
+from awq_ext.demo import data, display, run
 from awq_ext.demo import model as demo_model
 from awq_ext.demo.model import ByteLlama, ByteLlamaConfig, load_demo_model
-from awq_ext.evaluation import cost as speed
+from awq_ext.evaluation.bootstrap import Bootstrap, Measure
+from awq_ext.evaluation.comparison import FLOAT, Comparison, Variant
 from awq_ext.evaluation.cost import model_bytes
+from awq_ext.evaluation.evaluate import Evaluation, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +106,12 @@ def test_weights_are_small() -> None:
     assert demo_model.WEIGHTS.stat().st_size <= 3_000_000
 
 
-def test_save_and_load(tmp_path) -> None:
-    model = ByteLlama(ByteLlamaConfig(hidden=64, intermediate=64, blocks=1, query_heads=2, kv_heads=1))
-    demo_model.save_demo_model(model, tmp_path / "m.safetensors")
-    again = load_demo_model(path=tmp_path / "m.safetensors")
-    assert again.config == model.config
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor.to(torch.bfloat16))
+def test_trained_model_beats_counting(trained: ByteLlama) -> None:
+    """Far better than byte frequencies, and better than pair frequencies taken from the scored text itself."""
+    windows = data.held_out_tokens(16_384)
+    loss = math.log(evaluate(trained, windows.split(16))["perplexity"].value)
+    assert loss < 0.5 * unigram_entropy(windows)
+    assert loss < bigram_entropy(windows)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -162,7 +163,6 @@ def test_batches() -> None:
     calibration = data.calibration_batches(count=3, batch=2, length=32)
     assert [batch.shape for batch in calibration] == [(2, 32)] * 3
     assert data.held_out_tokens(1000, length=64).shape == (15, 64)
-    assert torch.equal(*(next(data.training_batches(2, 16, seed=7)) for _ in range(2)))
 
 
 def test_held_out_windows_do_not_overlap() -> None:
@@ -172,64 +172,29 @@ def test_held_out_windows_do_not_overlap() -> None:
     assert (windows[1:, 0] > windows[:-1, -1]).all()
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def test_training_lowers_the_loss_and_saves(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(train, "validation_loss", lambda model: 0.0)
-    out = tmp_path / "w.safetensors"
-    settings = f"--out {out} --steps 12 --batch 2 --length 32 --warmup 2 --log-every 6".split()
-    threads = torch.get_num_threads()
-    try:
-        train.main(settings)
-    finally:
-        torch.set_num_threads(threads)
-    losses = [float(line.split("train ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
-    assert losses[-1] < losses[0] < 6.5
-    assert load_demo_model(path=out).config == ByteLlamaConfig()
-
-
-def test_trained_model_beats_counting(trained: ByteLlama) -> None:
-    """Far better than byte frequencies, and better than pair frequencies taken from the scored text itself."""
-    windows = data.held_out_tokens(16_384)
-    loss = run.score(trained, windows).mean().item()
-    assert loss < 0.5 * unigram_entropy(windows)
-    assert loss < bigram_entropy(windows)
-
-
 # --- measuring and showing --------------------------------------------------------------------------------------------
 
 
-def row(name: str, bits: int, losses: list[float], packed: bool = True) -> run.Row:
-    speeds = {"scoring_speed": 100.0, "stepping_speed": 10.0} if packed else {}
-    return run.Row(name, bits, torch.tensor(losses, dtype=torch.float64), 1000, b"abc", seconds=1.0, **speeds)
+def scored(label: str, losses: list[float]) -> Variant:
+    """A row of the comparison, from the mean loss of each window in nats a byte."""
+    totals = torch.tensor(losses, dtype=torch.float64)
+    measure = Measure(totals, torch.ones_like(totals), torch.exp)
+    evaluation = Evaluation({"perplexity": measure}, Bootstrap(resamples=500), len(losses), len(losses), 0.1)
+    return Variant(label, None if label == FLOAT else run.METHODS[label], evaluations={run.TEXT: evaluation})
 
 
-def test_score_is_the_mean_cross_entropy(trained: ByteLlama) -> None:
-    windows = data.held_out_tokens(600, length=100)
-    with torch.no_grad():
-        logits = trained(windows[:, :-1])
-    whole = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
-    assert run.score(trained, windows, batch=4).mean().item() == pytest.approx(whole, rel=1e-5)
+def compared(**losses: list[float]) -> Comparison:
+    """RTN and AWQ of 4 bits (and the same as 3 bits) beside the float model."""
+    rows = [scored(FLOAT, losses["float"])]
+    rows += [scored(f"{m.upper()} {bits} bit", losses[m]) for bits in run.BITS for m in ("rtn", "awq")]
+    return Comparison(rows, [run.TEXT], 1, Bootstrap(resamples=500))
 
 
 def test_float_size_is_two_bytes_a_parameter(trained: ByteLlama) -> None:
     assert model_bytes(trained, run.BYTES_PER_FLOAT) == 2 * sum(p.numel() for p in trained.parameters())
 
 
-def test_race_counts_tokens_of_every_model() -> None:
-    """The slower of two models gets the lower figure, and both take turns."""
-    calls = []
-
-    def model(name: str, duration: float):
-        return lambda ids: (calls.append(name), time.sleep(duration))
-
-    speeds = run.race({"slow": model("slow", 0.02), "fast": model("fast", 0.002)}, torch.zeros(2, 5), seconds=0.0)
-    assert calls == ["slow", "fast"] * speed.LEAST_TURNS
-    assert 0 < speeds["slow"] < speeds["fast"] <= 10 / 0.002
-
-
-FLOAT = [1.0, 1.2, 1.4]
+OF_FLOAT = [1.0, 1.2, 1.4]
 
 
 @pytest.mark.parametrize(
@@ -245,16 +210,27 @@ FLOAT = [1.0, 1.2, 1.4]
     ],
 )
 def test_verdict_says_what_the_figures_say(rtn: list[float], awq: list[float], says: str) -> None:
-    rows = [row("float (bf16)", 16, FLOAT[: len(rtn)]), row("RTN 4 bit", 4, rtn), row("AWQ 4 bit", 4, awq)]
-    comparison = run.compare(4, *rows)
-    assert says in display.verdict(comparison, *rows[1:])
-    json.dumps(comparison.to_dict(), allow_nan=False)
+    found = compared(float=OF_FLOAT[: len(rtn)], rtn=rtn, awq=awq)
+    assert says in display.verdict(found, 4)
+    result = run.DemoResult(found, {row.label: b"abc" for row in found.rows}, -1, 1.0)
+    json.dumps(result.to_dict(), allow_nan=False)
 
 
 def test_gap_closed_is_of_the_printed_perplexities() -> None:
-    perplexities = {"float (bf16)": 1.0, "RTN 4 bit": 3.0, "AWQ 4 bit": 2.0}
-    rows = [row(name, 4, [math.log(p)] * 2) for name, p in perplexities.items()]
-    assert run.compare(4, *rows).gap_closed == pytest.approx(0.5)
+    found = compared(**{name: [math.log(p)] * 2 for name, p in {"float": 1.0, "rtn": 3.0, "awq": 2.0}.items()})
+    result = run.DemoResult(found, {row.label: b"" for row in found.rows}, -1, 1.0)
+    assert result.to_dict()["gap_closed"] == pytest.approx({"4 bit": 0.5, "3 bit": 0.5})
+    assert "closes [green]50%[/green]" in display.verdict(found, 3) and "(3.0000 against 2.0000)" in display.verdict(
+        found, 3
+    )
+
+
+def test_a_method_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compared(float=OF_FLOAT, rtn=OF_FLOAT, awq=OF_FLOAT)
+    failed = replace(found, rows=[*found.rows[:-1], replace(found.rows[-1], error="ValueError: no luck")])
+    monkeypatch.setattr(run, "compare", lambda *args, **kwargs: failed)
+    with pytest.raises(RuntimeError, match="AWQ 3 bit: ValueError: no luck"):
+        run.run_demo(tokens=256)
 
 
 def test_completion_bytes_cannot_control_the_terminal() -> None:
@@ -274,19 +250,24 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_demo_figures_are_finite(figures: dict) -> None:
     rows = figures["rows"]
-    assert [r["name"] for r in rows] == ["float (bf16)", "RTN 4 bit", "AWQ 4 bit", "RTN 3 bit", "AWQ 3 bit"]
+    assert [r["label"] for r in rows] == ["float", "RTN 4 bit", "AWQ 4 bit", "RTN 3 bit", "AWQ 3 bit"]
     for r in rows:
-        assert math.isfinite(r["perplexity"]) and r["perplexity"] > 1
-        assert f"{r['perplexity']:.4f}" in figures["stdout"]
-        for key in ("seconds_to_quantize", "tokens_per_second_scoring", "tokens_per_second_one_at_a_time"):
-            assert r[key] is None or r[key] > 0
-    assert all(r["tokens_per_second_scoring"] for r in rows[:3]) and figures["threads"] == 1
+        perplexity = r["evaluations"]["held-out"]["perplexity"]["value"]
+        assert math.isfinite(perplexity) and perplexity > 1
+        assert f"{perplexity:.3f}" in figures["stdout"]
+        assert r["seconds"] is None or r["seconds"] > 0
+        assert r["completion"]
+    for r in rows[:3]:
+        assert all(r["speeds"][kind]["tokens_per_second"] > 0 for kind in ("windows", "steps"))
+    assert not rows[3]["speeds"] and not rows[4]["speeds"] and figures["threads"] == 1
     assert rows[0]["size_bytes"] > rows[2]["size_bytes"] > rows[4]["size_bytes"]
+    # each verdict prints the perplexities it compares to one digit more
+    for r in rows[1:]:
+        assert f"{r['evaluations']['held-out']['perplexity']['value']:.4f}" in figures["stdout"]
 
 
 def test_awq_at_three_bits_is_not_worse_than_rtn(figures: dict) -> None:
-    three = next(c for c in figures["comparisons"] if c["bits"] == 3)
-    assert three["awq_gain"] > -2 * three["awq_gain_error"]
+    assert figures["rtn_minus_awq"]["3 bit"]["high"] > 0
 
 
 def test_size_formula_agrees_with_packed_layers() -> None:

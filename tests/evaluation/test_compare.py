@@ -117,6 +117,35 @@ def test_speeds_are_measured_beside_the_float_model() -> None:
     assert "× float" in text and "simulated" in text and "awq bits=3 packed=False" in text
 
 
+def test_speeds_are_tokens_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = models.make("llama")
+    seconds = lambda runners, _: dict(zip(runners, (2.0, 4.0), strict=True))  # noqa: E731  (the method's, float's)
+    monkeypatch.setattr(sys.modules["awq_ext.evaluation.compare"], "race", seconds)
+    texts = traffic()
+    found = compare(case.model, case.batches, texts, ["rtn"], **QUICK | {"speed_seconds": 1})
+    count = texts["code"][0].numel()
+    assert found["rtn"].speeds == {"windows": (count / 2, count / 4), "steps": (1 / 2, 1 / 4)}
+
+
+def test_each_model_is_shown_while_it_is_there() -> None:
+    case, shown = models.make("llama"), {}
+    snapshot = Snapshot(case.model)
+
+    def look(label: str, model: nn.Module) -> None:
+        with torch.no_grad():
+            shown[label] = (type(model), models.logits(model(case.batches[0].clone())))
+        if label == "awq":
+            raise ValueError("not this one")
+
+    with pytest.warns(UserWarning, match="awq failed: ValueError: not this one"):
+        found = compare(case.model, case.batches, traffic(), ["rtn", "awq"], on_model=look, **QUICK)
+    snapshot.assert_unchanged()
+    assert list(shown) == ["float", "rtn", "awq"] and found["awq"].error and not found["rtn"].error
+    with torch.no_grad():
+        assert torch.equal(shown["float"][1], models.logits(case.model(case.batches[0].clone())))
+    assert not torch.equal(shown["rtn"][1], shown["float"][1])
+
+
 def test_a_classifier_is_compared_by_its_accuracy() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))

@@ -1,4 +1,4 @@
-"""Train the demo's model again: ``python -m awq_ext.demo.train --out weights.safetensors``.
+"""Trains the demo's model again: ``python tests/benchmarks/train_demo_model.py --out weights.safetensors``.
 
 The defaults are the settings that made the shipped weights. Nothing in them aims at quantization; they are those of
 ordinary language model training at a high learning rate: AdamW (0.9, 0.95), weight decay on matrices but not on norm
@@ -8,16 +8,20 @@ gains and embeddings, cosine schedule after a short warm-up, gradient clipping, 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data
-from .model import WEIGHTS, ByteLlama, save_demo_model
+from awq_ext.demo import data
+from awq_ext.demo.model import WEIGHTS, ByteLlama
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -47,7 +51,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def training_batches(batch: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Endless random batches of the training split: int64 [batch, length]."""
+    stream = data.tokens("train")
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.arange(length)
+    while True:
+        starts = torch.randint(0, stream.numel() - length, (batch, 1), generator=generator)
+        yield stream[starts + offsets].long()
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross-entropy in nats of predicting batch[:, 1:] from batch[:, :-1]."""
     logits = model(batch[:, :-1])
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
@@ -65,7 +79,7 @@ def train(args: argparse.Namespace) -> ByteLlama:
     model = ByteLlama()
     initialize(model)
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
-    batches = data.training_batches(args.batch, args.length + 1, args.seed)
+    batches = training_batches(args.batch, args.length + 1, args.seed)
     began, average = time.perf_counter(), None
     for step in range(args.steps):
         for group in optimizer.param_groups:
@@ -88,9 +102,15 @@ def train(args: argparse.Namespace) -> ByteLlama:
     return model
 
 
+def save_demo_model(model: ByteLlama, path: Path) -> None:
+    """Weights as bf16, sizes as metadata."""
+    state = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, path, metadata={"config": json.dumps(asdict(model.config))})
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; defaults reproduce the shipped weights."""
-    parser = argparse.ArgumentParser(prog="python -m awq_ext.demo.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the bf16 weights go")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=16, help="windows a step")
