@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .groups import parameter_owners
 
 # Share of n mu mu^T that C keeps. An entry of G is off by up to 2^-24 of the sum of |x_i x_j| for each row of a chunk (at most
-# 1024) and for each chunk (csrc/stats.h); where inputs hardly vary that is more than what is left of G. With 2^-13, enough for 1024
-# chunks, C_ii >= (2^-13 - error) G_ii >= 0, and errors of one sign, as equal rows make them, leave C positive semidefinite.
+# 1024) and for each chunk (csrc/drivers/stats.h); where inputs hardly vary that is more than what is left of G. With 2^-13, enough
+# for 1024 chunks, C_ii >= (2^-13 - error) G_ii >= 0, and errors of one sign, as equal rows make them, leave C positive
+# semidefinite.
 KEPT = 2.0**-13
 # fp64 numbers that are worked on at a time: 16 MiB.
 _AT_ONCE = 1 << 21

@@ -22,7 +22,7 @@ from .weighting import WeightedStats, Weights
 
 T = TypeVar("T")
 
-# Rows and packed panels that quadratic_losses (csrc/quadratic-inl.h) works on at a time, in bytes.
+# Rows and packed panels that quadratic_losses (csrc/drivers/quadratic-inl.h) works on at a time, in bytes.
 _KERNEL_SLAB = 32 << 20
 
 

@@ -276,7 +276,7 @@ def refine_quantized(
     return codes.to(torch.uint8), steps.to(scales.dtype), zeros
 
 
-TILE_OUTPUTS, STEP_CHANNELS = 32, 4  # of the compute layout, csrc/layout.h
+TILE_OUTPUTS, STEP_CHANNELS = 32, 4  # of the compute layout, csrc/base/layout.h
 
 
 def step_count(in_features: int, group_size: int) -> int:

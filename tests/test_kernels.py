@@ -136,7 +136,7 @@ def test_tile_int4(shape: tuple[int, int], group_size: int) -> None:
 
 
 def test_a_byte_of_a_tile() -> None:
-    """Where csrc/layout.h says that a code is: byte 4j + 2r + q of a step, outputs j and 16 + j, channel 2q + r."""
+    """Where csrc/base/layout.h says that a code is: byte 4j + 2r + q of a step, outputs j and 16 + j, channel 2q + r."""
     codes = torch.randint(0, 16, (64, 20), dtype=torch.uint8)
     tiles = _C.tile_int4(_C.pack_int4(codes), 20, 10)  # steps: channels 0-3, 4-7, 8-9, 10-13, ...
     assert tiles.shape == (2, 6, 64)

@@ -89,14 +89,14 @@ struct KernelTable {
   // x[i] rounded to bf16, half to even, and kept in fp32. Finite values only become infinite above bf16's range.
   void (*round_to_bf16)(float* x, int64_t n);
 
-  // codes < 16. n codes <-> ceil(n / 2) bytes: see layout.h. Packing returns the bitwise or of all codes: above 15 one
-  // did not fit.
+  // codes < 16. n codes <-> ceil(n / 2) bytes: see base/layout.h. Packing returns the bitwise or of all codes: above 15
+  // one did not fit.
   uint8_t (*pack_int4)(const uint8_t* codes, int64_t n, uint8_t* packed);
   void (*unpack_int4)(const uint8_t* packed, int64_t n, uint8_t* codes);
 
-  // Products with four-bit weights in the compute layout of layout.h. Activations come interleaved: a[i * rows + m] is
-  // element i of row m, an element being an fp32 number or (int4_dot_bf16) a pair of bf16, with zeros where a group's
-  // last step is not full. y is [rows][32] at row stride ldy; all of these add to it, group by group:
+  // Products with four-bit weights in the compute layout of base/layout.h. Activations come interleaved: a[i * rows +
+  // m] is element i of row m, an element being an fp32 number or (int4_dot_bf16) a pair of bf16, with zeros where a
+  // group's last step is not full. y is [rows][32] at row stride ldy; all of these add to it, group by group:
   //   y[m][n] += scale * sum over the group's channels of (code - zero) * a.
   // code - zero is exact in bf16; products of bf16 are exact in fp32, sums are fp32.
   //
