@@ -10,8 +10,6 @@ namespace {
 // Below this many numbers packing is shorter than waking the threads.
 constexpr int64_t kSerialNumbers = 1 << 16;
 
-int64_t element_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
 int64_t elements_of_step(Element element) {
   return element == Element::f32 ? kStepChannels : element == Element::bf16_pair ? kStepChannels / 2 : 1;
 }
@@ -50,7 +48,7 @@ void Activations::pack_block(const KernelTable& table, int64_t block, float* scr
   const int64_t first = rows_before(block);
   uint32_t* out = packed_.get() + first * row_elements_;
   if (as_they_are_) {
-    const char* from = static_cast<const char*>(x_.data) + first * x_.in_features * element_bytes(x_.dtype);
+    const char* from = static_cast<const char*>(x_.data) + first * x_.in_features * dtype_bytes(x_.dtype);
     table.interleave(from, row_elements_, row_elements_, count, out);
     return;
   }
@@ -61,7 +59,7 @@ void Activations::pack_block(const KernelTable& table, int64_t block, float* scr
 
 void Activations::make_row(const KernelTable& table, int64_t row, float* values, uint32_t* out) const {
   const int64_t k = x_.in_features;
-  table.to_float(static_cast<const char*>(x_.data) + row * k * element_bytes(x_.dtype), x_.dtype, k, values);
+  table.to_float(static_cast<const char*>(x_.data) + row * k * dtype_bytes(x_.dtype), x_.dtype, k, values);
   if (x_.scale != nullptr) table.multiply(values, x_.scale, k, values);
   if (element_ == Element::int8_step)
     quantize_row(table, values, out);

@@ -60,7 +60,7 @@ class ColumnPanels {
   // The square of panel j in the rows from `row` on.
   void fill(const DampedMoment& h, int64_t row, int64_t j) {
     const int64_t first = j * width_, rows = std::min(width_, h.k - row), cols = std::min(width_, h.k - first);
-    float square[kMaxPanelWidth * kMaxPanelWidth];
+    float square[kMaxTileCols * kMaxTileCols];
     if (rows < width_ || cols < width_) std::fill_n(square, width_ * width_, 0.0f);
     for (int64_t r = 0; r < rows; ++r) {
       if (first + width_ < h.k) prefetch(h.moment + (row + r) * h.k + first + width_, width_ * 4);  // of the next one
@@ -209,7 +209,7 @@ class FittedRows {
     if (r < rows_) prefetch(q_.codes + (first_ + r) * k_ + from, count);
   }
   void prefetch_weights(int64_t r, int64_t from, int64_t count) const {
-    if (r < rows_) prefetch(q_.weight.at(first_ + r, from), count * (q_.weight.dtype == Dtype::f32 ? 4 : 2));
+    if (r < rows_) prefetch(q_.weight.at(first_ + r, from), count * dtype_bytes(q_.weight.dtype));
   }
 
   const KernelTable& table_;

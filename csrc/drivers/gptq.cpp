@@ -14,12 +14,12 @@ namespace {
 // Columns of the factor that are finished at a time: a multiple of every level's tile_cols, and few enough that the
 // triangular solve, which is not done by tiles, stays a small share.
 constexpr int64_t kBlock = 64;
+static_assert(kBlock % kMaxTileCols == 0);
 // What every channel gets beside its own damping, as a share of the mean: enough for channels that nothing ever
 // entered.
 constexpr double kFloor = 1e-6;
 // Ten times the damping until the factor is sound. Once is enough but for moments that fp32 cannot tell from singular.
 constexpr double kMostDamping = 1e30;
-constexpr int64_t kMaxRows = 14, kMaxCols = 32;  // the largest tile
 
 // H = R R^T in place, a block of columns at a time, from the last to the first:
 //     [H_11 H_12]   [R_11 R_12] [R_11     ]^T
@@ -76,7 +76,7 @@ class Factorization {
   }
 
   void add_narrow_tile(const float* a, const float* b, int64_t depth, int64_t width, float* out) const {
-    float tile[kMaxRows * kMaxCols] = {};
+    float tile[kMaxTile] = {};
     table_.gemm_tile(a, b, depth, tile, table_.tile_cols);
     for (int64_t m = 0; m < table_.tile_rows; ++m)
       for (int64_t n = 0; n < width; ++n) out[m * k_ + n] += tile[m * table_.tile_cols + n];
@@ -202,7 +202,7 @@ class RowPanel {
   // Rounds the channels of factor panel j; those of the panels before it are done.
   void round(const FactorPanels& factor, int64_t j, const int64_t* order, const int64_t* group_of) {
     const int64_t width = table_.tile_cols, mr = table_.tile_rows, begin = j * mr;
-    float sums[kMaxRows * kMaxCols] = {};
+    float sums[kMaxTile] = {};
     table_.gemm_tile(factor.above(j), errors_.get(), begin, sums, width);
     const FeedbackPanel panel{static_cast<int>(std::min(mr, k_ - begin)),
                               factor.diagonal(j),

@@ -81,7 +81,7 @@ Int4Block block_at(const Call& c, int64_t tile, int64_t first, int64_t count) {
 // Bias, rounding and the way out for `rows` rows of some tiles.
 void finish(const Call& c, float* sums, int64_t lds, int64_t first_row, int64_t rows, int64_t tile, int64_t tiles) {
   const int64_t n = tile * kTileOutputs, count = std::min(tiles * kTileOutputs, c.weight.out_features - n);
-  const int64_t bytes = c.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t bytes = dtype_bytes(c.dtype);
   for (int64_t m = 0; m < rows; ++m, sums += lds) {
     if (c.bias != nullptr)
       for (int64_t i = 0; i < count; ++i) sums[i] += c.bias[n + i];
@@ -102,13 +102,12 @@ void dot(const Call& c, const Int4Block& block, const void* a, int rows, float* 
 }
 
 void stream(const Call& c, int threads) {
-  constexpr int kMaxRows = 16;
   const int64_t tiles = tile_count(c.weight.out_features);
   const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * kStepBytes),
                                              ceil_div(tiles, kStreamTasks * threads), ceil_div(tiles, threads));
   parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int) {
     for (int64_t t = task * bundle; t < std::min(tiles, (task + 1) * bundle); ++t) {
-      alignas(64) float sums[kMaxRows * kTileOutputs];
+      alignas(64) float sums[kMaxDotRows * kTileOutputs];
       std::fill(sums, sums + c.rows * kTileOutputs, 0.0f);
       dot(c, block_at(c, t, 0, c.steps), c.a.at(0, 0), c.a.rows(0), sums, kTileOutputs);
       finish(c, sums, kTileOutputs, 0, c.rows, t, 1);
@@ -196,7 +195,7 @@ void multiply_rows(const KernelTable& table, const TiledWeight& weight, const vo
 
 void int4_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
                  const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
-  const int64_t chunks = row_chunks(weight, rows, threads), bytes = dtype == Dtype::f32 ? 4 : 2;
+  const int64_t chunks = row_chunks(weight, rows, threads), bytes = dtype_bytes(dtype);
   if (chunks == 1) return multiply_rows(table, weight, x, dtype, rows, input_scale, bias, compute, y, threads);
   parallel_for(chunks, threads, [&](int64_t chunk, int) {
     const int64_t first = chunk * rows / chunks, end = (chunk + 1) * rows / chunks;

@@ -34,7 +34,7 @@ void MomentPanels::fill(int64_t panel, const float* g, int64_t ld) {
   const int64_t width = table_->tile_cols, first = panel * width, cols = std::min(width, channels_ - first);
   const int64_t length = first + width;
   // A strip of rows at a time: doubled, rounded, packed while in the cache.
-  float strip[kMaxPanelWidth * kMaxPanelWidth];
+  float strip[kMaxTileCols * kMaxTileCols];
   for (int64_t row = 0; row < length; row += width) {
     const float factor = row < first ? 2.0f : 1.0f;
     const int64_t rows = std::min(width, channels_ - row);
@@ -69,7 +69,7 @@ void pack_column_square(const KernelTable& table, Precision precision, const flo
   if (precision == Precision::f32) {
     std::copy_n(square, width * width, static_cast<float*>(out));
   } else {
-    uint16_t halves[kMaxPanelWidth * kMaxPanelWidth];
+    uint16_t halves[kMaxTileCols * kMaxTileCols];
     table.from_float(square, Dtype::bf16, width * width, halves);
     table.pack_column_pairs(halves, width, width, width, width, static_cast<uint16_t*>(out));
   }

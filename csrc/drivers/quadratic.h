@@ -21,8 +21,6 @@ enum class Precision { f32, bf16 };
 
 constexpr int64_t value_bytes(Precision precision) { return precision == Precision::bf16 ? 2 : 4; }
 
-constexpr int64_t kMaxPanelWidth = 32;  // the largest tile_cols
-
 // The one to rank candidates with: bf16 where the level has it. Rounding changes an entry by at most u = 2^-9
 // relatively, rms at most u / sqrt(3), with random sign. Let L = e G e^T and A = sum of e_i^2 G_ii, the loss that
 // independent errors would have. As |G_ij| <= sqrt(G_ii G_jj), the rounding of G moves L by at most sqrt(2/3) u A rms;

@@ -75,7 +75,7 @@ void quantize_weight(const KernelTable& table, const WeightView& weight, const Q
 void dequantize_weight(const KernelTable& table, const uint8_t* codes, const void* scales, Dtype scale_dtype,
                        const uint8_t* zeros, int64_t out_features, int64_t in_features, int64_t group_length,
                        float* out, int threads) {
-  const int64_t groups = ceil_div(in_features, group_length), scale_bytes = scale_dtype == Dtype::f32 ? 4 : 2;
+  const int64_t groups = ceil_div(in_features, group_length), scale_bytes = dtype_bytes(scale_dtype);
   Buffer<float> scratch(threads * groups);
   for_rows(out_features, in_features, threads, [&](int64_t n, int thread) {
     float* steps = scratch.get() + thread * groups;

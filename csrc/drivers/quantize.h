@@ -16,8 +16,7 @@ struct WeightView {
 
   const void* row(int64_t n) const { return at(n, 0); }
   const void* at(int64_t n, int64_t channel) const {
-    const int64_t bytes = dtype == Dtype::f32 ? 4 : 2;
-    return static_cast<const char*>(data) + (n * in_features + channel) * bytes;
+    return static_cast<const char*>(data) + (n * in_features + channel) * dtype_bytes(dtype);
   }
 };
 

@@ -12,8 +12,6 @@
 namespace awq {
 namespace {
 
-constexpr int64_t kMaxTile = 14 * 32;
-
 // H as panels of tile_rows columns, all K rows of each.
 class FullPanels {
  public:
@@ -80,7 +78,7 @@ class RefinedRows {
   // (e H a) / (a H a) steps.
   void refine_step(const FullPanels& h, int64_t g) {
     const int64_t begin = g * spec_.group_length, end = std::min(k_, begin + spec_.group_length), mr = h.width();
-    double along[kMaxTile] = {}, size[kMaxTile] = {};
+    double along[kMaxTileCols] = {}, size[kMaxTileCols] = {};
     for (int64_t j = begin / mr; j * mr < end; ++j) {
       float pull[kMaxTile] = {}, own[kMaxTile] = {};
       table_.gemm_tile(h.at(j, 0), errors_.get(), k_, pull, width_);

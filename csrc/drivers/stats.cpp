@@ -15,8 +15,6 @@ constexpr int64_t kChunkRows = 512, kChunkRowsBf16 = 1024;
 // A task multiplies kRowPanels row panels, which stay in the second-level cache, with kColPanels column panels.
 constexpr int64_t kRowPanels = 18, kColPanels = 8;
 
-int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
 // One chunk of rows, packed twice: columns as the tile's rows and as the tile's columns.
 struct Chunk {
   const KernelTable& table;
@@ -39,7 +37,6 @@ struct Chunk {
 
   // A tile that reaches past the matrix goes through a buffer.
   void add_edge_tile(int64_t row_panel, int64_t col_panel, float* moment) const {
-    constexpr int64_t kMaxTile = 14 * 32;
     float tile[kMaxTile] = {};
     const int64_t mr = table.tile_rows, nr = table.tile_cols, i = row_panel * mr, j = col_panel * nr;
     add_tile(row_panel, col_panel, tile, nr);

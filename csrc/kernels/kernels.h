@@ -12,6 +12,13 @@ namespace awq {
 
 enum class Dtype { f32, f16, bf16 };
 
+constexpr int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// The most that a level's tile_rows, tile_cols and dot_rows may be: drivers keep tiles on the stack. table-inl.h checks
+// each level; tile_cols must also divide kMaxTileCols.
+constexpr int kMaxTileRows = 14, kMaxTileCols = 32, kMaxDotRows = 12;
+constexpr int kMaxTile = kMaxTileRows * kMaxTileCols;
+
 // What a group's weights span. lo <= 0 <= hi: the quantization range must hold 0. NaN is ignored.
 struct Range {
   float lo;

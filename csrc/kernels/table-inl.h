@@ -18,6 +18,11 @@ namespace {
 #include "tile-bf16-inl.h"  // these two use tile-inl.h
 #include "tile-int8-inl.h"
 
+static_assert(kRows <= kMaxTileRows && kDotRows <= kMaxDotRows, "drivers have no room for more rows: see kernels.h");
+static_assert(kWidth <= kMaxTileCols && kMaxTileCols % kWidth == 0,
+              "drivers have no room for such tiles: see kernels.h");
+static_assert(kDotRows <= kRows, "interleave takes kRows rows at most");
+
 constexpr KernelTable make_table() {
   KernelTable table{};
   table.to_float = to_float;
