@@ -1,6 +1,5 @@
 // ActivationStats: the accumulator that calibration hooks feed.
 #include <ATen/Parallel.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <mutex>
@@ -17,8 +16,6 @@ using at::Tensor;
 
 constexpr const char* kInit = "ActivationStats";
 constexpr const char* kUpdate = "ActivationStats.update";
-constexpr const char* kMerge = "ActivationStats.merge";
-constexpr const char* kFromState = "ActivationStats.from_state";
 
 int64_t check_in_features(int64_t in_features) {
   AWQ_CHECK(in_features > 0, kInit, "in_features", "a positive number", in_features);
@@ -46,21 +43,6 @@ class ActivationStats {
     mirrored_ = mirrored_ && rows.size(0) == 0;
   }
 
-  void merge(const ActivationStats& other) {
-    AWQ_CHECK(other.in_features_ == in_features_, kMerge, "other", "in_features " + std::to_string(in_features_),
-              other.in_features_);
-    std::unique_lock<std::mutex> mine(mutex_, std::defer_lock), theirs(other.mutex_, std::defer_lock);
-    if (&other == this)
-      mine.lock();
-    else
-      std::lock(mine, theirs);
-    sum_.add_(other.sum_);
-    abs_sum_.add_(other.abs_sum_);
-    second_moment_.add_(other.second_moment_);
-    rows_ += other.rows_;
-    mirrored_ = mirrored_ && other.mirrored_;
-  }
-
   Tensor sum() const { return sum_; }
   Tensor abs_sum() const { return abs_sum_; }
 
@@ -74,16 +56,6 @@ class ActivationStats {
 
   int64_t rows() const { return rows_; }
   int64_t in_features() const { return in_features_; }
-
-  void restore(const Tensor& sum, const Tensor& abs_sum, const Tensor& second_moment, int64_t rows) {
-    check_shape(kFromState, "state['sum']", sum, {in_features_});
-    check_shape(kFromState, "state['second_moment']", second_moment, {in_features_, in_features_});
-    AWQ_CHECK(rows >= 0, kFromState, "state['rows']", "a count", rows);
-    sum_.copy_(sum);
-    abs_sum_.copy_(abs_sum);
-    second_moment_.copy_(second_moment);
-    rows_ = rows;
-  }
 
  private:
   // [rows, K], contiguous, without the rows that the mask leaves out.
@@ -107,35 +79,11 @@ class ActivationStats {
   mutable Tensor second_moment_;
 };
 
-py::dict get_state(const ActivationStats& stats) {
-  py::dict state;
-  state["sum"] = stats.sum().clone();
-  state["abs_sum"] = stats.abs_sum().clone();
-  state["second_moment"] = stats.second_moment().clone();
-  state["rows"] = at::scalar_tensor(stats.rows(), at::kLong);
-  return state;
-}
-
-Tensor state_entry(const py::dict& state, const char* key) {
-  AWQ_CHECK(state.contains(key), kFromState, "state", std::string("an entry '") + key + "'",
-            py::repr(state.attr("keys")()).cast<std::string>());
-  return state[key].cast<Tensor>();
-}
-
 // `device` is there for the sake of one constructor for both implementations: only the CPU is served here.
 std::unique_ptr<ActivationStats> make_stats(int64_t in_features, const py::object& device) {
   const std::string name = py::str(device);
   AWQ_CHECK(at::Device(name).is_cpu(), kInit, "device", "cpu", name);
   return std::make_unique<ActivationStats>(in_features);
-}
-
-std::unique_ptr<ActivationStats> from_state(const py::dict& state) {
-  const Tensor abs_sum = state_entry(state, "abs_sum"), sum = state_entry(state, "sum");
-  const Tensor rows = state_entry(state, "rows");
-  check_shape(kFromState, "state['abs_sum']", abs_sum, {-1});
-  auto stats = std::make_unique<ActivationStats>(abs_sum.size(0));
-  stats->restore(sum, abs_sum, state_entry(state, "second_moment"), rows.item<int64_t>());
-  return stats;
 }
 
 }  // namespace
@@ -150,16 +98,12 @@ void bind_stats(py::module_& m) {
       .def("update", &ActivationStats::update, py::arg("x"), py::arg("mask") = py::none(), Release(),
            "Add the rows of x [..., K] fp32/fp16/bf16; mask bool, one element a row: rows where it is False do not "
            "count.")
-      .def("merge", &ActivationStats::merge, py::arg("other"), Release(), "Add everything that `other` has seen.")
       .def("sum", &ActivationStats::sum, "Sum over rows of x: fp64 [K]. The accumulator itself, no copy.")
       .def("abs_sum", &ActivationStats::abs_sum, "Sum over rows of |x|: fp64 [K]. The accumulator itself, no copy.")
       .def("second_moment", &ActivationStats::second_moment, Release(),
            "X^T X, symmetric: fp32 [K, K]. The accumulator itself, no copy: after another update() call this again.")
-      .def("state", &get_state, "Copies: sum and abs_sum fp64 [K], second_moment fp32 [K, K], rows int64 [].")
-      .def_static("from_state", &from_state, py::arg("state"), "The instance that state() described.")
       .def_property_readonly("rows", &ActivationStats::rows, "Rows counted so far.")
-      .def_property_readonly("in_features", &ActivationStats::in_features)
-      .def(py::pickle(&get_state, &from_state));
+      .def_property_readonly("in_features", &ActivationStats::in_features);
 }
 
 }  // namespace awq
