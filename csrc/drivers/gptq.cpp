@@ -204,16 +204,16 @@ class RowPanel {
     const int64_t width = table_.tile_cols, mr = table_.tile_rows, begin = j * mr;
     float sums[kMaxTile] = {};
     table_.gemm_tile(factor.above(j), errors_.get(), begin, sums, width);
-    const FeedbackPanel panel{static_cast<int>(std::min(mr, k_ - begin)),
-                              factor.diagonal(j),
-                              weights_.get() + begin * width,
-                              steps_.get(),
-                              zeros_.get(),
-                              order + begin,
-                              group_of + begin,
-                              static_cast<float>((1 << spec_.bits) - 1),
-                              false};
-    table_.feedback_panel(&panel, sums, errors_.get() + begin * width, codes_.get());
+    const GptqPanel panel{static_cast<int>(std::min(mr, k_ - begin)),
+                          factor.diagonal(j),
+                          weights_.get() + begin * width,
+                          steps_.get(),
+                          zeros_.get(),
+                          order + begin,
+                          group_of + begin,
+                          static_cast<float>((1 << spec_.bits) - 1),
+                          false};
+    table_.gptq_panel(&panel, sums, errors_.get() + begin * width, codes_.get());
   }
 
   void store(int64_t count, uint8_t* codes) const {

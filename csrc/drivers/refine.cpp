@@ -7,7 +7,7 @@
 #include "base/buffer.h"
 #include "base/layout.h"
 #include "base/parallel.h"
-#include "drivers/descent.h"
+#include "drivers/refine_objective.h"
 
 namespace awq {
 namespace {
@@ -71,7 +71,7 @@ class RefinedRows {
         zeros_.get()[g * width_ + r] = zeros[n * groups_ + g];
       }
     }
-    for (int64_t g = 0; g < groups_; ++g) measure(g);
+    measure();
   }
 
   // The best step of group g, all else as it stands: with a = code - zero and e the errors, the error along a is
@@ -104,20 +104,20 @@ class RefinedRows {
     float sums[kMaxTile] = {};
     table_.gemm_tile(h.at(j, 0), errors_.get(), begin, sums, width_);
     table_.gemm_tile(h.at(j, end), errors_.get() + end * width_, k_ - end, sums, width_);
-    const FeedbackPanel panel{static_cast<int>(end - begin),
-                              h.at(j, begin),
-                              weights_.get() + begin * width_,
-                              steps_.get(),
-                              zeros_.get(),
-                              order + begin,
-                              group_of + begin,
-                              static_cast<float>((1 << spec_.bits) - 1),
-                              true};
-    table_.feedback_panel(&panel, sums, errors_.get() + begin * width_, codes_.get());
+    const GptqPanel panel{static_cast<int>(end - begin),
+                          h.at(j, begin),
+                          weights_.get() + begin * width_,
+                          steps_.get(),
+                          zeros_.get(),
+                          order + begin,
+                          group_of + begin,
+                          static_cast<float>((1 << spec_.bits) - 1),
+                          true};
+    table_.gptq_panel(&panel, sums, errors_.get() + begin * width_, codes_.get());
   }
 
-  // After codes have changed: code - zero, which the next round's steps need.
-  void settle() {
+  // Levels and errors as codes and steps stand. After codes have changed the next round's steps need them.
+  void measure() {
     for (int64_t g = 0; g < groups_; ++g) measure(g);
   }
 
@@ -176,7 +176,7 @@ void refine_quantized(const KernelTable& table, const WeightView& weight, const 
         for (int64_t p = 0; p < count; ++p) mine[p].refine_step(h, g);
       for (int64_t j = 0; j < h.count(); ++j)
         for (int64_t p = 0; p < count; ++p) mine[p].refine_codes(h, j, order.data(), group_of.data());
-      for (int64_t p = 0; p < count; ++p) mine[p].settle();
+      for (int64_t p = 0; p < count; ++p) mine[p].measure();
     }
     for (int64_t p = 0; p < count; ++p) mine[p].store((begin + p) * width, rows_of(p), codes, scales);
   });

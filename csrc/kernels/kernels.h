@@ -60,7 +60,7 @@ constexpr int kSumRows = 8;
 
 // One panel of at most tile_rows channels of a rounding with error feedback, tile_cols weight rows at a time: arrays of
 // channels, or of groups, hold one value for each of these rows.
-struct FeedbackPanel {
+struct GptqPanel {
   int channels;
   const float* factor;    // [channels][tile_rows], the panel's diagonal block: entry [c][later]
   const float* weights;   // [channels][tile_cols]
@@ -92,7 +92,7 @@ struct KernelTable {
   // Channel c is rounded at weights[c] + sums[c] / factor[c][c]; its error, weights[c] - value, goes to errors[c] and,
   // times factor[c][later], into sums[later]. With `again`, what errors[later] held goes into sums[c] first. sums,
   // errors [channels][tile_cols]; codes [all channels][tile_cols], in the row's own order.
-  void (*feedback_panel)(const FeedbackPanel* panel, float* sums, float* errors, uint8_t* codes);
+  void (*gptq_panel)(const GptqPanel* panel, float* sums, float* errors, uint8_t* codes);
   // x[i] rounded to bf16, half to even, and kept in fp32. Finite values only become infinite above bf16's range.
   void (*round_to_bf16)(float* x, int64_t n);
 

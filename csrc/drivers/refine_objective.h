@@ -1,4 +1,4 @@
-// What the two coordinate descents on quantized weights (refine.h, fit.h) share: their matrix, and when a step moves.
+// What refine.cpp and refine_scales.cpp share: the matrix of their objective, and when a step moves.
 #pragma once
 
 #include <cstdint>

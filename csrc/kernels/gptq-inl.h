@@ -1,6 +1,6 @@
 // The sequential part of rounding with error feedback: the channels of one panel, many weight rows at a time in lanes.
 
-void feedback_panel(const FeedbackPanel* panel, float* sums, float* errors, uint8_t* codes) {
+void gptq_panel(const GptqPanel* panel, float* sums, float* errors, uint8_t* codes) {
   for (int c = 0; c < panel->channels; ++c) {
     const float* factor = panel->factor + c * kRows;
     const float* weights = panel->weights + c * kWidth;

@@ -8,7 +8,7 @@
 // step leaves, by at most sqrt(2/3) u sqrt(A(e) A(a)) rms through H (whose entries count twice within the group), and
 // by at most u / sqrt(3) sqrt(A(e) a H a) through the errors. A step off by t loses t^2 a H a: together a group costs
 // at most u^2 / 3 (2 D^2 + D) of the row's loss, 1.3e-5 at d = 1. Later groups answer to it, by changes of random sign.
-#include "drivers/fit.h"
+#include "drivers/refine.h"
 
 #include <algorithm>
 #include <vector>
@@ -16,8 +16,8 @@
 #include "base/buffer.h"
 #include "base/layout.h"
 #include "base/parallel.h"
-#include "drivers/descent.h"
 #include "drivers/quadratic.h"
+#include "drivers/refine_objective.h"
 
 namespace awq {
 namespace {
@@ -78,7 +78,7 @@ class ColumnPanels {
   Buffer<char> data_;
 };
 
-// What is fitted: see fit_scales.
+// What is refined: see refine_scales.
 struct Quantized {
   const WeightView& weight;
   const QuantSpec& spec;
@@ -88,11 +88,11 @@ struct Quantized {
   uint16_t* scales;
 };
 
-// Up to max_panels row panels (of tile_rows weight rows) whose scales are fitted side by side, so that they share what
+// Up to max_panels row panels (of tile_rows weight rows) whose scales are refined side by side, so that they share what
 // is read of H; with the scratch memory that takes.
-class FittedRows {
+class RefinedScales {
  public:
-  FittedRows(const KernelTable& table, const ColumnPanels& h, const Quantized& q, int64_t max_panels)
+  RefinedScales(const KernelTable& table, const ColumnPanels& h, const Quantized& q, int64_t max_panels)
       : table_(table),
         h_(h),
         q_(q),
@@ -112,21 +112,21 @@ class FittedRows {
         size_(max_rows_) {}
 
   // Weight rows first .. first + rows.
-  void fit(int64_t first, int64_t rows, int64_t rounds) {
+  void refine(int64_t first, int64_t rows, int64_t rounds) {
     first_ = first;
     rows_ = rows;
     panels_ = ceil_div(rows, table_.tile_rows);
     table_.to_float(q_.scales + first * groups_, q_.spec.scale_dtype, rows * groups_, steps_.get());
     pack_errors(0, h_.padded_channels());
     for (int64_t round = 0; round < rounds; ++round)
-      for (int64_t g = 0; g < groups_; ++g) fit_group(g);
+      for (int64_t g = 0; g < groups_; ++g) refine_group(g);
     table_.from_float(steps_.get(), q_.spec.scale_dtype, rows * groups_, q_.scales + first * groups_);
   }
 
  private:
   static constexpr int64_t kStripStride = kStrip + 16;  // not a power of two, as in MomentPanels::row_stride
 
-  void fit_group(int64_t g) {
+  void refine_group(int64_t g) {
     const int64_t begin = g * q_.spec.group_length, end = std::min(k_, begin + q_.spec.group_length);
     const int64_t from = begin / 2 * 2, to = round_up(end, 2);  // whole pairs
     const int64_t width = table_.tile_cols, first_panel = begin / width, panels = ceil_div(end, width) - first_panel;
@@ -228,24 +228,24 @@ class FittedRows {
 
 }  // namespace
 
-void fit_scales(const KernelTable& table, const WeightView& weight, const QuantSpec& spec, const float* channel_scale,
-                const float* moment, double damping, int64_t rounds, const uint8_t* zeros, const uint8_t* codes,
-                uint16_t* scales, int threads) {
+void refine_scales(const KernelTable& table, const WeightView& weight, const QuantSpec& spec,
+                   const float* channel_scale, const float* moment, double damping, int64_t rounds,
+                   const uint8_t* zeros, const uint8_t* codes, uint16_t* scales, int threads) {
   if (rounds == 0) return;
   const Precision precision = damping < kLeastDamping ? Precision::f32 : ranking_precision(table);
   const ColumnPanels h(table, precision, {moment, weight.in_features, channel_scale, damping}, threads);
   const Quantized quantized{weight, spec, channel_scale, zeros, codes, scales};
   const int64_t mr = table.tile_rows, total = ceil_div(weight.out_features, mr);
-  // In FittedRows: errors, levels as they are and packed.
+  // In RefinedScales: errors, levels as they are and packed.
   const int64_t panel_bytes = mr * (weight.in_features + 2 * spec.group_length) * int64_t{sizeof(float)};
   const int64_t most = std::clamp<int64_t>(kScratchBytes / panel_bytes, 1, kPanelsPerTask);
   // As many tasks for every thread, all of about one size.
   const int64_t tasks = std::min(total, round_up(ceil_div(total, most), threads));
-  std::vector<FittedRows> rows;
+  std::vector<RefinedScales> rows;
   for (int64_t t = 0; t < threads; ++t) rows.emplace_back(table, h, quantized, ceil_div(total, tasks));
   parallel_for(tasks, threads, [&](int64_t task, int thread) {
     const int64_t first = task * total / tasks * mr, end = (task + 1) * total / tasks * mr;
-    rows[static_cast<size_t>(thread)].fit(first, std::min(end, weight.out_features) - first, rounds);
+    rows[static_cast<size_t>(thread)].refine(first, std::min(end, weight.out_features) - first, rounds);
   });
 }
 
