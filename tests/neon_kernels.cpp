@@ -11,10 +11,10 @@
 #include <string>
 #include <vector>
 
+#include "base/layout.h"
+#include "drivers/linear.h"
+#include "drivers/tiles.h"
 #include "kernels/kernels.h"
-#include "layout.h"
-#include "linear.h"
-#include "tiles.h"
 
 using namespace awq;
 

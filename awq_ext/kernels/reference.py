@@ -276,7 +276,7 @@ def refine_quantized(
     return codes.to(torch.uint8), steps.to(scales.dtype), zeros
 
 
-TILE_OUTPUTS, STEP_CHANNELS = 32, 4  # of the compute layout, csrc/layout.h
+TILE_OUTPUTS, STEP_CHANNELS = 32, 4  # of the compute layout, csrc/base/layout.h
 
 
 def step_count(in_features: int, group_size: int) -> int:
@@ -415,13 +415,6 @@ class ActivationStats:
             self._second_moment += flat.T @ flat
         self.rows += flat.shape[0]
 
-    def merge(self, other: ActivationStats) -> None:
-        """Add everything that ``other`` has seen."""
-        self._sum += other._sum
-        self._abs_sum += other._abs_sum
-        self._second_moment += other._second_moment
-        self.rows += other.rows
-
     def sum(self) -> Tensor:
         """Sum over rows of x: fp64 [K]."""
         return self._sum
@@ -433,22 +426,3 @@ class ActivationStats:
     def second_moment(self) -> Tensor:
         """X^T X, full and symmetric: fp32 [K, K]."""
         return self._second_moment
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything as tensors: sum and abs_sum fp64 [K], second_moment fp32 [K, K], rows int64 []."""
-        return {
-            "sum": self._sum.clone(),
-            "abs_sum": self._abs_sum.clone(),
-            "second_moment": self._second_moment.clone(),
-            "rows": torch.tensor(self.rows),
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor]) -> ActivationStats:
-        """The instance that ``state()`` described."""
-        stats = cls(state["abs_sum"].shape[0], device=state["abs_sum"].device)
-        stats._sum.copy_(state["sum"])
-        stats._abs_sum.copy_(state["abs_sum"])
-        stats._second_moment.copy_(state["second_moment"])
-        stats.rows = int(state["rows"])
-        return stats

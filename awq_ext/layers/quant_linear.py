@@ -31,7 +31,7 @@ def _known_compute_dtype(value: str) -> str:
 class QuantLinear(nn.Module):
     """y = (x * pre_quant_scale) @ W^T + bias, W in int4: W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
 
-    Held once, in the layout the kernels read (csrc/layout.h): tiles uint8 [T, S, 64], tile_scales fp16 or bf16 [T, G, 32],
+    Held once, in the layout the kernels read (csrc/base/layout.h): tiles uint8 [T, S, 64], tile_scales fp16 or bf16 [T, G, 32],
     tile_zeros uint8 [T, G, 16]. ``state_dict`` and checkpoints have rows instead, converted exactly on the way in and out:
     qweight uint8 [N, ceil(K/2)] (even channel in the low nibble), scales [N, G], zeros uint8 [N, G]; under these names
     they can also be read (a copy) and assigned here. Beside them pre_quant_scale fp32 [K] or None (1/s where the scale s

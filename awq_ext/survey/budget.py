@@ -8,7 +8,7 @@ from ..config import AwqConfig
 from ..forwards.calls import Call
 from .survey import BlockSurvey
 
-# Rows and packed panels that quadratic_losses (csrc/quadratic-inl.h) works on at a time, in bytes.
+# Rows and packed panels that quadratic_losses (csrc/drivers/quadratic-inl.h) works on at a time, in bytes.
 _KERNEL_SLAB = 32 << 20
 
 

@@ -12,6 +12,13 @@ namespace awq {
 
 enum class Dtype { f32, f16, bf16 };
 
+constexpr int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// The most that a level's tile_rows, tile_cols and dot_rows may be: drivers keep tiles on the stack. table-inl.h checks
+// each level; tile_cols must also divide kMaxTileCols.
+constexpr int kMaxTileRows = 14, kMaxTileCols = 32, kMaxDotRows = 12;
+constexpr int kMaxTile = kMaxTileRows * kMaxTileCols;
+
 // What a group's weights span. lo <= 0 <= hi: the quantization range must hold 0. NaN is ignored.
 struct Range {
   float lo;
@@ -53,7 +60,7 @@ constexpr int kSumRows = 8;
 
 // One panel of at most tile_rows channels of a rounding with error feedback, tile_cols weight rows at a time: arrays of
 // channels, or of groups, hold one value for each of these rows.
-struct FeedbackPanel {
+struct GptqPanel {
   int channels;
   const float* factor;    // [channels][tile_rows], the panel's diagonal block: entry [c][later]
   const float* weights;   // [channels][tile_cols]
@@ -85,18 +92,18 @@ struct KernelTable {
   // Channel c is rounded at weights[c] + sums[c] / factor[c][c]; its error, weights[c] - value, goes to errors[c] and,
   // times factor[c][later], into sums[later]. With `again`, what errors[later] held goes into sums[c] first. sums,
   // errors [channels][tile_cols]; codes [all channels][tile_cols], in the row's own order.
-  void (*feedback_panel)(const FeedbackPanel* panel, float* sums, float* errors, uint8_t* codes);
+  void (*gptq_panel)(const GptqPanel* panel, float* sums, float* errors, uint8_t* codes);
   // x[i] rounded to bf16, half to even, and kept in fp32. Finite values only become infinite above bf16's range.
   void (*round_to_bf16)(float* x, int64_t n);
 
-  // codes < 16. n codes <-> ceil(n / 2) bytes: see layout.h. Packing returns the bitwise or of all codes: above 15 one
-  // did not fit.
+  // codes < 16. n codes <-> ceil(n / 2) bytes: see base/layout.h. Packing returns the bitwise or of all codes: above 15
+  // one did not fit.
   uint8_t (*pack_int4)(const uint8_t* codes, int64_t n, uint8_t* packed);
   void (*unpack_int4)(const uint8_t* packed, int64_t n, uint8_t* codes);
 
-  // Products with four-bit weights in the compute layout of layout.h. Activations come interleaved: a[i * rows + m] is
-  // element i of row m, an element being an fp32 number or (int4_dot_bf16) a pair of bf16, with zeros where a group's
-  // last step is not full. y is [rows][32] at row stride ldy; all of these add to it, group by group:
+  // Products with four-bit weights in the compute layout of base/layout.h. Activations come interleaved: a[i * rows +
+  // m] is element i of row m, an element being an fp32 number or (int4_dot_bf16) a pair of bf16, with zeros where a
+  // group's last step is not full. y is [rows][32] at row stride ldy; all of these add to it, group by group:
   //   y[m][n] += scale * sum over the group's channels of (code - zero) * a.
   // code - zero is exact in bf16; products of bf16 are exact in fp32, sums are fp32.
   //

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#define AWQ_LEVEL_SCALAR
 #include "table-inl.h"
 
 namespace awq {

@@ -5,8 +5,10 @@
 constexpr int kLanes = 16;
 #elif defined(AWQ_LEVEL_AVX2)
 constexpr int kLanes = 8;
-#else  // SSE2 and NEON: what every x86-64 and every aarch64 has
+#elif defined(AWQ_LEVEL_NEON) || defined(AWQ_LEVEL_SCALAR)  // what every aarch64, and every x86-64 (SSE2), has
 constexpr int kLanes = 4;
+#else
+#error "a level's file defines one of AWQ_LEVEL_AVX512, AWQ_LEVEL_AVX2, AWQ_LEVEL_NEON, AWQ_LEVEL_SCALAR"
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));

@@ -14,9 +14,14 @@ namespace {
 #include "quantize-inl.h"
 #include "tile-inl.h"
 //
-#include "feedback-inl.h"   // uses gemm-inl.h and quantize-inl.h
+#include "gptq-inl.h"       // uses gemm-inl.h and quantize-inl.h
 #include "tile-bf16-inl.h"  // these two use tile-inl.h
 #include "tile-int8-inl.h"
+
+static_assert(kRows <= kMaxTileRows && kDotRows <= kMaxDotRows, "drivers have no room for more rows: see kernels.h");
+static_assert(kWidth <= kMaxTileCols && kMaxTileCols % kWidth == 0,
+              "drivers have no room for such tiles: see kernels.h");
+static_assert(kDotRows <= kRows, "interleave takes kRows rows at most");
 
 constexpr KernelTable make_table() {
   KernelTable table{};
@@ -27,7 +32,7 @@ constexpr KernelTable make_table() {
   table.quantize_group = quantize_group;
   table.dequantize_group = dequantize_group;
   table.group_error = group_error;
-  table.feedback_panel = feedback_panel;
+  table.gptq_panel = gptq_panel;
   table.round_to_bf16 = round_to_bf16;
   table.pack_int4 = pack_int4;
   table.unpack_int4 = unpack_int4;

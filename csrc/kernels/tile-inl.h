@@ -1,4 +1,4 @@
-// Products with four-bit weights in the compute layout (layout.h): outputs along the lanes, activations broadcast.
+// Products with four-bit weights in the compute layout (base/layout.h): outputs along the lanes, activations broadcast.
 //
 // One loop serves all: per group, sums of (code - zero) * a stay in registers; at its end they are multiplied by the
 // scale and added to y. The weights come from a source: decoded from the codes on the way (few rows), or loaded from a

@@ -1,4 +1,4 @@
-"""Rounding with error feedback (GPTQ): the factor, and every decision it leads to."""
+"""gptq_factor and gptq_quantize: the factor, and every decision it leads to."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -137,7 +135,7 @@ def test_tile_int4(shape: tuple[int, int], group_size: int) -> None:
 
 
 def test_a_byte_of_a_tile() -> None:
-    """Where csrc/layout.h says that a code is: byte 4j + 2r + q of a step, outputs j and 16 + j, channel 2q + r."""
+    """Where csrc/base/layout.h says that a code is: byte 4j + 2r + q of a step, outputs j and 16 + j, channel 2q + r."""
     codes = torch.randint(0, 16, (64, 20), dtype=torch.uint8)
     tiles = _C.tile_int4(_C.pack_int4(codes), 20, 10)  # steps: channels 0-3, 4-7, 8-9, 10-13, ...
     assert tiles.shape == (2, 6, 64)
@@ -286,26 +284,6 @@ def test_stats_any(rows: int, k: int, dtype: torch.dtype, layout: str, masked: b
     assert_stats(stats, (flat[mask.reshape(-1)] if masked else flat).double())
 
 
-def test_stats_merge_state_and_pickle() -> None:
-    x = torch.randn(50, 40)
-    parts = [_C.ActivationStats(40), _C.ActivationStats(40)]
-    parts[0].update(x[:20])
-    parts[1].update(x[20:])
-    parts[0].merge(parts[1])
-    assert_stats(parts[0], x.double())
-    state = parts[0].state()
-    for copy in (_C.ActivationStats.from_state(state), pickle.loads(pickle.dumps(parts[0]))):
-        assert copy.in_features == 40
-        assert_stats(copy, x.double())
-        copy.update(x)
-        assert_stats(copy, torch.cat([x, x]).double())
-    assert_same(tuple(parts[0].state().values()), tuple(state.values()))
-    parts[1].merge(parts[1])
-    assert_stats(parts[1], torch.cat([x[20:], x[20:]]).double())
-    restored = reference.ActivationStats.from_state(state)  # the two implementations read each other's state
-    assert_stats(_C.ActivationStats.from_state(restored.state()), x.double())
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stats_add_row_after_row(dtype: torch.dtype) -> None:
     """fp64 sums are those of adding one row at a time, bit for bit, whatever an instruction set reads at once."""
@@ -407,13 +385,6 @@ ERRORS = {
     "x dtype": (lambda: _C.ActivationStats(8).update(W.long()), TypeError, "'x'"),
     "mask dtype": (lambda: _C.ActivationStats(8).update(W, torch.ones(4)), TypeError, "Bool"),
     "mask": (lambda: _C.ActivationStats(8).update(W, torch.ones(3).bool()), ValueError, "4 elements"),
-    "merge": (lambda: _C.ActivationStats(8).merge(_C.ActivationStats(9)), ValueError, "in_features 8, got 9"),
-    "state": (lambda: _C.ActivationStats.from_state({}), ValueError, "an entry 'abs_sum'"),
-    "state without sum": (
-        lambda: _C.ActivationStats.from_state({"abs_sum": torch.ones(8).double(), "rows": torch.tensor(1)}),
-        ValueError,
-        "an entry 'sum'",
-    ),
 }
 
 

@@ -21,9 +21,9 @@ FLAGS = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"
 SOURCES = {
     "csrc/kernels/scalar.cpp": KERNEL_FLAGS,
     "csrc/kernels/neon.cpp": KERNEL_FLAGS,
-    "csrc/activations.cpp": [],
-    "csrc/linear.cpp": [],
-    "csrc/tiles.cpp": [],
+    "csrc/drivers/activations.cpp": [],
+    "csrc/drivers/linear.cpp": [],
+    "csrc/drivers/tiles.cpp": [],
     "tests/neon_kernels.cpp": [],
 }
 

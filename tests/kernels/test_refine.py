@@ -136,8 +136,8 @@ def test_fitted_scales_lose_as_little_on_every_level(isa: str, group_size: int, 
     second_moment, weight = moment(300), torch.randn(60, 300)
     parts = reference.quantize_weight(weight, group_size, bits)
     before = refined_loss(weight, parts, second_moment, group_size).sum()
-    # What csrc/fit.cpp derives for factors in bf16: 1.3e-5 of the loss a group, and changes of random sign, which add up to
-    # less over the rows. In fp32 they are the reference's scales but for some that lie between two storable ones.
+    # What csrc/drivers/refine_scales.cpp derives for factors in bf16: 1.3e-5 of the loss a group, and changes of random sign,
+    # which add up to less over the rows. In fp32 they are the reference's scales but for some that lie between two storable ones.
     tolerance = 1.3e-5 * reference.group_count(300, group_size)
     for rounds in (1, 2):
         ours, expected = (

@@ -1,0 +1,88 @@
+// Output errors, and the scales and clips that lower them.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "adapters/adapters.h"
+#include "adapters/bindings.h"
+#include "adapters/checks.h"
+#include "base/layout.h"
+#include "drivers/search.h"
+#include "kernels/isa.h"
+
+namespace awq {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor py_quadratic_loss(const Tensor& error, const Tensor& second_moment) {
+  constexpr const char* kName = "quadratic_loss";
+  const Tensor e = float_argument(kName, "error", error, {-1, -1});
+  const int64_t n = e.size(0), k = e.size(1);
+  const Tensor g = float_argument(kName, "second_moment", second_moment, {k, k});
+  const Tensor losses = at::zeros({n}, at::kDouble);
+  if (e.numel() == 0) return losses;
+  py::gil_scoped_release release;
+  quadratic_loss(kernels(), float_data(e), n, k, float_data(g), losses.mutable_data_ptr<double>(),
+                 at::get_num_threads());
+  return losses;
+}
+
+Tensor py_scale_losses(const Tensor& weight, const Tensor& candidates, const Tensor& second_moment, int64_t group_size,
+                       int64_t bits, bool symmetric, at::ScalarType scale_dtype, int64_t max_rows) {
+  constexpr const char* kName = "scale_losses";
+  Tensor holder;
+  const WeightView view = view_weight(kName, weight, holder);
+  const int64_t k = view.in_features;
+  const QuantSpec spec = make_spec(kName, k, group_size, bits, symmetric, scale_dtype);
+  const Tensor s = float_argument(kName, "candidates", candidates, {-1, k});
+  const Tensor g = float_argument(kName, "second_moment", second_moment, {k, k});
+  AWQ_CHECK(max_rows >= 0, kName, "max_rows", "0 (all) or a positive number", max_rows);
+  const Tensor losses = at::zeros({s.size(0)}, at::kDouble);
+  if (s.numel() == 0) return losses;
+  py::gil_scoped_release release;
+  scale_losses(kernels(), view, spec, float_data(s), s.size(0), float_data(g), max_rows,
+               losses.mutable_data_ptr<double>(), at::get_num_threads());
+  return losses;
+}
+
+Tensor py_search_clip(const Tensor& weight, const Tensor& second_moment, const Tensor& ratios, int64_t group_size,
+                      int64_t bits, bool symmetric, at::ScalarType scale_dtype, const OptionalTensor& channel_scale) {
+  constexpr const char* kName = "search_clip";
+  Tensor holder;
+  const WeightView view = view_weight(kName, weight, holder);
+  const int64_t k = view.in_features;
+  const QuantSpec spec = make_spec(kName, k, group_size, bits, symmetric, scale_dtype);
+  const Tensor g = float_argument(kName, "second_moment", second_moment, {k, k});
+  const Tensor r = float_argument(kName, "ratios", ratios, {-1});
+  const Tensor s = float_argument(kName, "channel_scale", channel_scale, {k});
+  const Tensor chosen = at::empty({view.out_features, group_count(k, group_size)}, at::kFloat);
+  py::gil_scoped_release release;
+  search_clip(kernels(), view, spec, float_data(s), float_data(g), float_data(r), r.size(0),
+              chosen.mutable_data_ptr<float>(), at::get_num_threads());
+  return chosen;
+}
+
+}  // namespace
+
+void bind_search(py::module_& m) {
+  m.def("quadratic_loss", &py_quadratic_loss, py::arg("error"), py::arg("second_moment"),
+        "e G e^T of every row: error fp32 [N, K], second_moment fp32 [K, K] -> fp64 [N]. Only what lies at and above "
+        "the\n"
+        "diagonal of second_moment is read: it must be symmetric.");
+  m.def(
+      "scale_losses", &py_scale_losses, py::arg("weight"), py::arg("candidates"), py::arg("second_moment"),
+      py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,
+      py::arg("max_rows") = 0,
+      "Output error of a Linear for each candidate of its input scale: weight [N, K], candidates fp32 [C, K] > 0,\n"
+      "second_moment fp32 [K, K] symmetric -> fp64 [C].\n\n"
+      "0 < max_rows < N evaluates that many evenly spaced rows, to rank candidates: the products may then be in bf16.");
+  m.def("search_clip", &py_search_clip, py::arg("weight"), py::arg("second_moment"), py::arg("ratios"),
+        py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,
+        py::arg("channel_scale") = py::none(),
+        "The range ratio of each group with the least output error, the first of equals: weight [N, K],\n"
+        "second_moment fp32 [K, K] symmetric, ratios fp32 [R] -> fp32 [N, G].");
+}
+
+}  // namespace awq

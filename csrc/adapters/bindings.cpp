@@ -1,0 +1,51 @@
+// The Python module: its parts, the choice of the instruction set, errors. awq_ext/reference.py says what each function
+// computes.
+#include "adapters/bindings.h"
+
+#include <vector>
+
+#include "kernels/isa.h"
+
+namespace awq {
+namespace {
+
+void bind_isa(py::module_& m) {
+  m.def("isa", [] { return isa_name(current_isa()); }, "Name of the instruction set whose kernels run.");
+  m.def("set_isa", &set_isa, py::arg("name"),
+        "Use the kernels of another instruction set, in the whole process. ValueError if this processor lacks it.");
+  m.def(
+      "available_isas",
+      [] {
+        std::vector<std::string> names;
+        for (Isa isa : available_isas()) names.emplace_back(isa_name(isa));
+        return names;
+      },
+      "Names of the instruction sets that this build and this processor have, the least first.");
+}
+
+// c10's errors carry the C++ stack; Python gets the sentence.
+void translate_errors(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const c10::TypeError& e) {
+    py::set_error(PyExc_TypeError, e.what_without_backtrace());
+  } catch (const c10::ValueError& e) {
+    py::set_error(PyExc_ValueError, e.what_without_backtrace());
+  }
+}
+
+}  // namespace
+}  // namespace awq
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "C++ kernels of awq_ext. The functions mirror awq_ext.reference, for tensors on the CPU.";
+  py::register_local_exception_translator(&awq::translate_errors);
+  awq::current_isa();  // an AWQ_EXT_ISA that cannot be had is an error at import, not in the middle of a run
+  awq::bind_isa(m);
+  awq::bind_quantize(m);
+  awq::bind_tiles(m);
+  awq::bind_search(m);
+  awq::bind_gptq(m);
+  awq::bind_refine(m);
+  awq::bind_stats(m);
+}

@@ -1,0 +1,57 @@
+// What refine.cpp and refine_scales.cpp share: the matrix of their objective, and when a step moves.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/kernels.h"
+
+namespace awq {
+
+// H = diag(1/s) moment diag(1/s) + damping * its diagonal.
+struct DampedMoment {
+  const float* moment;  // [k, k]
+  int64_t k;
+  const float* channel_scale;  // s [k], or null for 1
+  double damping;
+  // A channel that nothing entered has no best code: any positive number leaves its code what rounding makes it. So
+  // small that the step of its group goes by the other channels, whatever the size of the inputs.
+  float unseen = 1.0f;
+
+  DampedMoment(const float* second_moment, int64_t channels, const float* s, double share)
+      : moment(second_moment), k(channels), channel_scale(s), damping(share) {
+    double total = 0.0;
+    for (int64_t i = 0; i < k; ++i) total += own(i);
+    if (const float part = static_cast<float>(1e-6 * total / static_cast<double>(k)); part > 0.0f) unseen = part;
+  }
+
+  float own(int64_t i) const {
+    const float value = moment[i * k + i];
+    return channel_scale == nullptr ? value : value / (channel_scale[i] * channel_scale[i]);
+  }
+
+  // out[c] = H[i][first + c] for c < count.
+  void row(int64_t i, int64_t first, int64_t count, float* out) const {
+    const float* source = moment + i * k + first;
+    if (channel_scale == nullptr)
+      for (int64_t c = 0; c < count; ++c) out[c] = source[c];
+    else
+      for (int64_t c = 0; c < count; ++c) out[c] = source[c] / (channel_scale[i] * channel_scale[first + c]);
+    if (i < first || i >= first + count) return;
+    float& diagonal = out[i - first];
+    diagonal = diagonal > 0.0f ? static_cast<float>(diagonal * (1.0 + damping)) : unseen;
+  }
+};
+
+// The step of a group whose best one is `best`: that one rounded to its storage type, or still `step` where the best is
+// not within a factor of 2 (or no number) or cannot be stored.
+inline float moved_step(const KernelTable& table, Dtype scale_dtype, float step, float best) {
+  constexpr float kLargest = 0x1.fep127f;  // of bfloat16; what rounds to infinity in fp16 is larger
+  if (!(best > 0.5f * step && best < 2.0f * step)) return step;
+  uint16_t bits;
+  float rounded;
+  table.from_float(&best, scale_dtype, 1, &bits);
+  table.to_float(&bits, scale_dtype, 1, &rounded);
+  return rounded > 0.0f && rounded <= kLargest ? rounded : step;
+}
+
+}  // namespace awq

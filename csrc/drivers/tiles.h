@@ -1,0 +1,14 @@
+// Between the rows of a checkpoint and the tiles of the compute layout (base/layout.h), exactly, both ways.
+#pragma once
+
+#include <cstdint>
+
+namespace awq {
+
+// rows [N, ceil(K / 2)] <-> tiles [T][S][64]. Tiles are written whole, with 0 where they hold no code.
+void tile_codes(const uint8_t* rows, int64_t out_features, int64_t in_features, int64_t group_length, uint8_t* tiles,
+                int threads);
+void untile_codes(const uint8_t* tiles, int64_t out_features, int64_t in_features, int64_t group_length, uint8_t* rows,
+                  int threads);
+
+}  // namespace awq
