@@ -37,7 +37,7 @@ def test_quantizing_a_twin_leaves_the_model_alone(case: models.Case, settings: d
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, and of experts that see few tokens
-@pytest.mark.parametrize("name", architectures.NAMES)
+@pytest.mark.parametrize("name", architectures.params())
 def test_no_architecture_is_written(name: str) -> None:
     """Routers, for one, are multiplied by the scale that the norm before them was divided by."""
     made = architectures.make_or_skip(name)
