@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import architectures
+import matrix
 import models
 import pytest
 import torch
@@ -15,19 +16,18 @@ import awq_ext
 from awq_ext.prepare import unwrapped
 from awq_ext.twin import Twin
 
+SETTINGS = [
+    {},
+    {"fold": "always"},
+    {"method": "rtn"},
+    {"packed": False, "bits": 3},
+    {"method": "awq+gptq", "propagate": "quantized"},
+]
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"fold": "always"},
-        {"method": "rtn"},
-        {"packed": False, "bits": 3},
-        {"method": "awq+gptq", "propagate": "quantized"},
-    ],
-    ids=str,
-)
-def test_quantizing_a_twin_leaves_the_model_alone(case: models.Case, settings: dict[str, object]) -> None:
+
+@pytest.mark.parametrize(("name", "settings"), matrix.product(list(models.MODELS), SETTINGS, together=1), ids=str)
+def test_quantizing_a_twin_leaves_the_model_alone(name: str, settings: dict[str, object]) -> None:
+    case = models.make(name)
     snapshot = Snapshot(case.model)
     twin = Twin.of(case.model)
     awq_ext.quantize(twin.module, case.batches, group_size=16, n_grid=4, progress=False, **settings)
