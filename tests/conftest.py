@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 import models
 import pytest
 import torch
 
-from awq_ext import _C
+from awq_ext import _C, reference
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +36,26 @@ def case(request: pytest.FixtureRequest) -> models.Case:
     return models.make(request.param)
 
 
+@contextmanager
+def _in_force(isa: str) -> Iterator[None]:
+    before = _C.isa()
+    _C.set_isa(isa)
+    yield
+    _C.set_isa(before)
+
+
 @pytest.fixture(params=_C.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this processor in turn, in force during the test."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+    with _in_force(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", *_C.available_isas()])
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The reference, which knows no instruction sets, and the compiled kernels on each of them."""
+    if request.param == "reference":
+        yield reference
+        return
+    with _in_force(request.param):
+        yield _C
