@@ -12,19 +12,17 @@ import torch
 
 from awq_ext import _C, reference
 
+# The tiny models here spend longer waking a second thread than they compute; other cores are for other tests (pytest-xdist).
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test starts from one seed, with the default backend, and must leave torch's modes as it found them.
-
-    One thread: the tiny models here spend longer waking a second one than they compute.
-    """
+    """Every test starts from one seed, with the default backend, and must leave torch's modes as it found them."""
     monkeypatch.delenv("AWQ_EXT_BACKEND", raising=False)
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert not torch.is_autocast_enabled("cpu")
