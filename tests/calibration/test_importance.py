@@ -366,7 +366,7 @@ WRITE_NOTHING = {"BERT", "T5", "ViT", "Whisper", "Mamba", *architectures.PLAIN}
 
 
 @pytest.mark.parametrize("batches", [0, 1])
-@pytest.mark.parametrize("name", architectures.NAMES)
+@pytest.mark.parametrize("name", architectures.params())
 def test_architectures(name: str, batches: int) -> None:
     case = architectures.make_or_skip(name)
     settings = {"method": "awq+gptq", "objective": "model", "group_size": 16, "min_tokens": 0, "progress": False}

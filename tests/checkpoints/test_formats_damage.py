@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import matrix
 import pytest
 import torch
 from checks import Snapshot
@@ -257,13 +258,14 @@ def test_convert_refuses_the_same_and_writes_nothing(what: str, good: dict[str, 
     assert not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize("damage", list(LAYER_DAMAGE))
-@pytest.mark.parametrize(
-    ("name", "leaf"), [(name, leaf) for name, each in LAYOUTS.items() for leaf in (*each.suffixes, "bias")]
-)
+TENSORS = [(name, leaf) for name, each in LAYOUTS.items() for leaf in (*each.suffixes, "bias")]
+
+
+@pytest.mark.parametrize(("tensor", "damage"), matrix.product(TENSORS, list(LAYER_DAMAGE), together=1), ids=str)
 def test_a_damaged_layer_of_any_layout_is_refused(
-    name: str, leaf: str, damage: str, good: dict[str, Path], tmp_path: Path
+    tensor: tuple[str, str], damage: str, good: dict[str, Path], tmp_path: Path
 ) -> None:
+    name, leaf = tensor
     layer = "layers.1.down" if name in ("gemv_fast", "llm-awq") else UP
     folder = spoiled(good[name], tmp_path / "inner", tensor_of(f"{layer}.{leaf}", LAYER_DAMAGE[damage]))
     assert_refused(folder, tmp_path / "out")

@@ -242,7 +242,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The demo end to end, as a user starts it."""
     path = tmp_path_factory.mktemp("demo") / "figures.json"
     # one thread: several are many times slower where other programs keep the cores busy
-    done = run_python("-m", "awq_ext", "demo", "--tokens", "16384", "--threads", "1", "--json", str(path))
+    done = run_python("-m", "awq_ext", "demo", "--tokens", "2048", "--threads", "1", "--json", str(path))
     assert done.returncode == 0, done.stderr
     assert "How to read it" in done.stdout and "perplexity" in done.stdout
     return json.loads(path.read_text(encoding="utf-8")) | {"stdout": done.stdout}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import architectures
+import matrix
 import models
 import pytest
 import torch
@@ -15,19 +16,18 @@ import awq_ext
 from awq_ext.evaluation.shared_copy import Twin
 from awq_ext.modules import unwrapped
 
+SETTINGS = [
+    {},
+    {"fold": "always"},
+    {"method": "rtn"},
+    {"packed": False, "bits": 3},
+    {"method": "awq+gptq", "propagate": "quantized"},
+]
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"fold": "always"},
-        {"method": "rtn"},
-        {"packed": False, "bits": 3},
-        {"method": "awq+gptq", "propagate": "quantized"},
-    ],
-    ids=str,
-)
-def test_quantizing_a_twin_leaves_the_model_alone(case: models.Case, settings: dict[str, object]) -> None:
+
+@pytest.mark.parametrize(("name", "settings"), matrix.product(list(models.MODELS), SETTINGS, together=1), ids=str)
+def test_quantizing_a_twin_leaves_the_model_alone(name: str, settings: dict[str, object]) -> None:
+    case = models.make(name)
     snapshot = Snapshot(case.model)
     twin = Twin.of(case.model)
     awq_ext.quantize(twin.module, case.batches, group_size=16, n_grid=4, progress=False, **settings)
@@ -37,7 +37,7 @@ def test_quantizing_a_twin_leaves_the_model_alone(case: models.Case, settings: d
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, and of experts that see few tokens
-@pytest.mark.parametrize("name", architectures.NAMES)
+@pytest.mark.parametrize("name", architectures.params())
 def test_no_architecture_is_written(name: str) -> None:
     """Routers, for one, are multiplied by the scale that the norm before them was divided by."""
     made = architectures.make_or_skip(name)

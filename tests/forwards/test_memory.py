@@ -133,12 +133,11 @@ def run(program: str, **given: Any) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("dtype", "blocks", "options"),
     [
-        ("bfloat16", 12, {"group_size": 16}),
-        ("float32", 8, {"propagate": "quantized"}),
-        ("bfloat16", 12, {"packed": False}),
-        ("bfloat16", 12, {"method": "awq+gptq"}),
+        pytest.param("bfloat16", 12, {"group_size": 16}, id="bf16"),
+        pytest.param("float32", 8, {"propagate": "quantized"}, id="fp32-propagate", marks=pytest.mark.exhaustive),
+        pytest.param("bfloat16", 12, {"packed": False}, id="fake", marks=pytest.mark.exhaustive),
+        pytest.param("bfloat16", 12, {"method": "awq+gptq"}, id="gptq", marks=pytest.mark.exhaustive),
     ],
-    ids=["bf16", "fp32-propagate", "fake", "gptq"],
 )
 def test_the_planned_peak_is_kept(dtype: str, blocks: int, options: dict[str, Any]) -> None:
     found = run(PROGRAM, dtype=dtype, blocks=blocks, batches=4, length=64, options=options)
@@ -149,6 +148,7 @@ def test_the_planned_peak_is_kept(dtype: str, blocks: int, options: dict[str, An
     assert found["planned"] <= found["before"] + found["states"] + found["statistics"] + 1.5 * found["weights"]
 
 
+@pytest.mark.exhaustive
 def test_more_batches_cost_their_hidden_states_once() -> None:
     few, many = run(WIDE, batches=8), run(WIDE, batches=136)
     more, growth = many["states"] - few["states"], many["peak"] - few["peak"]

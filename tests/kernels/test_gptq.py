@@ -28,9 +28,8 @@ def damped(second_moment: Tensor, order: Tensor, damping: float) -> Tensor:
     return h + (damping * h.diagonal() + 1e-6 * h.diagonal().mean()).diag()
 
 
-@KERNELS
 @pytest.mark.parametrize("k", [1, 13, 64, 65, 129, 300])
-def test_factor(kernels: ModuleType, isa: str, k: int) -> None:
+def test_factor(kernels: ModuleType, k: int) -> None:
     second_moment = moment(k)
     for order, damping in itertools.product(orders(second_moment), (0.01, 1.0)):
         factor = kernels.gptq_factor(second_moment, order, damping)
@@ -84,11 +83,10 @@ def assert_decisions(
     assert (low != high).sum() <= 1 + codes.numel() // 100
 
 
-@KERNELS
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group_size", [-1, 128, 7])
-def test_quantize(kernels: ModuleType, isa: str, shape: tuple[int, int], dtype: torch.dtype, group_size: int) -> None:
+def test_quantize(kernels: ModuleType, shape: tuple[int, int], dtype: torch.dtype, group_size: int) -> None:
     n, k = shape
     second_moment, weight, scale = moment(k), torch.randn(n, k).to(dtype), torch.rand(k) + 0.5
     variants = [

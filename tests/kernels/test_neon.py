@@ -39,6 +39,7 @@ def tools() -> tuple[str, list[str]]:
     return compiler, [emulator]
 
 
+@pytest.mark.exhaustive  # a cross-compiler and an emulator
 def test_neon_kernels(tmp_path: Path) -> None:
     compiler, start = tools()
     objects = [str(tmp_path / f"{Path(source).stem}.o") for source in SOURCES]

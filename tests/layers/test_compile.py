@@ -43,6 +43,7 @@ def test_compiled_training_reaches_the_norms(model: ByteLlama) -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.exhaustive  # it compiles for half a minute
 @pytest.mark.filterwarnings(
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
 )  # in inductor's imports

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import architectures
 import pytest
 import torch
+from architectures import SETTINGS, make_or_skip, quantized
 from checks import same_bits
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -27,8 +27,6 @@ from awq_ext.solving.solution import LayerSolution
 from awq_ext.standins.standins import StandIns
 from awq_ext.survey.groups import Watch
 from awq_ext.survey.selection import eligible_linears
-
-SETTINGS: Mapping[str, Any] = {"group_size": 16, "n_grid": 5, "min_tokens": 1, "progress": False}
 
 # A folded norm or row is rounded once more, and so is the column that makes up for it; a block does some tens of such
 # operations one after another, each adding at most eps to the relative error of what it passes on.
@@ -72,23 +70,7 @@ RUN_TIME: Mapping[str, tuple[str, ...]] = {
     "weight shared by two blocks": ("layers.[02].down",),
 }
 
-every_architecture = pytest.mark.parametrize("name", architectures.NAMES)
-
-
-def case_of(name: str) -> architectures.Case:
-    if name in architectures.TRANSFORMERS:
-        pytest.importorskip(
-            "transformers", reason="transformers is not installed: no Hugging Face architecture is tested"
-        )
-    return architectures.make(name)
-
-
-@cache
-def quantized(name: str, fold: str = "auto") -> architectures.Case:
-    """The quantized model; tests must leave it as it is."""
-    case = case_of(name)
-    awq_ext.quantize(case.model, case.batches, fold=fold, **SETTINGS)
-    return case
+every_architecture = pytest.mark.parametrize("name", architectures.params())
 
 
 def report_of(name: str, fold: str = "auto") -> AwqReport:
@@ -131,7 +113,7 @@ def names_of_linears(model: nn.Module) -> list[str]:
 @every_architecture
 def test_every_linear_is_quantized_or_has_its_reason(name: str) -> None:
     report = report_of(name)
-    model = unwrapped(case_of(name).model)
+    model = unwrapped(make_or_skip(name).model)
     assert sorted(row.name for row in report.layers) == sorted(names_of_linears(model))
     blocks = [block.name for block in report.blocks]
     inside = [row for row in report.layers if any(not b or row.name.startswith(f"{b}.") for b in blocks)]
@@ -195,7 +177,7 @@ def test_folded_float_weights_compute_what_the_model_did(name: str, monkeypatch:
 
     monkeypatch.setattr(importlib.import_module("awq_ext.pipeline.quantize"), "build_layer", unrounded)
     monkeypatch.setattr(StandIns, "put_back", lambda *_: None)  # would give float layers their own form back
-    case = case_of(name)
+    case = make_or_skip(name)
     before = [outputs(case.model, batch) for batch in case.batches]
     awq_ext.quantize(case.model, case.batches, bias_correction=False, **SETTINGS)
     assert made
@@ -214,7 +196,7 @@ def test_what_the_router_reads_is_divided_where_its_weight_can_make_up_for_it(
 
     A proof that allowed for half precision's roundings would not see experts of little weight (1 + w above all).
     """
-    case = case_of(name)
+    case = make_or_skip(name)
     with torch.no_grad():
         for parameter in case.model.parameters():
             if parameter.dim() == 3 and min(parameter.shape) > 1:
@@ -238,7 +220,7 @@ def test_what_the_router_reads_is_divided_where_its_weight_can_make_up_for_it(
 def test_a_loaded_model_is_the_one_in_memory(name: str, tmp_path: Path) -> None:
     case = quantized(name)
     awq_ext.save(case.model, tmp_path / "saved")
-    fresh = case_of(name).model
+    fresh = make_or_skip(name).model
     loaded = awq_ext.load(fresh, tmp_path / "saved")
     there, here = case.model.state_dict(), loaded.state_dict()
     assert there.keys() == here.keys()
@@ -262,7 +244,7 @@ def test_fold_always_divides_nothing_at_run_time(name: str) -> None:
 
 
 def test_transposed_layers_keep_their_form_where_they_stay_float() -> None:
-    case = case_of("GPT-2")
+    case = make_or_skip("GPT-2")
     before = dict(case.model.named_modules())
     awq_ext.quantize(case.model, case.batches, skip=("*.attn.*", "lm_head"), **SETTINGS)
     for i in range(architectures.LAYERS):
@@ -274,7 +256,7 @@ def test_transposed_layers_keep_their_form_where_they_stay_float() -> None:
 
 def test_fake_quantized_transposed_layers_and_fused_experts_keep_their_form() -> None:
     for name in ("GPT-2", "gpt-oss", "Mixtral"):
-        case = case_of(name)
+        case = make_or_skip(name)
         state = {key: tensor.clone() for key, tensor in case.model.state_dict().items()}
         classes = [type(module) for module in case.model.modules()]
         awq_ext.quantize(case.model, case.batches, packed=False, bits=3, **SETTINGS)
@@ -471,7 +453,7 @@ def test_blocks_under_a_key_value_cache_are_run_on_copies_from_where_they_were()
     pytest.importorskip("transformers", reason="transformers is not installed: its caches are not tested")
     from transformers import DynamicCache
 
-    plain, cached = case_of("Llama"), case_of("Llama")
+    plain, cached = make_or_skip("Llama"), make_or_skip("Llama")
     awq_ext.quantize(plain.model, plain.batches, **SETTINGS)
     samples = [batch | {"past_key_values": DynamicCache(), "use_cache": True} for batch in cached.batches]
     awq_ext.quantize(cached.model, samples, **SETTINGS)

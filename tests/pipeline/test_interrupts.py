@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import models
 import pytest
 import torch
 from checks import Snapshot
+from forks import Forks
 
 import awq_ext
 from awq_ext import QuantLinear
@@ -18,27 +18,52 @@ from awq_ext import QuantLinear
 FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
 
 
-class Trap:
-    """Stands in for a function: its ``at``-th call raises, before or after the real work."""
+class Label(NamedTuple):
+    """Which call of what raises which error, before or after the real work."""
 
-    def __init__(self, real: Callable[..., Any], error: type[BaseException], at: int, after: bool) -> None:
-        self.real, self.error, self.at, self.after = real, error, at, after
+    name: str
+    at: int
+    after: bool
+    error: type[BaseException]
+
+
+class Trap:
+    """Stands in for a function: the run forks at its ``at``-th call, and each error is raised before the real work and after."""
+
+    def __init__(self, forks: Forks, at: int) -> None:
+        self.forks, self.at = forks, at
         self.calls = 0
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        if self.calls == self.at and not self.after:
-            raise self.error("on purpose")
-        result = self.real(*args, **kwargs)
-        if self.calls == self.at:
-            raise self.error("on purpose")
-        return result
-
     def install(self, patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
         def stand_in(*args: Any, **kwargs: Any) -> Any:  # a plain function binds as a method too
-            return self.run(*args, **kwargs)
+            self.calls += 1
+            now = self.calls == self.at
+            if now:
+                fork_to_each_error(self.forks, name, self.at, after=False)
+            result = real(*args, **kwargs)
+            if now:
+                fork_to_each_error(self.forks, name, self.at, after=True)
+            return result
 
         patch.setattr(owner, name, stand_in)
+
+
+def fork_to_each_error(forks: Forks, name: str, at: int, after: bool) -> None:
+    for error in ERRORS:
+        forks.fork(Label(name, at, after, error), lambda error=error: fail(error))
+
+
+def fail(error: type[BaseException]) -> None:
+    raise error("on purpose")
+
+
+def assert_on_purpose(label: Label, error: BaseException | None) -> None:
+    """It came out of the call; afterwards it holds none of its frames."""
+    if not isinstance(error, label.error) or "on purpose" not in str(error):
+        raise AssertionError(f"it ended in {error!r}") from error
+    error.__traceback__ = None
 
 
 def module(name: str) -> Any:
@@ -77,10 +102,8 @@ STAGES = [
 ]
 
 
-KINDS = pytest.mark.parametrize(
-    ("error", "propagate"),
-    [(KeyboardInterrupt, "float"), (RuntimeError, "quantized"), (KeyboardInterrupt, "quantized")],
-)
+ERRORS = (KeyboardInterrupt, RuntimeError)
+each_propagate = pytest.mark.parametrize("propagate", ["float", "quantized"])
 
 
 def changed_model(name: str) -> models.Case:
@@ -93,60 +116,58 @@ def changed_model(name: str) -> models.Case:
     return case
 
 
-@KINDS
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(
-    ("file", "owner", "name", "at"), STAGES, ids=[f"{owner or file}.{name}-{at}" for file, owner, name, at in STAGES]
-)
-def test_an_interrupt_at_each_stage(
-    file: str, owner: str | None, name: str, at: int, after: bool, error: Any, propagate: str
-) -> None:
-    case = changed_model("offset" if name == "prove_norm_fold" else "cache")
+def reached_by(stage: tuple[str, str | None, str, int]) -> tuple[str, str]:
+    """The model and the objective of which a run gets to ``stage``."""
+    file, _, name, _ = stage
+    return "offset" if name == "prove_norm_fold" else "cache", "model" if file == "importance" else "layer"
+
+
+@each_propagate
+@pytest.mark.parametrize(("name", "objective"), dict.fromkeys(map(reached_by, STAGES)))
+def test_an_interrupt_at_each_stage(name: str, objective: str, propagate: str) -> None:
+    case, forks = changed_model(name), Forks()
     before = Snapshot(case.model)
-    place = module(file) if owner is None else getattr(module(file), owner)
-    settings = FAST | {"propagate": propagate, "objective": "model" if file == "importance" else "layer"}
-    with pytest.MonkeyPatch.context() as patch:
-        trap = Trap(getattr(place, name), error, at, after)
-        trap.install(patch, place, name)
-        with pytest.raises(error, match="on purpose") as caught:
+    settings = FAST | {"propagate": propagate, "objective": objective}
+    stages = [stage for stage in STAGES if reached_by(stage) == (name, objective)]
+
+    def judge(label: Label, error: BaseException | None) -> None:
+        assert_on_purpose(label, error)
+        before.assert_unchanged()
+        if label.at == 1 and label.after:  # and it can be quantized as if nothing had happened
             awq_ext.quantize(case.model, case.batches, **settings)
-    assert trap.calls == at
-    caught.value.__traceback__ = None
-    del caught, trap
-    before.assert_unchanged()
-    # and it can be quantized as if nothing had happened
-    if at == 1 and after:
-        awq_ext.quantize(case.model, case.batches, **settings)
-        assert isinstance(case.model.layers[2].mlp.up_proj, QuantLinear)
+            assert isinstance(case.model.layers[2].mlp.up_proj, QuantLinear)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for file, owner, function, at in stages:
+            Trap(forks, at).install(patch, module(file) if owner is None else getattr(module(file), owner), function)
+        forks.run(lambda: awq_ext.quantize(case.model, case.batches, **settings), judge)
+    assert len(forks.labels) == 2 * len(ERRORS) * len(stages)
 
 
-@KINDS
-@pytest.mark.parametrize("at", [1, 4, 9, 14, 18])
+@each_propagate
 @pytest.mark.parametrize("name", ["llama", "modes", "inplace"])
-def test_an_interrupt_in_the_models_own_forward(name: str, at: int, error: Any, propagate: str) -> None:
+def test_an_interrupt_in_the_models_own_forward(name: str, propagate: str) -> None:
     """In the middle of a block: of the survey (calls 1 to 3), and of later batches in later blocks."""
-    case = changed_model(name)
+    case, forks, wanted = changed_model(name), Forks(), (1, 4, 9, 14, 18)
     inner = "attention" if name == "llama" else "up"
     calls = [0]
 
-    def fail(*_: Any) -> None:
+    def called(*_: Any) -> None:
         calls[0] += 1
-        if calls[0] == at:
-            raise error("on purpose")
+        if calls[0] in wanted:
+            fork_to_each_error(forks, inner, calls[0], after=False)
 
     for layer in case.model.layers:
-        layer.get_submodule(inner).register_forward_hook(fail)
-    if name == "modes":
-        for layer in case.model.layers:
-            layer.seen = []
+        layer.get_submodule(inner).register_forward_hook(called)
     before = Snapshot(case.model)
-    with pytest.raises(error, match="on purpose") as caught:
-        awq_ext.quantize(case.model, case.batches, propagate=propagate, **FAST)
-    caught.value.__traceback__ = None
-    if error is RuntimeError:
-        assert isinstance(caught.value, awq_ext.CalibrationError)
-    del caught
-    before.assert_unchanged()
+
+    def judge(label: Label, error: BaseException | None) -> None:
+        assert_on_purpose(label, error)
+        assert isinstance(error, awq_ext.CalibrationError) == (label.error is RuntimeError)
+        before.assert_unchanged()
+
+    forks.run(lambda: awq_ext.quantize(case.model, case.batches, propagate=propagate, **FAST), judge)
+    assert len(forks.labels) == len(ERRORS) * len(wanted)
 
 
 def test_a_warning_turned_into_an_error_is_an_error_like_any_other() -> None:

@@ -19,20 +19,20 @@ from awq_ext import CalibrationError, Plan
 FAST: dict[str, Any] = {"n_grid": 3, "group_size": 16, "min_tokens": 1}
 
 
-def planned(name: str, **settings: Any) -> tuple[architectures.Case, Plan]:
+def planned(name: str, **settings: Any) -> Plan:
     case = architectures.make_or_skip(name)
     before = Snapshot(case.model)
-    plan = awq_ext.plan(case.model, case.batches[0], batches=len(case.batches), **FAST | settings)
+    common = {key: value for key, value in architectures.SETTINGS.items() if key != "progress"}
+    plan = awq_ext.plan(case.model, case.batches[0], batches=len(case.batches), **common, **settings)
     before.assert_unchanged()
-    return case, plan
+    return plan
 
 
 @pytest.mark.parametrize("fold", ["auto", "always", "never"])
-@pytest.mark.parametrize("name", architectures.NAMES)
+@pytest.mark.parametrize("name", architectures.params())
 def test_the_plan_is_what_is_done(name: str, fold: str) -> None:
-    case, plan = planned(name, fold=fold)
-    awq_ext.quantize(case.model, case.batches, fold=fold, progress=False, **FAST)
-    report = case.model.awq_report
+    plan, model = planned(name, fold=fold), architectures.quantized(name, fold).model
+    report = model.awq_report
     rows = {row.name: row for row in report.layers}
     for group in plan.groups:
         members = [rows.pop(layer) for layer in group.layers]
@@ -44,7 +44,7 @@ def test_the_plan_is_what_is_done(name: str, fold: str) -> None:
         assert {row.applied for row in members} <= {group.fold, ""} | given_up
         assert {(row.method, row.bits, row.group_size) for row in members} == {("awq", 4, 16)}
         assert bool(group.producer) == (group.fold in ("norm", "linear"))
-        case.model.get_submodule(group.producer)
+        model.get_submodule(group.producer)
     assert {name: row.note for name, row in rows.items()} == plan.stays_float
     assert all(row.status == "float" for row in rows.values())
     assert plan.share_quantized == pytest.approx(report.share_quantized)

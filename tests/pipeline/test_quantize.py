@@ -6,6 +6,7 @@ import copy
 import itertools
 from typing import Any
 
+import matrix
 import models
 import pytest
 import torch
@@ -30,9 +31,12 @@ def assert_never_worse(report: AwqReport) -> None:
         assert 0 <= row.loss <= row.loss_rtn, row
 
 
-@pytest.mark.parametrize("propagate", ["float", "quantized"])
-@pytest.mark.parametrize("method", ["awq", "rtn", "awq+gptq"])
-def test_every_model(case: models.Case, method: str, propagate: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method", "propagate"),
+    matrix.product(list(models.MODELS), ["awq", "rtn", "awq+gptq"], ["float", "quantized"]),
+)
+def test_every_model(name: str, method: str, propagate: str) -> None:
+    case = models.make(name)
     model, batches = case.model, case.batches
     original = copy.deepcopy(model)
     linears = {n: m for n, m in original.named_modules() if isinstance(m, nn.Linear)}
@@ -64,10 +68,15 @@ def test_every_model(case: models.Case, method: str, propagate: str) -> None:
         assert 0 < (a - b).norm() < 0.35 * b.norm()
 
 
-@pytest.mark.parametrize("group_size", [-1, 16, 32, 64])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("options", [{}, {"scale_dtype": "bfloat16", "clip": True}, {"bits": 3, "packed": False}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "options", "symmetric", "group_size"),
+    matrix.product(
+        [torch.float32, torch.bfloat16],
+        [{}, {"scale_dtype": "bfloat16", "clip": True}, {"bits": 3, "packed": False}],
+        [False, True],
+        [-1, 16, 32, 64],
+    ),
+)
 def test_every_setting(dtype: torch.dtype, options: dict[str, Any], symmetric: bool, group_size: int) -> None:
     case = models.make("llama", dtype)
     float_logits = [case.model(batch).detach() for batch in case.batches]

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,7 @@ import models
 import pytest
 import torch
 from checks import Snapshot
+from forks import Forks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,6 +35,7 @@ DENSE = (
     "journal.py",
     "probe.py",
 )
+Line = tuple[str, int, str]  # file, number, function
 # After these an interrupted call has done all it should.
 AT_THE_END = ("contextlib.py", "interrupt.py", "journal.py", "quantize.py", "threadstate.py")
 
@@ -50,12 +53,12 @@ def press() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-class Presses:
-    """A tracer: counts the lines that run in the package and in what it leaves things to, presses Ctrl-C at line ``at``."""
+class Lines:
+    """A tracer: counts the lines that run in the package and in what it leaves things to; calls ``reached`` before each."""
 
-    def __init__(self, at: int = 0) -> None:
-        self.at = at
-        self.lines: list[tuple[str, int, str]] = []
+    def __init__(self, reached: Callable[[int, Line], None] = lambda number, line: None) -> None:
+        self.reached = reached
+        self.lines: list[Line] = []
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         file = frame.f_code.co_filename.replace("\\", "/")
@@ -63,26 +66,57 @@ class Presses:
             return None
         if event == "line":
             self.lines.append((file.rpartition("/")[2], frame.f_lineno, frame.f_code.co_name))
-            if len(self.lines) == self.at:
-                press()
+            self.reached(len(self.lines), self.lines[-1])
         return self
 
-    def run(self, work: Callable[[], Any]) -> None:
+    def run(self, work: Callable[[], Any]) -> list[Line]:
         before = sys.gettrace()  # coverage's, say
         sys.settrace(self)
         try:
             work()
         finally:
             sys.settrace(before)
+        return self.lines
 
 
-def moments(lines: list[tuple[str, int, str]], count: int) -> list[int]:
-    """Numbers of about ``count`` lines to press Ctrl-C at, when they run first or last; two in three of them in DENSE."""
+def press_at(wanted: list[int], work: Callable[[], Any], check: Callable[[Line], None]) -> None:
+    """Run ``work`` and press Ctrl-C at the lines of these numbers: between any two lines is where Python would bring it.
+
+    Each time it must raise KeyboardInterrupt, and then pass ``check``.
+    """
+    forks, numbers = Forks(), set(wanted)
+
+    def untraced() -> None:
+        sys.settrace(None)
+        press()
+
+    def reached(number: int, line: Line) -> None:
+        if number in numbers:
+            forks.fork(line, untraced)
+
+    def judge(line: Line, error: BaseException | None) -> None:
+        if not isinstance(error, KeyboardInterrupt):
+            raise AssertionError(f"a Ctrl-C ended in {error!r}") from error
+        error.__traceback__ = None
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        check(line)
+
+    forks.run(lambda: Lines(reached).run(work), judge)
+    assert len(forks.labels) == len(numbers)
+
+
+def moments(lines: list[Line], count: int | None) -> list[int]:
+    """Numbers of about ``count`` lines to press Ctrl-C at, when they run first or last; two in three of them in DENSE.
+
+    None: every line once, in turns when it runs first and last.
+    """
     first: dict[Any, int] = {}
     last: dict[Any, int] = {}
     for number, line in enumerate(lines, 1):
         first.setdefault(line, number)
         last[line] = number
+    if count is None:
+        return sorted({(first, last)[i % 2][line] for i, line in enumerate(first)})
     found = sorted({*first.values(), *last.values()})
     dense = [number for number in found if lines[number - 1][0] in DENSE]
     rest = [number for number in found if lines[number - 1][0] not in DENSE]
@@ -121,62 +155,61 @@ def salience(case: models.Case) -> None:
     awq_ext.salience(case.model, case.batches, {"same": case.batches}, group_size=16)
 
 
-WORK = [(quantize, 240), (plan, 60), (evaluate, 60), (salience, 60), (sensitivity, 60)]
+WORK = {quantize: 240, plan: 60, evaluate: 60, salience: 60, sensitivity: 60}
+# Of what is quantize() once more, a few hundred lines are enough here too.
+MORE = {quantize: None, plan: 300, evaluate: None, salience: 300, sensitivity: 300}
+SAMPLES = [
+    *(pytest.param(work, count, id=work.__name__) for work, count in WORK.items()),
+    *(pytest.param(work, n, id=f"{work.__name__}-more", marks=pytest.mark.exhaustive) for work, n in MORE.items()),
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens are few")
-@pytest.mark.parametrize(("work", "count"), WORK, ids=[work.__name__ for work, _ in WORK])
-def test_a_signal_at_any_line(work: Callable[[models.Case], None], count: int) -> None:
-    """The tracer gives a real signal, which comes where Python would bring it: between any two lines."""
-    dry = Presses()
+@pytest.mark.parametrize(("work", "count"), SAMPLES)
+def test_a_signal_at_any_line(work: Callable[[models.Case], None], count: int | None) -> None:
     work(unusual("cache"))  # what is done only once in a process
+    dry = unusual("cache")
+    lines = Lines().run(lambda: work(dry))
+    wanted = moments(lines, count)
+    assert len(wanted) >= (len({*lines}) if count is None else count - 2)
     case = unusual("cache")
-    dry.run(lambda: work(case))
-    wanted = moments(dry.lines, count)
-    assert len(wanted) >= count - 2
-    for at in wanted:
-        case = unusual("cache")
-        before, presses = Snapshot(case.model), Presses(at)
-        with pytest.raises(KeyboardInterrupt) as caught:
-            presses.run(lambda case=case, presses=presses: work(case))
-        place = dry.lines[at - 1]
-        caught.value.__traceback__ = None
-        assert len(presses.lines) >= at, place
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, place
+    before = Snapshot(case.model)
+
+    def check(line: Line) -> None:
         if hasattr(case.model, "awq_report"):
             # it came when all was done
-            assert work is quantize and place[0] in AT_THE_END, place
+            assert work is quantize and line[0] in AT_THE_END
             assert isinstance(case.model.layers[2].mlp.down_proj, awq_ext.QuantLinear)
-            continue
-        try:
+        else:
             before.assert_unchanged()
-        except AssertionError as error:
-            raise AssertionError(f"after a Ctrl-C at {place}: {error}") from None
+
+    press_at(wanted, lambda: work(case), check)
 
 
-def test_a_signal_at_any_line_of_loading(tmp_path: Any) -> None:
+@pytest.mark.parametrize("count", [30, pytest.param(None, marks=pytest.mark.exhaustive)])
+def test_a_signal_at_any_line_of_loading(count: int | None, tmp_path: Path) -> None:
     """The model given to load() is what it was, or has all of the checkpoint."""
     source = models.make("llama")
     quantize(source)
     folder = awq_ext.save(source.model, tmp_path)
     (file,) = folder.glob("*.safetensors")
     awq_ext.load(models.make("llama").model, folder)
-    dry = Presses()
-    dry.run(lambda: awq_ext.load(models.make("llama").model, folder))
-    filling = [number for number, line in enumerate(dry.lines, 1) if line[2] == "_fill"]
-    for at in [*moments(dry.lines, 30), *_spread(filling, 10)]:
-        model = models.make("llama", seed=1).model
-        before, presses = Snapshot(model), Presses(at)
-        with pytest.raises(KeyboardInterrupt):
-            presses.run(lambda model=model: awq_ext.load(model, folder))
-        if any(isinstance(module, awq_ext.QuantLinear) for module in model.modules()):
-            again = awq_ext.save(model, tmp_path / "again")
-            (other,) = again.glob("*.safetensors")
-            ours, theirs = load_file(other), load_file(file)
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()), dry.lines[at - 1]
-        else:
+    lines = Lines().run(lambda: awq_ext.load(models.make("llama").model, folder))
+    filling = [number for number, line in enumerate(lines, 1) if line[2] == "_fill"]
+    model = models.make("llama", seed=1).model
+    before = Snapshot(model)
+
+    def check(line: Line) -> None:
+        if not any(isinstance(module, awq_ext.QuantLinear) for module in model.modules()):
             before.assert_unchanged()
+            return
+        again = awq_ext.save(model, tmp_path / "again")
+        (other,) = again.glob("*.safetensors")
+        ours, theirs = load_file(other), load_file(file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+    press_at([*moments(lines, count), *_spread(filling, 10)], lambda: awq_ext.load(model, folder), check)
 
 
 def test_a_ctrl_c_waits_for_a_check() -> None:
