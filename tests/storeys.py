@@ -1,13 +1,20 @@
-"""The storeys of the package and of csrc, from top to bottom, and the check that imports run downwards only.
+"""The storeys of the package, from top to bottom, and the check that imports run downwards only.
 
 A line may import from the lines below it; packages on one line are neighbours and leave each other alone.
+``python tests/storeys.py`` writes what is drawn from here: the list in CONTRIBUTING.md and docs/storeys.svg.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "awq_ext"
+LIST = re.compile(r"(?<=<!-- storeys -->\n\n).*?(?=\n\n<!-- end of storeys -->)", re.DOTALL)
 
 STOREYS = (
     ("cli",),
@@ -75,3 +82,46 @@ def violations(root: Path) -> list[str]:
             elif _HEIGHT[there] >= _HEIGHT[top]:
                 found.append(f"{where}: {there} is not below {top}")
     return found
+
+
+def sentence(name: str) -> str:
+    """What a package or module of the storeys is, from its own docstring: the first sentence, as Markdown."""
+    file = PACKAGE / name / "__init__.py"
+    text = ast.get_docstring(ast.parse((file if file.exists() else PACKAGE / f"{name}.py").read_text(encoding="utf-8")))
+    return text.partition("\n\n")[0].replace("\n", " ").replace("``", "`")
+
+
+def listed() -> str:
+    """The storeys as a Markdown list, from top to bottom; neighbours share a line of the contract, not of the list."""
+    return "\n".join(f"- **{name}**: {sentence(name)}" for names in STOREYS for name in names)
+
+
+def drawn() -> str:
+    """The storeys as an SVG picture: a row for each line of the contract, neighbours side by side."""
+    width, height, gap = 860, 44, 8
+    size = {"width": str(width), "height": str(len(STOREYS) * (height + gap) + gap)}
+    svg = ElementTree.Element("svg", xmlns="http://www.w3.org/2000/svg", **size)
+    ElementTree.SubElement(svg, "rect", fill="white", **size)
+    for row, names in enumerate(STOREYS):
+        room = (width - gap) / len(names)
+        for column, name in enumerate(names):
+            x, y = gap + column * room, gap + row * (height + gap)
+            place = {"x": f"{x:g}", "y": f"{y:g}", "width": f"{room - gap:g}", "height": f"{height}"}
+            ElementTree.SubElement(svg, "rect", rx="5", fill=f"hsl({200 + 8 * row}, 45%, 92%)", stroke="#456", **place)
+            middle = {"x": f"{x + (room - gap) / 2:g}", "text-anchor": "middle", "font-family": "sans-serif"}
+            label = ElementTree.SubElement(svg, "text", y=f"{y + (19 if len(names) == 1 else 27):g}", **middle)
+            label.set("font-weight", "bold")
+            label.set("font-size", "14")
+            label.text = name
+            if len(names) == 1:
+                note = ElementTree.SubElement(svg, "text", y=f"{y + 36:g}", fill="#345", **middle)
+                note.set("font-size", "11")
+                note.text = sentence(name).replace("`", "")
+    ElementTree.indent(svg)
+    return ElementTree.tostring(svg, encoding="unicode") + "\n"
+
+
+if __name__ == "__main__":
+    page = ROOT / "CONTRIBUTING.md"
+    page.write_text(LIST.sub(lambda _: listed(), page.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "docs" / "storeys.svg").write_text(drawn(), encoding="utf-8")

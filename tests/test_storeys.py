@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from storeys import STOREYS, violations
-
-PACKAGE = Path(__file__).resolve().parents[1] / "awq_ext"
+from storeys import LIST, PACKAGE, ROOT, STOREYS, drawn, listed, violations
 
 
 def test_imports_run_downwards() -> None:
@@ -42,3 +40,10 @@ def test_an_import_that_runs_upwards_is_found(file: str, line: str, complaint: s
     made.write_text(line + "\n")
     (found,) = violations(tmp_path / "awq_ext")
     assert complaint in found
+
+
+def test_what_is_drawn_from_the_storeys_is_up_to_date() -> None:
+    """``python tests/storeys.py`` writes both."""
+    shown = LIST.search((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert shown and shown.group() == listed()
+    assert (ROOT / "docs" / "storeys.svg").read_text(encoding="utf-8") == drawn()

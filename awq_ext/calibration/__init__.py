@@ -1,1 +1,1 @@
-"""Calibration: batches, the weights of their rows, and statistics of what comes to each Linear."""
+"""What is collected while batches run through a block: statistics of every input, and how much each row counts."""

@@ -1,1 +1,1 @@
-"""Checkpoints: directories of quantized models, read, written and converted."""
+"""Directories of quantized models: read, written and converted."""

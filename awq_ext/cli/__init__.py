@@ -1,4 +1,4 @@
-"""``awq-ext``: the command line. Each command is a thin shell around a function of the package, in a module of its name.
+"""The ``awq-ext`` command: a module for each subcommand, each a thin shell around a function of the package.
 
 What only one command needs is imported inside it, so that ``--help`` is quick and extras stay optional.
 """

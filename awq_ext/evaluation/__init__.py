@@ -1,1 +1,1 @@
-"""Evaluation: scores, intervals, methods side by side, and which channels and layers matter."""
+"""What quantizing cost and gained: scores with intervals, methods side by side, channels and layers that matter."""

@@ -1,1 +1,1 @@
-"""Folding: what can take over 1/s, and the numeric proof that nothing else changes."""
+"""What can take over 1/s, and the numeric proof that nothing else changes."""

@@ -1,1 +1,1 @@
-"""Integrations: Transformers, and tools that look for us under names of their own."""
+"""Transformers, and other tools that look for us under names of their own."""

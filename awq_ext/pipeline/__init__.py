@@ -1,1 +1,1 @@
-"""The pipeline: quantize() and plan(), which lead a model through all storeys below."""
+"""quantize() and plan(): a model led through all storeys below, block by block."""

@@ -1,1 +1,1 @@
-"""Reporting: what was done, as values, tables, plots and a page."""
+"""What was done, as values, tables, plots and a page."""

@@ -1,1 +1,1 @@
-"""Solving a block: scales, codes, error feedback, clips and biases from its statistics."""
+"""One block, from statistics to codes: scales, rounding, error feedback (GPTQ), clips and biases."""

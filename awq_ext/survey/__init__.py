@@ -1,1 +1,1 @@
-"""The survey: what one forward shows of a model, its blocks, scale groups and experts."""
+"""What one forward shows of a model: its blocks, scale groups and experts, and what stays float."""

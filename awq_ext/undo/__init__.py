@@ -1,1 +1,1 @@
-"""Undoing: a journal of every change to a model, Ctrl-C held until a safe moment, and the modes of the thread."""
+"""The way back: a journal of every change to a model, Ctrl-C held until a safe moment, the modes of the thread."""
