@@ -107,7 +107,7 @@ def drawn() -> str:
         for column, name in enumerate(names):
             x, y = gap + column * room, gap + row * (height + gap)
             place = {"x": f"{x:g}", "y": f"{y:g}", "width": f"{room - gap:g}", "height": f"{height}"}
-            ElementTree.SubElement(svg, "rect", rx="5", fill=f"hsl({200 + 8 * row}, 45%, 92%)", stroke="#456", **place)
+            ElementTree.SubElement(svg, "rect", rx="5", fill="#e3edf5", stroke="#456", **place)
             middle = {"x": f"{x + (room - gap) / 2:g}", "text-anchor": "middle", "font-family": "sans-serif"}
             label = ElementTree.SubElement(svg, "text", y=f"{y + (19 if len(names) == 1 else 27):g}", **middle)
             label.set("font-weight", "bold")
