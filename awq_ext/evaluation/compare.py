@@ -20,6 +20,7 @@ from ..forwards.mode import calibration_mode
 from ..forwards.outputs import targets_of
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
+from ..reporting.warn import warn
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap
 from .comparison import FLOAT, Comparison, Variant
@@ -82,7 +83,7 @@ def compare(
     if len(failed) == len(configs):
         raise RuntimeError("every method failed: " + "; ".join(f"{row.label}: {row.error}" for row in failed))
     for row in failed:
-        warnings.warn(f"{row.label} failed: {row.error}", UserWarning, stacklevel=3)  # past restoring()
+        warn(f"{row.label} failed: {row.error}")
     return Comparison(_with_float_speeds(rows), list(samples), torch.get_num_threads(), bootstrap or Bootstrap())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from ..forwards.lockstep import Stop, lockstep
 from ..forwards.mode import calibration_mode
 from ..modules import unwrapped
 from ..reporting.tables import Cell, Grid, as_text
+from ..reporting.warn import warn
 from ..survey.selection import check_layers, select_linears
 from ..survey.survey import BlockSurvey, survey_model
 from ..undo import interrupt
@@ -194,7 +194,7 @@ def salience(
     rows = [_row(one, {n: found.get(one.layers[0]) for n, found in others.items()}, tolerance) for one in seen[None]]
     found = Salience(rows, list(others), tolerance)
     for text in found.warnings():
-        warnings.warn(text, UserWarning, stacklevel=3)  # past restoring()
+        warn(text)
     return found
 
 

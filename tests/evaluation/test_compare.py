@@ -94,8 +94,9 @@ def test_a_method_that_fails_does_not_take_the_others_with_it(monkeypatch: pytes
         return real(model, calib, config, **settings)
 
     monkeypatch.setattr(sys.modules["awq_ext.evaluation.compare"], "quantize", quantize)
-    with pytest.warns(UserWarning, match="rtn failed: ValueError: no luck"):
+    with pytest.warns(UserWarning, match="rtn failed: ValueError: no luck") as caught:
         found = compare(case.model, case.batches, traffic(), ["rtn", "awq"], **QUICK)
+    assert caught[0].filename == __file__
     assert found["rtn"].error and found.best("code") == ["awq"]
     assert "rtn failed: ValueError: no luck" in str(found) and "failed" in found.to_markdown()
     json.loads(found.to_json())
