@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checkpoints.conversions import transformers
 from ..checkpoints.saved import INDEX_NAME, CheckpointError
 from ..checkpoints.saved import read_report as checkpoint_report
+from ..checkpoints.shards import first_json, read_json
 from ..integrations.pretrained import from_pretrained, save_pretrained
 from ..reporting.report import AwqReport
 from .options import say
@@ -41,25 +42,17 @@ def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
 
 def is_quantized(directory: Path) -> bool:
     """Whether a directory says of itself that its weights are quantized."""
-    return (directory / INDEX_NAME).exists() or "quantization_config" in read_object(directory / "config.json")
+    return (directory / INDEX_NAME).exists() or "quantization_config" in read_config(directory)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} if there is no such file. ValueError, naming it, for what is none."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return found
+def read_config(directory: Path) -> Mapping[str, Any]:
+    """What config.json holds; empty where there is none. ValueError for one that is damaged."""
+    return first_json(directory, "config.json") or {}
 
 
 def load_tokenizer(directory: Path) -> Any:
     """Its tokenizer. ValueError where there is none that can be loaded."""
-    if not read_object(directory / "config.json"):
+    if not read_config(directory):
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     try:
         return transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -80,19 +73,15 @@ def save_model(model: nn.Module, directory: Path, format: str) -> None:
 def read_report(directory: Path) -> AwqReport:
     """The report that :func:`save_model` or ``awq_ext.save`` left. ValueError where there is none."""
     path = directory / REPORT_NAME
-    if path.exists():
-        return _report(read_object(path), path)
+    if not path.exists():
+        try:
+            return checkpoint_report(directory)
+        except CheckpointError as error:
+            raise ValueError(
+                f"{directory} holds no report: {REPORT_NAME} is written by awq-ext quantize ({error})"
+            ) from error
     try:
-        return checkpoint_report(directory)
-    except CheckpointError as error:
-        raise ValueError(
-            f"{directory} holds no report: {REPORT_NAME} is written by awq-ext quantize ({error})"
-        ) from error
-
-
-def _report(values: dict[str, Any], path: Path) -> AwqReport:
-    try:
-        return AwqReport.from_dict(values)
+        return AwqReport.from_dict(read_json(path))
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged, or of another version: {error}") from error
 
