@@ -1,4 +1,4 @@
-"""Hugging Face directories and texts, as the commands read and write them."""
+"""Read and write Hugging Face directories and texts for the commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LONGEST_TOKEN = 24
 
 
 def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
-    """The causal language model in a directory, in evaluation mode: float, or quantized in any layout."""
+    """Load the causal language model of a directory, float or quantized in any layout, in evaluation mode."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
     if not (directory / "config.json").exists():
@@ -41,17 +41,17 @@ def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
 
 
 def is_quantized(directory: Path) -> bool:
-    """Whether a directory says of itself that its weights are quantized."""
+    """Tell whether a directory says of itself that its weights are quantized."""
     return (directory / INDEX_NAME).exists() or "quantization_config" in read_config(directory)
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
-    """What config.json holds; empty where there is none. ValueError for one that is damaged."""
+    """Read config.json; empty where there is none. ValueError for one that is damaged."""
     return first_json(directory, "config.json") or {}
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Its tokenizer. ValueError where there is none that can be loaded."""
+    """Load the tokenizer of a directory. ValueError where there is none that can be loaded."""
     if not read_config(directory):
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     try:
@@ -71,7 +71,7 @@ def save_model(model: nn.Module, directory: Path, format: str) -> None:
 
 
 def read_report(directory: Path) -> AwqReport:
-    """The report that :func:`save_model` or ``awq_ext.save`` left. ValueError where there is none."""
+    """Read the report that :func:`save_model` or ``awq_ext.save`` left. ValueError where there is none."""
     path = directory / REPORT_NAME
     if not path.exists():
         try:
@@ -87,7 +87,7 @@ def read_report(directory: Path) -> AwqReport:
 
 
 def read_text(path: Path, tokenizer: Any) -> str:
-    """The text of a file; of a .jsonl file all "text" fields, or "messages" through the model's chat template."""
+    """Read the text of a file; of a .jsonl file all "text" fields, or "messages" through the model's chat template."""
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -100,7 +100,7 @@ def read_text(path: Path, tokenizer: Any) -> str:
 
 
 def _document(line: str, place: str, tokenizer: Any) -> str:
-    """The text of one line of a .jsonl file."""
+    """Read the text of one line of a .jsonl file."""
     try:
         entry = json.loads(line)
     except ValueError as error:
@@ -119,7 +119,7 @@ def _document(line: str, place: str, tokenizer: Any) -> str:
 
 
 def windows(paths: Sequence[Path], tokenizer: Any, count: int, length: int) -> list[Tensor]:
-    """Up to ``count`` windows int64 [1, length] of each text's beginning, as many of one text as of another."""
+    """Cut up to ``count`` windows int64 [1, length] from the beginnings of texts, as many of one as of another."""
     each = -(-count // len(paths))
     found = []
     for path in paths:
@@ -147,7 +147,7 @@ def note_lengths(model: nn.Module, batches: Sequence[Tensor], wanted: int = 0) -
 
 
 def named_texts(entries: Sequence[str]) -> dict[str, Path]:
-    """``code=src.txt`` or ``src.txt`` -> name (the file's own by default) and path. ValueError for what is no file."""
+    """Read ``code=src.txt`` or ``src.txt`` as name (the file's own by default) and path. ValueError for what is no file."""
     found: dict[str, Path] = {}
     for entry in entries:
         name, equals, rest = entry.partition("=")

@@ -29,7 +29,7 @@ def inspect(model_dir: ModelDir, json_path: JsonPath = None) -> None:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """What the files of a directory say. ValueError for one without safetensors files or with a damaged one."""
+    """Collect what the files of a directory say. ValueError for one without safetensors files or with a damaged one."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{directory} has no .safetensors file: there is nothing to inspect")
@@ -92,7 +92,7 @@ def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> list[tuple[str, int]]:
-    """(dtype, elements) of each tensor of a safetensors file; ValueError for one that is damaged or cut off."""
+    """Read (dtype, elements) of each tensor of a safetensors file; ValueError for one that is damaged or cut off."""
     from math import prod
 
     from safetensors import SafetensorError, safe_open

@@ -1,1 +1,1 @@
-"""Reporting: what was done, as values, tables, plots and a page."""
+"""Reporting: what was done, as values, tables, plots and HTML, and warnings at the caller's line."""

@@ -176,8 +176,8 @@ def test_differences_within_the_noise_are_marked() -> None:
     assert found.best("x") == ["a", "b"]
     assert found.difference("a", "b", "x").within_noise
     assert not found.difference("c", "a", "x").within_noise
-    grid = found.grids()[1]
-    assert {row[0].text: (row[1].best, row[1].text.endswith("≈")) for row in grid.rows} == {
+    table = found.tables()[1]
+    assert {row[0].text: (row[1].best, row[1].text.endswith("≈")) for row in table.rows} == {
         "float": (False, False),
         "a": (True, False),
         "b": (False, True),
