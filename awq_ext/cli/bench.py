@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..reporting.tables import Cell, Grid, counted
+from ..reporting.tables import Cell, Table, counted
 from .options import JsonPath, Threads, check_group_size, console_for, one_line_errors, set_threads, write_json
 
 SHAPES = ["4096x4096"]
@@ -15,7 +15,7 @@ ROWS = [1, 8, 128]
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """``4096x11008`` -> (in_features, out_features)."""
+    """Parse ``4096x11008`` to (in_features, out_features)."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"{text!r} is not IN_FEATURESxOUT_FEATURES, such as 4096x4096", param_hint="--shape")
@@ -75,5 +75,5 @@ def bench(
             figures.append(entry | {"seconds": took, "ratio": ratio})
     title = f"{dtype}, groups of {group_size}, {counted(torch.get_num_threads(), 'thread')}"
     header = ["in x out", "rows", "float, us", "int4, us", "times faster"]
-    console.print(Grid(title, header, [[Cell(text) for text in line] for line in lines]).to_rich())
+    console.print(Table(title, header, [[Cell(text) for text in line] for line in lines]).to_rich())
     write_json({"threads": torch.get_num_threads(), "group_size": group_size, "layers": figures}, json_path)

@@ -15,7 +15,7 @@ EXTRAS = {"hf": ("transformers", "tokenizers"), "report": ("jinja2", "matplotlib
 
 
 def facts() -> list[tuple[str, str]]:
-    """(name, value) of what decides which code runs."""
+    """List what decides which code runs: (name, value)."""
     import torch
 
     from .. import _C, __version__, _abi
@@ -34,7 +34,7 @@ def facts() -> list[tuple[str, str]]:
 
 
 def wrong_kernels() -> list[str]:
-    """Tries each level of kernels on a small layer: a line for every one whose result is not the reference's."""
+    """Try each level of kernels on a small layer; a line for every one whose result is not the reference's."""
     import torch
 
     from .. import _C, QuantLinear
@@ -60,7 +60,7 @@ def wrong_kernels() -> list[str]:
 
 
 def extras() -> list[tuple[str, str]]:
-    """(extra, what it brings and has, or what is missing) of each optional part."""
+    """List the optional parts: (extra, the versions it has, or what is missing)."""
     found = []
     for extra, names in EXTRAS.items():
         missing = [name for name in names if find_spec(name) is None]

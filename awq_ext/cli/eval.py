@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from torch import nn
 
-from ..reporting.tables import Cell, Grid
+from ..reporting.tables import Cell, Table
 from .options import (
     Dtype,
     JsonPath,
@@ -68,10 +68,10 @@ def eval(
         [Cell(name), Cell(f"{one.tokens:,}"), *(Cell(plus_minus(one[measure])) for measure in measures)]
         for name, one in found.items()
     ]
-    console.print(Grid(str(model_dir), ["text", "tokens", *measures], rows).to_rich())
+    console.print(Table(str(model_dir), ["text", "tokens", *measures], rows).to_rich())
     write_json({name: one.to_dict() for name, one in found.items()}, json_path)
 
 
 def _vocabulary(model: nn.Module) -> int:
-    """How many tokens a model can read."""
+    """Count the tokens that a model can read."""
     return model.get_input_embeddings().num_embeddings

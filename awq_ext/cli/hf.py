@@ -1,10 +1,10 @@
-"""Hugging Face directories and texts, as the commands read and write them."""
+"""Read and write Hugging Face directories and texts for the commands."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checkpoints.conversions import transformers
 from ..checkpoints.saved import INDEX_NAME, CheckpointError
 from ..checkpoints.saved import read_report as checkpoint_report
+from ..checkpoints.shards import first_json, read_json
 from ..integrations.pretrained import from_pretrained, save_pretrained
 from ..reporting.report import AwqReport
 from .options import say
@@ -25,7 +26,7 @@ _LONGEST_TOKEN = 24
 
 
 def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
-    """The causal language model in a directory, in evaluation mode: float, or quantized in any layout."""
+    """Load the causal language model of a directory, float or quantized in any layout, in evaluation mode."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
     if not (directory / "config.json").exists():
@@ -40,26 +41,18 @@ def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
 
 
 def is_quantized(directory: Path) -> bool:
-    """Whether a directory says of itself that its weights are quantized."""
-    return (directory / INDEX_NAME).exists() or "quantization_config" in read_object(directory / "config.json")
+    """Tell whether a directory says of itself that its weights are quantized."""
+    return (directory / INDEX_NAME).exists() or "quantization_config" in read_config(directory)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} if there is no such file. ValueError, naming it, for what is none."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return found
+def read_config(directory: Path) -> Mapping[str, Any]:
+    """Read config.json; empty where there is none. ValueError for one that is damaged."""
+    return first_json(directory, "config.json") or {}
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Its tokenizer. ValueError where there is none that can be loaded."""
-    if not read_object(directory / "config.json"):
+    """Load the tokenizer of a directory. ValueError where there is none that can be loaded."""
+    if not read_config(directory):
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     try:
         return transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -78,27 +71,23 @@ def save_model(model: nn.Module, directory: Path, format: str) -> None:
 
 
 def read_report(directory: Path) -> AwqReport:
-    """The report that :func:`save_model` or ``awq_ext.save`` left. ValueError where there is none."""
+    """Read the report that :func:`save_model` or ``awq_ext.save`` left. ValueError where there is none."""
     path = directory / REPORT_NAME
-    if path.exists():
-        return _report(read_object(path), path)
+    if not path.exists():
+        try:
+            return checkpoint_report(directory)
+        except CheckpointError as error:
+            raise ValueError(
+                f"{directory} holds no report: {REPORT_NAME} is written by awq-ext quantize ({error})"
+            ) from error
     try:
-        return checkpoint_report(directory)
-    except CheckpointError as error:
-        raise ValueError(
-            f"{directory} holds no report: {REPORT_NAME} is written by awq-ext quantize ({error})"
-        ) from error
-
-
-def _report(values: dict[str, Any], path: Path) -> AwqReport:
-    try:
-        return AwqReport.from_dict(values)
+        return AwqReport.from_dict(read_json(path))
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged, or of another version: {error}") from error
 
 
 def read_text(path: Path, tokenizer: Any) -> str:
-    """The text of a file; of a .jsonl file all "text" fields, or "messages" through the model's chat template."""
+    """Read the text of a file; of a .jsonl file all "text" fields, or "messages" through the model's chat template."""
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -111,7 +100,7 @@ def read_text(path: Path, tokenizer: Any) -> str:
 
 
 def _document(line: str, place: str, tokenizer: Any) -> str:
-    """The text of one line of a .jsonl file."""
+    """Read the text of one line of a .jsonl file."""
     try:
         entry = json.loads(line)
     except ValueError as error:
@@ -130,7 +119,7 @@ def _document(line: str, place: str, tokenizer: Any) -> str:
 
 
 def windows(paths: Sequence[Path], tokenizer: Any, count: int, length: int) -> list[Tensor]:
-    """Up to ``count`` windows int64 [1, length] of each text's beginning, as many of one text as of another."""
+    """Cut up to ``count`` windows int64 [1, length] from the beginnings of texts, as many of one as of another."""
     each = -(-count // len(paths))
     found = []
     for path in paths:
@@ -158,7 +147,7 @@ def note_lengths(model: nn.Module, batches: Sequence[Tensor], wanted: int = 0) -
 
 
 def named_texts(entries: Sequence[str]) -> dict[str, Path]:
-    """``code=src.txt`` or ``src.txt`` -> name (the file's own by default) and path. ValueError for what is no file."""
+    """Read ``code=src.txt`` or ``src.txt`` as name (the file's own by default) and path. ValueError for what is no file."""
     found: dict[str, Path] = {}
     for entry in entries:
         name, equals, rest = entry.partition("=")

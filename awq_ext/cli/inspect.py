@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.saved import read_index
-from .hf import REPORT_NAME, read_object, read_report
+from ..checkpoints.shards import INDEX, first_json
+from .hf import REPORT_NAME, read_config, read_report
 from .options import JsonPath, ModelDir, console_for, fact_table, one_line_errors, write_json
 
 
@@ -27,11 +29,11 @@ def inspect(model_dir: ModelDir, json_path: JsonPath = None) -> None:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """What the files of a directory say. ValueError for one without safetensors files or with a damaged one."""
+    """Collect what the files of a directory say. ValueError for one without safetensors files or with a damaged one."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{directory} has no .safetensors file: there is nothing to inspect")
-    if index := read_object(directory / "model.safetensors.index.json"):
+    if index := first_json(directory, INDEX):
         named = set((index.get("weight_map") or {}).values())
         if missing := sorted(named - {file.name for file in files}):
             raise ValueError(f"{directory} is not whole: its index names {', '.join(missing)}, which is missing")
@@ -40,7 +42,7 @@ def describe(directory: Path) -> dict[str, Any]:
         for dtype, count in read_header(file):
             tensors[dtype] += 1
             elements[dtype] += count
-    config = read_object(directory / "config.json")
+    config = read_config(directory)
     facts: dict[str, Any] = {
         "model": ", ".join(config.get("architectures") or []) or config.get("model_type", "unknown"),
         "format": "float",
@@ -66,7 +68,7 @@ def _own(directory: Path) -> dict[str, Any]:
     return facts | ({"report": index["report"].summary()} if index["report"] else {})
 
 
-def _quantization(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Of a directory whose config.json (or another file of a tool) tells how it is quantized; {} for a float one."""
     from ..checkpoints.quantized_dir import OTHER_CONFIGS, QuantDir
 
@@ -90,7 +92,7 @@ def _quantization(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> list[tuple[str, int]]:
-    """(dtype, elements) of each tensor of a safetensors file; ValueError for one that is damaged or cut off."""
+    """Read (dtype, elements) of each tensor of a safetensors file; ValueError for one that is damaged or cut off."""
     from math import prod
 
     from safetensors import SafetensorError, safe_open

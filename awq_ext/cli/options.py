@@ -1,4 +1,4 @@
-"""What several commands share: options, their checks, and how figures and errors come out."""
+"""Share options, their checks, and the output of figures and errors between commands."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
 def fail(problem: object) -> typer.Exit:
-    """One line on what is wrong, and exit code 1."""
+    """Print one line on what is wrong; raise the result for exit code 1."""
     say("[red]error:[/red] " + escape(str(problem)))
     return typer.Exit(code=1)
 
 
 def say(text: str) -> None:
-    """A line on standard error, in rich's markup."""
+    """Print a line on standard error, in rich's markup."""
     Console(stderr=True).print(text, soft_wrap=True)
 
 
 def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
-    """Errors that say what a user can do about them come out as one line; bugs keep their traceback."""
+    """Print errors that a user can do something about as one line; bugs keep their traceback."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> T:
@@ -50,7 +50,7 @@ def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
 
 
 def check_group_size(value: int) -> int:
-    """A group size that AwqConfig knows, else a usage error (exit code 2)."""
+    """Check that AwqConfig knows a group size; else a usage error (exit code 2)."""
     from ..config import GROUP_SIZES
 
     if value not in GROUP_SIZES:
@@ -59,7 +59,7 @@ def check_group_size(value: int) -> int:
 
 
 def check_format(value: str) -> str:
-    """A layout that awq_ext knows, else a usage error (exit code 2)."""
+    """Check that awq_ext knows a layout; else a usage error (exit code 2)."""
     from ..checkpoints.formats import LAYOUTS
 
     if value not in LAYOUTS:
@@ -68,7 +68,7 @@ def check_format(value: str) -> str:
 
 
 def check_output(value: Path | None) -> Path | None:
-    """A file that can be written, checked before the work rather than after; "-" is standard output."""
+    """Check that a file can be written, before the work rather than after; "-" is standard output."""
     if value is None or str(value) == "-":
         return value
     if value.is_dir() or not value.absolute().parent.is_dir():
@@ -79,7 +79,7 @@ def check_output(value: Path | None) -> Path | None:
 
 
 def check_directory(directory: Path) -> None:
-    """A usage error for a directory that could not be made or written when the work is done."""
+    """Check that a directory can be made and written when the work is done; else a usage error."""
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not there.is_dir():
         raise typer.BadParameter(f"{directory} cannot be made: {there} is a file", param_hint="OUT")
@@ -90,7 +90,7 @@ def check_directory(directory: Path) -> None:
 
 
 def check_report_extra() -> None:
-    """ImportError, before the work, where an HTML report could not be made."""
+    """Raise ImportError, before the work, where an HTML report could not be made."""
     from importlib.util import find_spec
 
     if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
@@ -98,7 +98,7 @@ def check_report_extra() -> None:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """``clip=false`` -> ("clip", False): the value is JSON or a word. A usage error unless it has the form FIELD=VALUE."""
+    """Parse ``clip=false`` to ("clip", False): the value is JSON or a word. A usage error unless it is FIELD=VALUE."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise typer.BadParameter(f"{text!r} is not FIELD=VALUE, such as clip=false")
@@ -109,13 +109,13 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def parse_method(text: str) -> dict[str, Any]:
-    """``awq,clip=false,label=no clip`` -> fields of AwqConfig, and its label."""
+    """Parse ``awq,clip=false,label=no clip`` to fields of AwqConfig and a label."""
     name, *fields = text.split(",")
     return {"label": text, "method": name} | dict(parse_setting(field) for field in fields)
 
 
 def fact_table(facts: Iterable[tuple[str, str]]) -> Table:
-    """Names and what they are, a line each."""
+    """Make a table of names and what they are, one on a line."""
     table = Table.grid(padding=(0, 2))
     for name, value in facts:
         table.add_row(name, escape(value))
@@ -123,12 +123,12 @@ def fact_table(facts: Iterable[tuple[str, str]]) -> Table:
 
 
 def console_for(json_path: Path | None) -> Console:
-    """Where the human output goes: standard error when the figures go to standard output."""
+    """Choose where the human output goes: to standard error when the figures go to standard output."""
     return Console(stderr=json_path is not None and str(json_path) == "-")
 
 
 def write_json(figures: Mapping[str, Any], path: Path | None) -> None:
-    """The figures to a file, or to standard output for "-"."""
+    """Write the figures to a file, or to standard output for "-"."""
     if path is None:
         return
     text = json.dumps(_finite(figures), indent=1, default=str, allow_nan=False) + "\n"
@@ -139,7 +139,7 @@ def write_json(figures: Mapping[str, Any], path: Path | None) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with None for what JSON has no word for."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -156,7 +156,7 @@ def set_threads(count: int | None) -> None:
 
 
 def read_settings(fields: Mapping[str, Any], more: Iterable[str]) -> dict[str, Any]:
-    """Fields of AwqConfig from options and from ``--set``, checked before a model is loaded for nothing."""
+    """Read fields of AwqConfig from options and ``--set``, checked before a model is loaded for nothing."""
     from ..config import AwqConfig
 
     chosen = {**fields, **dict(map(parse_setting, more))}

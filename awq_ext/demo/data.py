@@ -36,7 +36,7 @@ class NoSourceError(RuntimeError):
 
 
 def split_of(relative_path: str) -> Split:
-    """The split a module belongs to, from its path relative to the standard library (``json/decoder.py``)."""
+    """Find the split of a module from its path relative to the standard library (``json/decoder.py``)."""
     value = zlib.crc32(relative_path.replace("\\", "/").encode()) % 100
     if value < HELD_OUT_BELOW:
         return "held-out"
@@ -45,7 +45,7 @@ def split_of(relative_path: str) -> Split:
 
 @lru_cache(maxsize=4)
 def modules(root: str | None = None) -> dict[str, Path]:
-    """Relative path -> file of every module that counts as text, sorted by relative path."""
+    """Find every module that counts as text: relative path -> file, sorted."""
     base = Path(root or sysconfig.get_path("stdlib"))
     found = {}
     for file in base.rglob("*.py"):
@@ -65,7 +65,7 @@ def modules(root: str | None = None) -> dict[str, Path]:
 
 @lru_cache(maxsize=8)
 def text(split: Split, root: str | None = None) -> bytes:
-    """All modules of a split, one after the other in the order of their hash, each ended by a zero byte."""
+    """Join all modules of a split in the order of their hash, a zero byte between them."""
     chosen = [name for name in modules(root) if split_of(name) == split]
     # in alphabetical order, evenly spaced windows would still be fine, but neighbours would share a package
     chosen.sort(key=lambda name: zlib.crc32(b"order:" + name.encode()))
@@ -76,12 +76,12 @@ def text(split: Split, root: str | None = None) -> bytes:
 
 
 def tokens(split: Split, root: str | None = None) -> Tensor:
-    """The text of a split as token numbers: uint8 [length]."""
+    """Return the text of a split as token ids: uint8 [length]."""
     return torch.frombuffer(bytearray(text(split, root)), dtype=torch.uint8)
 
 
 def windows(stream: Tensor, count: int, length: int) -> Tensor:
-    """``count`` evenly spaced windows of a stream [n], not overlapping if it is long enough: int64 [count, length]."""
+    """Cut ``count`` evenly spaced windows int64 [count, length] from a stream [n], apart if it is long enough."""
     last = stream.numel() - length
     if last < 0:
         raise NoSourceError(f"the text has {stream.numel()} bytes, fewer than one window of {length}")
@@ -90,12 +90,12 @@ def windows(stream: Tensor, count: int, length: int) -> Tensor:
 
 
 def calibration_batches(count: int = 16, batch: int = 8, length: int = 256) -> list[Tensor]:
-    """What ``quantize`` is shown: ``count`` batches of int64 [batch, length] from modules used for nothing else."""
+    """Make ``count`` calibration batches int64 [batch, length] from modules used for nothing else."""
     return list(windows(tokens("calibration"), count * batch, length).split(batch))
 
 
 def held_out_tokens(limit: int, length: int = 256) -> Tensor:
-    """Windows to score, about ``limit`` tokens in all and never more than the text has: int64 [count, length]."""
+    """Cut windows to score, int64 [count, length]: about ``limit`` tokens, and never more than the text has."""
     stream = tokens("held-out")
     count = max(1, min(limit, stream.numel()) // length)
     return windows(stream, count, length)

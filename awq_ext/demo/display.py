@@ -26,12 +26,12 @@ kl, top1    how far its predictions are from the float model's, and how often
 
 
 def group_words(group_size: int) -> str:
-    """How many weights share a scale."""
+    """Say how many weights share a scale."""
     return "one scale a row" if group_size == -1 else f"in groups of {group_size}"
 
 
 def verdict(found: Comparison, bits: int) -> str:
-    """One sentence on RTN and AWQ at one width, as far as the scored windows can tell."""
+    """Compare RTN and AWQ at one width in a sentence, as far as the scored windows can tell."""
     rtn, awq = f"RTN {bits} bit", f"AWQ {bits} bit"
     gain, closed = found.difference(rtn, awq, TEXT), found.gap_closed(awq, TEXT, rtn)
     one, other = (found[label].evaluations[TEXT].measures["perplexity"].value for label in (rtn, awq))
@@ -50,7 +50,7 @@ def verdict(found: Comparison, bits: int) -> str:
 
 
 def reading_guide(found: Comparison) -> str:
-    """What the tables say, in words that follow from their figures only."""
+    """Say what the tables tell, in words that follow from their figures only."""
     packed = found["AWQ 4 bit"]
     own, beside = packed.speeds["steps"]
     lines = [
@@ -64,13 +64,13 @@ def reading_guide(found: Comparison) -> str:
 
 
 def printable(continuation: bytes) -> str:
-    """Bytes of the model as terminal text: no control characters but newlines."""
+    """Decode bytes of the model for a terminal: no control characters but newlines."""
     decoded = continuation.decode("utf-8", "replace")
     return "".join(c if c == "\n" or c.isprintable() else "·" for c in decoded)
 
 
 def completions(written: Mapping[str, bytes]) -> Text:
-    """The prompt, and what each model writes next; yellow once it leaves the float model's words."""
+    """Show the prompt and what each model writes next; yellow once it leaves the float model's words."""
     text = Text(printable(PROMPT), style="dim")
     of_float = printable(written[FLOAT])
     for label, continuation in written.items():
@@ -95,7 +95,7 @@ def show(result: DemoResult, console: Console) -> None:
 
 
 def run_and_show(tokens: int, group_size: int, console: Console) -> DemoResult:
-    """The whole demo: say what happens, do it with a progress bar, print the result."""
+    """Run the whole demo: say what happens, do it with a progress bar, print the result."""
     console.print(INTRODUCTION.format(groups=group_words(group_size)) + "\n")
     result = run_demo(tokens, group_size, progress=console.is_terminal)
     show(result, console)

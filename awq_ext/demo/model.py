@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary position embedding: two of fp32 [S, D]."""
+    """Compute cosines and sines of the rotary position embedding: two of fp32 [S, D]."""
     frequency = base ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angle = torch.outer(torch.arange(length, device=device).float(), frequency)
     angle = torch.cat((angle, angle), dim=-1)
@@ -144,7 +144,7 @@ class ByteLlama(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt: bytes, new_bytes: int = 80, temperature: float = 0.0, seed: int = 0) -> bytes:
-        """The bytes that follow ``prompt``: greedy at temperature 0, else sampled from a fixed seed.
+        """Generate the bytes that follow ``prompt``: greedy at temperature 0, else sampled from a fixed seed.
 
         Recomputes the whole prefix for every byte: a cache would be faster and would hide the model behind bookkeeping.
         """
@@ -161,7 +161,7 @@ class ByteLlama(nn.Module):
 
 
 def load_demo_model(dtype: torch.dtype = torch.bfloat16, path: Path = WEIGHTS) -> ByteLlama:
-    """The trained model that ships with the package, in evaluation mode."""
+    """Load the trained model that ships with the package, in evaluation mode."""
     with safe_open(path, framework="pt") as file:
         config = ByteLlamaConfig(**json.loads(file.metadata()["config"]))
     model = ByteLlama(config)

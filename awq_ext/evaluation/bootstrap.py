@@ -1,4 +1,4 @@
-"""Bootstrap: how far a mean over windows of text could have come out elsewhere, had other windows been drawn."""
+"""Bootstrap intervals: how far a mean over windows of text could have come out elsewhere, had other windows been drawn."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Measure:
         return float(self.transform(self.totals.sum() / self.counts.sum()))
 
     def replicates(self, resamples: int, seed: int) -> Tensor:
-        """The value over windows drawn with replacement: fp64 [resamples]. One seed draws the same windows for all measures."""
+        """Compute the value over windows drawn with replacement, fp64 [resamples]; one seed draws the same windows for all."""
         n = len(self.totals)
         generator = torch.Generator().manual_seed(seed)
         values = []
@@ -81,18 +81,18 @@ class Bootstrap:
             raise ValueError(f"resamples={self.resamples!r}: an int of at least 100 is needed")
 
     def estimate(self, measure: Measure) -> Estimate:
-        """The measure's value and interval."""
+        """Return the measure's value and interval."""
         return Estimate(measure.value, *self._interval(lambda: measure.replicates(self.resamples, self.seed), measure))
 
     def difference(self, one: Measure, other: Measure) -> Estimate:
-        """one - other, paired: both are scored on the same windows, and what a window does to both falls out.
+        """Subtract ``other``, paired: both are scored on the same windows, and what a window does to both falls out.
 
         Raises ValueError when they were not.
         """
         return self._paired(one, other, operator.sub)
 
     def ratio(self, one: Measure, other: Measure) -> Estimate:
-        """one / other, paired like :meth:`difference`."""
+        """Divide by ``other``, paired like :meth:`difference`."""
         return self._paired(one, other, operator.truediv)
 
     def _paired(self, one: Measure, other: Measure, operation: Callable[[Any, Any], Any]) -> Estimate:
@@ -124,7 +124,7 @@ class Bootstrap:
 
 
 def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution: exact for 1 and 2 degrees of freedom, else the Cornish-Fisher expansion.
+    """Compute a quantile of Student's t distribution: exact for 1 and 2 degrees of freedom, else the Cornish-Fisher expansion.
 
     Its first four terms (Abramowitz & Stegun 26.7.5) are within 2 % at the 97.5 % point from 3 degrees of freedom on.
     """

@@ -1,4 +1,4 @@
-"""compare(): one model quantized in several ways, each scored on every kind of traffic. The model stays as it is."""
+"""Quantize a model by several methods and score each result on every kind of traffic; the model stays as it is."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from ..forwards.mode import calibration_mode
 from ..forwards.outputs import targets_of
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
+from ..reporting.warn import warn
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap
 from .comparison import FLOAT, Comparison, Variant
 from .cost import model_bytes, race
 from .evaluate import Evaluation, Metric, evaluate
-from .shared_copy import Twin
+from .shared_copy import SharedCopy
 
 Method = str | Mapping[str, Any] | AwqConfig
 
@@ -60,8 +61,8 @@ def compare(
     Returns a :class:`Comparison`: print it, show it in a notebook, ``to_markdown()``, ``to_json()``. A method that fails has its
     error in the table, and a warning; the others are done nevertheless.
 
-    ``model`` is never written, so an error or an interrupt cannot harm it either: each method works on a twin that shares the
-    model's matrices, one at a time. Peak memory is what quantizing the model in place takes. Raises TypeError or ValueError for
+    ``model`` is never written, so an error or an interrupt cannot harm it either: each method works on a copy that shares
+    its matrices, one at a time. Peak memory is what quantizing the model in place takes. Raises TypeError or ValueError for
     unusable arguments before any work, RuntimeError if every method failed.
     """
     if not isinstance(traffic, Mapping) or not traffic:
@@ -82,14 +83,14 @@ def compare(
     if len(failed) == len(configs):
         raise RuntimeError("every method failed: " + "; ".join(f"{row.label}: {row.error}" for row in failed))
     for row in failed:
-        warnings.warn(f"{row.label} failed: {row.error}", UserWarning, stacklevel=3)  # past restoring()
+        warn(f"{row.label} failed: {row.error}")
     return Comparison(_with_float_speeds(rows), list(samples), torch.get_num_threads(), bootstrap or Bootstrap())
 
 
 def read_methods(
     methods: Sequence[Method] | Mapping[str, Method], settings: Mapping[str, Any] | None = None
 ) -> dict[str, AwqConfig]:
-    """Label -> settings of each method. TypeError or ValueError for what is none, or for two of one label."""
+    """Read ``methods`` as settings by label. TypeError or ValueError for what is no method, or for two of one label."""
     if isinstance(methods, (str, AwqConfig)) or not isinstance(methods, (Sequence, Mapping)) or not methods:
         raise TypeError(f'methods={methods!r}: a sequence is needed, such as ["rtn", "awq"]')
     labelled = list(methods.items()) if isinstance(methods, Mapping) else [(None, method) for method in methods]
@@ -115,7 +116,7 @@ def _read_method(method: Method, settings: dict[str, Any]) -> tuple[str, AwqConf
 
 
 def _label(fields: Mapping[str, Any]) -> str:
-    """The method, and what else is not at its default."""
+    """Name a method by itself and by the settings that are not at their default."""
     plain = AwqConfig().to_dict()
     others = [f"{k}={v}" for k, v in fields.items() if k != "method" and v != plain.get(k)]
     return " ".join([str(fields.get("method", plain["method"])), *others])
@@ -138,7 +139,7 @@ class _Run:
         return Variant(FLOAT, None, model_bytes(self.model), evaluations=evaluations)
 
     def attempt(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: tqdm) -> Variant:
-        """The row of one method, or of its failure."""
+        """Quantize and score by one method; a row with the error if that fails."""
         done = bar.n
         try:
             return self._row(label, config, reading, bar)
@@ -148,25 +149,25 @@ class _Run:
 
     def _row(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: tqdm) -> Variant:
         bar.set_postfix_str(f"{label}: quantizing")
-        twin = Twin.of(self.model)
+        copied = SharedCopy.of(self.model)
         began = time.perf_counter()
         with warnings.catch_warnings(record=True):  # they stand in the report
             warnings.simplefilter("always")
-            quantize(twin.module, self.calib, config, progress=False, **reading)
+            quantize(copied.module, self.calib, config, progress=False, **reading)
         seconds = time.perf_counter() - began
-        twin.check()
+        copied.check()
         bar.update()
         bar.set_postfix_str(f"{label}: scoring")
         return Variant(
             label,
             config.to_dict(),
-            model_bytes(twin.module),
+            model_bytes(copied.module),
             seconds=seconds,
             simulated=not config.packed,
-            evaluations=self._score(label, twin.module, bar),
+            evaluations=self._score(label, copied.module, bar),
             # a fake-quantized model computes with float weights: its speed is the float model's
-            speeds=self._speeds(twin.module) if config.packed else {},
-            report=twin.module.awq_report,
+            speeds=self._speeds(copied.module) if config.packed else {},
+            report=copied.module.awq_report,
         )
 
     def _score(self, label: str, module: nn.Module, bar: tqdm) -> dict[str, Evaluation]:
@@ -181,7 +182,7 @@ class _Run:
         return found
 
     def _speeds(self, module: nn.Module) -> dict[str, tuple[float, float]]:
-        """Kind of call -> tokens (or rows) a second of ``module`` and of the float model, measured in turns."""
+        """Measure tokens (or rows) a second of ``module`` and of the float model, in turns, for each kind of call."""
         if self.speed_seconds <= 0:
             return {}
         device = next(module.parameters()).device
@@ -199,7 +200,10 @@ class _Run:
 
 
 def _speed_calls(call: Call) -> dict[str, Call]:
-    """ "windows": the sample as it is; "steps", where all it holds are token ids and masks: its first token alone."""
+    """Derive the timed calls from a sample: "windows", the sample itself, and "steps", its first token alone.
+
+    Only a sample of nothing but token ids and masks has the second one.
+    """
     tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
     calls = {"windows": call}
     if tensors and all(t.dim() == 2 and not t.is_floating_point() for t in tensors):
@@ -213,7 +217,7 @@ def _rows(call: Call) -> int:
 
 
 def _with_float_speeds(rows: list[Variant]) -> list[Variant]:
-    """The float row with the best speed that it showed beside any method."""
-    kinds = {kind for row in rows for kind in row.speeds}
-    best = {kind: max(row.speeds[kind][1] for row in rows if kind in row.speeds) for kind in kinds}
-    return [replace(rows[0], speeds={kind: (value, value) for kind, value in best.items()}), *rows[1:]]
+    """Give the float row the best speed that it showed beside any method."""
+    timed = {call for row in rows for call in row.speeds}
+    best = {call: max(row.speeds[call][1] for row in rows if call in row.speeds) for call in timed}
+    return [replace(rows[0], speeds={call: (value, value) for call, value in best.items()}), *rows[1:]]

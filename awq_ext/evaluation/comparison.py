@@ -1,4 +1,4 @@
-"""Comparison: what compare() found, as a table that says which differences are within the noise."""
+"""What compare() found, as tables that say which differences are within the noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Group
 
 from ..reporting.report import AwqReport
-from ..reporting.tables import Cell, Grid, as_text, counted
+from ..reporting.tables import Cell, Table, as_text, counted
 from .bootstrap import Bootstrap, Estimate
 from .evaluate import Evaluation
 
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def measures(self) -> list[str]:
-        """The names of what was measured, as in :class:`Evaluation`."""
+        """The names of the measures, as in :class:`Evaluation`."""
         return list(dict.fromkeys(name for row in self._done for name in row.evaluations[self.traffic[0]].measures))
 
     @property
@@ -75,11 +75,11 @@ class Comparison:
         return [row for row in self.rows[1:] if not row.error]
 
     def difference(self, one: str, other: str, traffic: str, measure: str = "perplexity") -> Estimate:
-        """The measure of ``one`` minus that of ``other``, paired over windows; ``within_noise`` where it may be nothing."""
+        """Subtract the measure of ``other`` from that of ``one``, paired over windows; ``within_noise`` where it may be nothing."""
         return self[one].evaluations[traffic].difference(self[other].evaluations[traffic], measure)
 
     def best(self, traffic: str, measure: str = "perplexity") -> list[str]:
-        """Labels of the best method, then of those that cannot be told apart from it. The float model does not take part."""
+        """List the best method, then those that cannot be told apart from it. The float model does not take part."""
         return list(self._best[traffic, measure])
 
     @cached_property
@@ -94,21 +94,21 @@ class Comparison:
         return [order[0], *ties]
 
     def gap_closed(self, label: str, traffic: str, baseline: str = "rtn") -> float | None:
-        """Share of the perplexity that ``baseline`` loses against float that ``label`` wins back.
+        """Return the share of the perplexity lost by ``baseline`` against float that ``label`` wins back.
 
         None where the baseline does not lose more than the noise.
         """
         gap = self.difference(baseline, FLOAT, traffic)
         return self.difference(baseline, label, traffic).value / gap.value if gap.low > 0 else None
 
-    def grids(self) -> list[Grid]:
-        """The tables: what each method costs, then what it scores on each kind of traffic."""
-        return [self._cost_grid(), *(self._score_grid(name) for name in self.traffic)]
+    def tables(self) -> list[Table]:
+        """Make the tables: what each method costs, then what it scores on each kind of traffic."""
+        return [self._cost_table(), *(self._score_table(name) for name in self.traffic)]
 
-    def _cost_grid(self) -> Grid:
-        kinds = [kind for kind in ("windows", "steps") if kind in self.rows[0].speeds]
+    def _cost_table(self) -> Table:
         titles = {"windows": "tokens/s", "steps": "tokens/s, single"}
-        header = ["method", "MB", "of float", "seconds", *(t for k in kinds for t in (titles[k], "× float"))]
+        timed = [call for call in titles if call in self.rows[0].speeds]
+        header = ["method", "MB", "of float", "seconds", *(t for call in timed for t in (titles[call], "× float"))]
         if "perplexity" not in self.measures:
             header = [name.replace("tokens", "rows") for name in header]
         rows = []
@@ -119,14 +119,14 @@ class Comparison:
             size = f"{_megabytes(row.size_bytes)}{'*' if row.simulated else ''}"
             cells = [row.label, size, f"{row.size_bytes / self.rows[0].size_bytes:.0%}"]
             cells.append("" if row.seconds is None else f"{row.seconds:.1f}")
-            for kind in kinds:
-                own, beside = row.speeds.get(kind, (math.nan, math.nan))
+            for call in timed:
+                own, beside = row.speeds.get(call, (math.nan, math.nan))
                 known = math.isfinite(own)
                 cells += [f"{own:,.0f}" if known else "", f"{own / beside:.2f}" if known and row.config else ""]
             rows.append([Cell(text) for text in cells])
-        return Grid(f"Cost ({counted(self.threads, 'thread')})", header, rows)
+        return Table(f"Cost ({counted(self.threads, 'thread')})", header, rows)
 
-    def _score_grid(self, traffic: str) -> Grid:
+    def _score_table(self, traffic: str) -> Table:
         language = "perplexity" in self.measures
         baseline = language and any(row.label == "rtn" for row in self._done)
         header = ["method", *self.measures]
@@ -135,7 +135,7 @@ class Comparison:
         rows = [self._scores(row, traffic, baseline, len(header)) for row in self.rows if not row.error]
         scored = self.rows[0].evaluations[traffic]
         unit = "tokens" if language else "values"
-        return Grid(f"{traffic}: {scored.tokens:,} {unit} in {counted(scored.windows, 'window')}", header, rows)
+        return Table(f"{traffic}: {scored.tokens:,} {unit} in {counted(scored.windows, 'window')}", header, rows)
 
     def _scores(self, row: Variant, traffic: str, baseline: bool, width: int) -> list[Cell]:
         found = row.evaluations[traffic]
@@ -156,13 +156,13 @@ class Comparison:
         return cells + [Cell("")] * (width - len(cells))
 
     def _like_rtn(self, row: Variant) -> bool:
-        """Whether RTN's loss is what this row could have won back: the same bits, the same groups."""
+        """Tell whether a row has RTN's bits and groups, so that RTN's loss is what it could win back."""
         if row.config is None or row.label == "rtn":
             return False
         return all(row.config[name] == self["rtn"].config[name] for name in ("bits", "group_size", "symmetric"))
 
     def notes(self) -> list[str]:
-        """How to read the tables, and what they say of each kind of traffic."""
+        """Explain how to read the tables, and what they say of each kind of traffic."""
         share = f"{self.bootstrap.confidence:.0%}"
         lines = [f"±: half the {share} bootstrap interval over windows; {NOISE}: not told apart from the best (bold)"]
         if any(row.simulated for row in self.rows):
@@ -179,7 +179,7 @@ class Comparison:
         return lines + [f"{row.label} failed: {row.error}" for row in self.rows if row.error]
 
     def __rich__(self) -> Group:
-        return Group(*(grid.to_rich() for grid in self.grids()), "\n".join(self.notes()))
+        return Group(*(table.to_rich() for table in self.tables()), "\n".join(self.notes()))
 
     def __str__(self) -> str:
         return as_text(self.__rich__())
@@ -188,14 +188,14 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """All tables and notes as Markdown."""
-        parts = [grid.to_markdown() for grid in self.grids()]
+        parts = [table.to_markdown() for table in self.tables()]
         return "\n\n".join([*parts, "\n".join(f"- {line}" for line in self.notes())]) + "\n"
 
     def _repr_html_(self) -> str:
         from html import escape
 
         notes = "".join(f"<li>{escape(line)}</li>" for line in self.notes())
-        return "<div>" + "".join(grid.to_html() for grid in self.grids()) + f"<ul>{notes}</ul></div>"
+        return "<div>" + "".join(table.to_html() for table in self.tables()) + f"<ul>{notes}</ul></div>"
 
     def to_dict(self) -> dict[str, Any]:
         """Every figure with its interval, differences from float and who is best: plain values, ready for JSON."""
@@ -226,19 +226,19 @@ class Comparison:
 
 
 def _megabytes(count: int) -> str:
-    """Three digits at least: small models have sizes too."""
+    """Format a size with three digits at least: small models have sizes too."""
     return f"{count / 1e6:,.1f}" if count >= 10**7 else f"{count / 1e6:.3g}"
 
 
 def _over_float(one: Evaluation, float_one: Evaluation) -> str:
-    """How much higher the perplexity is, in percent: a ratio varies less between easy and hard windows than a difference."""
+    """Format how much higher the perplexity is, in percent: a ratio varies less between windows than a difference."""
     ratio = one.ratio(float_one, "perplexity")
     percent = Estimate(*(100 * (value - 1) for value in (ratio.value, ratio.low, ratio.high)))
     return f"{plus_minus(percent, '+')} %"
 
 
 def plus_minus(estimate: Estimate, sign: str = "") -> str:
-    """``0.213 ± 0.014``; the value alone where the interval is not known."""
+    """Format an estimate as ``0.213 ± 0.014``, or as the value alone where the interval is not known."""
     half = (estimate.high - estimate.low) / 2
     if not math.isfinite(half):
         return f"{estimate.value:{sign}.4f}"

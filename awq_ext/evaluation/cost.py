@@ -20,13 +20,13 @@ from ..undo import interrupt
 
 
 def linear_bytes(layer: LayerReport) -> int:
-    """Packed size of a Linear: its codes, and for each group of each row a 2-byte scale and a zero of half a byte."""
+    """Compute the packed size of a Linear: its codes, and for each group of each row a 2-byte scale and a zero of half a byte."""
     groups = reference.group_count(layer.in_features, layer.group_size)
     return -(-layer.out_features * (layer.in_features * layer.bits + 20 * groups) // 8)
 
 
 def model_bytes(model: nn.Module, float_bytes: int | None = None) -> int:
-    """Size of all parameters and buffers: int4 layers as they are, fake-quantized ones as if packed, the rest by its dtype.
+    """Count the bytes of parameters and buffers: int4 layers as they are, fake-quantized ones as if packed, the rest by dtype.
 
     float_bytes: bytes of each of the rest instead, for weights that are held wider than they are stored.
     """
@@ -49,7 +49,7 @@ _MOST_COPIES = 96
 
 @torch.no_grad()
 def race(runners: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Seconds of one call of each runner: the best of many, since other programs only slow one down.
+    """Time one call of each runner, in seconds: the best of many, since other programs only slow one down.
 
     The runners take turns for ``seconds`` each, so that whatever else the machine does meets all of them.
     """
@@ -66,7 +66,7 @@ def race(runners: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, 
 
 
 def read_bandwidth(seconds: float = 0.3) -> float:
-    """Bytes a second at which this process reads memory that is in no cache, with torch's threads."""
+    """Measure at how many bytes a second this process reads memory that is in no cache, with torch's threads."""
     parts = torch.ones(8, 32 << 20, dtype=torch.uint8)
     turns = itertools.cycle(parts)
     return parts[0].numel() / race({"read": lambda: next(turns).amax()}, seconds)["read"]
@@ -75,9 +75,9 @@ def read_bandwidth(seconds: float = 0.3) -> float:
 def rotating_layers(
     in_features: int, out_features: int, group_size: int, dtype: torch.dtype
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """ "float" and "int4": a Linear each, of random weights, in copies that are called in turn.
+    """Make a float and an int4 Linear of random weights, each in copies that are called in turn.
 
-    So many copies that a call finds its weight in no cache, as in a model of many layers.
+    There are so many copies that a call finds its weight in no cache, as in a model of many layers.
     """
     linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
     weight = QuantizedWeight.of_codes(*kernels.quantize_weight(linear.weight.detach().float(), group_size), group_size)

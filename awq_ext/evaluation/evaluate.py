@@ -1,4 +1,4 @@
-"""evaluate(): how good a model is on given samples, and how far from another one, with intervals."""
+"""Score a model on samples, alone and against a reference model, with intervals."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Evaluation:
         return self.measures[name]
 
     def difference(self, other: Evaluation, name: str) -> Estimate:
-        """self - other in the measure ``name``, paired window by window. ValueError unless both saw the same samples."""
+        """Subtract ``other`` in the measure ``name``, paired window by window. ValueError unless both saw the same samples."""
         return self.bootstrap.difference(self._measure(name), other._measure(name))
 
     def ratio(self, other: Evaluation, name: str) -> Estimate:
-        """self / other in the measure ``name``, paired like :meth:`difference`."""
+        """Divide by ``other`` in the measure ``name``, paired like :meth:`difference`."""
         return self.bootstrap.ratio(self._measure(name), other._measure(name))
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def evaluate(
 
 
 class _MetricScorer:
-    """Values of a user's functions, one a row."""
+    """Collects the values of a user's metrics, one for each row."""
 
     def __init__(self, metric: Metric | Mapping[str, Metric]) -> None:
         self.metrics = dict(metric) if isinstance(metric, Mapping) else {getattr(metric, "__name__", "metric"): metric}
@@ -138,7 +138,7 @@ class _MetricScorer:
 
 
 class _TokenScorer:
-    """Sums of next-token scores, one of each a window."""
+    """Sums next-token scores over each window."""
 
     def __init__(self, model: nn.Module, against: bool) -> None:
         # the logits of a decoder that reads shifted labels stand at the position they predict
@@ -177,13 +177,13 @@ class _TokenScorer:
 
 
 def window_scores(logits: Tensor, expected: Tensor | None, targets: Tensor, counted: Tensor) -> Tensor:
-    """Sums over the counted tokens of each window: fp64 [2 or 4, B]: tokens, -log p, and against ``expected`` KL and agreement.
+    """Sum next-token scores over the counted tokens of each window: fp64 [2 or 4, B].
 
+    Its rows: tokens, -log p and, against ``expected``, KL divergence and agreement of the likeliest token.
     logits, expected [B, T, V]; targets int64 and counted bool [B, T].
     """
     positions = counted.nonzero()
-    kinds = 2 if expected is None else 4
-    sums = torch.zeros(kinds, len(logits), dtype=torch.float64, device=logits.device)
+    sums = torch.zeros(2 if expected is None else 4, len(logits), dtype=torch.float64, device=logits.device)
     for part in positions.split(max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])):
         window, place = part.unbind(1)
         model = F.log_softmax(logits[window, place].float(), -1)
@@ -200,7 +200,7 @@ def window_scores(logits: Tensor, expected: Tensor | None, targets: Tensor, coun
 
 
 def _logits_like(expected: Any, logits: Tensor) -> Tensor:
-    """The reference's logits at the positions of ``logits`` [B, T, V]. ValueError where the two models predict other things."""
+    """Take the reference's logits at the positions of ``logits`` [B, T, V]. ValueError for another vocabulary or batch."""
     other = logits_of(expected)
     if other is None or other.shape[0] != logits.shape[0] or other.shape[2:] != logits.shape[2:]:
         what = "no next-token logits" if other is None else f"logits of {other.shape[-1]} tokens"

@@ -1,9 +1,8 @@
-"""salience(): which input channels matter, and whether the calibration shows the same ones as the traffic."""
+"""Find which input channels matter, and whether the calibration shows the same ones as the traffic."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,8 @@ from ..config import AwqConfig
 from ..forwards.lockstep import Stop
 from ..modules import unwrapped
 from ..pipeline.session import Session, session
-from ..reporting.tables import Cell, Grid, as_text
+from ..reporting.tables import Cell, Table, as_text
+from ..reporting.warn import warn
 from ..survey.survey import BlockSurvey
 from ..undo.thread_state import restoring
 
@@ -45,10 +45,10 @@ class LayerSalience:
     traffic: Mapping[str, Agreement | None] = field(default_factory=dict)
 
     def unlike(self, traffic: str) -> bool:
-        """Whether the calibration text fails to show the channels that matter to this traffic.
+        """Tell whether the calibration text fails to show the channels that matter to this traffic.
 
-        Fewer than half of the top channels are the same, and that is no matter of few tokens or of channels that are all alike:
-        two halves of the calibration text agree clearly better, in all channels too.
+        It does if fewer than half of the top channels are the same, while two halves of the calibration text agree clearly
+        better, in all channels too: then neither few tokens nor channels that are all alike explain it.
         """
         found, chance = self.traffic[traffic], self.halves or Agreement(1.0, 1.0)
         if found is None or found.overlap >= 0.5:
@@ -72,7 +72,7 @@ class Salience:
         raise KeyError(name)
 
     def unlike(self, traffic: str) -> list[str]:
-        """First layer of each group for which the calibration text does not represent this traffic."""
+        """Name the first layer of each group for which the calibration text does not represent this traffic."""
         return [row.layers[0] for row in self.rows if row.unlike(traffic)]
 
     @property
@@ -86,7 +86,7 @@ class Salience:
         return known[min(len(known) - 1, math.ceil(0.9 * len(known)))] if known else None
 
     def warnings(self) -> list[str]:
-        """What to change about the calibration."""
+        """Say what to change about the calibration."""
         found = []
         for name in self.traffic:
             if layers := self.unlike(name):
@@ -99,11 +99,11 @@ class Salience:
             found.append(f"{tokens:,} tokens are few: about {self.enough_tokens:,} would settle the channel means")
         return found
 
-    def grid(self) -> Grid:
-        """The table."""
+    def table(self) -> Table:
+        """Make the table, one row for each scale group."""
         header = ["input of", "channels", "top 1 % hold", "halves agree", *self.traffic, "tokens enough"]
         rows = [self._cells(row) for row in self.rows]
-        return Grid("Top 1 % of the channels shared with the calibration (rank correlation of all)", header, rows)
+        return Table("Top 1 % of the channels shared with the calibration (rank correlation of all)", header, rows)
 
     def _cells(self, row: LayerSalience) -> list[Cell]:
         shown = lambda a: "" if a is None else f"{a.overlap:.0%} ({a.correlation:.2f})"  # noqa: E731
@@ -113,15 +113,17 @@ class Salience:
         return [*map(Cell, texts), *marked, Cell(enough)]
 
     def __rich__(self) -> Any:
-        return self.grid().to_rich()
+        return self.table().to_rich()
 
     def __str__(self) -> str:
-        return "\n".join([as_text(self.grid().to_rich(), width=240), *(f"warning: {text}" for text in self.warnings())])
+        return "\n".join(
+            [as_text(self.table().to_rich(), width=240), *(f"warning: {text}" for text in self.warnings())]
+        )
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return self.grid().to_html()
+        return self.table().to_html()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values without the channels themselves, ready for JSON."""
@@ -190,7 +192,7 @@ def salience(
     rows = [_row(one, {n: found.get(one.layers[0]) for n, found in others.items()}, tolerance) for one in seen[None]]
     found = Salience(rows, list(others), tolerance)
     for text in found.warnings():
-        warnings.warn(text, UserWarning, stacklevel=3)  # past restoring()
+        warn(text)
     return found
 
 
@@ -236,7 +238,7 @@ def _row(one: _Seen, others: Mapping[str, _Seen | None], tolerance: float) -> La
 
 
 def _agreement(one: _Seen, values: Tensor, other: _Seen | None) -> Agreement | None:
-    """None where the traffic does not come to this input; nothing agrees where the calibration does not (rare experts)."""
+    """Compare one kind of traffic: None where none of it reaches this input, no agreement where no calibration row did."""
     if other is None or other.means.rows == 0:
         return None
     return agreement(values, other.salience(other.means.x_mean())) if one.means.rows else Agreement(0.0, 0.0)

@@ -1,4 +1,4 @@
-"""sensitivity(): what quantizing each layer alone costs the model, and which layers to keep at more bits under a budget."""
+"""Measure what quantizing each layer alone costs the model, and choose layers for more bits under a budget."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..forwards.outputs import distance_of, logits_of, norm_of, targets_of
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
 from ..reporting.report import AwqReport
-from ..reporting.tables import Cell, Grid, as_text
+from ..reporting.tables import Cell, Table, as_text
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap, Estimate, Measure
 from .cost import linear_bytes
 from .evaluate import window_scores
-from .shared_copy import Twin
+from .shared_copy import SharedCopy
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Sensitivity:
         return sum(part.cost.value for part in self.parts)
 
     def keep(self, bits: float, upper: int | str = "float") -> Kept:
-        """The parts that save most cost for each bit more, within ``bits`` stored bits a weight on average.
+        """Choose the parts that save most cost for each bit more, within ``bits`` stored bits a weight on average.
 
         upper: what they become: "float", or 5 to 8 (fake-quantized: int4 is the only packed width). A bit more makes rounding
         errors half and squared ones a quarter, which is how the cost of ``upper`` bits is estimated.
@@ -124,8 +124,8 @@ class Sensitivity:
         fields = {"bits": upper, "packed": False}
         return {"per_layer": {pattern: fields for pattern in patterns} | dict(self.config.per_layer)}
 
-    def grid(self, rows: int | None = None) -> Grid:
-        """The table, costliest first, ``rows`` of them."""
+    def table(self, rows: int | None = None) -> Table:
+        """Make the table, costliest first, of ``rows`` parts."""
         words = {"kl": "KL", "output": "output error"}[self.measure]
         ordered = sorted(self.parts, key=lambda part: -part.cost.value)[:rows]
         cells = [
@@ -133,7 +133,7 @@ class Sensitivity:
             for part in ordered
         ]
         title = f"Cost of quantizing one part alone; all together {self.together:.3g}, sum of parts {self.total:.3g}"
-        return Grid(
+        return Table(
             title, ["part", "weights", words, "interval", "of the sum"], [list(map(Cell, row)) for row in cells]
         )
 
@@ -141,15 +141,15 @@ class Sensitivity:
         return part.cost.value / self.total if self.total > 0 else 0.0
 
     def __rich__(self) -> Any:
-        return self.grid().to_rich()
+        return self.table().to_rich()
 
     def __str__(self) -> str:
-        return as_text(self.grid().to_rich(), width=160)
+        return as_text(self.table().to_rich(), width=160)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return self.grid(30).to_html()
+        return self.table(30).to_html()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -193,7 +193,7 @@ def sensitivity(
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples={samples!r}: a number of samples, at least 1, is needed")
     config, model, loader = configured(config, settings), unwrapped(model), list(loader)
-    quantized, trial = Twin.of(model), Twin.of(model)
+    quantized, trial = SharedCopy.of(model), SharedCopy.of(model)
     reading = {"tokenizer": tokenizer, "inputs": inputs}
     quantize(quantized.module, loader, config, blocks=blocks, progress=progress, fold="never", **reading)
     report = quantized.module.awq_report
@@ -202,23 +202,23 @@ def sensitivity(
     parts = _parts(report, by, model)
     bootstrap = bootstrap or Bootstrap()
     with torch.no_grad(), calibration_mode(model), calibration_mode(trial.module), calibration_mode(quantized.module):
-        judge = _Judge(model, calls)
-        together = judge.cost(quantized.module).value
+        outputs = _OutputCost(model, calls)
+        together = outputs.cost(quantized.module).value
         found = []
         for name, places in tqdm(parts.items(), "quantizing alone", disable=not progress):
             with _swapped(trial.module, {place: quantized.module.get_submodule(place) for place in places}):
-                cost = bootstrap.estimate(judge.cost(trial.module))
+                cost = bootstrap.estimate(outputs.cost(trial.module))
             layers = tuple(layer for held in places.values() for layer in held)
             found.append(_part(name, layers, cost, report, model))
     quantized.check()
     trial.check()
-    return Sensitivity(found, judge.measure, together, config)
+    return Sensitivity(found, outputs.measure, together, config)
 
 
 def _parts(report: AwqReport, by: str, model: nn.Module) -> dict[str, dict[str, list[str]]]:
-    """Name of each part -> the modules to swap -> their quantized layers, in calling order.
+    """Group the quantized layers, in calling order, by part and then by the module to swap.
 
-    Layers that the float model has not as modules (experts fused into one parameter) are swapped with what holds them.
+    Layers that are no modules in the float model (experts fused into one parameter) are swapped with what holds them.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     blocks = [block.name for block in report.blocks]
@@ -244,7 +244,7 @@ def _part(name: str, layers: tuple[str, ...], cost: Estimate, report: AwqReport,
 
 
 class _swapped:
-    """Other modules in the place of some, while the body runs."""
+    """Puts other modules in the place of a model's own while the body runs."""
 
     def __init__(self, root: nn.Module, modules: dict[str, nn.Module]) -> None:
         self.places = []
@@ -262,17 +262,17 @@ class _swapped:
             modules[leaf] = module
 
 
-class _Judge:
-    """How far the outputs of a model are from the float model's, which are held."""
+class _OutputCost:
+    """Measures how far the outputs of a model are from the float model's, which are held."""
 
     def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
         self.calls = calls
         self.expected = [run_call(model, call, index) for index, call in enumerate(calls)]
-        kinds = {_predicts(output, call) for output, call in zip(self.expected, calls, strict=True)}
-        self.measure = "kl" if kinds == {True} else "output"
+        predict = all(_predicts(output, call) for output, call in zip(self.expected, calls, strict=True))
+        self.measure = "kl" if predict else "output"
 
     def cost(self, model: nn.Module) -> Measure:
-        """The measure over all samples; windows, or samples, are its units."""
+        """Measure the distance over all samples; its units are windows for "kl", samples for "output"."""
         score = self._divergence if self.measure == "kl" else self._distance
         rows = [
             score(run_call(model, call, index), expected, call)

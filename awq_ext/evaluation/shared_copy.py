@@ -1,4 +1,4 @@
-"""A model's twin: modules of its own, the same matrices. What is quantized in place of a model that must stay as it is."""
+"""Copy a model without its matrices, to quantize the copy where the model must stay as it is."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Twin:
-    """A copy of a model that shares its matrices, and what tells if one was written."""
+class SharedCopy:
+    """A copy of a model: modules of its own, shared matrices, and their versions, which tell if one was written."""
 
     module: nn.Module
     shared: tuple[tuple[str, Tensor, int | None], ...]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Twin:
-        """``quantize`` replaces Linears and writes only norms, biases and routers, so all but these can be shared.
+    def of(cls, model: nn.Module) -> SharedCopy:
+        """Copy ``model``, sharing all but what ``quantize`` writes: norms, biases and routers.
 
         The copy takes little memory: vectors, routers, buffers, module objects. TypeError where ``copy.deepcopy`` fails.
         """
@@ -33,15 +33,15 @@ class Twin:
         return cls(module, tuple((name, p, _version(p)) for name, p in matrices.items()))
 
     def check(self) -> None:
-        """RuntimeError if a shared parameter was written since: a bug of this package, to be reported."""
+        """Raise RuntimeError if a shared parameter was written since: a bug of this package, to be reported."""
         if written := [name for name, tensor, version in self.shared if _version(tensor) != version]:
             raise RuntimeError(f"a method wrote to {written[0]}, which belongs to the float model: please report this")
 
 
 def _expert_counts(model: nn.Module) -> set[int]:
-    """Lengths of what may be the experts of a layer: a router [E, K] makes up for the scale of the norm before it.
+    """Find how many experts a layer may have: a router is a matrix [experts, K], written to undo the scale of its norm.
 
-    Lists of blocks are among them; whatever else has so few rows takes no memory to speak of.
+    Lengths of lists of blocks are among the numbers; whatever else has so few rows takes little memory.
     """
     lists = {len(module) for module in model.modules() if isinstance(module, nn.ModuleList)}
     return lists | {len(p) for p in model.parameters() if p.dim() > 2}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from ..forwards.probe import Probe, combined
 from ..modules import foldable_norms, unwrapped
 from ..reporting.report import AwqReport, LayerReport
 from ..reporting.tables import format_bytes
+from ..reporting.warn import warn
 from ..solving.bias import own_biases
 from ..solving.block_solver import BlockSolver
 from ..solving.solution import GroupSolution, build_layer
@@ -79,7 +79,7 @@ def quantize(
         _finish(opened, surveys, report)
         report.seconds = time.perf_counter() - started
         for text in report.warnings:
-            warnings.warn(text, UserWarning, stacklevel=3)  # past restoring()
+            warn(text)
         interrupt.check()
         # last, so that an exception until here (a warning may be one) leaves no report behind
         model.awq_report = report

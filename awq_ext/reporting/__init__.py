@@ -1,1 +1,1 @@
-"""What was done, as values, tables, plots and a page."""
+"""What was done, as values, tables, plots and a page; and warnings at the line of the caller."""

@@ -1,4 +1,4 @@
-"""The HTML page of a report: one file, nothing loaded from anywhere."""
+"""Render a report as one HTML file that loads nothing from anywhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tables import format_bytes
 
 _MOST_NAMES = 4  # in a warning or a reason; more of them are folded away
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-# Function of figures.py -> title, and what the plot says.
+# Function of plots.py -> title, and what the plot says.
 PLOTS = {
     "losses": (
         "Losses beside plain rounding",
@@ -48,13 +48,11 @@ PLOTS = {
 
 
 def render(report: AwqReport) -> str:
-    """The page. ImportError names the extra where jinja2 or matplotlib is missing."""
+    """Render the HTML. ImportError names the extra where jinja2 or matplotlib is missing."""
     try:
         import jinja2
 
-        from . import plots as figures
-
-        plots = _plots(report, figures)
+        plots = _plots(report)
     except ImportError as error:
         raise ImportError("an HTML report needs jinja2 and matplotlib: pip install 'awq-ext[report]'") from error
     environment = jinja2.Environment(
@@ -66,14 +64,16 @@ def render(report: AwqReport) -> str:
     )
 
 
-def _plots(report: AwqReport, figures: Any) -> list[tuple[str, str, str]]:
-    """(title, SVG, what it says), those that have anything to show."""
-    drawn = [(title, getattr(figures, name)(report), text) for name, (title, text) in PLOTS.items()]
+def _plots(report: AwqReport) -> list[tuple[str, str, str]]:
+    """Draw the plots that have anything to show: (title, SVG, what it says)."""
+    from . import plots
+
+    drawn = [(title, getattr(plots, name)(report), text) for name, (title, text) in PLOTS.items()]
     return [(title, svg, text) for title, svg, text in drawn if svg is not None]
 
 
 def _tiles(report: AwqReport) -> list[tuple[str, str]]:
-    """Figures of the summary: (what, how much)."""
+    """List the numbers of the summary: (what, how much)."""
     done = [row for row in report.layers if row.status != "float"]
     bits = sum(row.bits * row.in_features * row.out_features for row in done) / max(report.quantized_parameters, 1)
     loss, rtn = (sum(getattr(row, name) or 0.0 for row in done) for name in ("loss", "loss_rtn"))
@@ -92,7 +92,7 @@ def _tiles(report: AwqReport) -> list[tuple[str, str]]:
 
 
 def _layers(report: AwqReport) -> list[list[str]]:
-    """Rows of the table of quantized layers."""
+    """List the rows of the table of quantized layers."""
     return [_cells(row) for row in report.layers if row.status != "float"]
 
 
@@ -115,7 +115,7 @@ def _cells(row: LayerReport) -> list[str]:
 
 
 def _lists(report: AwqReport) -> dict[str, Any]:
-    """Everything that is a plain list: layers that stayed float by reason, blocks with a note, settings."""
+    """Collect what is shown as lists: layers that stayed float by reason, settings, warnings."""
     reasons: dict[str, list[str]] = {}
     for row in report.layers:
         if row.status == "float":
@@ -125,7 +125,7 @@ def _lists(report: AwqReport) -> dict[str, Any]:
 
 
 def _folded(warning: str) -> tuple[str, str]:
-    """(text, "") or, for one that begins with many names, (what is wrong with how many, their names)."""
+    """Split a warning that begins with many names into (how many and what is wrong, the names); others are (text, "")."""
     names, colon, text = warning.rpartition(": ")
     count = len(names.split(", "))
     return (f"{count} layers: {text}", names) if colon and count > _MOST_NAMES else (warning, "")

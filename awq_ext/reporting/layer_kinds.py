@@ -1,4 +1,4 @@
-"""The kinds of layers in a report: which play the same part in different blocks, where they stand, and what to call them."""
+"""Sort the layers of a report into kinds: layers that play the same part in different blocks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _WIDTH = 0.7  # of the distance of two blocks, taken by the experts of one
 
 
 def depth_and_kind(name: str) -> tuple[int | None, str]:
-    """``model.layers.3.mlp.up_proj`` -> (3, "mlp.up_proj"): the first number in a name is the block's; (None, name) without.
+    """Split a name into block and layer kind: ``model.layers.3.mlp.up_proj`` -> (3, "mlp.up_proj"), (None, name) without a block.
 
-    Further numbers are those of experts, which are of one kind: ``3.experts.7.w1`` -> (3, "experts.*.w1").
+    The first number in a name is the block's. Further ones are those of experts, which are of one kind:
+    ``3.experts.7.w1`` -> (3, "experts.*.w1").
     """
     parts = name.split(".")
     for position, part in enumerate(parts):
@@ -24,7 +25,7 @@ def depth_and_kind(name: str) -> tuple[int | None, str]:
 
 
 def by_kind(rows: Sequence[LayerReport]) -> dict[str, list[tuple[float, LayerReport]]]:
-    """Layers that play the same part in different blocks, with their place on the x axis: the block, or the order."""
+    """Group layers by kind, each with its place on the x axis: its block, or its number in calling order."""
     places = [depth_and_kind(row.name) for row in rows]
     kinds: dict[str, list[tuple[float, LayerReport]]] = {}
     # numbers mean blocks only where they repeat: a chain 0, 2, 4 of layers is one series
@@ -40,7 +41,7 @@ def by_kind(rows: Sequence[LayerReport]) -> dict[str, list[tuple[float, LayerRep
 
 
 def short_names(kinds: Sequence[str]) -> dict[str, str]:
-    """Each kind by the fewest of its last parts that tell it from the others: legends are narrow on a phone."""
+    """Name each kind by the fewest of its last parts that tell it from the others: legends are narrow on a phone."""
     found = {}
     for kind in kinds:
         parts = kind.split(".")
@@ -51,7 +52,7 @@ def short_names(kinds: Sequence[str]) -> dict[str, str]:
 
 
 def _spread(pairs: list[tuple[float, LayerReport]]) -> list[tuple[float, LayerReport]]:
-    """Layers of one place (the experts of a block) side by side around it, in their order."""
+    """Put layers of one place (the experts of a block) side by side around it, in their order."""
     counts, seen = Counter(place for place, _ in pairs), Counter[float]()
     found = []
     for place, row in pairs:

@@ -1,4 +1,4 @@
-"""The plots of the HTML report, as SVG text."""
+"""Draw the plots of the HTML report as SVG text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _STYLE = {
 
 
 def losses(report: AwqReport) -> str | None:
-    """Each layer's loss as a share of RTN's."""
+    """Plot each layer's loss as a share of RTN's."""
     rows = [row for row in report.layers if row.loss is not None and row.loss_rtn]
 
     def draw(axis: Any) -> None:
@@ -52,7 +52,7 @@ def losses(report: AwqReport) -> str | None:
 
 
 def absolute_losses(report: AwqReport) -> str | None:
-    """Both losses of each layer, on a logarithmic scale."""
+    """Plot both losses of each layer on a logarithmic scale."""
     rows = [row for row in report.layers if row.loss and row.loss_rtn]
 
     def draw(axis: Any) -> None:
@@ -72,7 +72,7 @@ def absolute_losses(report: AwqReport) -> str | None:
 
 
 def block_errors(report: AwqReport) -> str | None:
-    """How far the output of each block moved."""
+    """Plot how far the output of each block moved."""
     errors = [block.output_error for block in report.blocks]
     known = [(x, error) for x, error in enumerate(errors) if error is not None]
 
@@ -86,7 +86,7 @@ def block_errors(report: AwqReport) -> str | None:
 
 
 def alphas(report: AwqReport) -> str | None:
-    """The exponent that was chosen for each scale group; the identity lies at zero."""
+    """Plot the exponent that was chosen for each scale group; the identity lies at zero."""
     rows = [row for row in report.layers if row.status != "float" and row.group in ("", row.name) and row.scale]
 
     def draw(axis: Any) -> None:
@@ -97,7 +97,7 @@ def alphas(report: AwqReport) -> str | None:
 
 
 def tails(report: AwqReport) -> str | None:
-    """Salience of the channels, ranked: how much more the loudest hold than the mean."""
+    """Plot the salience of the channels, ranked: how much more the largest hold than the mean."""
     rows = [row for row in report.layers if row.tail]
 
     def draw(axis: Any) -> None:
@@ -122,12 +122,12 @@ def tails(report: AwqReport) -> str | None:
 
 
 def percent(value: float, _: Any = None) -> str:
-    """0.01 -> 1 %."""
+    """Format 0.01 as 1 %."""
     return f"{100 * value:g} %"
 
 
 def top_shares(report: AwqReport) -> str | None:
-    """Part of the salience that 1 % of the channels hold, by scale group."""
+    """Plot which part of the salience 1 % of the channels hold, by scale group."""
     rows = [row for row in report.layers if row.top_share is not None]
 
     def draw(axis: Any) -> None:
@@ -140,7 +140,7 @@ def top_shares(report: AwqReport) -> str | None:
 
 
 def folds(report: AwqReport) -> str | None:
-    """Where the scales went, by the part that a layer plays."""
+    """Plot where the scales went, by layer kind."""
     rows = [row for row in report.layers if row.status != "float"]
     kinds = by_kind(rows)
     places = {"norm": COLOURS[2], "linear": COLOURS[0], "weights": COLOURS[4], "run time": COLOURS[1], "": QUIET}
@@ -169,7 +169,7 @@ def folds(report: AwqReport) -> str | None:
 
 
 def tokens(report: AwqReport) -> str | None:
-    """Calibration rows that each input saw; nothing where all saw the same, which takes no plot to say."""
+    """Plot how many calibration rows each input saw; None where all saw the same number."""
     firsts = {row.name: row.tokens for row in report.layers}
     # experts that share a scale have rows of their own
     own = lambda row: row.group in ("", row.name) or row.tokens != firsts.get(row.group)  # noqa: E731
@@ -185,7 +185,7 @@ def tokens(report: AwqReport) -> str | None:
 
 
 def costs(report: AwqReport) -> str:
-    """Where the time went."""
+    """Plot where the time went."""
     rest = max(0.0, report.seconds - report.calibration_seconds - report.search_seconds)
     parts = {"calibration": report.calibration_seconds, "search and rounding": report.search_seconds, "rest": rest}
 
@@ -200,7 +200,7 @@ def costs(report: AwqReport) -> str:
 
 
 def scatter(axis: Any, rows: Sequence[LayerReport], value: Callable[[LayerReport], float]) -> None:
-    """One point a layer, by block; layers of one kind share a colour."""
+    """Draw one point for each layer, by block; layers of one kind share a colour."""
     kinds = by_kind(rows)
     short = short_names(list(kinds))
     for (color, marker, _), (kind, pairs) in zip(STYLES, kinds.items(), strict=False):
@@ -210,19 +210,19 @@ def scatter(axis: Any, rows: Sequence[LayerReport], value: Callable[[LayerReport
 
 
 def x_label(rows: Sequence[LayerReport]) -> str:
-    """What the x axis of scatter() counts."""
+    """Label the x axis of scatter()."""
     return "layer, in calling order" if "layers" in by_kind(rows) else "block"
 
 
 def whole_numbers(axis: Any) -> None:
-    """Ticks at integers only."""
+    """Put ticks at integers only."""
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plain_numbers(axis: Any) -> None:
-    """0.6 and 1000 on a logarithmic axis, in place of powers of ten; between them only where there is room."""
+    """Label a logarithmic axis with 0.6 and 1000 instead of powers of ten, and between them only where there is room."""
     from matplotlib.ticker import LogFormatter
 
     class Between(LogFormatter):
@@ -234,7 +234,7 @@ def plain_numbers(axis: Any) -> None:
 
 
 def drawn(name: str, draw: Callable[[Any], None], legend: bool = True, height: float = 3.1) -> str:
-    """The SVG element of one plot, narrow: to be read on a phone too. Ids carry ``name``: several fit into one page."""
+    """Draw one plot as an SVG element, narrow enough for a phone. Ids carry ``name``, so that one file holds several plots."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""AwqReport: what was done to each layer, and what it cost."""
+"""The record of a quantization: what was done to each layer, and what it cost."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class LayerReport:
 
 @dataclass
 class BlockReport:
-    """One block: relative error of its float output once folds were applied, of its quantized output, on the first batch.
+    """One block. fold_error: relative error of its float output once folds were applied; output_error: of its quantized output.
 
-    note: why its folds were given up, if they were.
+    Both on the first batch. note: why its folds were given up, if they were.
     """
 
     name: str
@@ -115,7 +115,7 @@ class AwqReport:
         return target
 
     def summary(self) -> str:
-        """One line: what became of the model."""
+        """Say in one line what became of the model."""
         done = [layer for layer in self.layers if layer.status != "float"]
         improved = sum(1 for r in done if r.loss is not None and r.loss_rtn is not None and r.loss < r.loss_rtn)
         return (

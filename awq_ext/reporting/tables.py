@@ -1,4 +1,4 @@
-"""Tables of text and numbers for the terminal, Markdown and HTML, and how numbers are written in them."""
+"""Tables for the terminal, Markdown and HTML, and how numbers are written in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from io import StringIO
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape as escape_rich
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 
@@ -23,7 +23,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Table:
     """A titled table; the first column is text, the others are figures."""
 
     title: str
@@ -31,9 +31,9 @@ class Grid:
     rows: Sequence[Sequence[Cell]]
 
     def to_rich(self) -> Group:
-        """For a terminal. The title is no part of the table, which would wrap it to its own width."""
+        """Render for a terminal. The title is no part of rich's table, which would wrap it to its own width."""
         # two spaces between columns, not three: eight figures fit into 80 columns
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for position, name in enumerate(self.header):
             word = max(map(len, name.split()), default=0)  # a heading may wrap, but only between its words
             align = "right" if position else "left"
@@ -43,14 +43,14 @@ class Grid:
         return Group(Text(self.title, style="bold"), table)
 
     def to_markdown(self) -> str:
-        """As a GitHub table under a bold title."""
+        """Render as a GitHub table under a bold title."""
         lines = [f"**{self.title}**", "", _markdown_row(self.header)]
         lines.append(_markdown_row([":--", *["--:"] * (len(self.header) - 1)]))
         lines += [_markdown_row([f"**{c.text}**" if c.best else c.text for c in row]) for row in self.rows]
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """As a table element with its caption."""
+        """Render as a table element with its caption."""
         head = "".join(f"<th>{escape_html(name)}</th>" for name in self.header)
         body = "".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in self.rows)
         caption = f'<caption style="text-align:left;font-weight:bold">{escape_html(self.title)}</caption>'
@@ -67,7 +67,7 @@ def _html_cell(cell: Cell) -> str:
 
 
 def as_text(*parts: RenderableType, width: int = 120) -> str:
-    """What a terminal without colours would show."""
+    """Return what a terminal without colours would show."""
     # in a notebook rich would show it there and then, and leave the file empty
     console = Console(file=StringIO(), width=width, color_system=None, force_jupyter=False, force_terminal=False)
     console.print(Group(*parts))
@@ -75,18 +75,18 @@ def as_text(*parts: RenderableType, width: int = 120) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line a row, cells padded to the width of their column."""
+    """Pad cells to the width of their column; one line for each row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 thread``, ``1,024 threads``."""
+    """Format a count: ``1 thread``, ``1,024 threads``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def format_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
+    """Format a size: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

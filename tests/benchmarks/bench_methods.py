@@ -22,7 +22,7 @@ import awq_ext
 from awq_ext.cli import hf
 from awq_ext.cli.options import parse_method
 from awq_ext.evaluation.comparison import Comparison
-from awq_ext.reporting.tables import Cell, Grid
+from awq_ext.reporting.tables import Cell, Table
 
 METHODS = [
     "rtn",
@@ -35,7 +35,7 @@ METHODS = [
 ]
 
 
-def wide(found: Comparison, title: str, measure: str) -> Grid:
+def wide(found: Comparison, title: str, measure: str) -> Table:
     """A line for each method, a column for each kind of traffic; bold the best, ≈ what cannot be told apart from it."""
     rows = []
     based = any(row.label == "rtn" and not row.error for row in found.rows)
@@ -54,7 +54,7 @@ def wide(found: Comparison, title: str, measure: str) -> Grid:
             text += "" if share is None else f" ({share:.0%})"
             cells.append(Cell(text + (" ≈" if row.label in order[1:] else ""), best=row.label in order[:1]))
         rows.append([*cells, Cell("" if row.seconds is None else f"{row.seconds:.0f}")])
-    return Grid(f"{title}: {measure}", ["method", *found.traffic, "seconds"], rows)
+    return Table(f"{title}: {measure}", ["method", *found.traffic, "seconds"], rows)
 
 
 def figures(found: Comparison, args: argparse.Namespace) -> dict[str, Any]:

@@ -94,8 +94,9 @@ def test_a_method_that_fails_does_not_take_the_others_with_it(monkeypatch: pytes
         return real(model, calib, config, **settings)
 
     monkeypatch.setattr(sys.modules["awq_ext.evaluation.compare"], "quantize", quantize)
-    with pytest.warns(UserWarning, match="rtn failed: ValueError: no luck"):
+    with pytest.warns(UserWarning, match="rtn failed: ValueError: no luck") as caught:
         found = compare(case.model, case.batches, traffic(), ["rtn", "awq"], **QUICK)
+    assert caught[0].filename == __file__
     assert found["rtn"].error and found.best("code") == ["awq"]
     assert "rtn failed: ValueError: no luck" in str(found) and "failed" in found.to_markdown()
     json.loads(found.to_json())
@@ -175,8 +176,8 @@ def test_differences_within_the_noise_are_marked() -> None:
     assert found.best("x") == ["a", "b"]
     assert found.difference("a", "b", "x").within_noise
     assert not found.difference("c", "a", "x").within_noise
-    grid = found.grids()[1]
-    assert {row[0].text: (row[1].best, row[1].text.endswith("≈")) for row in grid.rows} == {
+    table = found.tables()[1]
+    assert {row[0].text: (row[1].best, row[1].text.endswith("≈")) for row in table.rows} == {
         "float": (False, False),
         "a": (True, False),
         "b": (False, True),

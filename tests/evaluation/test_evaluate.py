@@ -24,11 +24,11 @@ QUICK = Bootstrap(resamples=100)
 
 def other(model: nn.Module, amount: float = 0.02) -> nn.Module:
     """A model near ``model``."""
-    twin = copy.deepcopy(model)
+    nearby = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in nearby.parameters():
             parameter.add_(amount * torch.randn_like(parameter))
-    return twin
+    return nearby
 
 
 def written_out(model: nn.Module, reference: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,13 +146,13 @@ def test_a_classifier() -> None:
 
 def test_embeddings() -> None:
     encoder = models.make("mlp").model
-    twin = other(encoder)
+    nearby = other(encoder)
     batches = models.make("mlp").batches
-    found = evaluate(twin, batches, reference=encoder, metric=embedding_cosine, bootstrap=QUICK)
-    cosines = [F.cosine_similarity(twin(x).mean(1).double(), encoder(x).mean(1).double()) for x in batches]
+    found = evaluate(nearby, batches, reference=encoder, metric=embedding_cosine, bootstrap=QUICK)
+    cosines = [F.cosine_similarity(nearby(x).mean(1).double(), encoder(x).mean(1).double()) for x in batches]
     assert found["embedding_cosine"].value == pytest.approx(torch.cat(cosines).mean().item(), rel=1e-6)
     with pytest.raises(TypeError, match="reference"):
-        evaluate(twin, batches, metric=embedding_cosine)
+        evaluate(nearby, batches, metric=embedding_cosine)
 
 
 def test_embeddings_pool_over_what_counts() -> None:

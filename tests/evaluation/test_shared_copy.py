@@ -1,4 +1,4 @@
-"""Twins: a copy with the same matrices that quantize() can work on without the original noticing."""
+"""Shared copies: quantize() can work on one without the original noticing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from checks import Snapshot
 from torch import nn
 
 import awq_ext
-from awq_ext.evaluation.shared_copy import Twin
+from awq_ext.evaluation.shared_copy import SharedCopy
 from awq_ext.modules import unwrapped
 
 SETTINGS = [
@@ -26,14 +26,14 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("name", "settings"), matrix.product(list(models.MODELS), SETTINGS, together=1), ids=str)
-def test_quantizing_a_twin_leaves_the_model_alone(name: str, settings: dict[str, object]) -> None:
+def test_quantizing_a_copy_leaves_the_model_alone(name: str, settings: dict[str, object]) -> None:
     case = models.make(name)
     snapshot = Snapshot(case.model)
-    twin = Twin.of(case.model)
-    awq_ext.quantize(twin.module, case.batches, group_size=16, n_grid=4, progress=False, **settings)
-    twin.check()
+    copied = SharedCopy.of(case.model)
+    awq_ext.quantize(copied.module, case.batches, group_size=16, n_grid=4, progress=False, **settings)
+    copied.check()
     snapshot.assert_unchanged()
-    assert any(row.status != "float" for row in twin.module.awq_report.layers)
+    assert any(row.status != "float" for row in copied.module.awq_report.layers)
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, and of experts that see few tokens
@@ -42,46 +42,46 @@ def test_no_architecture_is_written(name: str) -> None:
     """Routers, for one, are multiplied by the scale that the norm before them was divided by."""
     made = architectures.make_or_skip(name)
     snapshot = Snapshot(made.model)
-    twin = Twin.of(unwrapped(made.model))
-    awq_ext.quantize(twin.module, made.batches, group_size=16, n_grid=3, clip=False, min_tokens=1, progress=False)
+    copied = SharedCopy.of(unwrapped(made.model))
+    awq_ext.quantize(copied.module, made.batches, group_size=16, n_grid=3, clip=False, min_tokens=1, progress=False)
     snapshot.assert_unchanged()
-    twin.check()
+    copied.check()
 
 
-def test_routers_belong_to_the_twin() -> None:
+def test_routers_are_not_shared() -> None:
     made = architectures.make("experts in a list")
-    twin = Twin.of(made.model)
+    copied = SharedCopy.of(made.model)
     own = dict(made.model.named_parameters())
-    shared = {name for name, parameter in twin.module.named_parameters() if parameter is own[name]}
+    shared = {name for name, parameter in copied.module.named_parameters() if parameter is own[name]}
     assert shared == {name for name, parameter in own.items() if parameter.dim() == 2 and "gate" not in name}
-    awq_ext.quantize(twin.module, made.batches, group_size=16, n_grid=3, min_tokens=1, progress=False)
-    assert not torch.equal(twin.module[0].gate.weight, made.model[0].gate.weight)  # the test above tests something
+    awq_ext.quantize(copied.module, made.batches, group_size=16, n_grid=3, min_tokens=1, progress=False)
+    assert not torch.equal(copied.module[0].gate.weight, made.model[0].gate.weight)  # the test above tests something
 
 
-def test_a_twin_computes_what_the_model_does_and_shares_its_matrices(case: models.Case) -> None:
-    twin = Twin.of(case.model)
+def test_a_copy_computes_what_the_model_does_and_shares_its_matrices(case: models.Case) -> None:
+    copied = SharedCopy.of(case.model)
     with torch.no_grad():
         expected = models.logits(case.model(case.batches[0].clone()))
-        assert torch.equal(models.logits(twin.module(case.batches[0].clone())), expected)
+        assert torch.equal(models.logits(copied.module(case.batches[0].clone())), expected)
     own = dict(case.model.named_parameters())
-    for name, parameter in twin.module.named_parameters():
+    for name, parameter in copied.module.named_parameters():
         assert (parameter is own[name]) == (parameter.dim() >= 2)
 
 
 def test_a_write_is_noticed() -> None:
     model = nn.Sequential(nn.Linear(3, 4))
-    twin = Twin.of(model)
+    copied = SharedCopy.of(model)
     with torch.no_grad():
-        twin.module[0].bias.zero_()  # its own
-    twin.check()
+        copied.module[0].bias.zero_()  # its own
+    copied.check()
     with torch.no_grad():
-        twin.module[0].weight.zero_()
+        copied.module[0].weight.zero_()
     with pytest.raises(RuntimeError, match=r"0\.weight"):
-        twin.check()
+        copied.check()
 
 
 def test_a_model_that_cannot_be_copied() -> None:
     model = nn.Linear(3, 4)
     model.lock = threading.Lock()
     with pytest.raises(TypeError, match=r"Linear cannot be copied.*deepcopy"):
-        Twin.of(model)
+        SharedCopy.of(model)

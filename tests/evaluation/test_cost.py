@@ -1,13 +1,15 @@
-"""Sizes: counted, for what is packed and for what would be."""
+"""Cost: bytes of what is packed and of what would be, and seconds by turns, of which the best counts."""
 
 from __future__ import annotations
+
+import time
 
 import models
 import pytest
 import torch
 
 import awq_ext
-from awq_ext.evaluation.cost import model_bytes
+from awq_ext.evaluation.cost import LEAST_TURNS, model_bytes, race
 from awq_ext.layers.quant_linear import QuantLinear
 
 
@@ -38,3 +40,25 @@ def test_fake_quantized_layers_count_as_if_packed(bits: int, group_size: int) ->
         groups = 1 if group_size == -1 else -(-k // group_size)
         sizes += 3 * (-(-n * (k * bits + groups * 20) // 8) + 4 * n)  # and its bias in fp32
     assert model_bytes(case.model) == sizes
+
+
+def test_runners_take_turns_and_the_best_counts() -> None:
+    calls = []
+
+    def runner(name: str, durations: list[float]):
+        def run() -> None:
+            assert not torch.is_grad_enabled()
+            calls.append(name)
+            time.sleep(durations[(len(calls) - 1) // 2])
+
+        return run
+
+    took = race({"slow": runner("slow", [0.03, 0.02, 0.03]), "fast": runner("fast", [0.01] * 3)}, seconds=0.0)
+    assert calls == ["slow", "fast"] * LEAST_TURNS
+    assert 0.02 <= took["slow"] < 0.03 and 0.01 <= took["fast"] < 0.02
+
+
+def test_it_goes_on_for_as_long_as_asked() -> None:
+    began = time.perf_counter()
+    race({"a": lambda: None, "b": lambda: None}, seconds=0.05)
+    assert time.perf_counter() - began >= 0.1
