@@ -16,7 +16,7 @@ from .mixtures import Mixture
 
 
 class MixtureWatch(ExpertHooks):
-    """What one forward shows of mixtures: rows that came to each expert, and rows of the tensors they may have come from."""
+    """Watches mixtures during one forward: the rows that came to each expert, and the tensors that they may have come from."""
 
     def __init__(self, mixtures: Sequence[Mixture]) -> None:
         super().__init__(mixtures)
@@ -32,8 +32,8 @@ class MixtureWatch(ExpertHooks):
         if x is not None:
             self._rows.setdefault(name, []).append(row_hashes(x))
 
-    def shown(self) -> list[Mixture]:
-        """Those of which some Linears were called with rows of one tensor, not all with all of it."""
+    def routed(self) -> list[Mixture]:
+        """Select the mixtures in which rows of one tensor were spread over the experts, instead of all rows going to each."""
         return [m for m in self.mixtures if any(self._source(m.owner, n, m.linears) for n in m.families.values())]
 
     def join(
@@ -43,10 +43,10 @@ class MixtureWatch(ExpertHooks):
         linears: Mapping[str, nn.Linear],
         kind: Callable[[str], Hashable],
     ) -> list[ScaleGroup]:
-        """``groups`` with the experts that read rows of one tensor joined into one, together with what reads all of it.
+        """Join the experts that read rows of one tensor into one group, together with what reads all of it.
 
-        Experts that the forward did not call are added: to the group of the others, or as groups of their own. Routers are
-        left out, and named in ``reasons``, whether any of the experts is among ``linears`` or not.
+        Experts that the forward did not call are added, to the group of the others or as groups of their own. Routers are left
+        out and named in ``reasons``, even if none of the experts is among ``linears``.
         """
         joined = list(groups)
         for mixture in self.mixtures:
@@ -64,7 +64,7 @@ class MixtureWatch(ExpertHooks):
         return joined
 
     def _source(self, owner: str, names: Sequence[str], linears: Mapping[str, nn.Linear]) -> RowSource | None:
-        """Of what tensor all inputs of these Linears are rows, norms' outputs first; None: of none, or all see all of it."""
+        """Find the tensor that these Linears read some rows of, among norms' outputs first; None if each reads all of it."""
         seen = [torch.cat(self._rows[name]) for name in names if name in self._rows]
         if not any(len(rows) for rows in seen):
             return None
@@ -123,7 +123,7 @@ def _join_mixture(
 
 
 def _parts(groups: Sequence[ScaleGroup], names: Sequence[str], expert_of: Mapping[str, int]) -> list[tuple[str, ...]]:
-    """Names that read the very same tensor, together: as the forward showed, for experts it did not call as for the others."""
+    """Sort names into parts that read the very same tensor: as the forward showed; uncalled experts as those that were called."""
     wanted = set(names)
     seen = [part for group in groups if (part := tuple(name for name in group.linears if name in wanted))]
     wanted -= {name for part in seen for name in part}
@@ -135,7 +135,7 @@ def _parts(groups: Sequence[ScaleGroup], names: Sequence[str], expert_of: Mappin
 
 
 def _beside_its_expert(group: ScaleGroup, mixture: Mixture, expert_of: Mapping[str, int]) -> ScaleGroup:
-    """``group`` with the other Linears of its expert as possible producers, if it belongs to one expert alone."""
+    """Name the other Linears of its expert as possible producers, if the group belongs to one expert alone."""
     experts = {expert_of.get(name) for name in group.linears}
     if len(experts) > 1 or None in experts:
         return group
@@ -146,5 +146,5 @@ def _beside_its_expert(group: ScaleGroup, mixture: Mixture, expert_of: Mapping[s
 
 
 def _fine_enough(module: nn.Module, leaf: str) -> bool:
-    """Whether a router's weight can be multiplied by the scale: rounded again in half precision it would choose others."""
+    """Tell whether a router's weight may be multiplied by the scale: in half precision its rounding would choose other experts."""
     return torch.finfo(module._parameters[leaf].dtype).eps <= 2.0**-20
