@@ -1,4 +1,4 @@
-"""ExpertLinears: the experts of one fused parameter as Linears, behind what indexing the parameter gave."""
+"""ExpertLinears: the experts of one fused parameter as Linears, which a model still indexes like the parameter."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# How a forward may use a fused weight W: F.linear(x, W[e]), x @ W[e], torch.bmm(x, W).
+# The ways in which a forward may use a fused weight W: F.linear(x, W[e]), x @ W[e], torch.bmm(x, W).
 USES = ("linear", "matmul", "bmm")
 MATMULS = ("matmul", "__matmul__", "mm")
-# Why what chooses among experts stays float: a token that goes to another one is no rounding error.
+# Why routers stay float: sending a token to another expert is no rounding error.
 ROUTER = "router of experts"
 
 
 class ExpertLinears(nn.ModuleList):
-    """The experts of one fused parameter, a Linear without bias each, under the parameter's name.
+    """The experts of one fused parameter, each a Linear without bias, under the parameter's name.
 
-    ``self[e]`` for an int or a 0-d tensor stands for the expert's weight: torch.nn.functional.linear(x, self[e]) (``use`` "linear")
-    or x @ self[e] ("matmul") runs its module, whatever that is by then; so does torch.bmm(x, self) with all of them ("bmm").
-    shape, dtype and device are those of the parameter. Anything else raises TypeError.
+    ``self[e]`` for an int or a 0-d tensor stands for the expert's weight. torch.nn.functional.linear(x, self[e]) (``use``
+    "linear") or x @ self[e] ("matmul") runs the expert's module, which may be quantized by then; torch.bmm(x, self) ("bmm") runs
+    all of them. shape, dtype and device are those of the parameter. Anything else raises TypeError.
     """
 
     def __init__(self, linears: Sequence[nn.Module], use: str) -> None:
@@ -42,12 +42,12 @@ class ExpertLinears(nn.ModuleList):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights."""
+        """Same as the weights'."""
         return _dtype(next(self.children()))
 
     @property
     def device(self) -> torch.device:
-        """That of the weights."""
+        """Same as the weights'."""
         return _device(next(self.children()))
 
     @classmethod
@@ -61,7 +61,7 @@ class ExpertLinears(nn.ModuleList):
 
 
 class _Expert:
-    """What indexing ExpertLinears gives: stands for a weight in the one function that the model uses it in."""
+    """What indexing ExpertLinears gives: it stands for the expert's weight in the one function that the model uses it in."""
 
     def __init__(self, module: nn.Module, use: str) -> None:
         self._module = module
@@ -99,7 +99,7 @@ class _Expert:
 
 
 def expert_count(model: nn.Module, name: str) -> int | None:
-    """How many experts ``model`` holds in the parameter (or, by now, ExpertLinears) of this name; None if there is none."""
+    """Count the experts in the parameter (or, by now, ExpertLinears) of this name; None if ``model`` has none."""
     parent, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(parent)
