@@ -36,19 +36,17 @@ class ExpertLinears(nn.ModuleList):
     @property
     def shape(self) -> torch.Size:
         """[E, N, K], or [E, K, N] where x is multiplied by the weight itself."""
-        first = next(self.children())
-        sizes = (first.out_features, first.in_features)
-        return torch.Size((len(self), *(sizes if self.use == "linear" else sizes[::-1])))
+        return torch.Size((len(self), *self[0].shape))
 
     @property
     def dtype(self) -> torch.dtype:
         """Same as the weights'."""
-        return _dtype(next(self.children()))
+        return self[0].dtype
 
     @property
     def device(self) -> torch.device:
         """Same as the weights'."""
-        return _device(next(self.children()))
+        return self[0].device
 
     @classmethod
     def __torch_function__(
@@ -74,11 +72,11 @@ class _Expert:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _dtype(self._module)
+        return getattr(self._module, "dtype", None) or self._module.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return _device(self._module)
+        return next((*self._module.parameters(), *self._module.buffers())).device
 
     @classmethod
     def __torch_function__(
@@ -107,14 +105,6 @@ def expert_count(model: nn.Module, name: str) -> int | None:
         return None
     held = module._parameters.get(leaf, module._modules.get(leaf))
     return None if held is None else len(held)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return getattr(module, "dtype", None) or module.weight.dtype
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((*module.parameters(), *module.buffers())).device
 
 
 def _refusal(func: Callable[..., Any]) -> str:
