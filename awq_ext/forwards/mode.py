@@ -15,7 +15,7 @@ from ..undo import interrupt
 
 def _eager() -> AbstractContextManager[Any]:
     """Run nothing compiled: it would be traced anew for every hook and every weight that is tried."""
-    # importing dynamo takes seconds, and what was compiled has imported it
+    # to import dynamo takes seconds, and whoever compiled something has done so
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 

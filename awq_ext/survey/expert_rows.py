@@ -63,15 +63,12 @@ class ExpertHooks:
         with Hooks() as on:
             # one module may hold several mixtures
             for owner, module in {m.owner: m.modules[m.owner] for m in self.mixtures}.items():
-                on.input(module, partial(self._owner_called, owner))
+                on.input(module, lambda *inputs, owner=owner: self._see_source(owner, "", inputs))
             for name, linear in {n: m for mixture in self.mixtures for n, m in mixture.linears.items()}.items():
                 on.input(linear, partial(self._expert_called, name))
             for name, norm in norms.items() if self.mixtures else ():
                 on.output(norm, partial(self._see_source, None, name))
             yield
-
-    def _owner_called(self, owner: str, *inputs: Any) -> None:
-        self._see_source(owner, "", inputs)
 
     def _expert_called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")  # a class of the user's may call it something else

@@ -62,13 +62,12 @@ class Watch:
         with Hooks() as on:
             on.callback(self.release)
             for name, module in linears.items():
-                on.input(module, partial(self._called, name))
+                on.input(
+                    module, lambda args, kwargs, name=name: self._see(self.inputs, name, linear_input(args, kwargs))
+                )
             for name, module in producers.items():
                 on.output(module, partial(self._see, self.outputs, name))
             yield
-
-    def _called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._see(self.inputs, name, linear_input(args, kwargs))
 
     def release(self) -> None:
         """Stop keeping the tensors alive: the forward has left the block."""

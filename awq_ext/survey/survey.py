@@ -128,12 +128,6 @@ def reasons_to_stay(eligible: Eligible, surveys: Sequence[BlockSurvey]) -> dict[
     inside = {name for s in surveys for name in linears_of(s.block, eligible.linears)}
     grouped = {name for s in surveys for group in s.groups for name in group.linears}
     routers = {name: reason for s in surveys for name, reason in s.reasons.items()}
-    return (
-        eligible.reasons
-        | routers
-        | {
-            name: "not called by the first calibration batch" if name in inside else "outside the calibrated blocks"
-            for name in eligible.linears
-            if name not in grouped and name not in routers
-        }
-    )
+    left = [name for name in eligible.linears if name not in grouped and name not in routers]
+    why = {True: "not called by the first calibration batch", False: "outside the calibrated blocks"}
+    return eligible.reasons | routers | {name: why[name in inside] for name in left}
