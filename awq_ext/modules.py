@@ -6,12 +6,12 @@ from torch import nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module behind ``torch.compile(model)``, under whose names everything goes; any other module itself."""
+    """Return the module behind ``torch.compile(model)``, by whose names everything is called; any other module itself."""
     return model._orig_mod if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """id of a parameter -> all names under which the model holds it."""
+    """Map the id of every parameter to all names under which the model holds it."""
     owners: dict[int, list[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module._parameters.items():
@@ -21,7 +21,7 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def norm_candidates(block: nn.Module) -> dict[str, nn.Module]:
-    """Modules below ``block`` that may be norms: no children, a 1-D weight, at most a bias of the same length beside it."""
+    """Find modules below ``block`` that may be norms: no children, a 1-D weight, at most a bias of the same length beside it."""
     found = {}
     for name, module in block.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
@@ -34,7 +34,7 @@ def norm_candidates(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Norm candidates whose parameters belong to them alone, by name."""
+    """Find the norm candidates whose parameters belong to them alone, by name."""
     owners = parameter_owners(model)
     return {
         name: module
@@ -44,12 +44,12 @@ def foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The layer that a model of transformers names as its head, whatever it is called; None for other models."""
+    """Return the layer that a model of transformers names as its head, whatever it is called; None for other models."""
     return _named_by(model, "get_output_embeddings")
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """Likewise, the layer that turns its input into vectors."""
+    """Return the layer that turns token ids into vectors, likewise."""
     return _named_by(model, "get_input_embeddings")
 
 

@@ -1,4 +1,4 @@
-"""Channels: streaming means of their size, and how alike two rankings of them are."""
+"""Input channels: streaming means of |x|, their salience, and how alike two rankings of them are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOP_SHARE = 0.01
 class Agreement:
     """How alike the channels of one layer are on two texts.
 
-    overlap: share of the top 1 % channels by salience that are the same; correlation: Spearman's, of all channels' salience.
+    overlap: the share of the top 1 % of channels by salience that are the same. correlation: Spearman's, of the salience of all.
     """
 
     overlap: float
@@ -25,10 +25,10 @@ class Agreement:
 
 
 class ChannelMeans:
-    """Streaming mean |x| of each channel, like ``ActivationStats`` without its second moment, which takes most of the time.
+    """Streaming mean |x| of each channel, like ``ActivationStats`` but without the second moment, which takes most of the time.
 
-    The sums of batches are kept apart as far as is needed to tell how sure the means are: batches are what varies, since the
-    rows of one depend on each other.
+    It also keeps what is needed to tell how sure the means are. That goes by batches, since the rows of one batch depend on each
+    other.
     """
 
     def __init__(self, in_features: int, device: torch.device | None = None) -> None:
@@ -36,14 +36,14 @@ class ChannelMeans:
         self.batches = 0
         self.sums = torch.zeros(2, in_features, dtype=torch.float64, device=device)  # of even and of odd batches
         self.half_rows = [0, 0]
-        # sum of squares of the batches' sums, their products with the rows, squares of the rows
+        # sums over batches: of their sums squared, of these times their rows, of their rows squared
         self.squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.products = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.row_squares = 0
         self.snapshots: list[tuple[int, Tensor]] = []
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Rows [..., K], those that the bool mask [...] leaves out not counted."""
+        """Add the rows [..., K], but for those where the bool mask [...] is False."""
         x = x.detach().flatten(0, -2)
         total = (x if mask is None else x[mask.flatten()]).abs().sum(0, dtype=torch.float32).double()
         count = x.shape[0] if mask is None else int(mask.sum())
@@ -67,13 +67,13 @@ class ChannelMeans:
         return (self.abs_sum() / max(self.rows, 1)).float()
 
     def halves(self) -> tuple[Tensor, Tensor] | None:
-        """Means of even and of odd batches, or None for a single one."""
+        """Return the means of even and of odd batches; None for a single batch."""
         if min(self.half_rows) == 0:
             return None
         return tuple((total / rows).float() for total, rows in zip(self.sums, self.half_rows, strict=True))
 
     def relative_error(self) -> Tensor | None:
-        """Standard error of x_mean over x_mean, fp64 [K], of a ratio of sums over batches; None for a single one."""
+        """Estimate the standard error of x_mean, a ratio of sums over batches, over x_mean: fp64 [K]; None for a single batch."""
         if self.batches < 2 or self.rows == 0:
             return None
         mean = self.abs_sum() / self.rows
@@ -83,38 +83,38 @@ class ChannelMeans:
 
 
 def top_count(channels: int) -> int:
-    """How many channels are the top 1 %: at least one."""
+    """Return how many channels are the top 1 %: at least one."""
     return max(1, round(TOP_SHARE * channels))
 
 
 def channel_salience(x_mean: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """x_mean [K] times the mean |weight| of each channel over Linears [N_i, K] that read it: fp32 [K]."""
+    """Multiply x_mean [K] by the mean |weight| of each channel over the Linears [N_i, K] that read it: fp32 [K]."""
     total = sum(weight.abs().sum(0, dtype=torch.float32) for weight in weights)
     return x_mean * total / sum(len(weight) for weight in weights)
 
 
 def tail(salience: Tensor) -> list[float]:
-    """The ranked salience [K] at TAIL_PLACES, in multiples of its mean."""
+    """Return the ranked salience [K] at TAIL_PLACES, in multiples of its mean."""
     ranked = salience.sort(descending=True).values / salience.mean().clamp_min(torch.finfo(torch.float32).tiny)
     places = torch.tensor(TAIL_PLACES, dtype=torch.float64).mul(len(ranked) - 1).round().long()
     return [round(value, 5) for value in ranked[places.to(ranked.device)].tolist()]
 
 
 def top_share(salience: Tensor) -> float:
-    """Part of all salience [K] that the top 1 % of the channels hold."""
+    """Return the part of all salience [K] that the top 1 % of the channels hold."""
     top = salience.topk(top_count(len(salience))).values
     return float(top.sum() / salience.sum().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def agreement(one: Tensor, other: Tensor) -> Agreement:
-    """Overlap of the top 1 % and Spearman's rank correlation of two saliences fp32 [K]."""
+    """Compare two saliences fp32 [K] by the overlap of the top 1 % and by Spearman's rank correlation."""
     count = top_count(len(one))
     shared = set(one.topk(count).indices.tolist()) & set(other.topk(count).indices.tolist())
     return Agreement(len(shared) / count, spearman(one, other))
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
-    """Correlation of the ranks, equal values sharing the mean of theirs; 1 for two constants, 0 for one."""
+    """Return the correlation of ranks, where equal values share the mean of theirs; 1 if both are constant, 0 if one is."""
     ranks = torch.stack([_ranks(one), _ranks(other)])
     ranks -= ranks.mean(1, keepdim=True)
     norms = ranks.norm(dim=1)
@@ -124,7 +124,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """fp64 ranks from 1 on, ties averaged."""
+    """Return fp64 ranks from 1 on, with ties averaged."""
     _, inverse, counts = values.unique(sorted=True, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[inverse]

@@ -1,8 +1,8 @@
-"""Vocabulary: batches of random tokens and of a model's own text, so that calibration also reaches what its texts leave out.
+"""Extra batches of random tokens and of text sampled from the model, for what the calibration texts leave out.
 
-A calibration text uses part of a model's vocabulary; other traffic (other languages, code) lies in directions of the activations
-that no calibration row shows, and there errors cost nothing. Tokens drawn evenly from the whole vocabulary show them, and so does
-what the model writes (docs/quality.md: "Random tokens and the model's own text beside the calibration text").
+A calibration text uses part of a model's vocabulary. Other traffic (other languages, code) lies in directions of the activations
+in which no calibration row lies, so that errors there cost nothing. Tokens drawn evenly from the whole vocabulary reach them, and
+so does what the model writes (docs/quality.md: "Random tokens and the model's own text beside the calibration text").
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _IDS = "input_ids"  # and decoder_input_ids
 _RANDOM_HINT = " It is one of random tokens: random_tokens=0 leaves them out."
 _GENERATED_HINT = " It is one that the model wrote: generated_tokens=0 leaves them out."
 _SPECIAL = ("token_id", "token_ids", "token_index")
-# From ordinary ids [V], how many are needed, the longest window they go to and a generator: ids, as many or more.
+# A function of ordinary ids [V], how many are needed, the longest window that they go to and a generator: as many ids or more.
 _Source = Callable[[Tensor, int, int, torch.Generator], Tensor]
 
 
 def random_calls(model: nn.Module, calls: Sequence[Call], share: float) -> list[Call]:
-    """``share`` times as many calls as ``calls`` (rounded; one at least), made from evenly spaced ones: random ids for theirs.
+    """Make ``share`` times as many calls as ``calls`` (rounded; at least one): evenly spaced ones with random ids in them.
 
-    Ids that the model's config calls special, and those that a mask leaves out, stay. [] where ``share`` is 0 or no token ids can
-    be told: the model must have ``get_input_embeddings()``, as those of transformers do, and its calls ``input_ids``.
+    Ids that the model's config calls special stay, as do those that a mask leaves out. Returns [] where ``share`` is 0 or token
+    ids are not known: the model must have ``get_input_embeddings()``, as those of transformers do, and its calls ``input_ids``.
     """
 
     def drawn(tokens: Tensor, count: int, longest: int, generator: torch.Generator) -> Tensor:
@@ -41,7 +41,7 @@ def random_calls(model: nn.Module, calls: Sequence[Call], share: float) -> list[
 
 
 def generated_calls(model: nn.Module, calls: Sequence[Call], share: float, progress: bool = False) -> list[Call]:
-    """Likewise, with text that the model writes (``generation.py``). [] also where it cannot; raises what it raises on the way."""
+    """Do the same with text sampled from the model; [] also where it cannot write any. Raises what the model raises."""
     if share <= 0 or not can_generate(model):
         return []
     return _calls_of(model, calls, share, partial(generated_tokens, model, progress=progress), _GENERATED_HINT)
@@ -64,7 +64,7 @@ def _calls_of(model: nn.Module, calls: Sequence[Call], share: float, source: _So
 
 
 def _ordinary_tokens(model: nn.Module) -> Tensor | None:
-    """Ids of the vocabulary but for special ones: int64 [V], or None for a model without one."""
+    """Return the ids of the vocabulary but for special ones: int64 [V]; None for a model without a vocabulary."""
     embedding = input_embeddings(model)
     if not isinstance(embedding, nn.Embedding):
         return None
@@ -78,7 +78,7 @@ def _ordinary_tokens(model: nn.Module) -> Tensor | None:
 
 
 def _special(values: Mapping[str, Any]) -> Iterator[int]:
-    """Every number that a config, or one within it, calls a token's."""
+    """Yield every number that a config, or a config within it, names as a token's."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _special(value)
@@ -87,7 +87,7 @@ def _special(values: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _ids_of(call: Call, names: Sequence[str]) -> dict[str, Tensor]:
-    """The token ids [B, T] among its arguments, by name."""
+    """Find the token ids [B, T] among a call's arguments, by name."""
     named = dict(zip(names, call.args, strict=False)) | call.kwargs
     return {name: value for name, value in named.items() if name.endswith(_IDS) and _holds_ids(value)}
 
@@ -99,7 +99,7 @@ def _holds_ids(value: Any) -> bool:
 def _rewritten(
     call: Call, ids: Mapping[str, Tensor], names: Sequence[str], tokens: Tensor, others: Iterator[Tensor], hint: str
 ) -> Call:
-    """``call`` with the next of ``others`` in place of its ordinary ids."""
+    """Copy ``call`` with the next of ``others`` in place of its ordinary ids."""
     # what a model writes to, such as a key/value cache, must not be shared with the call it comes from
     copied = call.on_copies()
     args, kwargs = list(copied.args), copied.kwargs

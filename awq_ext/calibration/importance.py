@@ -1,9 +1,9 @@
-"""Importance: how much the model's output reacts to an error that a Linear makes on one row of its input (``objective="model"``).
+"""Importance of calibration rows: how much the model's output reacts to a Linear's error on one (``objective="model"``).
 
-An error d [N] of a row moves the model's logits by J d, and costs d^T J^T F J d / 2 of KL divergence to second order, F being the
-Fisher information of the softmax. With the trace of J^T F J for its weight, each row's squared error adds up to what the model
-loses, as far as one number a row can say it (arXiv 2505.07004 has one a row and group of outputs). A backward of a batch
-estimates it: with random signs e and g = F^(1/2) e, the squared entries of J^T g sum to that trace on average.
+An error d [N] of a row moves the model's logits by J d, and costs d^T J^T F J d / 2 of KL divergence to second order, where F is
+the Fisher information of the softmax. With weights of the trace of J^T F J, the squared errors of rows add up to what the model
+loses, as far as one number per row can express it (arXiv 2505.07004 has one per row and group of outputs). A backward of a batch
+estimates the trace: with random signs e and g = F^(1/2) e, the squared entries of J^T g sum to it on average.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..survey.survey import BlockSurvey
 from ..undo import interrupt
 from .row_weights import PositionWeights, RowWeights, Weights, stretches_of
 
-# Rows count at least this share of the mean: one that the output does not react to still shows what inputs look like.
+# The least weight of a row, as a share of the mean: a row that the output does not react to still shows what inputs look like.
 _LEAST = 1e-4
 _ROWS_AT_ONCE = 64
 _HINT = ' objective="model" runs it with gradients: objective="layer" needs none.'
@@ -41,12 +41,12 @@ def find_weights(
     progress: bool = False,
     of_tokens: bool = False,
 ) -> Weights:
-    """Weights for every input that quantizing looks at, from a forward and a backward of the whole model for some batches.
+    """Find weights of the rows of every input that is calibrated, by forwards and backwards of the whole model.
 
-    batches: how many, evenly spaced, and of token ids one window each; rows of all batches then get the mean weight of their
-    position. 0, or where this leaves out nothing: every row its own. Weights add up over the Linears that read a row. Blocks keep
-    their inputs alone and run once more in the backward. Raises CalibrationError for a model that cannot be differentiated, and
-    with ``of_tokens`` for one that does not return logits for every token id that it is given.
+    batches: how many to run, evenly spaced, of token ids one window each; rows of all batches then get the mean weight of their
+    position. With 0, or if this leaves nothing out, every row gets its own weight. The weight of a row is the sum over the Linears
+    that read it. Blocks keep only their inputs, and run once more in the backward. Raises CalibrationError for a model that cannot
+    be differentiated, and with ``of_tokens`` for one that does not return logits for every token id that it is given.
     """
     parts = [[(name, s.linears[name]) for name in part] for s in surveys for g in s.groups for part in g.inputs]
     linears = [linear for part in parts for _, linear in part]
@@ -54,7 +54,7 @@ def find_weights(
     found: list[dict[str, list[Tensor]]] = []
     read = {index: _longest_window(calls[index]) if batches else calls[index] for index in _spaced(len(calls), batches)}
     bar = tqdm(read, desc="weighing rows", unit="batch", leave=False, disable=not progress)
-    with _without_gradients(model), _lean([s.block.module for s in surveys], model), bar:
+    with _without_gradients(model), _checkpointed([s.block.module for s in surveys], model), bar:
         for index in bar:
             squares = _squared_gradients(model, read[index], index, linears, generator, of_tokens)
             found.append({part[0][0]: _added([squares[linear] for _, linear in part]) for part in parts})
@@ -67,13 +67,13 @@ def find_weights(
 
 
 def _spaced(count: int, wanted: int) -> list[int]:
-    """``wanted`` numbers below ``count``, from the middles of equal parts, so that each kind of batches has its share."""
+    """Choose ``wanted`` (0: all) numbers below ``count``, middles of equal parts, so that each kind of batches has its share."""
     wanted = min(wanted or count, count)
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
 def _longest_window(call: Call) -> Call:
-    """A batch of token ids and masks [B, T] without all but the window in which most positions count; others as they are."""
+    """Reduce a batch of token ids and masks [B, T] to the window in which most positions count; return any other as it is."""
     tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
     if any(t.dim() != 2 or t.is_floating_point() or len(t) != len(tensors[0]) for t in tensors):
         return call
@@ -85,12 +85,12 @@ def _longest_window(call: Call) -> Call:
 
 
 def _added(squares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The sums over Linears that read the same rows, call by call."""
+    """Add up over Linears that read the same rows, call by call."""
     return [torch.stack(rows).sum(0) for rows in zip(*squares, strict=False)]
 
 
 def _normalize(rows: Sequence[Tensor]) -> None:
-    """In place: mean 1 over the rows that count (those that do not are below 0), none below ``_LEAST``."""
+    """Scale weights, in place, to a mean of 1 over the rows that count (others are below 0), and none much below ``_LEAST``."""
     every = torch.cat([*(one.flatten() for one in rows), torch.zeros(0)])
     counted = every[every >= 0]
     mean = float(counted.mean()) if len(counted) else 0.0
@@ -104,7 +104,7 @@ def _normalize(rows: Sequence[Tensor]) -> None:
 
 
 def _by_position(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """For each input with a position the mean weight of every stretch of a window (``stretches_of``), 1 on average over rows."""
+    """Average the weights of each input over the stretches of a window (``stretches_of``), to a mean of 1 over rows."""
     tables = {}
     for name, seen in found.items():
         rows = [one for one in seen if one.dim() > 1]
@@ -123,7 +123,7 @@ def _by_position(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
 
 @contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for its gradient, so that autograd keeps no inputs for it."""
+    """Let no parameter ask for its gradient, so that autograd keeps no inputs for it."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in asking:
@@ -135,10 +135,10 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _lean(blocks: Sequence[nn.Module], model: nn.Module) -> Iterator[None]:
-    """Blocks keep nothing for a backward but their inputs, and run once more when it comes to them.
+def _checkpointed(blocks: Sequence[nn.Module], model: nn.Module) -> Iterator[None]:
+    """Let blocks keep nothing for a backward but their inputs, and run once more when it comes to them.
 
-    On copies of them: a block that writes its inputs must find them as they were.
+    They run on copies: a block that writes its inputs must find them as they were.
     """
 
     def rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,7 +171,7 @@ def _squared_gradients(
     generator: torch.Generator,
     of_tokens: bool,
 ) -> dict[nn.Linear, list[Tensor]]:
-    """For each call of each Linear, a row's squared gradient summed over outputs: fp32 [..., T], -1 where it does not count."""
+    """Return each row's squared gradient, summed over outputs, by Linear and call: fp32 [..., T], -1 where it does not count."""
     squares: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in linears}
     running = True
 
@@ -187,7 +187,7 @@ def _squared_gradients(
         # what comes next may work in place, which a leaf would refuse
         return output * 1 if leaf else output
 
-    # hooked during the backward too: a checkpointed part of the model runs once more then, and must do the same
+    # hooks stay on in the backward: a checkpointed part of the model runs once more then, and must do the same
     with Hooks() as on, torch.enable_grad():
         for linear in linears:
             on.output(linear, partial(see, linear))
@@ -214,7 +214,7 @@ def _add_squares(rows: Tensor, gradient: Tensor) -> None:
 
 
 def _cotangents(result: Any, call: Call, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-    """What the model returned and F^(1/2) times random signs: F is the softmax's for logits, otherwise the identity."""
+    """Return what can be differentiated in an output, and F^(1/2) times random signs for it; F is the identity but for logits."""
     logits = _logits(result, call)
     leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     given = [leaf for leaf in leaves if leaf.dim()] if logits is None else [logits]
@@ -223,7 +223,7 @@ def _cotangents(result: Any, call: Call, generator: torch.Generator) -> tuple[li
 
 
 def _signed_root(target: Tensor, call: Call, generator: torch.Generator, softmax: bool) -> Tensor:
-    """F^(1/2) times random signs for what the model returned, [..., V]; 0 where a row does not count."""
+    """Multiply F^(1/2) by random signs, for a tensor [..., V] that the model returned; 0 where a row does not count."""
     # signs of rows times signs of columns are as good: the products of any two different ones are 0 on average
     rows, columns = (_signs(shape, generator, target) for shape in ((*target.shape[:-1], 1), target.shape[-1:]))
     if (mask := call.row_mask(target)) is not None:
@@ -247,7 +247,7 @@ def _signs(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Te
 
 
 def _logits(result: Any, call: Call) -> Tensor | None:
-    """What the model returned if these are logits: by name, or a Tensor [B, T, V] with a place for every id [B, T] it was given."""
+    """Return an output's logits: what it calls so, or a Tensor [B, T, V] with a place for every id [B, T] that went in; or None."""
     found = logits_of(result)
     named = not isinstance(result, (Tensor, tuple, list))
     return found if named or _are_of_tokens(found, call) else None

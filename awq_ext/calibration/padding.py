@@ -1,4 +1,4 @@
-"""Padding: which of the rows that come to an expert belong to tokens that attention_mask marks 0."""
+"""Padding among the rows of experts: those of tokens that attention_mask marks 0."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..survey.mixtures import Mixture
 
 
 class ExpertPadding(ExpertHooks):
-    """The masks of the rows of experts, batch by batch.
+    """Finds the masks of the rows of experts, batch by batch.
 
-    An expert is called with rows chosen by a router, which no mask fits by its shape. They are known by their bits: those of the
-    tensors that a mask does fit (what the mixture is called with, the norms' outputs). What the expert computes from them has
-    as many rows, in the same order. Nothing is compared in batches without padding.
+    An expert is called with rows chosen by a router, and no mask fits them by its shape. They are recognized by their bits among
+    the rows of tensors that a mask does fit (what the mixture is called with, the norms' outputs). What the expert computes from
+    them has as many rows, in the same order. Nothing is compared in batches without padding.
     """
 
     def __init__(self, mixtures: Sequence[Mixture]) -> None:
@@ -32,14 +32,14 @@ class ExpertPadding(ExpertHooks):
         }
         self._call = Call()
         self._padded = False
-        # width, and sorted hashes of the rows that count and of the others
+        # tensors that a mask fits: width, sorted hashes of the rows that count, of the others
         self._sources: list[tuple[int, Tensor, Tensor]] = []
-        self._rows: dict[str, Tensor] = {}  # masks by Linear
-        self._expert_rows: dict[tuple[str, bool, int], Tensor] = {}  # that of the rows an expert was called with last
-        self.including_padding: dict[str, None] = {}  # Linears some of whose rows are known of no token
+        self._rows: dict[str, Tensor] = {}  # masks of the rows of the call that is running, by Linear
+        self._expert_rows: dict[tuple[str, bool, int], Tensor] = {}  # mask of the rows that an expert got last
+        self.including_padding: dict[str, None] = {}  # Linears whose padding could not be told from other rows
 
     def begin(self, stop: Stop) -> None:
-        """The batch that runs next."""
+        """Note the batch that runs next."""
         self._call = stop.call
         self._padded = bool(self.mixtures) and any((mask == 0).any() for mask in self._call.masks)
         self._sources, self._rows, self._expert_rows = [], {}, {}
@@ -47,11 +47,11 @@ class ExpertPadding(ExpertHooks):
             self._see_source(stop.block.name, "", stop.inputs)  # hooks on the block itself do not run
 
     def row_mask(self, name: str, x: Tensor) -> Tensor | None:
-        """Which rows of ``x``, with which the Linear ``name`` is being called, count; None for all. Not only for experts."""
+        """Tell which rows of ``x``, the input of the Linear ``name`` (an expert's or not), count; None for all."""
         if name in self._rows:
             return self._rows[name]
         mask = self._call.row_mask(x)
-        # as many rows as samples are no tokens, but what was made of each sample
+        # one row for each sample is no token, but something made of the whole sample
         no_tokens = (0, *(len(each) for each in self._call.masks))
         if self._padded and mask is None and name in self._expert_of and x.numel() // x.shape[-1] not in no_tokens:
             self.including_padding[name] = None
@@ -80,7 +80,7 @@ class ExpertPadding(ExpertHooks):
             self._rows[name] = mask.view(x.shape[:-1])
 
     def _known(self, rows: Tensor, width: int) -> Tensor | None:
-        """The mask of rows with these hashes; None unless all are rows of one tensor."""
+        """Find the mask of rows with these hashes; None unless all are rows of one tensor."""
         for k, kept, left in reversed(self._sources):
             if k == width:
                 count = _occurrences(kept, rows)
@@ -90,7 +90,7 @@ class ExpertPadding(ExpertHooks):
 
 
 def warnings_for(names: Sequence[str]) -> list[str]:
-    """What a user should know of such Linears."""
+    """Warn of Linears whose statistics include padding."""
     if not names:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -101,12 +101,12 @@ def warnings_for(names: Sequence[str]) -> list[str]:
 
 
 def _occurrences(ordered: Tensor, values: Tensor) -> Tensor:
-    """How often each of ``values`` is in ``ordered``."""
+    """Count how often each of ``values`` is in ``ordered``."""
     return torch.searchsorted(ordered, values, right=True) - torch.searchsorted(ordered, values)
 
 
 def _rank(values: Tensor) -> Tensor:
-    """For each value how many equal ones come before it: rows of equal bits, some of padding, are told apart by number alone."""
+    """Count the equal values before each value: of rows of equal bits the first ones are taken for tokens, the rest for padding."""
     order = values.argsort(stable=True)
     ordered = values[order]
     rank = torch.empty_like(order)

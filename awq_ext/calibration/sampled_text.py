@@ -1,4 +1,4 @@
-"""Generation: text that a language model writes itself, so that calibration sees more of what it was trained on than is given.
+"""Text sampled from a language model itself, so that calibration sees more of what it was trained on than it is given.
 
 Each segment starts from one token drawn evenly from the vocabulary and goes on as the model samples it (LLM-QAT, arXiv 2305.17888,
 section 2.1, makes training data so): other topics, code and languages than the calibration text's, as often as the model knows
@@ -24,7 +24,7 @@ _AT_ONCE = 32
 
 
 def can_generate(model: nn.Module) -> bool:
-    """Whether ``model`` is a decoder with a head that can be called as those of transformers are, one token after another."""
+    """Tell whether ``model`` is a decoder with a head that can be called as those of transformers are, token after token."""
     if output_embeddings(model) is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     return {"input_ids", "past_key_values", "use_cache"} <= inspect.signature(model.forward).parameters.keys()
@@ -34,9 +34,9 @@ def can_generate(model: nn.Module) -> bool:
 def generated_tokens(
     model: nn.Module, tokens: Tensor, count: int, longest: int, generator: torch.Generator, progress: bool = False
 ) -> Tensor:
-    """``count`` tokens or a few more, in segments of at most ``longest`` one after another, all among ``tokens``.
+    """Sample at least ``count`` tokens, all among ``tokens``, in segments of at most ``longest``, one after another.
 
-    tokens int64 [V]; returns int64 [n]. Raises ValueError for logits that are no numbers, and whatever the model does when called.
+    tokens int64 [V]; returns int64 [n]. Raises ValueError for logits that are no numbers, and whatever the model raises.
     """
     length = min(longest, SEGMENT)
     starts = torch.randint(len(tokens), (-(-count // length),), generator=generator).split(_AT_ONCE)
@@ -48,7 +48,7 @@ def generated_tokens(
 def _written(
     model: nn.Module, tokens: Tensor, first: Tensor, length: int, generator: torch.Generator, bar: tqdm
 ) -> Tensor:
-    """Segments that start with ``first`` [n], as places in ``tokens``: int64 [n, length]."""
+    """Sample segments that start with ``first`` [n], as places in ``tokens``: int64 [n, length]."""
     device = next(model.parameters()).device
     chosen, cache = [first], None
     bar.update()
@@ -65,10 +65,10 @@ def _written(
 
 
 def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One place a row of logits fp32 [n, V], drawn from their softmax by the inverse of its distribution function: int64 [n]."""
+    """Draw a place from the softmax of each row of logits fp32 [n, V], by its inverse distribution function: int64 [n]."""
     below = logits.softmax(-1).cumsum(-1)
     if not below[:, -1].isfinite().all():
         raise ValueError("its logits are NaN or Inf")
-    # ">", and times the last sum: nothing of probability 0 is drawn, however the sums were rounded
+    # right=True, and a point below the last sum: nothing of probability 0 is drawn, however the sums were rounded
     point = torch.rand(len(logits), 1, generator=generator) * below[:, -1:]
     return torch.searchsorted(below, point, right=True)[:, 0].clamp_max(logits.shape[1] - 1)

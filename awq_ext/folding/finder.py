@@ -1,4 +1,4 @@
-"""Precedent: what folded in one block is tried first in the next, all at once. It is proven anew; only the search is spared."""
+"""A finder of folds for block after block: those of one block are tried first in the next, where only the search is spared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .proof import Candidate, find_folds, leaves_unchanged
 
 @dataclass(frozen=True)
 class _Pattern:
-    """A fold without the modules of its block: the kind of a norm, or which Linear of which group and its rows."""
+    """A fold without the modules of its block: the kind of a norm, or a Linear's place (group, position in it) and its rows."""
 
     kind: str = ""
     producer: tuple[int, int] = (-1, -1)
@@ -24,10 +24,10 @@ class _Pattern:
 
 
 class FoldFinder:
-    """Finds the folds of one block after another. norms: by name, those that may take a scale.
+    """Finds the folds of one block after another. norms: those that may take a scale, by name.
 
-    Where every group of a block got one, the same folds are tried in later blocks with groups of the same shapes; only if that
-    fails such a block is searched as the first one was (:func:`find_folds`).
+    Where every group of a block got a fold, the same ones are tried, all at once, in later blocks with groups of the same shapes.
+    They are proven there like any others. Only if that fails is such a block searched as the first one was (:func:`find_folds`).
     """
 
     def __init__(self, norms: Mapping[str, nn.Module]) -> None:
@@ -37,7 +37,7 @@ class FoldFinder:
     def find(
         self, probe: Probe, groups: Sequence[ScaleGroup], linears: Mapping[str, nn.Linear], wanted: Sequence[bool]
     ) -> list[Fold | None]:
-        """For each group that is ``wanted``, what takes its 1/s, proven."""
+        """Find what takes over 1/s of each group that is ``wanted``, proven; None for other groups and where nothing can."""
         members = [tuple(linears[name] for name in group.linears) for group in groups]
         shape = self._shape(groups, members, wanted)
         if patterns := self._patterns.get(shape):
@@ -54,7 +54,7 @@ class FoldFinder:
     def _shape(
         self, groups: Sequence[ScaleGroup], members: Sequence[Sequence[nn.Linear]], wanted: Sequence[bool]
     ) -> Hashable:
-        """What two blocks must have in common for the folds of one to fit the other."""
+        """Describe what two blocks must have in common for the folds of one to fit the other."""
         norms = [self._norms.get(group.producer or "") for group in groups]
         return tuple(
             (one, None if norm is None else len(norm.weight), tuple(linear.weight.shape for linear in mine))
@@ -74,7 +74,7 @@ class FoldFinder:
 
 
 def _provable_together(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
-    """All candidates; in float16 norms and Linears apart, since few weights stay exact under the factors of both."""
+    """Yield all candidates at once; in float16 norms and Linears apart, since few weights stay exact under the factors of both."""
     if all(candidate.linears[0].weight.dtype != torch.float16 for candidate in candidates):
         yield list(candidates)
         return

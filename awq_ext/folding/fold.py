@@ -1,4 +1,4 @@
-"""Folding 1/s into what produces a group's input: a norm or an earlier Linear. ``proof.py`` finds out which one it is."""
+"""Folds of 1/s into what produces a group's input: a norm or an earlier Linear (``proof.py`` finds out which)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Change = tuple[nn.Module, str, Callable[[Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class NormFold:
-    """A norm that takes over 1/s: "plain" multiplies by its weight w, "offset" by 1 + w.
+    """A norm that takes over 1/s. kind: "plain" multiplies by its weight w, "offset" by 1 + w.
 
-    width: input channels K of the group; a norm of each head (w is shorter) comes back every len(w) channels. None: len(w).
+    width: input channels K of the group, None for len(w); a norm that works on each head applies w to every len(w) of them.
     readers: parameters [., K] that read the output as well and stay float (routers), as (module, name).
     """
 
@@ -28,7 +28,7 @@ class NormFold:
 
     @property
     def units(self) -> int:
-        """Factors that can be chosen freely: one an entry of w."""
+        """Number of factors that can be chosen freely: one for each entry of w."""
         return len(self.module.weight)
 
     @property
@@ -36,18 +36,18 @@ class NormFold:
         return (self.width or self.units) // self.units
 
     def channels(self, units: Tensor) -> Tensor:
-        """Factors [units] -> factors of the group's input channels [K]."""
+        """Turn factors [units] into factors of the group's input channels [K]."""
         return units.repeat(self._heads)
 
     def tie(self, scale: Tensor) -> Tensor:
-        """The scales nearest to ``scale`` [..., K] that can be folded: geometric means over channels of one entry of w."""
+        """Return the scales nearest to ``scale`` [..., K] that can be folded: geometric means over channels of one entry of w."""
         if self._heads == 1:
             return scale
         mean = scale.log().unflatten(-1, (self._heads, self.units)).mean(-2, keepdim=True).exp()
         return mean.expand(*mean.shape[:-2], self._heads, self.units).flatten(-2)
 
     def changes(self, scale: Tensor) -> list[Change]:
-        """The changes of parameters that divide the output by ``scale`` fp32 [K] (equal on tied channels), but for readers."""
+        """List the changes that divide the output by ``scale`` fp32 [K] (equal on tied channels), and multiply readers by it."""
         divisor = scale[: self.units]
         if self.kind == "plain":
             changes: list[Change] = [(self.module, "weight", lambda w: w / divisor)]
@@ -58,7 +58,7 @@ class NormFold:
         return changes + [(module, name, lambda w: w * scale) for module, name in self.readers]
 
     def effective_scale(self, scale: Tensor) -> Tensor:
-        """What the norm really divides by once its new weight is rounded to its dtype: the columns then compensate exactly.
+        """Return what the norm really divides by once its new weight is rounded: columns multiplied by that compensate exactly.
 
         Where that is no usable number (weight 0, underflow) the wanted scale stays.
         """
@@ -71,16 +71,17 @@ class NormFold:
         return torch.where(usable, effective, scale)
 
     def trial(self) -> list[Change]:
-        """Parameters to prove the fold with: those at hand or, where dividing them is not exact, others of about their size.
+        """List changes to make before the proof: none where dividing the weight by powers of two is exact.
 
-        (1 + w)/s - 1 is rounded to w's dtype; with gains 1 + w that are powers of two it is not.
+        (1 + w)/s - 1 is rounded to w's dtype, but not if the gain 1 + w is a power of two. So the proof runs with powers of two of
+        about the size of the gains.
         """
         if self.kind == "plain":
             return []
 
         def powers(w: Tensor) -> Tensor:
             gain = 1 + w
-            # times origin.EXPONENTS and minus 1 these need at most 8 bits: -2^6 - 1 and 2^-6 - 1 are exact even in bfloat16
+            # times 2^tracing.EXPONENTS and minus 1 these need at most 8 bits: -2^6 - 1 and 2^-6 - 1 are exact even in bfloat16
             size = gain.abs().clamp(2.0**-4, 2.0**4).log2().round()
             return torch.where(gain < 0, -1.0, 1.0) * 2.0**size - 1
 
@@ -96,25 +97,25 @@ class LinearFold:
 
     @property
     def units(self) -> int:
-        """Factors that can be chosen freely: one an output row."""
+        """Number of factors that can be chosen freely: one for each output row."""
         return self.module.out_features
 
     def channels(self, units: Tensor) -> Tensor:
-        """Factors [N] of the rows -> factors of the group's input channels [K]."""
+        """Turn factors [N] of the rows into factors of the group's input channels [K]."""
         return units[self.rows]
 
     def tie(self, scale: Tensor) -> Tensor:
-        """``scale`` [..., K] with the geometric mean over channels that come from one row (query heads that share values)."""
+        """Replace ``scale`` [..., K] by its geometric means over channels of one row (query heads may share values)."""
         total = scale.new_zeros(*scale.shape[:-1], self.units).index_add_(-1, self.rows, scale.log())
         count = scale.new_zeros(self.units).index_add_(0, self.rows, torch.ones_like(self.rows, dtype=scale.dtype))
         return (total / count.clamp_min(1)).exp()[..., self.rows]
 
     def divisor(self, scale: Tensor) -> Tensor:
-        """What each output row is divided by: fp32 [N], 1 for rows that do not reach the group."""
+        """Return what each output row is divided by: fp32 [N], 1 for rows that do not reach the group."""
         return torch.ones(self.units, device=scale.device).index_put_((self.rows,), scale)
 
     def changes(self, scale: Tensor) -> list[Change]:
-        """The changes of parameters that divide the rows by ``scale`` fp32 [K] (equal on tied channels)."""
+        """List the changes of parameters that divide the rows by ``scale`` fp32 [K] (equal on tied channels)."""
         divisor = self.divisor(scale)
         changes: list[Change] = [(self.module, "weight", lambda w: w / divisor[:, None])]
         if self.module.bias is not None:
@@ -122,11 +123,11 @@ class LinearFold:
         return changes
 
     def effective_scale(self, scale: Tensor) -> Tensor:
-        """The scale itself: rows are divided in fp32 before they are rounded to codes."""
+        """Return the scale itself: rows are divided in fp32 before they are rounded to codes."""
         return scale
 
     def trial(self) -> list[Change]:
-        """Parameters to prove the fold with: those at hand."""
+        """List no changes: dividing weights by powers of two is exact."""
         return []
 
 

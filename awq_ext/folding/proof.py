@@ -1,8 +1,8 @@
 """The proof that something may take over 1/s: the block's output stays what it was under random factors.
 
 Factors are random powers of two: multiplying by them is exact in binary floating point, so each product keeps its bits and
-every sum its order, in bfloat16 as in float32. None of them is 1, which would show nothing: what stays as it was is not driven
-by what was multiplied.
+every sum its order, in bfloat16 as in float32. None of them is 1: a channel that stays as it was is then known not to come
+from what was multiplied.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..survey.groups import ScaleGroup
 from .fold import Change, Fold, LinearFold, NormFold
 from .tracing import EXACT, find_rows, find_rows_of_all, powers_of_two
 
-# Parameters [., K] that read what a norm returns, as (module, name): routers.
+# Parameters [., K] of routers that read what a norm returns, as (module, name).
 Readers = Sequence[tuple[nn.Module, str]]
-# Earlier Linears that are tried as a group's producer: each try runs the block, and what produces an input is close before it.
+# How many earlier Linears are tried as a group's producer: each try runs the block, and a producer is close before its reader.
 _NEAREST = 16
 
 
@@ -32,11 +32,11 @@ class Candidate:
     linears: tuple[nn.Linear, ...]
 
     def random_factors(self, seed: int) -> Tensor:
-        """Random powers of two for the channels of what is produced: fp32 [K]."""
+        """Draw powers of two for the channels of what is produced: fp32 [K]."""
         return self.fold.channels(powers_of_two(self.fold.units, seed, self.linears[0].weight.device))
 
     def columns(self, factors: Tensor) -> list[Change]:
-        """The changes of the Linears that make up for a division by ``factors``."""
+        """List the changes of the Linears that make up for a division of their input by ``factors``."""
         return [(linear, "weight", lambda w: w * factors) for linear in self.linears]
 
 
@@ -47,7 +47,7 @@ def find_folds(
     norms: Mapping[str, nn.Module],
     wanted: Sequence[bool],
 ) -> list[Fold | None]:
-    """For each group that is ``wanted``, what takes its 1/s, proven: a norm of ``norms`` (by name) or an earlier Linear."""
+    """Find what takes over 1/s of each group that is ``wanted``, proven: a norm of ``norms`` (by name) or an earlier Linear."""
     members = [[linears[name] for name in group.linears] for group in groups]
     fed = {i: norms[g.producer] for i, g in enumerate(groups) if wanted[i] and g.producer in norms}
     proven = prove_norm_folds(probe, [(norm, members[i], groups[i].readers) for i, norm in fed.items()])
@@ -61,10 +61,10 @@ def find_folds(
 
 
 def prove(probe: Probe, candidates: Sequence[Candidate]) -> list[bool]:
-    """For each candidate, whether folding random factors leaves the block's output what it was.
+    """Tell for each candidate whether folding random factors leaves the block's output what it was.
 
-    All are first tried together, one by one only if that fails. Anything else that reads what a producer makes (a residual tap,
-    another branch, a router) is not compensated, which shows at once.
+    All are tried together first, and one by one only if that fails. Whatever else reads what a producer makes (a residual tap,
+    another branch, a router) is not compensated, so the output changes.
     """
     if len(candidates) > 1 and leaves_unchanged(probe, candidates):
         return [True] * len(candidates)
@@ -72,10 +72,10 @@ def prove(probe: Probe, candidates: Sequence[Candidate]) -> list[bool]:
 
 
 def leaves_unchanged(probe: Probe, candidates: Sequence[Candidate], arriving: bool = False) -> bool:
-    """Whether folding random factors into all ``candidates`` leaves the block's output what it was.
+    """Tell whether folding random factors into all ``candidates`` leaves the block's output what it was.
 
-    Factors without any effect would prove nothing. Those of each norm must change the output while nothing makes up for them.
-    Those of a Linear must arrive at the group's input: ``find_rows`` saw that, or ``arriving`` asks for it here.
+    Factors without any effect would prove nothing. Those of each norm must change the output as long as nothing makes up for
+    them. Those of a Linear must arrive at the group's input: ``find_rows`` has seen that, or ``arriving`` asks for it here.
     """
     trial = [change for candidate in candidates for change in candidate.fold.trial()]
     factors = [candidate.random_factors(seed) for seed, candidate in enumerate(candidates)]
@@ -100,7 +100,7 @@ def leaves_unchanged(probe: Probe, candidates: Sequence[Candidate], arriving: bo
 
 
 def _arrived(x: Tensor, seen: Tensor, factors: Tensor) -> bool:
-    """Whether an input [rows, K] came divided by ``factors`` [K], in all channels that are not 0; there must be some."""
+    """Tell whether an input [rows, K] came divided by ``factors`` [K] in all channels but those of zeros; some must not be."""
     if x.shape != seen.shape or not len(x):
         return False
     live = (x != 0).any(0)
@@ -112,7 +112,7 @@ def _arrived(x: Tensor, seen: Tensor, factors: Tensor) -> bool:
 def prove_norm_fold(
     probe: Probe, norm: nn.Module, linears: Sequence[nn.Linear], readers: Readers = ()
 ) -> NormFold | None:
-    """The kind of fold into ``norm`` that leaves the block's output unchanged, or None."""
+    """Find the kind of fold into ``norm`` that leaves the block's output unchanged; None if there is none."""
     for kind in ("plain", "offset"):
         fold = NormFold(norm, kind, linears[0].in_features, tuple(readers))
         if _fits(norm, linears) and leaves_unchanged(probe, [Candidate(fold, tuple(linears))]):
@@ -123,7 +123,7 @@ def prove_norm_fold(
 def prove_norm_folds(
     probe: Probe, fed: Sequence[tuple[nn.Module, Sequence[nn.Linear], Readers]]
 ) -> list[NormFold | None]:
-    """For each norm, the Linears and the other parameters that read it, the proven fold, or None."""
+    """Prove the fold into each norm, given with the Linears and the other parameters that read it; None where that fails."""
     plain = [
         Candidate(NormFold(norm, "plain", linears[0].in_features, tuple(readers)), tuple(linears))
         for norm, linears, readers in fed
@@ -134,7 +134,7 @@ def prove_norm_folds(
 
 
 def _fits(norm: nn.Module, linears: Sequence[nn.Linear]) -> bool:
-    """Whether the norm's weight can cover the input channels, once or once for each head (BatchNorm over images cannot)."""
+    """Tell whether the norm's weight covers the input channels, once or once for each head (BatchNorm over images does not)."""
     return linears[0].in_features % len(norm.weight) == 0
 
 
@@ -144,10 +144,10 @@ def prove_linear_folds(
     wanted: Sequence[int],
     producers: Sequence[Sequence[nn.Linear]] | None = None,
 ) -> dict[int, LinearFold]:
-    """For groups (by number, in calling order) whose input is proportional to rows of an earlier group's Linear, the proven fold.
+    """Find proven folds of groups (by number, in calling order) whose input is proportional to rows of an earlier Linear.
 
-    The nearest earlier Linear that fits and passes is taken; one Linear serves one group. producers: those of each group that may
-    (None: all).
+    The nearest earlier Linear that fits and passes is taken; one Linear serves one group. producers: the Linears of each group
+    that may be taken (None: all).
     """
     producers = groups if producers is None else producers
     found: dict[int, LinearFold] = {}
@@ -177,7 +177,7 @@ def prove_linear_folds(
 def prove_expert_folds(
     probe: Probe, groups: Sequence[ScaleGroup], linears: Mapping[str, nn.Linear], wanted: Sequence[int]
 ) -> dict[int, LinearFold]:
-    """Like :func:`prove_linear_folds` for groups of one expert each, whose producer is another Linear of that expert.
+    """Find folds as :func:`prove_linear_folds` does, for groups of one expert each, into another Linear of that expert.
 
     The experts of a layer do not read each other's outputs, so all of them are tried in the same runs of the block.
     """

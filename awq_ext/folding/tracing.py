@@ -1,6 +1,6 @@
-"""Origin: which output row of an earlier Linear each input channel of a Linear comes from, by random powers of two.
+"""Tracing: which output row of an earlier Linear each input channel of a Linear comes from.
 
-Factors are powers of two because multiplying by them is exact: what comes back multiplied shows which row it was made of.
+The rows are multiplied by random powers of two, which is exact: the power by which a channel comes back multiplied shows its row.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ..forwards.probe import Probe, combined
 from .fold import LinearFold
 
-# What exact arithmetic may still differ by: products that underflow in half precision.
+# What results of exact arithmetic may still differ by: products underflow in half precision.
 EXACT = 2.0**-20
-# None is 0: a factor of 1 would show nothing.
+# 0 is not among them: a factor of 1 would show nothing.
 EXPONENTS = (-2, -1, 1, 2)
 
 
 def powers_of_two(count: int, seed: int, device: torch.device) -> Tensor:
-    """Random factors fp32 [count], with these EXPONENTS."""
+    """Draw random factors fp32 [count] with EXPONENTS."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(EXPONENTS), (count,), generator=generator)
     return (2.0 ** torch.tensor(EXPONENTS)[chosen]).to(device)
@@ -33,7 +33,7 @@ def find_rows_of_all(
     xs: Mapping[int, Tensor],
     producers: Mapping[int, nn.Linear],
 ) -> dict[int, Tensor]:
-    """What :func:`find_rows` finds for each pair, in the runs that one pair needs: they must not be fed by one another."""
+    """Do what :func:`find_rows` does for many pairs, in as many runs as for one; no pair may feed another."""
     subsets = {i: iter(_subsets(producer.out_features, consumers[i].in_features)) for i, producer in producers.items()}
     found: dict[int, Tensor] = {}
     number = 0
@@ -56,20 +56,20 @@ def find_rows_of_all(
 
 
 def find_rows(probe: Probe, consumer: nn.Linear, x: Tensor, producer: nn.Linear) -> Tensor | None:
-    """Which output row of ``producer`` each input channel of ``consumer`` is proportional to: int64 [K], or None.
+    """Find the output row of ``producer`` that each input channel of ``consumer`` is proportional to: int64 [K], or None.
 
-    x: the consumer's input [rows, K] with the real parameters. The producer's rows are multiplied by random powers of two; a
-    channel that comes from a row by operations linear in it (or through ReLU) is multiplied by exactly that power, any other
-    is not. Only some rows of a fused Linear (values of q, k, v; up of gate and up) are linear, so subsets are tried in turn.
+    x: the consumer's input [rows, K] with the real parameters. The producer's rows are multiplied by random powers of two. A
+    channel that comes from a row by operations linear in it (or by ReLU) is then multiplied by exactly that power, any other
+    is not. Only some rows of a fused Linear act linearly (the values of q, k, v; up of gate and up), so subsets are tried in turn.
     """
     return find_rows_of_all(probe, {0: consumer}, {0: x}, {0: producer}).get(0)
 
 
 def _subsets(rows: int, channels: int) -> Iterator[Tensor]:
-    """Sets of producer rows that may carry ``channels`` input channels.
+    """Yield sets of producer rows that may carry ``channels`` input channels.
 
-    All of them; or (gate and up) either half; or the values of fused queries, keys and values, or keys and values: the last
-    part of the rows, as a whole or of each head.
+    These are all rows; or either half (gate and up); or the last part, as a whole or of each head (the values of fused queries,
+    keys and values, or of keys and values).
     """
     every = torch.arange(rows)
     if rows <= channels:
@@ -105,7 +105,7 @@ def _matching_rows(x: Tensor, seen: Tensor, powers: Tensor, subset: Tensor) -> T
 
 
 def _layouts(subset: Tensor, channels: int) -> Iterator[Tensor]:
-    """Ways in which ``channels`` may come from a set of rows: one each, or heads repeated in place (grouped KV heads)."""
+    """Yield the ways in which ``channels`` may come from a set of rows: one each, or heads repeated in place (grouped KV heads)."""
     count = len(subset)
     if count == channels:
         yield subset

@@ -1,4 +1,4 @@
-"""Calibration samples of any kind -> the calls that are made on the model."""
+"""Calls of the model: made from calibration samples of any kind, and run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .inputs import copy_inputs
 
 @dataclass(frozen=True)
 class Call:
-    """One call ``model(*args, **kwargs)`` and the masks that tell which of its rows count; ``hint``: what to do if it fails."""
+    """One call ``model(*args, **kwargs)``. ``hint``: what its error message adds if it fails."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -23,12 +23,15 @@ class Call:
 
     @property
     def masks(self) -> list[Tensor]:
-        """[batch, sequence] masks among the keywords: ``attention_mask``, ``decoder_attention_mask`` and the like."""
+        """The [batch, sequence] masks among the keywords: ``attention_mask``, ``decoder_attention_mask`` and the like."""
         found = [v for k, v in self.kwargs.items() if k.endswith("attention_mask") and isinstance(v, Tensor)]
         return [mask for mask in found if mask.dim() == 2]
 
     def row_mask(self, x: Tensor) -> Tensor | None:
-        """The bool mask that fits the rows of ``x`` [..., K]: same leading shape (ones apart), or as many rows once flattened."""
+        """Find the bool mask [...] of the rows of ``x`` [..., K] that count; None if there is none, and all do.
+
+        A mask fits if its shape is that of the rows (sizes of 1 apart), or if ``x`` is [rows, K] and it has an entry for each.
+        """
         rows = [size for size in x.shape[:-1] if size != 1]
         for mask in self.masks:
             if rows == [size for size in mask.shape if size != 1] or (x.dim() == 2 and x.shape[0] == mask.numel()):
@@ -37,11 +40,11 @@ class Call:
 
     @property
     def elements(self) -> int:
-        """Elements of all tensors: the measure by which batches of different length are compared."""
+        """Number of elements of all tensors, by which batches of different length are compared."""
         return sum(v.numel() for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
 
     def on_copies(self, hint: str = "") -> Call:
-        """The same call with copies of its arguments, which a model that writes its input may change; ``hint`` is added."""
+        """Return this call with copies of its arguments, for a model that may write its input; ``hint`` is added to its own."""
         args, kwargs = copy_inputs((self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs, hint=self.hint + hint)
 
@@ -53,11 +56,11 @@ def read_calls(
     inputs: str | Callable[[Any], Any] = "all",
     seq_len: int = 512,
 ) -> list[Call]:
-    """Every sample of ``calib_loader`` as a Call, tensors on ``device``.
+    """Turn every sample of ``calib_loader`` into a Call with its tensors on ``device``.
 
-    Samples: Tensor (one positional argument), tuple or list (positional), mapping (keywords), str (needs ``tokenizer``; cut
-    into windows of ``seq_len`` tokens, the rest kept). inputs: "all", "first" (only the first element of a tuple: loaders
-    of (input, label) pairs), or a function applied to each sample first.
+    A sample may be a Tensor (one positional argument), a tuple or list (positional arguments), a mapping (keywords), or a str
+    (needs ``tokenizer``; cut into windows of ``seq_len`` tokens, of which the last may be shorter). inputs: "all"; "first" (only
+    the first element of a tuple, for loaders of (input, label) pairs); or a function applied to each sample first.
     Raises ValueError for an empty loader, TypeError for samples or settings it cannot use; the loader's own errors pass.
     """
     if not (inputs in ("all", "first") or callable(inputs)):
@@ -97,7 +100,7 @@ def _calls_of(sample: Any, index: int, tokenizer: Callable[..., Any] | None, seq
 
 
 def _token_ids(tokenizer: Callable[..., Any], text: str) -> Tensor:
-    """Token ids [T] from whatever a tokenizer returns: a mapping with input_ids, a Tensor, a list."""
+    """Return the token ids [T] in whatever a tokenizer returns: a mapping with input_ids, a Tensor, a list."""
     ids = tokenizer(text)
     if isinstance(ids, Mapping):
         ids = ids["input_ids"]
@@ -119,7 +122,7 @@ class CalibrationError(RuntimeError):
 
 
 def run_call(model: nn.Module, call: Call, index: int) -> Any:
-    """``model(*args, **kwargs)``; an exception of the model is re-raised as CalibrationError with the batch's number."""
+    """Run ``model(*args, **kwargs)``; re-raise the model's own exception as a CalibrationError with the batch's number."""
     interrupt.check()
     try:
         return model(*call.args, **call.kwargs)

@@ -1,4 +1,4 @@
-"""What modules are called with: copies of it, its size, and which tensors are the same."""
+"""Inputs of modules: copies of them, their size, and which tensors are the same."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def copy_inputs(value: Any) -> Any:
-    """Copies of arguments, so that code that works in place cannot reach the real ones: one copy of each tensor.
+    """Copy nested arguments, so that code which works in place cannot reach the real ones.
 
-    Objects that hold tensors (key/value caches) are copied with what they hold; modules and parameters are shared.
+    A tensor that is there twice is copied once. Objects that hold tensors (key/value caches) are copied with what they hold;
+    modules and parameters are shared.
     """
     copies: dict[int, Any] = {}
     return tree_map(lambda leaf: _copy_leaf(leaf, copies), value)
@@ -38,15 +39,15 @@ def _copy_leaf(leaf: Any, copies: dict[int, Any]) -> Any:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested arguments."""
+    """Add up the bytes of all tensors in nested arguments."""
     return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors exactly when they are the same values in the same memory at the same moment of its history.
+    """Identify the values of a tensor: equal for two tensors that show the same memory, with no write to it in between.
 
-    Contiguous ones may differ in shape: a view [batch * sequence, K] is its base [batch, sequence, K], and [batch, sequence,
-    heads, K / heads] too.
+    Contiguous tensors may differ in shape: [batch * sequence, K] and [batch, sequence, heads, K / heads] are the same as the
+    [batch, sequence, K] that they are views of.
     """
     version = None if tensor.is_inference() else tensor._version
     place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype, version)
@@ -56,5 +57,5 @@ def tensor_identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def linear_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a Linear was called with, by position or by name."""
+    """Return what a Linear was called with, by position or by name."""
     return args[0] if args else kwargs["input"]

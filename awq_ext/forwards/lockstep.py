@@ -1,9 +1,9 @@
-"""The repeated blocks of a model, and calibration forwards that go through them in lockstep.
+"""Calibration forwards in lockstep: every batch reaches a block before any of them goes on to the next one.
 
-Each batch's own ``model(*args, **kwargs)`` runs in a greenlet and stops at the entry of every block, so only the hidden
-states of one block boundary exist at a time, and the model's own code decides what every block is called with. Greenlets
-share the thread: no OpenMP team per batch, and exactly one forward runs at any time. Grad mode, inference mode and
-autocast belong to the thread, so they are swapped at every stop (``threadstate.py``).
+Each batch's own ``model(*args, **kwargs)`` runs in a greenlet and stops at the entry of every block. So the hidden states of
+only one block boundary exist at a time, and the model's own code decides what every block is called with. Greenlets share
+the thread: there is no OpenMP team per batch, and exactly one forward runs at any time. Grad mode, inference mode and autocast
+belong to the thread, so they are swapped at every stop (``undo/thread_state.py``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Block:
 
 
 class Stop:
-    """A batch that waits at the entry of a block, with the very arguments of that call."""
+    """A batch that waits at the entry of a block, and the very arguments of that call."""
 
     def __init__(self, worker: _Worker, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._worker = worker
@@ -52,9 +52,9 @@ class Stop:
         return self._args, self._kwargs
 
     def run_on_copies(self) -> Any:
-        """Run the block on copies of its arguments, in the state of this batch's forward; returns the block's output.
+        """Run the block on copies of its arguments and return its output; the forward stays where it is.
 
-        Hooks on the block itself do not run (its submodules' do), and the forward stays where it is.
+        It runs in the grad mode and autocast of this batch's forward. Hooks on the block itself do not run (its submodules' do).
         """
 
         def run() -> Any:
@@ -92,7 +92,7 @@ class _Worker(greenlet.greenlet):
             self.stop = None  # the stop knows its worker: a cycle, which would keep the hidden states alive
 
     def pause(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Called from inside the forward: wait here, doing what the caller requests, until that is to go on (None)."""
+        """Wait inside the forward and run what the caller requests, until it requests to go on (None)."""
         self.stop = Stop(self, block, args, kwargs)
         while True:
             with other_state(self._home):
@@ -108,7 +108,7 @@ class _Worker(greenlet.greenlet):
         self.switch() if not self else self.switch(None)
 
     def end(self) -> None:
-        """Cut the forward off. The stop hooks are gone, so one that catches the exit runs to its end and stays there."""
+        """Cut the forward off; one that catches the exit runs to its end, since its hooks are gone by now."""
         if self:
             # what a model makes of being cut off is no error of the calibration
             with suppress(Exception):
@@ -125,10 +125,10 @@ class _Worker(greenlet.greenlet):
 def lockstep(
     model: nn.Module, blocks: Sequence[Block], calls: Sequence[Call]
 ) -> Iterator[Iterator[tuple[Block, list[Stop]]]]:
-    """Iterate over ``blocks`` (in calling order) with the batches that wait at each one's entry.
+    """Give an iterator over ``blocks`` (in calling order), each with the batches that wait at its entry.
 
-    The body of the loop may run blocks on copies and advance stops; those that it left are advanced before the next block. Leaving
-    the context ends all forwards where they are (what follows the last block never runs) and removes every hook.
+    The body of the loop may run blocks on copies, and advance stops; those that it did not advance are advanced before the next
+    block. Leaving the context ends all forwards where they are (what follows the last block never runs) and removes every hook.
     """
     home = ThreadState.capture()
     workers = [_Worker(model, i, call, home) for i, call in enumerate(calls)]

@@ -26,7 +26,7 @@ def _status_bytes(field: str) -> int:
 
 
 def resident_bytes() -> int:
-    """Bytes of physical memory that the process holds now (Linux), or its peak where the system tells only that."""
+    """Return the bytes of physical memory that the process holds now, or its peak where the system (not Linux) tells only that."""
     return _status_bytes("VmRSS") if _STATUS.exists() else _peak_of_life()
 
 
@@ -38,9 +38,10 @@ def _peak_of_life() -> int:
 
 
 def release_free_memory() -> None:
-    """Give freed memory back to the system where the allocator can be told to (glibc).
+    """Give freed memory back to the system, where the allocator can do that on demand (glibc).
 
-    Hidden states are freed in one order and allocated in another; the heap would stay as large as its most fragmented moment.
+    Hidden states are freed in another order than they are allocated in, so the heap would stay as large as when it was most
+    fragmented.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
@@ -48,10 +49,10 @@ def release_free_memory() -> None:
 
 
 class FreeMemory:
-    """Freed memory, given back to the system only once the process has grown by ``slack`` bytes since it last was.
+    """Gives freed memory back to the system once the process has grown by ``slack`` bytes, and not before.
 
-    A heap may hold so much more than is in use; giving it back after every sample would cost small models half as much again
-    as their forwards, whose pages then have to be mapped anew each time.
+    So much more than is in use the heap may hold. If it were given back after every sample, the forwards of small models would
+    take half as long again, because their pages would be mapped anew each time.
     """
 
     def __init__(self, slack: int = 16 << 20) -> None:
@@ -59,7 +60,7 @@ class FreeMemory:
         self._held = resident_bytes()
 
     def release_if_grown(self) -> None:
-        """Call this wherever much may have been freed; where the heap has not grown it only looks."""
+        """Give free memory back if the process has grown; to be called wherever much may have been freed."""
         now = resident_bytes()
         if now > self._held + self._slack:
             release_free_memory()
@@ -68,7 +69,7 @@ class FreeMemory:
 
 
 class PeakMemory:
-    """Peak of host memory (and of one GPU's) since construction."""
+    """Measures the peak of host memory since it was made, or that of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -86,7 +87,7 @@ class PeakMemory:
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else resident_bytes()
 
     def bytes(self) -> int:
-        """The peak so far. Where the system cannot reset its mark, the peak of the whole life of the process."""
+        """Return the peak so far. Where the system cannot reset its mark, that is the peak of the whole life of the process."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return _status_bytes("VmHWM") if self._resets else _peak_of_life()

@@ -14,16 +14,17 @@ from ..undo import interrupt
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """A compiled forward would be traced anew for every hook and every weight that is tried."""
-    # importing dynamo takes seconds, and what was compiled has imported it
+    """Run nothing compiled: it would be traced anew for every hook and every weight that is tried."""
+    # to import dynamo takes seconds, and whoever compiled something has done so
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """eval mode, nothing compiled, and no key/value cache where there is a switch (every suspended forward would hold one).
+    """Put ``model`` into eval mode while the body runs, with nothing compiled and no key/value cache; then undo all of it.
 
-    A Ctrl-C comes where :func:`awq_ext.interrupt.check` is called, or once all is as it was.
+    Every suspended forward would hold a cache. It is turned off where a config has a switch for it. A Ctrl-C comes where
+    :func:`awq_ext.undo.interrupt.check` is called, or once all is as it was.
     """
     with interrupt.held():
         training = [(name, module, module.training) for name, module in model.named_modules()]

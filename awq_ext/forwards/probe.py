@@ -1,4 +1,4 @@
-"""Trying a block on one calibration batch under other parameters, without touching the real ones."""
+"""Probes: a block's output on one calibration batch under other parameters, without touching the real ones."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .hooks import Hooks
 from .inputs import linear_input
 from .outputs import distance_of, norm_of
 
-# Parameters by (module, name) that a block sees on trial instead of the real ones.
+# Parameters, by (module, name), that a block sees on trial instead of the real ones.
 Substitutes = Mapping[tuple[nn.Module, str], Tensor]
 
 
 @contextmanager
 def substituted(substitutes: Substitutes) -> Iterator[None]:
-    """Let modules see other parameters while the body runs. The real Parameter objects are set aside, never written."""
+    """Let modules see other parameters while the body runs; the real Parameter objects are set aside, never written."""
     real = {(module, name): module._parameters[name] for module, name in substitutes}
     try:
         for (module, name), tensor in substitutes.items():
@@ -33,10 +33,10 @@ def substituted(substitutes: Substitutes) -> Iterator[None]:
 
 
 class Probe:
-    """A block's output on one calibration batch, under substituted parameters.
+    """Runs a block on one calibration batch under substituted parameters.
 
-    run: runs the block on copies of its arguments; output: what it returned with its own parameters; row_mask: the bool mask of
-    the rows of a tensor that count, or None for all (``Call.row_mask``).
+    run: runs the block on copies of its arguments. output: what it returned with its own parameters. row_mask: finds the rows of
+    a tensor that count, as ``Call.row_mask`` does.
     """
 
     def __init__(
@@ -47,18 +47,18 @@ class Probe:
         self.reference = self._rows(output)
 
     def output(self, substitutes: Substitutes) -> list[Tensor]:
-        """The floating-point tensors that the block returns."""
+        """Return the floating-point tensors that the block returns, without the rows that do not count."""
         return self.watch(substitutes, [])[0]
 
     def inputs(self, linears: Sequence[nn.Linear], substitutes: Substitutes) -> list[Tensor]:
-        """What each of ``linears`` is first called with: [rows, in_features], rows that do not count left out.
+        """Return what each of ``linears`` is first called with, [rows, in_features], without the rows that do not count.
 
-        [0, in_features] for one that is not called.
+        For a Linear that is not called this is [0, in_features].
         """
         return self.watch(substitutes, linears)[1]
 
     def watch(self, substitutes: Substitutes, linears: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
-        """Both :meth:`output` and :meth:`inputs`, of one run."""
+        """Return both :meth:`output` and :meth:`inputs`, of one run."""
         seen: dict[nn.Linear, Tensor] = {}
 
         def see(linear: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -80,18 +80,18 @@ class Probe:
         return [self._counted(tensor) for tensor in tensors]
 
     def distance(self, substitutes: Substitutes) -> float:
-        """||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
+        """Return ||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
         return distance_of(self.output(substitutes), self.reference)
 
     @property
     def norm(self) -> float:
-        """||float output||."""
+        """||float output||, Frobenius."""
         return norm_of(self.reference)
 
 
 @contextmanager
 def output_dtypes(modules: Sequence[nn.Module]) -> Iterator[set[torch.dtype]]:
-    """The floating-point dtypes that ``modules`` return while the body runs."""
+    """Collect the floating-point dtypes that ``modules`` return while the body runs."""
     seen: set[torch.dtype] = set()
 
     with Hooks() as on:
@@ -103,7 +103,10 @@ def output_dtypes(modules: Sequence[nn.Module]) -> Iterator[set[torch.dtype]]:
 def combined(
     changes: Sequence[tuple[nn.Module, str, Callable[[Tensor], Tensor]]],
 ) -> dict[tuple[nn.Module, str], Tensor]:
-    """Substitutes from changes of parameters, those of one parameter applied one after another in fp32, in its dtype."""
+    """Make substitutes from changes of parameters.
+
+    Those of one parameter are applied one after another in fp32; the result has its dtype.
+    """
     values: dict[tuple[nn.Module, str], Tensor] = {}
     for module, name, change in changes:
         value = values.get((module, name))

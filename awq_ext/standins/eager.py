@@ -1,4 +1,4 @@
-"""Loops: the experts of a module one by one, where transformers would run all of them in one operation."""
+"""Eager experts: a module runs its experts one by one, where transformers would run all of them in one operation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..forwards.outputs import distance_of, norm_of
 
 @contextmanager
 def eager(configs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Let modules run their own forward instead of a fused implementation."""
+    """Give modules these configs while the body runs, so that each runs its own forward, not a grouped implementation."""
     real = {module: module.config for module in configs}
     try:
         for module, config in configs.items():
@@ -27,9 +27,9 @@ def eager(configs: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def eager_config(module: nn.Module) -> Any | None:
-    """A copy of ``module.config`` by which transformers runs the module's own loop over experts; None: it does so already.
+    """Make a copy of ``module.config`` by which transformers runs the module's own loop over experts; None if it does so already.
 
-    Only the copy says so: the model's other modules share the config.
+    The config itself stays, since the model's other modules share it.
     """
     config = getattr(module, "config", None)
     if getattr(config, "_experts_implementation", None) in (None, "eager"):
@@ -41,7 +41,7 @@ def eager_config(module: nn.Module) -> Any | None:
 
 
 def eager_configs(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
-    """By module, the config by which it runs its own loop; modules of one config share the new one."""
+    """Make the :func:`eager_config` of each module that needs one; modules of one config share the new one."""
     by_config: dict[int, Any] = {}
     configs = {}
     for module in modules:
@@ -52,8 +52,8 @@ def eager_configs(modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
 
 
 @contextmanager
-def loop_errors(configs: Mapping[nn.Module, Any]) -> Iterator[dict[nn.Module, float]]:
-    """How far what a module's own loop computes is from what runs now (of its norm), on the inputs that the body calls it with."""
+def eager_errors(configs: Mapping[nn.Module, Any]) -> Iterator[dict[nn.Module, float]]:
+    """Measure how far each module's own loop is from what runs now, relative to its norm, on the inputs of the body's calls."""
     errors: dict[nn.Module, float] = {}
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -1,4 +1,4 @@
-"""ExpertLinears: the experts of one fused parameter as Linears, behind what indexing the parameter gave."""
+"""ExpertLinears: the experts of one fused parameter as Linears, which a model still indexes like the parameter."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# How a forward may use a fused weight W: F.linear(x, W[e]), x @ W[e], torch.bmm(x, W).
+# The ways in which a forward may use a fused weight W: F.linear(x, W[e]), x @ W[e], torch.bmm(x, W).
 USES = ("linear", "matmul", "bmm")
 MATMULS = ("matmul", "__matmul__", "mm")
-# Why what chooses among experts stays float: a token that goes to another one is no rounding error.
+# Why routers stay float: sending a token to another expert is no rounding error.
 ROUTER = "router of experts"
 
 
 class ExpertLinears(nn.ModuleList):
-    """The experts of one fused parameter, a Linear without bias each, under the parameter's name.
+    """The experts of one fused parameter, each a Linear without bias, under the parameter's name.
 
-    ``self[e]`` for an int or a 0-d tensor stands for the expert's weight: torch.nn.functional.linear(x, self[e]) (``use`` "linear")
-    or x @ self[e] ("matmul") runs its module, whatever that is by then; so does torch.bmm(x, self) with all of them ("bmm").
-    shape, dtype and device are those of the parameter. Anything else raises TypeError.
+    ``self[e]`` for an int or a 0-d tensor stands for the expert's weight. torch.nn.functional.linear(x, self[e]) (``use``
+    "linear") or x @ self[e] ("matmul") runs the expert's module, which may be quantized by then; torch.bmm(x, self) ("bmm") runs
+    all of them. shape, dtype and device are those of the parameter. Anything else raises TypeError.
     """
 
     def __init__(self, linears: Sequence[nn.Module], use: str) -> None:
@@ -36,19 +36,17 @@ class ExpertLinears(nn.ModuleList):
     @property
     def shape(self) -> torch.Size:
         """[E, N, K], or [E, K, N] where x is multiplied by the weight itself."""
-        first = next(self.children())
-        sizes = (first.out_features, first.in_features)
-        return torch.Size((len(self), *(sizes if self.use == "linear" else sizes[::-1])))
+        return torch.Size((len(self), *self[0].shape))
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights."""
-        return _dtype(next(self.children()))
+        """Same as the weights'."""
+        return self[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """That of the weights."""
-        return _device(next(self.children()))
+        """Same as the weights'."""
+        return self[0].device
 
     @classmethod
     def __torch_function__(
@@ -61,7 +59,7 @@ class ExpertLinears(nn.ModuleList):
 
 
 class _Expert:
-    """What indexing ExpertLinears gives: stands for a weight in the one function that the model uses it in."""
+    """What indexing ExpertLinears gives: it stands for the expert's weight in the one function that the model uses it in."""
 
     def __init__(self, module: nn.Module, use: str) -> None:
         self._module = module
@@ -74,11 +72,11 @@ class _Expert:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _dtype(self._module)
+        return getattr(self._module, "dtype", None) or self._module.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return _device(self._module)
+        return next((*self._module.parameters(), *self._module.buffers())).device
 
     @classmethod
     def __torch_function__(
@@ -99,7 +97,7 @@ class _Expert:
 
 
 def expert_count(model: nn.Module, name: str) -> int | None:
-    """How many experts ``model`` holds in the parameter (or, by now, ExpertLinears) of this name; None if there is none."""
+    """Count the experts in the parameter (or, by now, ExpertLinears) of this name; None if ``model`` has none."""
     parent, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(parent)
@@ -107,14 +105,6 @@ def expert_count(model: nn.Module, name: str) -> int | None:
         return None
     held = module._parameters.get(leaf, module._modules.get(leaf))
     return None if held is None else len(held)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return getattr(module, "dtype", None) or module.weight.dtype
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((*module.parameters(), *module.buffers())).device
 
 
 def _refusal(func: Callable[..., Any]) -> str:

@@ -1,4 +1,4 @@
-"""FusedWeight: a parameter [E, N, K] that holds the matrices of experts; as Linears, and back."""
+"""Fused experts: parameters [E, N, K] that hold the matrices of experts, taken apart into Linears and put back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from .expert_linears import USES, ExpertLinears
 class FusedWeight:
     """A parameter that may hold the matrices of experts: ``module._parameters[leaf]``, [E, N, K] or [E, K, N].
 
-    original: the parameter; order: the names of all parameters beside it. reason: why it stays as it is, or "".
+    original: the parameter. order: the names of all parameters of the module, in order. reason: why it stays as it is, or "".
+    use: how the model's forward uses it, one of USES.
     """
 
     name: str
@@ -32,7 +33,7 @@ class FusedWeight:
     use: str = ""
 
     def linears(self, use: str) -> ExpertLinears:
-        """One Linear an expert; their weights are views of the parameter."""
+        """Make one Linear for each expert; their weights are views of the parameter."""
         fused = self.original
         made = []
         for matrix in fused.detach():
@@ -43,7 +44,7 @@ class FusedWeight:
         return ExpertLinears(made, use).train(self.module.training)
 
     def finish(self, journal: Journal) -> None:
-        """Once experts are quantized: keep of those that stayed float what they need; put the parameter back if all did."""
+        """Put the parameter back if all experts stayed float; else give those that did a copy of their weight alone."""
         experts = self.module._modules[self.leaf]
         left = [linear for linear in experts.children() if isinstance(linear, nn.Linear)]
         if len(left) < len(experts):
@@ -61,9 +62,9 @@ class FusedWeight:
 def find_fused(
     model: nn.Module, excluded: Callable[[str, nn.Linear], str | None] = lambda *_: None
 ) -> list[FusedWeight]:
-    """Parameters of three dimensions that modules of the user's hold directly: what fused experts look like.
+    """Find what looks like fused experts: parameters of three dimensions, held by modules that are not torch's own.
 
-    excluded: why a layer shall stay as it is, or None; the experts' names are ``parameter.0``, ``parameter.1``, ...
+    excluded: tells why a layer shall stay as it is, or None; the experts are called ``parameter.0``, ``parameter.1``, ...
     Raises ValueError for weights on the meta device.
     """
     owners = parameter_owners(model)
@@ -89,9 +90,9 @@ def find_fused(
 
 
 def routers_beside(model: nn.Module) -> set[str]:
-    """Names of Linears that have a row for each expert of a parameter [E, ., .], and read what its experts do.
+    """Find the names of Linears that may route to fused experts: one output row for each, and inputs as wide as theirs.
 
-    Those of parameters that were taken apart are found with their Linears (``mixture.py``); this is for what stays whole.
+    This is for parameters that stay whole; the routers of others are found with their Linears (``survey/mixtures.py``).
     """
     found = set()
     for fused in find_fused(model):
@@ -109,9 +110,9 @@ def _reason_for_all(fused: FusedWeight, excluded: Callable[[str, nn.Linear], str
 
 
 def unfuse_as(model: nn.Module, name: str, use: Any, journal: Journal) -> None:
-    """Take apart the parameter called ``name`` as :func:`unfused.unfuse` once did, without a batch.
+    """Take apart the parameter called ``name`` as :func:`unfuse.unfuse` once did, without a batch.
 
-    Raises ValueError where the model has no such parameter. Experts that are apart already stay.
+    Experts that are apart already stay so. Raises ValueError where the model has no such parameter.
     """
     prefix, _, leaf = name.rpartition(".")
     try:
@@ -130,7 +131,7 @@ def unfuse_as(model: nn.Module, name: str, use: Any, journal: Journal) -> None:
 
 
 def put_back(model: nn.Module, journal: Journal) -> None:
-    """Make one parameter again of experts that are all float Linears."""
+    """Turn experts that are all float Linears into one parameter again."""
     for module in list(model.modules()):
         for leaf, experts in list(module._modules.items()):
             if isinstance(experts, ExpertLinears) and all(isinstance(e, nn.Linear) for e in experts.children()):
@@ -138,7 +139,7 @@ def put_back(model: nn.Module, journal: Journal) -> None:
 
 
 def _stacked(experts: ExpertLinears) -> nn.Parameter:
-    """The parameter [E, N, K] (or [E, K, N]) that holds the weights of these Linears."""
+    """Make the parameter [E, N, K] (or [E, K, N]) that holds the weights of these Linears."""
     weights = [linear.weight for linear in experts.children()]
     matrices = [w.detach() if experts.use == "linear" else w.detach().T for w in weights]
     return nn.Parameter(torch.stack(matrices), requires_grad=weights[0].requires_grad)

@@ -1,4 +1,4 @@
-"""Linears that stand in, while a model is quantized, for layers that hold their weights in another form."""
+"""Stand-ins: Linears in place of layers with their weights in another form, while a model is quantized."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .fused import find_fused, unfuse_as
 from .transposed import has_transposed_form, linear_of, multiplies_transposed, with_weight_of
 from .unfuse import Unfused, unfuse
 
-# Share of a model's parameters.
+# The share of a model's parameters that may stay float without a warning.
 _WORTH_A_WARNING = 0.01
 
 
 @dataclass
 class StandIns:
-    """What was replaced: layers with a transposed weight, by name, and fused experts."""
+    """What Linears stand in for: layers with a transposed weight, by name, and fused experts."""
 
     transposed: dict[str, nn.Module] = field(default_factory=dict)
     unfused: Unfused = field(default_factory=Unfused)
 
     def notes(self) -> list[str]:
-        """What a reader of the report should know."""
+        """Tell the report which experts run one by one now."""
         names = list(self.unfused.configs)
         if not names:
             return []
@@ -39,7 +39,7 @@ class StandIns:
         return [f"{names[0]}{more}: the experts run one by one (eager) instead of by {', '.join(sorted(before))}"]
 
     def warnings(self, parameters: int) -> list[str]:
-        """What was not done, and how much of a model with that many parameters it is."""
+        """Warn of experts that stay float, if they are much of a model with that many ``parameters``."""
         left = self.unfused.refused
         share = sum(fused.original.numel() for fused in left) / max(parameters, 1)
         if share < _WORTH_A_WARNING:
@@ -48,7 +48,7 @@ class StandIns:
         return [f"{left[0].name}{more} stay float, {share:.1%} of all parameters: {left[0].reason}"]
 
     def put_back(self, model: nn.Module, journal: Journal) -> None:
-        """Once layers are quantized: give what stayed a float Linear its own form back, with the weights it has by now."""
+        """Give what was not quantized its own form back, with the weights that its stand-in has by now."""
         for name, original in self.transposed.items():
             now = model.get_submodule(name)
             if isinstance(now, nn.Linear):
@@ -69,7 +69,7 @@ def stand_in(
     journal: Journal,
     mode: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
 ) -> StandIns:
-    """Turn transposed layers and fused experts into Linears. excluded: why a layer shall stay as it is, or None.
+    """Put Linears in place of transposed layers and fused experts. excluded: tells why a layer shall stay, or None.
 
     With fused experts the first batch runs up to three times, in ``mode``. Raises CalibrationError when the model rejects it.
     """
@@ -81,7 +81,7 @@ def stand_in(
 
 
 def transposed_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that multiply by a weight [K, N] which is theirs alone, by name."""
+    """Find the layers that multiply by a weight [K, N] which is theirs alone, by name."""
     owners = parameter_owners(model)
     return {
         name: module
@@ -95,7 +95,7 @@ def stand_in_as(
 ) -> None:
     """Give ``model`` the Linears that a checkpoint's layers (name -> in_features, out_features) were made from.
 
-    fused: how each fused parameter was used. Raises ValueError where the model does not fit.
+    fused: by the names of fused parameters, how each was used. Raises ValueError where the model does not fit.
     """
     for name, use in fused.items():
         unfuse_as(model, name, use, journal)

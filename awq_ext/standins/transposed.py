@@ -1,4 +1,4 @@
-"""Layers that do a Linear's work without being one: forwards of their own, weights [K, N] as in transformers' Conv1D."""
+"""Transposed layers: what does a Linear's work with a weight [K, N], as transformers' Conv1D does, and Linears in its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..modules import take_hooks
 
 
 def has_transposed_form(module: nn.Module) -> bool:
-    """Whether ``module`` holds no more than weight [K, N] and bias [N], as such a layer does."""
+    """Tell whether ``module`` holds a weight [K, N], a bias [N] and nothing else, as a transposed layer does."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if {*module._parameters, *module._buffers, *module._modules} != {"weight", "bias"}:
         return False
@@ -20,7 +20,7 @@ def has_transposed_form(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def multiplies_transposed(module: nn.Module) -> bool:
-    """Whether ``module`` returns x @ weight + bias, found by trying."""
+    """Find out whether ``module`` returns x @ weight + bias, by trying."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if isinstance(module, nn.Linear) or not has_transposed_form(module):
         return False
@@ -31,7 +31,7 @@ def multiplies_transposed(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def computes_linear(module: nn.Linear) -> bool:
-    """Whether ``module`` does what nn.Linear does: by class, or (a forward of its own that says the same) by trying."""
+    """Find out whether ``module`` does what nn.Linear does: by its class, or by trying if it has a forward of its own."""
     if type(module).forward is nn.Linear.forward:
         return True
     # what it holds beside weight and bias may change what it computes later (adapters start as zeros)
@@ -43,7 +43,7 @@ def computes_linear(module: nn.Linear) -> bool:
 
 
 def _returns(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether ``module`` returns x @ weight^T + bias for random x."""
+    """Try whether ``module`` returns x @ weight^T + bias for random x."""
     rows, k = 7, weight.shape[1]
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(0))
     # small rows and large ones: a clamp or an activation shows at one end
@@ -62,7 +62,7 @@ def _returns(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def linear_of(module: nn.Module) -> nn.Linear:
-    """A Linear that computes the same; its weight [N, K] is a view, its bias, hooks and training flag are the module's own."""
+    """Make a Linear that computes the same. Its weight [N, K] is a view; bias, hooks and training flag are the module's own."""
     weight = module.weight
     linear = nn.Linear(*weight.shape, device="meta")
     linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
@@ -72,7 +72,7 @@ def linear_of(module: nn.Module) -> nn.Linear:
 
 
 def with_weight_of(module: nn.Module, linear: nn.Linear) -> nn.Module:
-    """A layer like ``module`` that computes what ``linear`` does."""
+    """Make a layer like ``module`` that computes what ``linear`` does."""
     layer = copy.copy(module)
     weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=linear.weight.requires_grad)
     layer._parameters = module._parameters | {"weight": weight, "bias": linear.bias}

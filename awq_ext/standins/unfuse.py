@@ -1,11 +1,11 @@
-"""Unfused: experts that a model keeps in one parameter, taken apart where a batch proves that the model computes the same."""
+"""Unfusing: experts in one parameter are taken apart where a batch proves that the model computes the same."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..forwards.calls import CalibrationError, Call, run_call
 from ..forwards.hooks import Hooks
 from ..forwards.outputs import distance_of, norm_of
 from ..undo.journal import Journal
-from .eager import eager, eager_configs, loop_errors
+from .eager import eager, eager_configs, eager_errors
 from .expert_linears import MATMULS, USES
 from .fused import FusedWeight
 
@@ -30,8 +30,8 @@ _ROUNDINGS = 32
 class Unfused:
     """What became of a model's fused experts.
 
-    weights: those taken apart; refused: those that the first batch showed could not be; reasons: by name, why parameters stay as
-    they are; configs: by name of the module, what its config was where its experts now run one by one.
+    weights: the parameters taken apart. refused: those that the first batch showed could not be. reasons: why parameters stay as
+    they are, by name. configs: the former configs of modules whose experts run one by one now, by name of the module.
     """
 
     weights: list[FusedWeight] = field(default_factory=list)
@@ -49,17 +49,17 @@ def unfuse(
 ) -> Unfused:
     """Take apart those of ``found`` for which the first batch proves that the model then computes the same.
 
-    One forward shows how each parameter is used, a second one, on the Linears, must return the same bits (with a bias in the
-    product: up to its rounding) and call them as often. A model whose experts run grouped is switched to its own loop first,
-    which must agree within the rounding of its dtype. The others are put back, the very objects. ``mode(model)`` is entered for the
-    forwards. Raises CalibrationError when the model rejects the batch.
+    A first forward shows how each parameter is used. A second one, on the Linears, must call them as often and return the same
+    bits (up to the rounding of the bias, where the product has one). A model whose experts run grouped is switched to its own
+    loop over them before that, which must agree with it within the rounding of its dtype. Parameters that fail are put back, the
+    very objects. The forwards run in ``mode(model)``. Raises CalibrationError when the model rejects the batch.
     """
     wanted = [fused for fused in found if not fused.reason]
     result = Unfused()
     if wanted:
         configs = eager_configs({fused.module for fused in wanted})
         with mode(model):
-            _compare_loops(model, call, wanted, configs)
+            _compare_eager(model, call, wanted, configs)
             with eager(configs):
                 _observe_and_prove(model, call, wanted, journal)
         result.weights = [fused for fused in wanted if not fused.reason]
@@ -79,13 +79,13 @@ def _run(model: nn.Module, call: Call) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _compare_loops(
+def _compare_eager(
     model: nn.Module, call: Call, wanted: Sequence[FusedWeight], configs: Mapping[nn.Module, Any]
 ) -> None:
-    """Give a reason to those whose own loop computes something else than what runs now, on the very same input."""
+    """Refuse parameters of modules whose own loop computes something else than what runs now, on the very same input."""
     if not configs:
         return
-    with loop_errors(configs) as errors:
+    with eager_errors(configs) as errors:
         _run(model, call)
     for fused in wanted:
         if errors.get(fused.module, 0.0) > _ROUNDINGS * torch.finfo(fused.original.dtype).eps:
@@ -103,37 +103,38 @@ def _observe_and_prove(model: nn.Module, call: Call, wanted: Sequence[FusedWeigh
     if not taken:
         return
     mark = len(journal)
-    counts = {fused.name: 0 for fused in taken}
-
-    def count(name: str, *_: Any) -> None:
-        counts[name] += 1
-
-    with Hooks() as on:
-        for fused in taken:
-            linears = fused.linears(fused.use)
-            for linear in linears.children():
-                on.input(linear, partial(count, fused.name))
-            journal.replace_parameter(fused.module, fused.leaf, linears)
-        try:
-            after, problem = _run(model, call), ""
-        except CalibrationError as error:
-            after, problem = [], f": {error.__cause__}"
-    expected = {
-        f.name: len(recorder.uses[f.name]) * (len(f.module._modules[f.leaf]) if f.use == "bmm" else 1) for f in taken
-    }
+    try:
+        (after, calls), problem = _run_apart(model, call, taken, journal), ""
+    except CalibrationError as error:
+        after, calls, problem = [], Counter(), f": {error.__cause__}"
+    expected = Counter({f.name: len(recorder.uses[f.name]) * (len(f.original) if f.use == "bmm" else 1) for f in taken})
     same = _same_bits(before, after)
     if not same and recorder.biased and not problem:
         # the bias is added to an output that was rounded before
         eps = max(torch.finfo(fused.original.dtype).eps for fused in taken)
         same = distance_of(after, before) <= _ROUNDINGS * eps * norm_of(before)
-    if counts != expected or not same:
+    if calls != expected or not same:
         journal.rollback(mark)
         for fused in taken:
             fused.reason = f"with its experts taken apart the model's output is not the same{problem}"
 
 
+def _run_apart(
+    model: nn.Module, call: Call, taken: Sequence[FusedWeight], journal: Journal
+) -> tuple[list[Tensor], Counter[str]]:
+    """Take parameters apart and run the model; return its output, and how often the Linears of each parameter were called."""
+    calls: Counter[str] = Counter()
+    with Hooks() as on:
+        for fused in taken:
+            linears = fused.linears(fused.use)
+            for linear in linears.children():
+                on.input(linear, lambda *_, name=fused.name: calls.update([name]))
+            journal.replace_parameter(fused.module, fused.leaf, linears)
+        return _run(model, call), calls
+
+
 def _judge(fused: FusedWeight, kinds: Sequence[str]) -> None:
-    """Note the one use of a parameter, or the reason to leave it."""
+    """Note how a parameter is used if that is one of USES and always the same, else the reason to leave it."""
     if not fused.reason and not (len(kinds) == 1 and kinds[0] in USES):
         odd = [kind for kind in kinds if kind not in USES] or kinds
         fused.reason = "; ".join(odd) if odd else "not used by the first calibration batch"
@@ -152,7 +153,7 @@ _METADATA = ("shape", "dtype", "device")
 
 
 class UseRecorder(TorchFunctionMode):
-    """Sees what torch functions do with parameters: any tensor that lies in one's memory is known by its address."""
+    """Records how torch functions use parameters; a view of one is recognized by its address."""
 
     def __init__(self, fused: Sequence[FusedWeight]) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ class UseRecorder(TorchFunctionMode):
 def _use_of(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor, parameter: nn.Parameter
 ) -> str:
-    """One of USES, "" for what only looks, or words for anything else."""
+    """Name a use of a parameter: one of USES, "" for what reads no values, or a description of anything else."""
     name = getattr(func, "__name__", str(func))
     if name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _METADATA:
         return ""

@@ -16,10 +16,10 @@ from .mixtures import Mixture
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The outermost repeated blocks, in module order: children of ModuleLists, or of Sequentials of one class.
+    """Find the outermost repeated blocks, in module order: children of a ModuleList, or of a Sequential if all are of one class.
 
-    A list counts when it has at least two children, all of them more than a Linear and each with a Linear inside.
-    Nothing found: the whole model is one block, named "".
+    There must be at least two, each of them more than a Linear and with a Linear inside. If nothing is found the whole model is
+    one block, named "".
     """
     found: list[Block] = []
     for name, module in model.named_modules():
@@ -44,7 +44,7 @@ def _repeats(module: nn.Module) -> bool:
 
 
 def blocks_around(model: nn.Module, blocks: Sequence[Block], owners: Iterable[str]) -> list[Block]:
-    """``blocks`` with those inside the modules called ``owners`` replaced by the largest module around that holds no other."""
+    """Replace the blocks inside each module of ``owners`` (by name) by one: the largest module around that holds no other block."""
 
     def holds(outer: str, name: str) -> bool:
         return not outer or f"{name}.".startswith(f"{outer}.")
@@ -64,7 +64,7 @@ def blocks_around(model: nn.Module, blocks: Sequence[Block], owners: Iterable[st
 
 
 def blocks_found(model: nn.Module, call: Call, mixtures: Sequence[Mixture]) -> list[Block]:
-    """The repeated blocks; where these are the experts of a model's only layer, what is around them."""
+    """Find the repeated blocks, but where these are the experts of a model's only layer, the module around them."""
     blocks = find_blocks(model)
     spread = [m for m in mixtures if m.routers and sum(bool(linears_of(block, m.linears)) for block in blocks) > 1]
     if not spread:
@@ -72,10 +72,11 @@ def blocks_found(model: nn.Module, call: Call, mixtures: Sequence[Mixture]) -> l
     watch = MixtureWatch(spread)
     with watch.on(norm_candidates(model)), torch.no_grad():
         run_call(model, call.on_copies(), 0)
-    return blocks_around(model, blocks, [mixture.owner for mixture in watch.shown()])
+    return blocks_around(model, blocks, [mixture.owner for mixture in watch.routed()])
 
 
 def blocks_named(model: nn.Module, names: Sequence[str]) -> list[Block]:
+    """Return the modules called ``names`` as blocks, which must not overlap; for no names the whole model is one."""
     if isinstance(names, str):
         raise TypeError(f"blocks={names!r}: a sequence of module names is needed")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -92,6 +93,6 @@ T = TypeVar("T")
 
 
 def linears_of(block: Block, linears: Mapping[str, T]) -> dict[str, T]:
-    """Those of ``linears`` that are the block or lie below it."""
+    """Select those of ``linears``, by name, that are the block or lie below it."""
     prefix = f"{block.name}." if block.name else ""
     return {name: module for name, module in linears.items() if name == block.name or name.startswith(prefix)}

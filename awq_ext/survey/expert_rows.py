@@ -1,4 +1,4 @@
-"""Rows of experts, known again by hashes of their bits: a router hands them on without saying which tokens they are."""
+"""Rows of experts, recognized by hashes of their bits: a router hands them on without saying which tokens they are of."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HASHED_ROWS = 256
 
 
 def row_hashes(x: Tensor) -> Tensor:
-    """One int64 for each row of x [..., K]: equal for rows of equal bits, else different but for chance (2^-64 a pair)."""
+    """Hash each row of x [..., K] to an int64: equal for rows of equal bits, else different but for chance (2^-64 a pair)."""
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     bits = rows.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
     generator = torch.Generator().manual_seed(rows.shape[1])
@@ -32,7 +32,7 @@ def row_hashes(x: Tensor) -> Tensor:
 
 @dataclass
 class RowSource:
-    """A tensor (one a call) whose rows experts may read."""
+    """The tensors, one for each call, that a place in a forward shows, and whose rows experts may read."""
 
     identities: list[tuple[Any, ...]] = field(default_factory=list)
     width: int = 0
@@ -45,42 +45,39 @@ class RowSource:
 
 
 def row_tensors(value: Any) -> Iterator[tuple[int, Tensor]]:
-    """The tensors in nested arguments whose rows an expert may read, each with its place among the leaves."""
+    """Find the tensors in nested arguments whose rows an expert may read, each with its place among the leaves."""
     for place, leaf in enumerate(tree_leaves(value)):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1:
             yield place, leaf
 
 
 class ExpertHooks:
-    """Hooks that see what the experts of mixtures are called with, and every tensor whose rows these may be."""
+    """Hooks that see what the experts of mixtures are called with, and every tensor that these rows may come from."""
 
     def __init__(self, mixtures: Sequence[Mixture]) -> None:
         self.mixtures = mixtures
 
     @contextmanager
     def on(self, norms: Mapping[str, nn.Module]) -> Iterator[None]:
-        """See what a forward in the body does. norms: those in it, by name. Experts that stay float are seen like the others."""
+        """Watch a forward that the body runs. norms: those in it, by name. Experts that stay float are watched like the others."""
         with Hooks() as on:
             # one module may hold several mixtures
             for owner, module in {m.owner: m.modules[m.owner] for m in self.mixtures}.items():
-                on.input(module, partial(self._owner_called, owner))
+                on.input(module, lambda *inputs, owner=owner: self._see_source(owner, "", inputs))
             for name, linear in {n: m for mixture in self.mixtures for n, m in mixture.linears.items()}.items():
                 on.input(linear, partial(self._expert_called, name))
             for name, norm in norms.items() if self.mixtures else ():
                 on.output(norm, partial(self._see_source, None, name))
             yield
 
-    def _owner_called(self, owner: str, *inputs: Any) -> None:
-        self._see_source(owner, "", inputs)
-
     def _expert_called(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")  # a class of the user's may call it something else
         self._see_rows(name, x if isinstance(x, Tensor) and x.is_floating_point() and x.dim() else None)
 
     def _see_source(self, owner: str | None, name: str, value: Any) -> None:
-        """Before ``owner``, the module around some experts, is called with ``value``; or (None) once a norm returned it."""
+        """Note what ``owner``, the module around some experts, is called with; or (None) what the norm ``name`` returned."""
         raise NotImplementedError
 
     def _see_rows(self, name: str, x: Tensor | None) -> None:
-        """Before an expert's Linear is called with the rows of ``x``; None where its class hides them (it stays float)."""
+        """Note the rows that an expert's Linear is called with; None where its class hides them (such a one stays float)."""
         raise NotImplementedError

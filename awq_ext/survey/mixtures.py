@@ -1,4 +1,4 @@
-"""Mixtures of experts: which Linears may be experts by structure, and what may route tokens to them."""
+"""Mixtures of experts: which Linears may be experts by a model's structure, and what may route tokens to them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 from ..standins.expert_linears import ExpertLinears
 
-# What routers are usually called; seen beside experts these names are believed.
+# The usual names of routers, which are believed of Linears beside experts.
 _ROUTER_NAMES = (".router", ".gate")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of one layer: children of one list, or one child of each ExpertLinears of one module.
+    """What may be the experts of one layer: the children of one list, or (fused) those of each ExpertLinears of one module.
 
-    owner: name of the module that holds the list and is called with the tokens. families: for what the Linears are called inside
-    an expert, their names, expert by expert. modules: owner and Linears by name. routers: 2-D weights [E, K] beside the experts,
-    as (name, module, leaf). fused: they were one parameter, so they are experts for certain.
+    owner: name of the module that holds the list and is called with the tokens. families: names of Linears, expert by expert, by
+    what they are called inside an expert. modules: owner and Linears by name. routers: weights [E, K] beside the experts, as
+    (name, module, leaf). fused: the experts were one parameter, so they are experts for certain.
     """
 
     owner: str
@@ -29,7 +29,7 @@ class Mixture:
     fused: bool = False
 
     def routing(self, linears: Iterable[str]) -> set[str]:
-        """Those of ``linears`` that choose among the experts: by what they are, or by name where they stand."""
+        """Select those of ``linears`` that choose among the experts: by their shape, or by name where they stand beside them."""
         place = self.owner.rpartition(".")[0] if self.fused else self.owner
         beside = {name for name in linears if name.rpartition(".")[0] == place and name.endswith(_ROUTER_NAMES)}
         return beside | ({name for name, _, _ in self.routers} & set(linears))
@@ -41,10 +41,10 @@ class Mixture:
 
 
 def find_mixtures(model: nn.Module) -> list[Mixture]:
-    """Lists of modules of one structure, and ExpertLinears.
+    """Find lists of modules of one structure, and ExpertLinears.
 
-    By structure alone: whether the members of a list are experts, or are all called one after another, shows a forward
-    (:class:`MixtureWatch`).
+    Structure alone does not tell experts from layers that are called one after another; a forward does
+    (:class:`.expert_groups.MixtureWatch`).
     """
     found: dict[tuple[str, int, bool], dict[str, tuple[str, ...]]] = {}
     for name, module in model.named_modules():
@@ -73,14 +73,14 @@ def find_mixtures(model: nn.Module) -> list[Mixture]:
 
 
 def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Shapes of the Linears in one member of a list, by their names in it."""
+    """Return the shapes of the Linears in one child of a list, by their names in it."""
     return {n: (m.in_features, m.out_features) for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
 def _routers(
     modules: Mapping[str, nn.Module], owner: str, families: Mapping[str, tuple[str, ...]], fused: bool
 ) -> Iterator[tuple[str, nn.Module, str]]:
-    """Weights [E, K] beside the experts. What holds fused experts holds their biases too, so there it is one module higher."""
+    """Find weights [E, K] beside the experts; for fused ones a module higher, since what holds them holds their biases too."""
     if fused and not owner:
         return
     place = owner.rpartition(".")[0] if fused else owner

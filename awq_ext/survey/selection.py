@@ -1,4 +1,4 @@
-"""Which Linears are quantized: what the settings select, what can be quantized, and why the others stay float."""
+"""Selection of the Linears to quantize: what the settings want, what can be quantized, and why the others stay float."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Eligible:
 
 
 def check_layers(model: nn.Module, config: AwqConfig) -> torch.device:
-    """The device of the weights to quantize. ValueError if ``config`` leaves none, before a single sample is read."""
+    """Return the device of the weights to quantize; raise ValueError if ``config`` leaves none. No sample is read yet."""
     if type(model) is nn.Linear:
         raise ValueError(
             "model is a bare Linear, which has no place to put another layer: wrap it, nn.Sequential(linear)"
@@ -54,9 +54,9 @@ def _refuse(model: nn.Module, eligible: Eligible) -> NoReturn:
 
 
 def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Journal) -> tuple[Eligible, StandIns]:
-    """The Linears that ``config`` wants quantized, and what some of them stand in for.
+    """Select the Linears that ``config`` wants quantized, and put Linears in place of layers that hold weights otherwise.
 
-    ValueError if there is none, or a ``per_layer`` pattern fits none.
+    Raises ValueError if there is none, or if a ``per_layer`` pattern fits none.
     """
     excluded = reason_to_skip(model, config)
     standins = stand_in(model, call, excluded, journal, calibration_mode)
@@ -77,10 +77,11 @@ def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Jou
 
 
 def eligible_linears(model: nn.Module, excluded: Callable[[str, nn.Linear], str | None]) -> Eligible:
-    """Sort the Linears of ``model``. Left out: those ``excluded`` gives a reason for, forwards of their own, shared weights.
+    """Sort the Linears of ``model`` into those that can be quantized and those that stay, with the reasons.
 
-    Layers that do a Linear's work without being one (Conv1D of transformers) are named among the reasons.
-    Raises ValueError, naming the layer, for a model that is quantized already, integer or meta weights.
+    Stay: those that ``excluded`` gives a reason for, have a forward of their own, or share their weight. Layers that do a Linear's
+    work without being one (Conv1D of transformers) are named among the reasons. Raises ValueError, naming the layer, for a model
+    that is quantized already and for integer or meta weights.
     """
     owners = parameter_owners(model)
     found = Eligible()
@@ -123,7 +124,7 @@ def _reason_to_leave(
 
 
 def reason_to_skip(model: nn.Module, config: AwqConfig) -> Callable[[str, nn.Module], str | None]:
-    """A function of a layer's name and module: why ``config`` leaves it as it is, or None."""
+    """Make a function of a layer's name and module that tells why ``config`` leaves it as it is, or None."""
     head = output_embeddings(model) if OUTPUT_EMBEDDINGS in config.skip else None
 
     def reason(name: str, module: nn.Module) -> str | None:

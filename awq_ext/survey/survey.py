@@ -1,10 +1,9 @@
-"""One forward of the first batch: the blocks in calling order, their scale groups, and why Linears stay float."""
+"""The survey of a model by one forward of the first batch: blocks in calling order, their scale groups, what stays float."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from .selection import Eligible
 
 @dataclass(frozen=True)
 class BlockSurvey:
-    """A block as the first batch saw it; ``reasons``: why some of its Linears stay float; ``mixtures``: what may be experts."""
+    """A block as the first batch shows it. ``reasons``: why some of its Linears stay float; ``mixtures``: what may be experts."""
 
     block: Block
     linears: Mapping[str, nn.Linear]
@@ -39,7 +38,7 @@ class BlockSurvey:
 def survey_model(
     model: nn.Module, call: Call, eligible: Eligible, names: Sequence[str] | None, config: AwqConfig
 ) -> list[BlockSurvey]:
-    """The blocks (found, or those called ``names``) as one batch sees them. CalibrationError if it reaches nothing."""
+    """Survey the blocks (found, or those called ``names``) by one batch; raise CalibrationError if it reaches no Linear."""
     mixtures = find_mixtures(model)
     blocks = blocks_found(model, call, mixtures) if names is None else blocks_named(model, names)
 
@@ -62,6 +61,41 @@ def survey_model(
     return surveys
 
 
+class _BlockWatch:
+    """Watches a block while the first batch runs through the whole model."""
+
+    def __init__(self, block: Block, linears: Mapping[str, nn.Linear], mixtures: Sequence[Mixture]) -> None:
+        self.block = block
+        self._linears = linears_of(block, linears)
+        self._watch = Watch()
+        self._experts = MixtureWatch([m for m in mixtures if linears_of(block, m.linears) == m.linears])
+        self._input_bytes = 0
+
+    def put_on(self, on: Hooks, order: list[_BlockWatch]) -> None:
+        """Add the hooks, one of which notes in ``order`` that the block was called."""
+
+        def entered(*inputs: Any) -> None:
+            interrupt.check()
+            order.append(self)
+            self._input_bytes = tensor_bytes(inputs)
+
+        name, module = self.block.name, self.block.module
+        norms = {f"{name}.{inner}" if name else inner: norm for inner, norm in norm_candidates(module).items()}
+        on.enter_context(self._watch.on(self._linears, norms))
+        on.enter_context(self._experts.on(norms))
+        on.input(module, entered)
+        on.output(module, lambda _: self._watch.release())
+
+    def survey(self, kind: Callable[[str], Hashable]) -> BlockSurvey:
+        """Return what was seen."""
+        groups = self._watch.groups(self._linears, kind)
+        groups = self._experts.join(groups, self._watch, self._linears, kind)
+        reasons = self._experts.reasons
+        linears = {name: linear for name, linear in self._linears.items() if name not in reasons}
+        mixtures = [mixture for mixture in self._experts.mixtures if mixture.linears.keys() & linears.keys()]
+        return BlockSurvey(self.block, linears, groups, self._input_bytes, reasons, mixtures)
+
+
 def survey(
     model: nn.Module,
     blocks: Sequence[Block],
@@ -70,61 +104,30 @@ def survey(
     kind: Callable[[str], Hashable] = lambda _: None,
     mixtures: Sequence[Mixture] = (),
 ) -> list[BlockSurvey]:
-    """Run the first batch through the whole model: the blocks in calling order, each with its scale groups.
+    """Run the first batch through the whole model, and survey ``blocks`` in calling order.
 
     kind: Linears for whose names it differs are not put into one group. mixtures: what may be experts.
 
     A block that is called twice in one forward cannot be finished after its first call: then the whole model counts as one
     block. Raises CalibrationError when the model rejects the batch.
     """
-    order: list[Block] = []
-    sizes: dict[str, int] = {}
-    watches = {block.name: Watch() for block in blocks}
-    tokens = {
-        b.name: MixtureWatch([m for m in mixtures if len(linears_of(b, m.linears)) == len(m.linears)]) for b in blocks
-    }
-
-    def entered(block: Block, *inputs: Any) -> None:
-        interrupt.check()
-        order.append(block)
-        sizes[block.name] = tensor_bytes(inputs)
-
+    order: list[_BlockWatch] = []
     with Hooks() as on:
         for block in blocks:
-            inside = linears_of(block, linears)
-            norms = {f"{block.name}.{n}" if block.name else n: m for n, m in norm_candidates(block.module).items()}
-            on.enter_context(watches[block.name].on(inside, norms))
-            on.enter_context(tokens[block.name].on(norms))
-            on.input(block.module, partial(entered, block))
-            on.output(block.module, lambda _, watch=watches[block.name]: watch.release())
+            _BlockWatch(block, linears, mixtures).put_on(on, order)
         with torch.no_grad():
             # on copies: a model that writes its input must find the batch untouched when it is calibrated
             run_call(model, call.on_copies(), 0)
-    if len({block.name for block in order}) < len(order):
+    if len(set(order)) < len(order):
         return survey(model, [Block("", model)], linears, call, kind, mixtures)
-    found = []
-    for block in order:
-        inside = linears_of(block, linears)
-        groups = watches[block.name].groups(inside, kind)
-        groups = tokens[block.name].join(groups, watches[block.name], inside, kind)
-        reasons = tokens[block.name].reasons
-        inside = {name: linear for name, linear in inside.items() if name not in reasons}
-        worked_on = [mixture for mixture in tokens[block.name].mixtures if mixture.linears.keys() & inside.keys()]
-        found.append(BlockSurvey(block, inside, groups, sizes[block.name], reasons, worked_on))
-    return found
+    return [watch.survey(kind) for watch in order]
 
 
 def reasons_to_stay(eligible: Eligible, surveys: Sequence[BlockSurvey]) -> dict[str, str]:
-    """Why each Linear that no scale group holds stays float."""
+    """Tell why each Linear that is in no scale group stays float."""
     inside = {name for s in surveys for name in linears_of(s.block, eligible.linears)}
     grouped = {name for s in surveys for group in s.groups for name in group.linears}
     routers = {name: reason for s in surveys for name, reason in s.reasons.items()}
-    return (
-        eligible.reasons
-        | routers
-        | {
-            name: "not called by the first calibration batch" if name in inside else "outside the calibrated blocks"
-            for name in eligible.linears
-            if name not in grouped and name not in routers
-        }
-    )
+    left = [name for name in eligible.linears if name not in grouped and name not in routers]
+    why = {True: "not called by the first calibration batch", False: "outside the calibrated blocks"}
+    return eligible.reasons | routers | {name: why[name in inside] for name in left}

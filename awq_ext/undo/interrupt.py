@@ -1,4 +1,4 @@
-"""Interrupts: a Ctrl-C that comes while a user's model is not what it was waits for a moment at which that can be undone."""
+"""Interrupts: a Ctrl-C that comes while a user's model is changed waits for a moment at which that can be undone."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_waiting: list[int] = []  # the number of a signal that came, at most one
+_waiting: list[int] = []  # the number of the signal that waits, if one does
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """While the body runs, a first Ctrl-C waits for :func:`check` or the end of the body, a second one comes at once.
+    """Let a first Ctrl-C in the body wait for :func:`check` or the end of the body; a second one comes at once.
 
-    Python raises KeyboardInterrupt between any two instructions: also between taking a hook off and the next one, or after
-    something was changed and before what would undo it is known. Does nothing within another ``held()``, outside the main thread
-    (signals do not come there), and where the program has a handler of its own.
+    Python raises KeyboardInterrupt between any two instructions: also between the removal of two hooks, or between a change and
+    the note of how to undo it. Does nothing within another ``held()``, outside the main thread (signals do not come there), and
+    where the program has a handler of its own.
     """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -34,7 +34,7 @@ def held() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise the KeyboardInterrupt that waits, if one does: to be called, often enough, where whatever was done can be undone."""
+    """Raise the KeyboardInterrupt that waits, if one does. To be called often, wherever all that was done can be undone."""
     if _waiting and threading.current_thread() is threading.main_thread():
         _waiting.clear()
         raise KeyboardInterrupt

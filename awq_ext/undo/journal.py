@@ -14,10 +14,10 @@ from . import interrupt
 
 
 class Journal:
-    """Records how to undo a change *before* making it; as a context manager it undoes all on any exception.
+    """Records how to undo a change *before* making it; as a context manager it undoes all changes on any exception.
 
-    Undoing twice is harmless, and an interrupt between record and change undoes to the same state. Restored tensors keep
-    their identity and bits. While it is entered a Ctrl-C comes before a change or at the end, when all is undone or done.
+    Undoing twice does no harm, so an interrupt between the record and the change does none either. Restored tensors keep their
+    identity and bits. Within the context a Ctrl-C comes before a change, or at the end when all is done or undone.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Journal:
         tensor.copy_(values)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """``setattr`` that can be taken back."""
+        """Set an attribute of any object."""
         old = getattr(owner, name)
         self._undo.append(lambda: setattr(owner, name, old))
         setattr(owner, name, value)
@@ -59,7 +59,7 @@ class Journal:
         owner._modules[name] = module
 
     def put_parameter(self, owner: nn.Module, name: str, parameter: nn.Parameter, order: Sequence[str]) -> None:
-        """Put ``parameter`` where ``owner`` holds the module ``name``; ``order``: the names of the owner's parameters."""
+        """Put ``parameter`` where ``owner`` holds the module ``name``; ``order``: the names of the owner's parameters, in order."""
         self._keep_names(owner)
         held = owner._parameters | {name: parameter}
         del owner._modules[name]
@@ -77,11 +77,11 @@ class Journal:
         self._undo.append(restore)
 
     def __len__(self) -> int:
-        """Changes that are recorded: a point to come back to."""
+        """Count the changes recorded so far: a mark to roll back to."""
         return len(self._undo)
 
     def rollback(self, mark: int = 0) -> None:
-        """Take back every change, last one first; with ``mark`` only those since the journal had that length."""
+        """Take back every change, the last one first; with ``mark`` only those since the journal had that length."""
         while len(self._undo) > mark:
             self._undo[-1]()
             self._undo.pop()

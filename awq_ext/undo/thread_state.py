@@ -1,4 +1,4 @@
-"""The part of torch's state that belongs to a thread: what must be swapped when suspended forwards share one thread."""
+"""Torch's state that belongs to a thread, and must be swapped when suspended forwards share one thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ThreadState:
 
     @classmethod
     def capture(cls) -> ThreadState:
-        """The state as it is now."""
+        """Read the state as it is now."""
         return cls(
             grad=torch.is_grad_enabled(),
             autocast=tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES),
@@ -44,9 +44,9 @@ class ThreadState:
 
 
 def restoring(function: Callable[P, T]) -> Callable[P, T]:
-    """``function``, after which grad mode and autocast are what they were before, whatever ended it.
+    """Make ``function`` leave grad mode and autocast as they were before, whatever ended it.
 
-    A Ctrl-C may come while ``no_grad`` is on its way out, in a model's own forward too, and then nothing is turned on again.
+    A Ctrl-C may come while ``no_grad`` is being left, also in a model's own forward, and then grad mode would stay off.
     """
 
     @functools.wraps(function)
@@ -62,10 +62,10 @@ def restoring(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def other_state(state: ThreadState) -> Iterator[None]:
-    """Run the body in ``state``, then come back to the present one, whatever happens.
+    """Run the body in ``state``, then return to the present one, whatever happens.
 
-    Inference mode has no setter, only a guard that restores what it found: leaving it before ``state`` is applied and
-    re-entering it afterwards happens on this side of the switch, so guards of different forwards never interleave.
+    Inference mode has no setter, only a guard that restores what it found. It is left before ``state`` is applied and entered
+    again afterwards, both by the same forward, so the guards of different forwards never interleave.
     """
     mine = ThreadState.capture()
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():

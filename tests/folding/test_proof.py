@@ -1,4 +1,4 @@
-"""Folding 1/s into norms: proven where it is right, refused where it is not; and what a fold then changes."""
+"""Folding 1/s into norms and earlier Linears: proven where it is right, refused where it is not."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import awq_ext
 from awq_ext.folding.fold import NormFold
-from awq_ext.folding.proof import prove_norm_fold, prove_norm_folds
-from awq_ext.forwards.probe import Probe, combined, substituted
+from awq_ext.folding.proof import prove_linear_folds, prove_norm_fold, prove_norm_folds
+from awq_ext.forwards.probe import Probe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -141,60 +141,71 @@ def test_nan_in_the_block_is_no_proof() -> None:
     assert prove(block, "norm", "up") is None
 
 
-def test_substitutes_are_taken_back_after_an_error() -> None:
-    block = models.MlpBlock()
-    before = dict(block.up.named_parameters())
-    with pytest.raises(ZeroDivisionError), substituted({(block.up, "weight"): torch.zeros(72, 40)}):
-        assert not block.up.weight.any()
-        raise ZeroDivisionError
-    assert dict(block.up.named_parameters()) == before
+class Between(models.MlpBlock):
+    """norm -> up -> ``act`` -> down -> residual."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+ACTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "nothing": (lambda y: y, True),
+    "relu": (torch.relu, True),
+    "mixed tokens": (lambda y: y.cumsum(1), True),
+    "gelu": (nn.functional.gelu, False),
+    "shifted": (lambda y: y + 1, False),
+    "normed": (lambda y: nn.functional.normalize(y, dim=-1), False),
+    "mixed channels": (lambda y: y + y.roll(1, -1), False),
+    "constant": (torch.ones_like, False),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["plain", "offset"])
-def test_the_effective_scale_is_what_the_norm_divides_by(kind: str, dtype: torch.dtype) -> None:
-    """old gain / new gain = effective scale, to the fp32 roundings on the way: of 1 + w twice, of the division, 2^-24 each.
-
-    1 + w is rounded relative to 1, not to a gain far below it.
-    """
-    norm = models.Norm(1000, offset=kind == "offset").to(dtype)
-    scale = torch.rand(1000) * 4 + 0.25
-    fold = NormFold(norm, kind)
-    offset = float(kind == "offset")
-    old = norm.weight.detach().double() + offset
-    new = combined(fold.changes(scale))[norm, "weight"]
-    assert new.dtype == dtype
-    effective = fold.effective_scale(scale)
-    allowed = (old.abs() + offset * (1 + effective)) * 2.0**-23
-    assert torch.all((effective.double() * (new.double() + offset) - old).abs() <= allowed)
-    # rounding the new weight moved the scale by at most half an ulp of the weight (offset: of w, seen from 1 + w)
-    spread = new.double().abs() if kind == "offset" else old.abs() / scale
-    slack = torch.finfo(dtype).eps / 2 * spread / (old.abs() / scale) + 2.0**-21
-    assert torch.all((effective / scale - 1).abs() <= slack * 1.01)
-    if dtype != torch.float32:
-        assert not torch.equal(effective, scale), "a rounded weight must show"
+@pytest.mark.parametrize(("act", "folds"), ACTS.values(), ids=ACTS)
+def test_an_earlier_linear_takes_a_scale_if_what_follows_is_linear_in_its_rows(
+    act: Callable[[Tensor], Tensor], folds: bool, dtype: torch.dtype
+) -> None:
+    block = Between(act).to(dtype)
+    found = prove_linear_folds(probe_of(block, dtype), [[block.up], [block.down]], [1])
+    assert list(found) == ([1] if folds else [])
+    if folds:
+        assert found[1].module is block.up
+        assert torch.equal(found[1].rows, torch.arange(models.INNER))
 
 
-@pytest.mark.parametrize("kind", ["plain", "offset"])
-def test_unusable_gains_keep_the_wanted_scale(kind: str) -> None:
-    norm = models.Norm(4)
-    with torch.no_grad():
-        norm.weight.copy_(torch.tensor([0.0, 1e-7, 1.0, 2.0]) - float(kind == "offset"))
-    norm.to(torch.float16)
-    scale = torch.tensor([3.0, 3.0, 3.0, 3.0])
-    effective = NormFold(norm, kind).effective_scale(scale)
-    assert torch.isfinite(effective).all()
-    assert effective[0] == 3
-    # 1/3 and 2/3 in fp16, and 1/3 - 1: half an ulp of at most 2^-11
-    assert torch.all((effective[2:] / 3 - 1).abs() < 2.0**-9)
+def test_a_producer_that_something_else_reads_is_refused() -> None:
+    class Tapped(Between):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(self.norm(x))
+            return x + self.down(y) + y.mean(-1, keepdim=True)
+
+    block = Tapped(nn.Identity())
+    assert prove_linear_folds(probe_of(block), [[block.up], [block.down]], [1]) == {}
 
 
-def test_the_bias_is_divided_too() -> None:
-    norm = models.layer_norm()
-    scale = torch.rand(models.HIDDEN) + 0.5
-    divided = combined(NormFold(norm, "plain").changes(scale))
-    assert torch.equal(divided[norm, "bias"], norm.bias.detach() / scale)
-    assert torch.equal(divided[norm, "weight"], norm.weight.detach() / scale)
+def test_one_linear_serves_one_group_and_only_what_may_produce_is_tried() -> None:
+    class Two(Between):
+        """Two groups read the same rows, in different tensors."""
+
+        def __init__(self) -> None:
+            super().__init__(torch.relu)
+            self.also = nn.Linear(models.INNER, models.HIDDEN)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(self.norm(x))
+            return x + self.down(torch.relu(y)) + self.also(y * 2)
+
+    block = Two()
+    groups = [[block.up], [block.down], [block.also]]
+    assert prove_linear_folds(probe_of(block), groups, [1, 2]) == {}  # each leaves the other uncompensated
+    block = Between(torch.relu)
+    groups = [[block.up], [block.down]]
+    assert prove_linear_folds(probe_of(block), groups, [1], [[], []]) == {}
+    assert prove_linear_folds(probe_of(block), groups, []) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

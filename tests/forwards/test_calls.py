@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from awq_ext.forwards.calls import Call, read_calls
+from awq_ext.forwards.calls import CalibrationError, Call, read_calls, run_call
 
 CPU = torch.device("cpu")
 X, Y = torch.arange(6).view(2, 3), torch.tensor([0, 1])
@@ -160,3 +160,33 @@ def test_each_of_two_masks_serves_its_own_length() -> None:
 def test_masks_of_other_kinds_are_no_row_masks() -> None:
     assert Call(kwargs={"attention_mask": torch.zeros(2, 1, 3, 3)}).row_mask(torch.zeros(2, 3, 1)) is None
     assert Call(kwargs={"attention_mask": None}).row_mask(torch.zeros(2, 3, 1)) is None
+
+
+class Overwrites(nn.Module):
+    """Writes its input, and refuses zeros."""
+
+    def forward(self, x: Tensor, again: Tensor) -> Tensor:
+        if not x.any():
+            raise ArithmeticError("nothing to see")
+        y = again.clone()
+        x.zero_()
+        return y + again  # which is 0 by now if it is the same tensor
+
+
+def test_a_call_on_copies_leaves_its_arguments() -> None:
+    x = torch.ones(2, 3)
+    call = Call((x,), {"again": x}, hint="a hint")
+    copied = call.on_copies(" and another")
+    assert copied.hint == "a hint and another"
+    assert call.on_copies().hint == "a hint"
+    assert copied.args[0] is copied.kwargs["again"]
+    assert torch.equal(run_call(Overwrites(), copied, 0), torch.ones(2, 3))
+    assert torch.equal(x, torch.ones(2, 3))
+
+
+def test_an_error_of_the_model_tells_the_batch_and_what_to_do() -> None:
+    call = Call((torch.zeros(2, 3),), {"again": torch.zeros(4)}, hint=" Try another.")
+    words = r"rejected calibration batch 7 \(tensor shapes \[\(2, 3\), \(4,\)\]\): ArithmeticError: nothing to see\. Try another\."
+    with pytest.raises(CalibrationError, match=words) as caught:
+        run_call(Overwrites(), call, 7)
+    assert type(caught.value.__cause__) is ArithmeticError

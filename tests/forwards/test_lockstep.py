@@ -1,4 +1,4 @@
-"""Finding the blocks, and forwards in lockstep: same numbers, one boundary in memory, nothing left behind."""
+"""Forwards in lockstep: same numbers, one boundary in memory, nothing left behind."""
 
 from __future__ import annotations
 
@@ -15,51 +15,13 @@ from checks import Snapshot, hook_count, suspended_greenlets
 from torch import Tensor, nn
 
 from awq_ext.forwards.calls import CalibrationError, Call
-from awq_ext.forwards.inputs import copy_inputs
 from awq_ext.forwards.lockstep import Block, lockstep
 from awq_ext.survey.blocks import find_blocks
 from awq_ext.undo.thread_state import ThreadState
 
 
-def names(model: nn.Module) -> list[str]:
-    return [block.name for block in find_blocks(model)]
-
-
 def calls_of(batches: Sequence[Tensor]) -> list[Call]:
     return [Call(args=(batch,)) for batch in batches]
-
-
-def test_blocks_of_a_module_list() -> None:
-    assert names(models.Net()) == ["layers.0", "layers.1", "layers.2"]
-
-
-def test_blocks_of_a_sequential_of_one_class() -> None:
-    assert names(models.sequential_mlp()) == ["0", "1", "2"]
-
-
-def test_outermost_lists_only() -> None:
-    inner = nn.Module()
-    inner.experts = nn.ModuleList(models.MlpBlock() for _ in range(2))
-    outer = nn.Module()
-    outer.layers = nn.ModuleList([inner, models.MlpBlock()])
-    outer.other = nn.ModuleList([models.MlpBlock(), models.MlpBlock()])
-    assert names(outer) == ["layers.0", "layers.1", "other.0", "other.1"]
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)),
-        nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
-        nn.ModuleDict({"a": models.MlpBlock()}),
-        nn.ModuleList([models.MlpBlock()]),
-        nn.ModuleList([models.MlpBlock(), nn.ReLU()]),
-    ],
-    ids=["plain", "linears", "dict", "one", "mixed"],
-)
-def test_no_repeated_blocks_means_one_block(model: nn.Module) -> None:
-    (block,) = find_blocks(model)
-    assert block == Block("", model)
 
 
 def entries(model: nn.Module, blocks: Sequence[Block], run: Any) -> dict[tuple[int, str], Tensor]:
@@ -113,14 +75,6 @@ def test_a_run_on_copies_returns_the_blocks_output_and_leaves_its_inputs() -> No
         expected = layer.forward(x.clone())
         assert torch.equal(stops[0].run_on_copies(), expected)
         assert torch.equal(stops[0].run_on_copies(), expected)
-
-
-def test_copies_keep_shared_tensors_shared() -> None:
-    x = torch.ones(2)
-    (a, b), c = copy_inputs(((x, x), {"x": torch.zeros(1), "n": 3}))
-    assert a is b
-    assert a is not x
-    assert c["n"] == 3
 
 
 class Counted(models.Net):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import awq_ext
 from awq_ext.folding.fold import Fold, NormFold
 from awq_ext.folding.proof import prove_norm_fold
-from awq_ext.forwards.inputs import copy_inputs, tensor_identity
+from awq_ext.forwards.inputs import tensor_identity
 from awq_ext.forwards.probe import Probe
 from awq_ext.modules import unwrapped
 from awq_ext.reporting.report import AwqReport
@@ -415,37 +415,6 @@ def test_a_norm_over_other_channels_than_the_linear_reads_is_no_producer() -> No
         model = architectures.loud(Lines(channels))
         awq_ext.quantize(model, [torch.randn(2, channels, 16, 16) for _ in range(2)], **SETTINGS)
         assert model.awq_report["line"].applied in ("run time", "")
-
-
-class Ledger:
-    """A cache in the manner of the attention caches: tensors in lists in objects, and a reference to itself."""
-
-    def __init__(self) -> None:
-        self.pages: list[Any] = [torch.zeros(2)]
-        self.me = self
-        self.module = nn.Linear(2, 2)
-        self.done = {"layer": False}
-
-
-def test_runs_on_copies_cannot_write_what_the_forward_reads() -> None:
-    ledger, x = Ledger(), torch.ones(3)
-    parameter = nn.Parameter(torch.ones(2))
-    args, kwargs = copy_inputs(((ledger, x, parameter, torch.relu), {"again": x, "ledger": ledger}))
-    twin = args[0]
-    assert twin is not ledger
-    assert twin is kwargs["ledger"] is twin.me
-    assert args[1] is kwargs["again"]
-    assert twin.module is ledger.module
-    assert args[2] is parameter
-    assert args[3] is torch.relu
-    twin.pages[0] += 1
-    twin.pages.append(x)
-    twin.done["layer"] = True
-    args[1].zero_()
-    assert len(ledger.pages) == 1
-    assert not ledger.pages[0].any()
-    assert ledger.done == {"layer": False}
-    assert torch.equal(x, torch.ones(3))
 
 
 def test_blocks_under_a_key_value_cache_are_run_on_copies_from_where_they_were() -> None:

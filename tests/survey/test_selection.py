@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import awq_ext
 from awq_ext import AwqConfig, QuantLinear
 from awq_ext.modules import output_embeddings
+from awq_ext.survey.selection import eligible_linears
 
 FAST: dict[str, Any] = {"n_grid": 3, "group_size": 16, "progress": False}
 
@@ -199,3 +200,73 @@ def test_the_json_of_a_config_names_its_functions() -> None:
     assert (told["skip"], told["only"], told["per_layer"]) == (["a.*", name], [name], {"b": {"group_size": 32}})
     assert AwqConfig.from_dict(told).per_layer == config.per_layer
     assert hash(config) == hash(AwqConfig(skip=("a.*", wide), only=(wide,)))
+
+
+def never(*_: object) -> None:
+    """No reason to leave any layer out."""
+
+
+def test_eligible_linears_of_a_model() -> None:
+    skipped = ("lm_head", "k_proj")
+    found = eligible_linears(models.Net(), lambda name, _: "skipped by pattern" if name.endswith(skipped) else None)
+    assert len(found.linears) == 18
+    assert found.reasons == dict.fromkeys(
+        ["layers.0.attention.k_proj", "layers.1.attention.k_proj", "layers.2.attention.k_proj", "lm_head"],
+        "skipped by pattern",
+    )
+
+
+class OwnForward(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def test_reasons_to_leave_a_linear() -> None:
+    embedding, tied, bad = nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    tied.weight = embedding.weight
+    with torch.no_grad():
+        bad.weight[1, 2] = float("nan")
+    parametrized = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    twice = nn.Linear(4, 4)
+    model = nn.ModuleDict(
+        {
+            "embedding": embedding,
+            "tied": tied,
+            "own": OwnForward(4, 4),
+            "parametrized": parametrized,
+            "bad": bad,
+            "one": twice,
+            "two": twice,
+            "good": nn.Linear(4, 4),
+        }
+    )
+    found = eligible_linears(model, never)
+    assert list(found.linears) == ["good"]
+    assert found.reasons == {
+        "tied": "its weight is shared with embedding.weight",
+        "own": "OwnForward has a forward of its own",
+        "parametrized": "its weight is computed by a parametrization",
+        "bad": "its weight holds NaN or Inf",
+        "one": "its weight is shared with two.weight",
+        "two": "its weight is shared with one.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (QuantLinear(4, 4, -1), "x is a QuantLinear already"),
+        (nn.Linear(4, 4, device="meta"), "x.weight is on the meta device"),
+        (nn.Linear(4, 4, dtype=torch.float64), "x.weight is torch.float64: float32, bfloat16 or float16"),
+    ],
+)
+def test_models_that_are_refused(module: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        eligible_linears(nn.ModuleDict({"x": module}), never)
+
+
+def test_integer_weights_are_refused() -> None:
+    linear = nn.Linear(4, 4)
+    linear.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"x\.weight is torch\.int8"):
+        eligible_linears(nn.ModuleDict({"x": linear}), never)
