@@ -58,3 +58,9 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
         return
     with _in_force(request.param):
         yield _C
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run with the compiled kernels, and with the reference."""
+    monkeypatch.setenv("AWQ_EXT_BACKEND", request.param)

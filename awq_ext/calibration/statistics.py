@@ -88,17 +88,17 @@ class GroupStatistics:
     @property
     def rows_seen(self) -> int:
         """Rows of all inputs, masked out or not."""
-        return sum(book.rows_seen for book in self._distinct(self.inputs))
+        return sum(one.rows_seen for one in self._distinct(self.inputs))
 
     @property
     def rows(self) -> int:
         """Rows of all inputs that counted."""
-        return sum(book.rows for book in self._distinct(self.inputs))
+        return sum(one.rows for one in self._distinct(self.inputs))
 
     def x_mean(self, names: Iterable[str] | None = None) -> Tensor:
         """Mean of |x| per channel over all rows that came to the Linears called ``names`` (None: all): fp32 [K]."""
-        books = self._distinct(self.inputs if names is None else names)
-        return (sum(b.stats.abs_sum() for b in books) / max(sum(b.rows for b in books), 1)).float()
+        inputs = self._distinct(self.inputs if names is None else names)
+        return (sum(one.stats.abs_sum() for one in inputs) / max(sum(one.rows for one in inputs), 1)).float()
 
     def _distinct(self, names: Iterable[str]) -> list[InputStatistics]:
         return list({id(self.inputs[name]): self.inputs[name] for name in names}.values())
@@ -118,15 +118,15 @@ def collect(
     again later, on other weights), otherwise they move on to the next block, and the block runs once. weights: by which rows
     count (None: all alike).
     """
-    books = []
+    statistics = []
     padding = ExpertPadding(surveyed.mixtures)
 
-    def feed(book: InputStatistics, name: str, expert: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def feed(into: InputStatistics, name: str, expert: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = linear_input(args, kwargs)
         mask = padding.row_mask(name, x)
         # an expert that only padding chose is one that no token chose
-        book.rows_seen += int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
-        book.stats.update(x, mask, *(() if weights is None else (weights.following(name, x),)))
+        into.rows_seen += int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
+        into.stats.update(x, mask, *(() if weights is None else (weights.following(name, x),)))
 
     def begin(stop: Stop) -> None:
         padding.begin(stop)
@@ -140,10 +140,10 @@ def collect(
             for part in group.inputs:
                 leader = surveyed.linears[part[0]]
                 stats = accumulator(leader.in_features, device)
-                book = InputStatistics(stats if weights is None else WeightedStats(stats))
-                inputs |= dict.fromkeys(part, book)
-                on.input(leader, partial(feed, book, part[0], part[0] in group.experts))
-            books.append(GroupStatistics(inputs))
+                one = InputStatistics(stats if weights is None else WeightedStats(stats))
+                inputs |= dict.fromkeys(part, one)
+                on.input(leader, partial(feed, one, part[0], part[0] in group.experts))
+            statistics.append(GroupStatistics(inputs))
         begin(stops[0])
         output = stops[0].run_on_copies()
         free = FreeMemory()  # the sums have their pages by now
@@ -154,6 +154,6 @@ def collect(
             else:
                 stop.advance()
             free.release_if_grown()
-    for group in books:
+    for group in statistics:
         group.including_padding = [name for name in group.inputs if name in padding.including_padding]
-    return books, output
+    return statistics, output

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import models
 import pytest
 import torch
@@ -15,7 +13,6 @@ from awq_ext import _C, CalibrationError
 from awq_ext.calibration.statistics import GroupStatistics, InputStatistics, collect
 from awq_ext.forwards.calls import Call
 from awq_ext.forwards.lockstep import Block, lockstep
-from awq_ext.kernels import reference
 from awq_ext.survey.blocks import find_blocks
 from awq_ext.survey.budget import statistics_bytes
 from awq_ext.survey.survey import BlockSurvey, survey
@@ -31,15 +28,13 @@ def surveys_of(model: nn.Module, calls: list[Call]) -> list[BlockSurvey]:
     return survey(model, find_blocks(model), linears_in(model), calls[0])
 
 
-def statistics(
-    model: nn.Module, calls: list[Call], kernels: ModuleType = _C, hold: bool = False
-) -> dict[str, GroupStatistics]:
+def statistics(model: nn.Module, calls: list[Call], hold: bool = False) -> dict[str, GroupStatistics]:
     """By the first Linear of each group, over all blocks of the model."""
     surveys = surveys_of(model, calls)
     found = {}
     with torch.no_grad(), lockstep(model, [s.block for s in surveys], calls) as visits:
         for surveyed, (_, stops) in zip(surveys, visits, strict=True):
-            books, _ = collect(surveyed, stops, kernels, CPU, hold or surveyed is surveys[-1])
+            books, _ = collect(surveyed, stops, CPU, hold or surveyed is surveys[-1])
             found |= {group.linears[0]: book for group, book in zip(surveyed.groups, books, strict=True)}
     assert hook_count(model) == 0
     return found
@@ -79,13 +74,12 @@ def assert_statistics(book: GroupStatistics, rows: Tensor) -> None:
     assert torch.all((one.stats.second_moment() - exact.T @ exact).abs() <= bound)
 
 
-@pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
 @pytest.mark.parametrize("hold", [False, True])
 @pytest.mark.parametrize("name", ["llama", "twice", "uncalled", "modes", "dict", "shared_block", "mlp"])
-def test_every_row_of_every_batch_counts_once(name: str, hold: bool, kernels: ModuleType) -> None:
+def test_every_row_of_every_batch_counts_once(name: str, hold: bool, backend: None) -> None:
     case = models.make(name)
     calls = [Call(args=(batch,)) for batch in case.batches]
-    found = statistics(case.model, calls, kernels, hold)
+    found = statistics(case.model, calls, hold)
     for linear, rows in rows_of(case.model, calls, list(found)).items():
         assert_statistics(found[linear], rows)
         assert found[linear].rows_seen == len(rows)
