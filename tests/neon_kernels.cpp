@@ -108,6 +108,17 @@ void test_int8_rounding(int64_t n) {
   }
 }
 
+void test_sums(int64_t n) {
+  const std::vector<float> x = normal(kSumRows * n), weights = normal(kSumRows), roots = normal(kSumRows);
+  std::vector<double> a(static_cast<size_t>(n), 1.0), b = a, c = a, d = a;
+  scalar.add_sums(x.data(), n, a.data(), c.data());
+  neon.add_sums(x.data(), n, b.data(), d.data());
+  check(same(a, b) && same(c, d), "add_sums");
+  scalar.add_weighted_sums(x.data(), weights.data(), roots.data(), n, a.data(), c.data());
+  neon.add_weighted_sums(x.data(), weights.data(), roots.data(), n, b.data(), d.data());
+  check(same(a, b) && same(c, d), "add_weighted_sums");
+}
+
 // Sums over k of a[k][m] * b[k][n], in double, and of their magnitudes.
 void test_gemm(const KernelTable& table, int64_t k) {
   const int64_t rows = table.tile_rows, cols = table.tile_cols;
@@ -236,6 +247,7 @@ int main() {
   for (int64_t n : {1, 3, 4, 7, 16, 33, 128, 255, 256}) {
     test_quantizer(n);
     test_int8_rounding(n);
+    test_sums(n);
   }
   for (int64_t k : {1, 2, 17, 128}) {
     test_gemm(scalar, k);

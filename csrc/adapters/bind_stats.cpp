@@ -2,8 +2,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
+#include <cmath>
 #include <mutex>
 
+#include "adapters/adapters.h"
 #include "adapters/bindings.h"
 #include "adapters/checks.h"
 #include "drivers/stats.h"
@@ -13,6 +15,7 @@ namespace awq {
 namespace {
 
 using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kInit = "ActivationStats";
 constexpr const char* kUpdate = "ActivationStats.update";
@@ -20,6 +23,23 @@ constexpr const char* kUpdate = "ActivationStats.update";
 int64_t check_in_features(int64_t in_features) {
   AWQ_CHECK(in_features > 0, kInit, "in_features", "a positive number", in_features);
   return in_features;
+}
+
+Tensor one_a_row(const char* argument, const Tensor& values, at::ScalarType dtype, int64_t rows) {
+  check_dtype(kUpdate, argument, values, dtype);
+  AWQ_CHECK(values.numel() == rows, kUpdate, argument, std::to_string(rows) + " elements, one a row", values.numel());
+  return values.detach().cpu().reshape({-1});
+}
+
+// Added one by one: the result does not depend on the number of threads.
+double total_weight(const Tensor& weights) {
+  double total = 0.0;
+  for (int64_t r = 0; r < weights.numel(); ++r) {
+    const float w = weights.const_data_ptr<float>()[r];
+    AWQ_CHECK(std::isfinite(w) && w >= 0.0f, kUpdate, "weights", "finite numbers from 0", w);
+    total += w;
+  }
+  return total;
 }
 
 // Methods that take long are called without the GIL; a mutex then keeps two threads from adding to the same sums.
@@ -31,26 +51,40 @@ class ActivationStats {
         abs_sum_(at::zeros({in_features}, at::kDouble)),
         second_moment_(at::zeros({in_features, in_features}, at::kFloat)) {}
 
-  void update(const Tensor& x, const std::optional<Tensor>& mask) {
+  void update(const Tensor& x, const OptionalTensor& mask, const OptionalTensor& weights) {
     const Dtype dtype = float_dtype(kUpdate, "x", x.scalar_type());
-    const Tensor rows = select_rows(x.detach(), mask);
+    Tensor rows = flatten(x.detach()),
+           w = weights.has_value() ? one_a_row("weights", *weights, at::kFloat, rows.size(0)).contiguous() : Tensor();
+    if (mask.has_value()) {
+      const Tensor kept = one_a_row("mask", *mask, at::kBool, rows.size(0)).nonzero().squeeze(1);
+      rows = rows.index_select(0, kept);
+      if (w.defined()) w = w.index_select(0, kept);
+    }
+    rows = rows.contiguous();
+    const double total = w.defined() ? total_weight(w) : static_cast<double>(rows.size(0));
+    const Tensor roots = w.defined() ? w.sqrt() : w;
     const std::lock_guard<std::mutex> lock(mutex_);
-    add_sums(kernels(), rows.const_data_ptr(), dtype, rows.size(0), in_features_, sum_.mutable_data_ptr<double>(),
-             abs_sum_.mutable_data_ptr<double>(), at::get_num_threads());
-    add_second_moment(kernels(), rows.const_data_ptr(), dtype, rows.size(0), in_features_,
-                      second_moment_.mutable_data_ptr<float>(), at::get_num_threads());
+    const CalibrationRows view{rows.const_data_ptr(), dtype,         rows.size(0),
+                               in_features_,          float_data(w), float_data(roots)};
+    set_applied(1.0);
+    add_sums(kernels(), view, sum_.mutable_data_ptr<double>(), abs_sum_.mutable_data_ptr<double>(),
+             at::get_num_threads());
+    add_second_moment(kernels(), view, second_moment_.mutable_data_ptr<float>(), at::get_num_threads());
     rows_ += rows.size(0);
+    total_ += total;
+    weighted_ = weighted_ || w.defined();
     mirrored_ = mirrored_ && rows.size(0) == 0;
   }
 
-  Tensor sum() const { return sum_; }
-  Tensor abs_sum() const { return abs_sum_; }
+  Tensor sum() const { return weighted_ ? sum_.mul(share()) : sum_; }
+  Tensor abs_sum() const { return weighted_ ? abs_sum_.mul(std::sqrt(share())) : abs_sum_; }
 
   // Only one triangle is accumulated; the other is filled in when somebody looks.
   Tensor second_moment() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!mirrored_) mirror_upper(second_moment_.mutable_data_ptr<float>(), in_features_, at::get_num_threads());
     mirrored_ = true;
+    set_applied(share());
     return second_moment_;
   }
 
@@ -58,21 +92,31 @@ class ActivationStats {
   int64_t in_features() const { return in_features_; }
 
  private:
-  // [rows, K], contiguous, without the rows that the mask leaves out.
-  Tensor select_rows(const Tensor& x, const std::optional<Tensor>& mask) const {
+  // [rows, K].
+  Tensor flatten(const Tensor& x) const {
     AWQ_CHECK(x.device().is_cpu(), kUpdate, "x", "a tensor on the CPU", x.device().str());
     AWQ_CHECK(x.dim() >= 1 && x.size(-1) == in_features_, kUpdate, "x",
               "a last dimension of " + std::to_string(in_features_), x.sizes());
-    const Tensor flat = x.reshape({-1, in_features_});
-    if (!mask.has_value()) return flat.contiguous();
-    check_dtype(kUpdate, "mask", *mask, at::kBool);
-    AWQ_CHECK(mask->numel() == flat.size(0), kUpdate, "mask", std::to_string(flat.size(0)) + " elements, one a row",
-              mask->numel());
-    return flat.index_select(0, mask->cpu().reshape({-1}).nonzero().squeeze(1));
+    return x.reshape({-1, in_features_});
+  }
+
+  // By which the sums are multiplied for weights that are 1 on average.
+  double share() const { return weighted_ && total_ > 0.0 ? static_cast<double>(rows_) / total_ : 1.0; }
+
+  // The second moment, the largest thing here, is multiplied in its place when somebody looks, and back before more
+  // rows are added.
+  void set_applied(double share) const {
+    if (share == applied_) return;
+    scale_moment(second_moment_.mutable_data_ptr<float>(), in_features_, static_cast<float>(share / applied_),
+                 at::get_num_threads());
+    applied_ = share;
   }
 
   int64_t in_features_;
   int64_t rows_ = 0;
+  double total_ = 0.0;  // weight of all rows
+  bool weighted_ = false;
+  mutable double applied_ = 1.0;  // the share in second_moment_
   mutable bool mirrored_ = true;
   mutable std::mutex mutex_;
   Tensor sum_, abs_sum_;
@@ -93,13 +137,16 @@ void bind_stats(py::module_& m) {
   py::class_<ActivationStats>(
       m, "ActivationStats",
       "Streaming statistics of the rows that enter a Linear: sums of x and |x|, X^T X, row count.\n\n"
+      "With weights w: sums of w x, sqrt(w) |x| and w x x^T, all divided by the mean weight when they are read.\n"
       "NaN and infinity in a row show up in the sums: check those.")
       .def(py::init(&make_stats), py::arg("in_features"), py::arg("device") = "cpu")
-      .def("update", &ActivationStats::update, py::arg("x"), py::arg("mask") = py::none(), Release(),
+      .def("update", &ActivationStats::update, py::arg("x"), py::arg("mask") = py::none(),
+           py::arg("weights") = py::none(), Release(),
            "Add the rows of x [..., K] fp32/fp16/bf16; mask bool, one element a row: rows where it is False do not "
-           "count.")
-      .def("sum", &ActivationStats::sum, "Sum over rows of x: fp64 [K]. The accumulator itself, no copy.")
-      .def("abs_sum", &ActivationStats::abs_sum, "Sum over rows of |x|: fp64 [K]. The accumulator itself, no copy.")
+           "count.\nweights fp32, one a row, >= 0, by which the rows count; None: all 1.")
+      .def("sum", &ActivationStats::sum, "Sum over rows of x: fp64 [K]. Without weights the accumulator itself.")
+      .def("abs_sum", &ActivationStats::abs_sum,
+           "Sum over rows of |x|: fp64 [K]. Without weights the accumulator itself.")
       .def("second_moment", &ActivationStats::second_moment, Release(),
            "X^T X, symmetric: fp32 [K, K]. The accumulator itself, no copy: after another update() call this again.")
       .def_property_readonly("rows", &ActivationStats::rows, "Rows counted so far.")

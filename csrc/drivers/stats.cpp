@@ -93,50 +93,66 @@ void add_chunk(const Chunk& chunk, float* moment, int threads) {
   });
 }
 
+// Rows [first, first + count) as they are packed: themselves, or a copy in fp32, times the roots of their weights.
+const void* packable(const KernelTable& table, const CalibrationRows& x, bool copy, int64_t first, int64_t count,
+                     float* copied, int threads) {
+  if (!copy) return x.row(first);
+  const int64_t k = x.in_features;
+  parallel_for(count, threads, [&](int64_t r, int) {
+    float* row = copied + r * k;
+    table.to_float(x.row(first + r), x.dtype, k, row);
+    if (x.roots == nullptr) return;
+    const float root = x.roots[first + r];
+    for (int64_t i = 0; i < k; ++i) row[i] *= root;
+  });
+  return copied;
+}
+
 }  // namespace
 
-void add_sums(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features, double* sum,
-              double* abs_sum, int threads) {
+void add_sums(const KernelTable& table, const CalibrationRows& x, double* sum, double* abs_sum, int threads) {
   constexpr int64_t kStrip = 512;  // columns: their sums stay in the first-level cache
-  parallel_for(ceil_div(in_features, kStrip), threads, [&](int64_t strip, int) {
-    float values[kSumRows * kStrip];
-    const int64_t first = strip * kStrip, cols = std::min(kStrip, in_features - first);
-    for (int64_t r = 0; r < rows; r += kSumRows) {
-      const int64_t count = std::min<int64_t>(kSumRows, rows - r);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = (r + i) * in_features + first;
-        table.to_float(static_cast<const char*>(x) + at * dtype_bytes(dtype), dtype, cols, values + i * cols);
-      }
+  parallel_for(ceil_div(x.in_features, kStrip), threads, [&](int64_t strip, int) {
+    float values[kSumRows * kStrip], weights[kSumRows] = {}, roots[kSumRows] = {};
+    const int64_t first = strip * kStrip, cols = std::min(kStrip, x.in_features - first);
+    for (int64_t r = 0; r < x.rows; r += kSumRows) {
+      const int64_t count = std::min<int64_t>(kSumRows, x.rows - r);
+      for (int64_t i = 0; i < count; ++i) table.to_float(x.at(r + i, first), x.dtype, cols, values + i * cols);
       std::fill_n(values + count * cols, (kSumRows - count) * cols, 0.0f);  // adding 0 changes no sum
-      table.add_sums(values, cols, sum + first, abs_sum + first);
+      if (x.weights == nullptr) {
+        table.add_sums(values, cols, sum + first, abs_sum + first);
+        continue;
+      }
+      std::copy_n(x.weights + r, count, weights);
+      std::copy_n(x.roots + r, count, roots);
+      table.add_weighted_sums(values, weights, roots, cols, sum + first, abs_sum + first);
     }
   });
 }
 
-void add_second_moment(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features,
-                       float* moment, int threads) {
-  if (rows == 0) return;
-  const bool pairs = dtype == Dtype::bf16 && table.gemm_tile_bf16 != nullptr;
-  const int64_t chunk_rows = std::min(rows, pairs ? kChunkRowsBf16 : kChunkRows), value_bytes = pairs ? 2 : 4;
-  const int64_t depth = round_up(chunk_rows, 2);
-  Buffer<char> row_panels(depth * round_up(in_features, table.tile_rows) * value_bytes);
-  Buffer<char> col_panels(depth * round_up(in_features, table.tile_cols) * value_bytes);
-  Buffer<float> converted(dtype == Dtype::f32 || pairs ? 0 : chunk_rows * in_features);
-  for (int64_t first = 0; first < rows; first += chunk_rows) {
-    const int64_t count = std::min(chunk_rows, rows - first);
-    const void* source = static_cast<const char*>(x) + first * in_features * dtype_bytes(dtype);
-    if (dtype != Dtype::f32 && !pairs) {
-      parallel_for(count, threads, [&](int64_t r, int) {
-        table.to_float(static_cast<const uint16_t*>(source) + r * in_features, dtype, in_features,
-                       converted.get() + r * in_features);
-      });
-      source = converted.get();
-    }
+void add_second_moment(const KernelTable& table, const CalibrationRows& x, float* moment, int threads) {
+  if (x.rows == 0) return;
+  const bool pairs = x.dtype == Dtype::bf16 && x.weights == nullptr && table.gemm_tile_bf16 != nullptr;
+  const bool copy = !pairs && (x.dtype != Dtype::f32 || x.weights != nullptr);
+  const int64_t k = x.in_features, value_bytes = pairs ? 2 : 4;
+  const int64_t chunk_rows = std::min(x.rows, pairs ? kChunkRowsBf16 : kChunkRows), depth = round_up(chunk_rows, 2);
+  Buffer<char> row_panels(depth * round_up(k, table.tile_rows) * value_bytes);
+  Buffer<char> col_panels(depth * round_up(k, table.tile_cols) * value_bytes);
+  Buffer<float> copied(copy ? chunk_rows * k : 0);
+  for (int64_t first = 0; first < x.rows; first += chunk_rows) {
+    const int64_t count = std::min(chunk_rows, x.rows - first);
+    const void* source = packable(table, x, copy, first, count, copied.get(), threads);
     const int64_t depth_used = pairs ? round_up(count, 2) : count;
-    const Chunk chunk{table, pairs, in_features, depth_used, row_panels.get(), col_panels.get()};
+    const Chunk chunk{table, pairs, k, depth_used, row_panels.get(), col_panels.get()};
     pack_chunk(chunk, source, count, row_panels.get(), col_panels.get(), threads);
     add_chunk(chunk, moment, threads);
   }
+}
+
+void scale_moment(float* moment, int64_t in_features, float factor, int threads) {
+  parallel_for(in_features, threads, [&](int64_t row, int) {
+    for (int64_t i = row * in_features; i < (row + 1) * in_features; ++i) moment[i] *= factor;
+  });
 }
 
 void mirror_upper(float* moment, int64_t in_features, int threads) {

@@ -7,18 +7,35 @@
 
 namespace awq {
 
-// sum[k] += sum over rows of x[r, k] and abs_sum[k] += that of |x[r, k]|, in fp64, row after row. x contiguous [rows,
-// in_features].
-void add_sums(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features, double* sum,
-              double* abs_sum, int threads);
+struct CalibrationRows {
+  const void* data;  // [rows, in_features], contiguous
+  Dtype dtype;
+  int64_t rows;
+  int64_t in_features;
+  const float* weights;  // [rows], finite and >= 0; null: every row counts 1
+  const float* roots;    // [rows], of the weights, within one unit in the last place; null without weights
 
-// moment += X^T X in fp32, at least where column >= row; what is below is left in any state until mirror_upper. bf16
-// rows use bf16 products where the level has them: the products are exact, so nothing is lost against fp32. Error of an
-// entry: gamma * sum of |x_i x_j| with gamma = (rows of a chunk + number of chunks) * 2^-24.
-void add_second_moment(const KernelTable& table, const void* x, Dtype dtype, int64_t rows, int64_t in_features,
-                       float* moment, int threads);
+  const void* row(int64_t r) const { return at(r, 0); }
+  const void* at(int64_t r, int64_t channel) const {
+    return static_cast<const char*>(data) + (r * in_features + channel) * dtype_bytes(dtype);
+  }
+};
+
+// sum[k] += sum over rows of w x[r, k] and abs_sum[k] += that of |root x[r, k]|, in fp64, row after row. w x is exact,
+// root x is rounded to fp32.
+void add_sums(const KernelTable& table, const CalibrationRows& x, double* sum, double* abs_sum, int threads);
+
+// moment += sum over rows of w x x^T in fp32, at least where column >= row; what is below is left in any state until
+// mirror_upper. Without weights bf16 rows use bf16 products where the level has them: the products are exact, so
+// nothing is lost against fp32. With weights the rows that are packed are root x, rounded to fp32. Error of an entry:
+// gamma * sum of |w x_i x_j| with gamma = (rows of a chunk + number of chunks) * 2^-24; with weights 6 * 2^-24 more, 3
+// for each factor: 2 of the root, 1 of its product.
+void add_second_moment(const KernelTable& table, const CalibrationRows& x, float* moment, int threads);
 
 // moment[j, i] = moment[i, j] for j > i.
 void mirror_upper(float* moment, int64_t in_features, int threads);
+
+// The whole moment times factor.
+void scale_moment(float* moment, int64_t in_features, float factor, int threads);
 
 }  // namespace awq

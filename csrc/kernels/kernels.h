@@ -127,6 +127,10 @@ struct KernelTable {
 
   // sum[i] += x[r][i] and abs_sum[i] += |x[r][i]| for r < kSumRows, one row after another; x: [kSumRows][n].
   void (*add_sums)(const float* x, int64_t n, double* sum, double* abs_sum);
+  // The same of weighted rows: sum[i] += weights[r] * x[r][i], whose products are exact in fp64, and abs_sum[i] +=
+  // |roots[r] * x[r][i]|, rounded to fp32 first; weights, roots: [kSumRows].
+  void (*add_weighted_sums)(const float* x, const float* weights, const float* roots, int64_t n, double* sum,
+                            double* abs_sum);
 
   // Matrix products run on packed panels. A tile is tile_rows x tile_cols outputs and lives in registers.
   //   a: [k][tile_rows], b: [k][tile_cols]; the bf16 forms hold pairs, [k / 2][tile_rows][2], k even.

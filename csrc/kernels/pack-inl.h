@@ -47,3 +47,18 @@ void add_sums(const float* x, int64_t n, double* sum, double* abs_sum) {
     abs_sum[i] = abs_total;
   }
 }
+
+void add_weighted_sums(const float* x, const float* weights, const float* roots, int64_t n, double* sum,
+                       double* abs_sum) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    double total = sum[i], abs_total = abs_sum[i];
+    for (int r = 0; r < kSumRows; ++r) {
+      const float value = x[r * n + i];
+      total += static_cast<double>(weights[r]) * value;
+      abs_total += __builtin_fabs(static_cast<double>(roots[r] * value));
+    }
+    sum[i] = total;
+    abs_sum[i] = abs_total;
+  }
+}

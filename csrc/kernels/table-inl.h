@@ -45,6 +45,7 @@ constexpr KernelTable make_table() {
   table.int4_panel = int4_panel;
   table.interleave = interleave;
   table.add_sums = add_sums;
+  table.add_weighted_sums = add_weighted_sums;
   table.tile_rows = kRows;
   table.tile_cols = kWidth;
   table.gemm_tile = gemm_tile;

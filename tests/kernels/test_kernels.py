@@ -333,6 +333,8 @@ def test_threads_do_not_change_a_bit() -> None:
         stats = _C.ActivationStats(600)
         stats.update(x)
         stats.update(x.float())
+        weighted = _C.ActivationStats(600)
+        weighted.update(x, weights=torch.linspace(0, 3, 300))
         return [
             *_C.quantize_weight(weight, 128),
             _C.quadratic_loss(error, g),
@@ -342,6 +344,9 @@ def test_threads_do_not_change_a_bit() -> None:
             stats.sum(),
             stats.abs_sum(),
             stats.second_moment(),
+            weighted.sum(),
+            weighted.abs_sum(),
+            weighted.second_moment(),
         ]
 
     before = torch.get_num_threads()
