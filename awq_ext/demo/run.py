@@ -20,7 +20,7 @@ from .model import load_demo_model
 # on 131,072 held-out bytes, in thousandths of a nat, RTN -> AWQ: groups of 64: 12.3 -> 10.6 at 4 bits, 60.7 -> 42.9 at 3;
 # groups of 128: 14.9 -> 10.1, 69.2 -> 49.7; rows: 18.5 -> 12.5, 94.3 -> 57.3. Large models show it with groups of 128.
 GROUP_SIZE = -1
-TOKENS = 65_536
+TOKENS = 131_072
 PROMPT = b"class Stack:\n    def __init__(self, items=None):\n"
 COMPLETION_BYTES = 96
 BYTES_PER_FLOAT = 2  # the shipped weights are bf16, and what is not quantized would be saved as such
