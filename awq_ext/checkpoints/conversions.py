@@ -13,7 +13,7 @@ def transformers() -> Any:
         import transformers as package
     except ImportError as error:
         raise ImportError(
-            "Hugging Face directories need transformers, which is not installed: pip install 'awq-ext[hf]', "
+            'Hugging Face directories need transformers, which is not installed: pip install "awq-ext[hf]", '
             "or build the model yourself and use awq_ext.load(model, directory)"
         ) from error
     return package

@@ -1,8 +1,8 @@
-"""Renaming: transformers 5 has some weights under other names, or joined, in memory than in files; here they meet."""
+"""Translate between the names of weights in files and in memory, where transformers 5 renames and joins some."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers.quant_linear import QuantLinear
 from ..standins.expert_linears import ExpertLinears, expert_count
 from .conversions import weight_conversions
-from .formats import CheckpointError, PackedLinear
+from .formats import CheckpointError, InMemory, PackedLinear
 from .joined import Member, RowNumbers, Run, absent_experts, cut_layer, join_layers, natural_order
 
 
@@ -31,7 +31,9 @@ class Renamed:
         self.folder = getattr(source, "folder", None)
         self._model = model
         self._to_files = to_files
-        self._renamings, self._converters = weight_conversions(model, to_files)
+        self.in_memory: InMemory | None = None if to_files else source.in_memory
+        named_as_in_memory = self.in_memory is not None
+        self._renamings, self._converters = ([], []) if named_as_in_memory else weight_conversions(model, to_files)
         self.layers: dict[str, str] = {}  # name -> the source's, the first of them where a layer is made of several
         self._rows: dict[str, tuple[Run, ...]] = {}  # what they are made of
         self.experts: dict[str, str] = {}
@@ -79,6 +81,14 @@ class Renamed:
         """The same; a model's without codes."""
         return self._assemble(name, self.source.outline)
 
+    def empty_tensors(self, name: str) -> dict[str, Tensor]:
+        """See QuantDir, of a layer that is only renamed."""
+        return self.source.empty_tensors(self.layers[name])
+
+    def layer_of(self, name: str, read: Mapping[str, Tensor]) -> PackedLinear:
+        """A layer that is only renamed, of tensors that were read already; see QuantDir.layer."""
+        return self.source.layer(self.layers[name], read)
+
     def parts(self, name: str) -> tuple[Run, ...]:
         """The rows that a layer, or a float tensor, is put together of; none where it is only renamed, or a converter makes it."""
         runs = self._rows.get(name) or self._cuts.get(name, ())
@@ -95,17 +105,17 @@ class Renamed:
         return [each for each in (*self._renamings, *self._converters) if each.was_used()]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of ``floats``."""
+        """Of one of ``floats``, or a tensor that is tied to one."""
         if name in self._cuts:
             runs = self._cuts[name]
             return (sum(run.stop - run.start for run in runs), *self.source.shape(runs[0].source)[1:])
-        return tuple(self._meta[name].shape) if self._homes[name] else self.source.shape(self._old[name])
+        return tuple(self._meta[name].shape) if self._homes.get(name) else self.source.shape(self._old.get(name, name))
 
     def dtype(self, name: str) -> torch.dtype:
         """Of one of ``floats``."""
         if name in self._cuts:
             return self.source.dtype(self._cuts[name][0].source)
-        return self._meta[name].dtype if self._homes[name] else self.source.dtype(self._old[name])
+        return self._meta[name].dtype if self._homes.get(name) else self.source.dtype(self._old.get(name, name))
 
     def float_tensor(self, name: str) -> Tensor:
         """One of ``floats``."""
