@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.quant_linear import TILED, QuantLinear
 from ..modules import take_hooks
+from ..reporting.warn import warn
 from ..standins.standins import stand_in_as
 from ..standins.transposed import has_transposed_form
 from ..undo import interrupt
@@ -126,7 +126,7 @@ class _Plan:
         text = f"{self.source.folder} has {len(extra)} tensors that the model lacks, among them {extra[0]}"
         if fatal:
             raise CheckpointError(text)
-        warnings.warn(text, UserWarning, stacklevel=5)
+        warn(text)
 
     def _refuse_missing(self, wanted: dict[str, Tensor]) -> None:
         """Every parameter and buffer must come from the files, share an object that does, or be a buffer that has values."""

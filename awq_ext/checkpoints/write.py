@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..reporting.warn import warn
 from .atomic_directory import replaced
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
 from .quantized_dir import CONFIG, OTHER_CONFIGS
@@ -87,11 +87,9 @@ def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> S
         listed = "\n".join(f"  - {line}" for line in lines)
         raise CheckpointError(f"the format {layout.name!r} cannot hold this model; nothing was written:\n{listed}")
     if layout.name != "native" and (odd := summary.half_joined()):
-        warnings.warn(
+        warn(
             f"{_names(odd)}: neighbours are float or have other groups, which awq_ext, AutoAWQ and Transformers can run, but "
-            "servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings",
-            UserWarning,
-            stacklevel=3,
+            "servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings"
         )
     return summary
 
