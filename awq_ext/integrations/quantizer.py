@@ -48,7 +48,7 @@ class AwqExtQuantizer(HfQuantizer):
         for name in self.files.layers:
             self._wait(model, name)
         for name in self.files.floats:
-            if self.files.parts(name):
+            if self.files.runs(name):
                 self._wait(model, name.removesuffix(".weight"))
         self._hide_from_loader(model)
 
@@ -60,7 +60,7 @@ class AwqExtQuantizer(HfQuantizer):
         if not isinstance(linear, nn.Linear):
             what = "no such module" if linear is None else f"a {type(linear).__name__} there"
             raise CheckpointError(f"{self.files.folder} has a quantized layer {name!r}, the model has {what}")
-        whole = name in self.files.layers and not self.files.parts(name)
+        whole = name in self.files.layers and not self.files.runs(name)
         model.set_submodule(name, (WholeLinear if whole else JoinedLinear)(linear, name, self.files))
 
     def _hide_from_loader(self, model: Any) -> None:
@@ -139,10 +139,10 @@ def _state_dict(
     written: dict[str, tuple[str, dict[str, Tensor]]] = {}  # name -> that in the file, tensors by suffix
     own = set(source.layers)
     for file_name, name in renamed.layers.items():
-        given = file_name if renamed.parts(file_name) else name
+        given = file_name if renamed.runs(file_name) else name
         written[given] = file_name, pack(renamed.layer(file_name))
     for tensor in renamed.floats:
-        if runs := renamed.parts(tensor):
+        if runs := renamed.runs(tensor):
             name = tensor.removesuffix(".weight")
             written[name] = name, {"weight": renamed.float_tensor(tensor)}
             own |= {run.source.removesuffix(".weight") for run in runs}
