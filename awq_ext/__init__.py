@@ -62,8 +62,8 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # AutoAWQ looks for its own CUDA extension under this very name and takes any `awq_ext` for it.
-    from .integrations.autoawq import FUSED_FUNCTIONS, LAYER_FUNCTIONS, function
+    from .integrations.autoawq import FUNCTIONS, function
 
-    if name in LAYER_FUNCTIONS or name in FUSED_FUNCTIONS:
+    if name in FUNCTIONS:
         return function(name)
     raise AttributeError(f"module 'awq_ext' has no attribute {name!r}")

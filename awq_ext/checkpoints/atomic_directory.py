@@ -1,4 +1,4 @@
-"""Replacement: a directory that appears whole, in place of what was there, or not at all."""
+"""Replace a directory by another as a whole, or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextmanager
 def replaced(directory: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of ``directory`` when the block ends, and vanishes when it raises.
+    """Give a new folder to write into, which takes the place of ``directory`` when the block ends, and vanishes when it raises.
 
     Files of ``directory`` that the new folder lacks are taken over (as hard links where possible), except those of the top level
     whose name is ``stale``. Everything is flushed to the disk first. Where the system can exchange two directories (Linux),
@@ -42,7 +42,7 @@ def replaced(directory: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
 
 
 def _owner() -> str:
-    """This process, so that only leftovers of dead ones are removed."""
+    """Name this process, so that only leftovers of dead ones are removed."""
     host = socket.gethostname().replace("-", "_") or "host"
     return f"{host}-{os.getpid()}"
 
@@ -80,7 +80,7 @@ def _take_over(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
 
 
 def _link(source: str | Path, to: str | Path) -> None:
-    """A hard link, or a copy on file systems without."""
+    """Make a hard link, or a copy on file systems without."""
     if os.path.islink(source):
         os.symlink(os.readlink(source), to)
         return
@@ -126,7 +126,7 @@ def _commit(fresh: Path, target: Path) -> None:
 
 
 def _working_directory(target: Path) -> Path | None:
-    """The current directory if it is ``target`` or below."""
+    """Return the current directory if it is ``target`` or below."""
     try:
         here = Path.cwd().resolve()
     except OSError:
@@ -135,7 +135,11 @@ def _working_directory(target: Path) -> Path | None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step; False where the system or the file system cannot."""
+    """Swap two directories in one step; False where the system or the file system cannot.
+
+    Two renames would leave a moment in which the directory is missing. A kill then could be mended by our own readers, but not by
+    the others that these directories are for (Transformers, vLLM).
+    """
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,16 +1,17 @@
-"""Placement: a QuantDir's layers and tensors put into a model, all of them or none."""
+"""Fill a model with the layers and tensors of a checkpoint, all of them or none."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.quant_linear import QuantLinear
+from ..layers.quant_linear import TILED, QuantLinear
 from ..modules import take_hooks
+from ..reporting.warn import warn
 from ..standins.standins import stand_in_as
 from ..standins.transposed import has_transposed_form
 from ..undo import interrupt
@@ -42,11 +43,34 @@ def place(
         values = plan.values()
         for name, layer in layers.items():
             journal.set_module(model, name, layer)
-        for name, value in values.items():
-            parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value
+        _assign(model, values, plan.tied)
     return model
+
+
+def _assign(model: nn.Module, values: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
+    """Put tensors in their places; nothing here can fail, so that no half of it is ever done."""
+    for name, value in values.items():
+        held, leaf = _holder(model, name)
+        held[leaf] = value
+    tie(model, tied)
+
+
+def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
+    """Give each name in ``tied`` the very tensor that another name has; of int4 layers only where both are equal."""
+    for name, stored in tied.items():
+        (held, leaf), (source, source_leaf) = _holder(model, name), _holder(model, stored)
+        # rows that are the same become other tiles where group sizes differ
+        if leaf not in TILED.values() or torch.equal(held[leaf], source[source_leaf]):
+            held[leaf] = source[source_leaf]
+
+
+def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The dictionary of its module that holds a tensor, and its key there."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if isinstance(module, QuantLinear):
+        leaf = TILED.get(leaf, leaf)
+    return (module._parameters if leaf in module._parameters else module._buffers), leaf
 
 
 def take_apart(model: nn.Module, source: QuantDir | Renamed, journal: Journal) -> None:
@@ -66,6 +90,11 @@ class _Plan:
     dtype: torch.dtype | None
     tensors: list[str] = field(default_factory=list)
 
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Names that the checkpoint wants to be one tensor with another."""
+        return {} if self.source.in_memory is None else self.source.in_memory.tied
+
     def match(self, ignore: Callable[[str], bool] | None) -> None:
         """Fill ``tensors``; everything the headers tell is checked."""
         for name in self.source.layers:
@@ -79,7 +108,17 @@ class _Plan:
             elif ignore is None or not ignore(name):
                 extra.append(name)
         self._refuse_extra(extra, fatal=ignore is None)
+        self._check_ties(wanted)
         self._refuse_missing(wanted)
+
+    def _check_ties(self, wanted: dict[str, Tensor]) -> None:
+        """Both ends of a tie must be there: in a layer of the files, whose tensors are checked with it, or in ``wanted``."""
+        for name, stored in self.tied.items():
+            for end in (name, stored):
+                if end not in wanted and end.rpartition(".")[0] not in self.source.layers:
+                    raise CheckpointError(f"{self.source.folder} has {end}, which the model lacks")
+            if name in wanted:
+                self._check(name, wanted[name])
 
     def _refuse_extra(self, extra: list[str], fatal: bool) -> None:
         if not extra:
@@ -87,14 +126,14 @@ class _Plan:
         text = f"{self.source.folder} has {len(extra)} tensors that the model lacks, among them {extra[0]}"
         if fatal:
             raise CheckpointError(text)
-        warnings.warn(text, UserWarning, stacklevel=5)
+        warn(text)
 
     def _refuse_missing(self, wanted: dict[str, Tensor]) -> None:
         """Every parameter and buffer must come from the files, share an object that does, or be a buffer that has values."""
-        come = {id(wanted[name]) for name in self.tensors}
-        own = set(self.model.state_dict(keep_vars=True))
+        come = {self._object(name, wanted[name]) for name in self.tensors}
+        own = set(wanted if self.source.in_memory is not None else self.model.state_dict(keep_vars=True))
         for name, tensor in wanted.items():
-            if name in self.tensors or id(tensor) in come:
+            if self._object(name, tensor) in come or name in self.tied:
                 continue
             if isinstance(tensor, nn.Parameter) or name in own:
                 raise CheckpointError(f"{self.source.folder} lacks {name}, which the model needs")
@@ -103,6 +142,10 @@ class _Plan:
                     f"the buffer {name} is on the meta device, and no checkpoint of this layout holds it: build the model "
                     "on the CPU, or give from_pretrained the directory"
                 )
+
+    def _object(self, name: str, old: Tensor) -> int | str:
+        """By what two names are known to be one tensor: in the model, unless the checkpoint says it itself."""
+        return id(old) if self.source.in_memory is None else name
 
     def _linear(self, name: str) -> nn.Linear | QuantLinear:
         try:
@@ -135,24 +178,20 @@ class _Plan:
 
     def values(self) -> dict[str, Tensor]:
         """Name -> the object to put there; shared tensors stay shared."""
-        made: dict[int, Tensor] = {}
-        placed = {}
-        wanted = dict(self._wanted())
+        made: dict[int | str, Tensor] = {}
+        wanted = {name: (self._object(name, old), old) for name, old in self._wanted()}
         for name in self.tensors:
-            old = wanted[name]
-            if id(old) not in made:
+            key, old = wanted[name]
+            if key not in made:
                 interrupt.check()
                 trained = isinstance(old, nn.Parameter)
                 tensor = self.source.float_tensor(name)
                 tensor = self._cast(tensor, old) if trained else tensor.to("cpu" if old.is_meta else old.device)
-                made[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if trained else tensor
-        for name, old in wanted.items():
-            if id(old) in made:
-                placed[name] = made[id(old)]
-        return placed
+                made[key] = nn.Parameter(tensor, requires_grad=old.requires_grad) if trained else tensor
+        return {name: made[key] for name, (key, _) in wanted.items() if key in made}
 
     def layer(self, name: str) -> QuantLinear:
-        """The QuantLinear for one quantized layer of the files."""
+        """Make the QuantLinear for one quantized layer of the files."""
         interrupt.check()
         old, packed = self._linear(name), self.source.layer(name)
         if (old.in_features, old.out_features) != (packed.in_features, packed.out_features):
@@ -161,7 +200,8 @@ class _Plan:
                 f"{old.in_features} -> {old.out_features}"
             )
         near = old.tiles if isinstance(old, QuantLinear) else old.weight
-        dtype = self.dtype or self._float_dtype(old)
+        saved, compute = (None, "auto") if self.source.in_memory is None else self.source.in_memory.layers[name]
+        dtype = self.dtype or saved or self._float_dtype(old)
         scales = run_time_scales(packed, dtype, name)
         layer = QuantLinear(
             packed.in_features, packed.out_features, packed.group_size, False, False, dtype, device="meta"
@@ -171,6 +211,7 @@ class _Plan:
         if packed.pre_quant_scale is not None:
             layer.pre_quant_scale = move(packed.pre_quant_scale)
         layer.bias = self._bias(name, old, packed)
+        layer.compute = compute
         take_hooks(layer, old)
         return layer.train(old.training)
 

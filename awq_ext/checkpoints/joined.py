@@ -1,4 +1,4 @@
-"""Experts that files hold joined in one tensor and memory apart, or the other way round: names, and which rows go where."""
+"""Take apart and put together tensors that one side, files or memory, has joined: the names of their parts, and their rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .formats import CheckpointError, PackedLinear
 
 
 @dataclass
-class Member:
-    """A tensor that a converter takes: its name, the pattern it fits, and what it consists of: sources with their rows.
+class Part:
+    """A part of a joined tensor: its name, the pattern of the converter that it fits, and its rows.
 
-    sources are empty for a float tensor that is converted as it is.
+    sources: what it consists of -> rows of each; empty for a float tensor that is converted as it is. stacked: they are experts
+    of one tensor.
     """
 
     name: str
@@ -27,17 +28,17 @@ class Member:
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Sort key by which expert 2 comes before expert 10."""
+    """Make a sort key by which expert 2 comes before expert 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
 
 
-def absent_experts(members: Iterable[Member], count: int = 0) -> list[str]:
-    """Names of the experts that are missing among ``members``, of 0 to the highest number there, or of ``count``."""
+def absent_experts(parts: Iterable[Part], count: int = 0) -> list[str]:
+    """Name the experts that are missing among ``parts``, of 0 to the highest number there, or of ``count``."""
     found: dict[tuple[str, str, str], set[int]] = {}
-    for member in members:
-        pattern = re.sub(r"\\?\*\\?\.", r"(\\d+)\\.", member.pattern, count=1)
-        if "*" in member.pattern and (match := re.search(pattern, member.name)) and match.lastindex == 1:
-            around = (member.pattern, member.name[: match.start(1)], member.name[match.end(1) :])
+    for part in parts:
+        pattern = re.sub(r"\\?\*\\?\.", r"(\\d+)\\.", part.pattern, count=1)
+        if "*" in part.pattern and (match := re.search(pattern, part.name)) and match.lastindex == 1:
+            around = (part.pattern, part.name[: match.start(1)], part.name[match.end(1) :])
             found.setdefault(around, set()).add(int(match[1]))
     count = max([count, *(number + 1 for numbers in found.values() for number in numbers)], default=0)
     return [f"{a}{e}{b}" for (_, a, b), numbers in found.items() for e in range(count) if e not in numbers]
@@ -68,7 +69,7 @@ class RowNumbers:
         return torch.arange(first, first + 2 * self._rows[source]).view(-1, 2)
 
     def runs(self, weight: Tensor) -> tuple[Run, ...] | None:
-        """Which rows stand in ``weight`` [n, 2], a result of the conversion; None if these are not whole rows."""
+        """Tell which rows stand in ``weight`` [n, 2], a result of the conversion; None if these are not whole rows."""
         if weight.dim() != 2 or weight.shape[1] != 2 or not len(weight):
             return None
         first = weight[:, 0]
@@ -88,7 +89,7 @@ class RowNumbers:
 
 
 def cut_layer(layer: PackedLinear, run: Run) -> PackedLinear:
-    """The outputs ``run.start`` to ``run.stop``, exactly. CheckpointError when the layer has fewer."""
+    """Cut out the outputs ``run.start`` to ``run.stop``, exactly. CheckpointError when the layer has fewer."""
     if (run.start, run.stop) == (0, None):
         return layer
     if run.stop is not None and run.stop > layer.out_features:
@@ -106,7 +107,7 @@ def cut_layer(layer: PackedLinear, run: Run) -> PackedLinear:
 
 
 def join_layers(layers: Sequence[PackedLinear], names: Sequence[str]) -> PackedLinear:
-    """One layer with the outputs of all, exactly. names: of the parts, for messages.
+    """Make one layer with the outputs of all, exactly. names: of the parts, for messages.
 
     CheckpointError when they differ in input channels, groups, run-time scales, or in having a bias.
     """
@@ -126,7 +127,7 @@ def join_layers(layers: Sequence[PackedLinear], names: Sequence[str]) -> PackedL
 
 
 def _difference(one: PackedLinear, other: PackedLinear) -> str:
-    """In what two layers differ that one layer has only once, or ""."""
+    """Tell in what two layers differ that a joined one has only once, or ""."""
     if one.in_features != other.in_features:
         return f"input channels ({one.in_features}, {other.in_features})"
     # a single group may be called -1 or by its length

@@ -1,10 +1,11 @@
-"""QuantDir: a directory with a quantized checkpoint of any layout, layer by layer."""
+"""Read a directory with a quantized checkpoint of any layout, layer by layer."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .formats import LAYOUTS, CheckpointError, Layout, PackedLinear, Settings
 from .shards import Shards, first_json
+from .version_1 import read_version_1
 
 CONFIG = "config.json"
 # older homes of what is quantization_config in config.json now
@@ -30,34 +32,43 @@ class QuantDir:
         self.folder = Path(directory)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a directory")
+        before = self.folder.stat()
         self.config: Mapping[str, Any] = first_json(self.folder, CONFIG) or {}
-        self.shards = Shards(self.folder)
-        modules = self.shards.leaves()
-        kinds = {
-            name: {leaf: self.shards.dtype(tensor) for leaf, tensor in leaves.items()}
-            for name, leaves in modules.items()
-        }
-        self.layout, self.settings = self._recognize(kinds)
-        known = {*self.layout.suffixes, *self.layout.optional}
-        self.layers: dict[str, dict[str, str]] = {
-            name: {leaf: tensor for leaf, tensor in leaves.items() if leaf in known}
-            for name, leaves in modules.items()
-            if self.layout.claims(kinds[name])
-        }
-        taken = {tensor for leaves in self.layers.values() for tensor in leaves.values()}
+        self._version_1 = read_version_1(self.folder)
+        self.shards = Shards(self.folder, None if self._version_1 is None else [self._version_1.tensors])
+        self.layout, self.settings = self._recognize(self._dtypes(self.shards.leaves()))
+        self.experts, self.in_memory = self.settings.experts, self.settings.in_memory
+        self.tied = {} if self.in_memory is None else self.in_memory.tied
+        self.layers = self._find_layers()
+        taken = {f"{name}.{leaf}".lstrip(".") for name, leaves in self.layers.items() for leaf in leaves}
         self.floats = [name for name in self.shards if name not in taken]
-        self.experts = self.settings.experts
         self._check()
+        if not os.path.samestat(before, self.folder.stat()):  # else config and tensors may be of two checkpoints
+            raise CheckpointError(f"{self.folder} was replaced while it was read: read it again")
 
-    def layer(self, name: str) -> PackedLinear:
-        """One quantized Linear, read and checked; CheckpointError naming it."""
-        tensors = {leaf: self.shards.get(tensor) for leaf, tensor in self.layers[name].items()}
+    def layer(self, name: str, read: Mapping[str, Tensor] = MappingProxyType({})) -> PackedLinear:
+        """Read and check one quantized Linear; CheckpointError naming it.
+
+        read: those of its tensors, by suffix, that were read already; one that was cast since is read again.
+        """
+        tensors = {}
+        for leaf, stored in self.layers[name].items():
+            as_stored = leaf in read and read[leaf].dtype == self.shards.dtype(stored)
+            tensors[leaf] = read[leaf].cpu() if as_stored else self.shards.get(stored)
         try:
             return self.layout.unpack(tensors, self.settings.of(name))
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
 
     outline = layer  # its tensors must all be read to be checked
+
+    def empty_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a layer that are stored under its own name, by suffix, on the meta device."""
+        return {
+            leaf: torch.empty(self.shards.shape(stored), dtype=self.shards.dtype(stored), device="meta")
+            for leaf, stored in self.layers[name].items()
+            if stored == f"{name}.{leaf}".lstrip(".")
+        }
 
     def rows(self, name: str) -> int:
         """out_features of a layer, from the headers."""
@@ -68,19 +79,21 @@ class QuantDir:
         return shape[dimension]
 
     def float_tensor(self, name: str) -> Tensor:
-        """One of ``floats``."""
+        """Read one of ``floats``."""
         return self.shards.get(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of ``floats``."""
-        return self.shards.shape(name)
+        """Of one of ``floats``, or a tensor that is tied to one."""
+        return self.shards.shape(self.tied.get(name, name))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of one of ``floats``."""
-        return self.shards.dtype(name)
+        """Of one of ``floats``, or a tensor that is tied to one."""
+        return self.shards.dtype(self.tied.get(name, name))
 
     def quantization_config(self) -> Mapping[str, Any] | None:
         """What the directory says of its quantization, from wherever that is written; None if nowhere."""
+        if self._version_1 is not None:
+            return self._version_1.config
         text = self.config.get("text_config")
         for config in (self.config, text if isinstance(text, dict) else {}):
             for key in ("quantization_config", "compression_config"):
@@ -89,6 +102,33 @@ class QuantDir:
                         raise CheckpointError(f"{self.folder / CONFIG} is damaged: {key} is no object")
                     return found
         return first_json(self.folder, *OTHER_CONFIGS)
+
+    def _dtypes(self, modules: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, torch.dtype]]:
+        """The dtypes of the tensors of each module, by suffix."""
+        return {
+            name: {leaf: self.shards.dtype(tensor) for leaf, tensor in leaves.items()}
+            for name, leaves in modules.items()
+        }
+
+    def _find_layers(self) -> dict[str, dict[str, str]]:
+        """Quantized module -> its tensors by suffix, under the names that they are stored by."""
+        for name, stored in self.tied.items():
+            if stored not in self.shards:
+                raise CheckpointError(f"{self.folder}: {name} is tied to {stored!r}, which the files do not hold")
+            if name in self.shards:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is in the files, but the config says that it is {stored!r}"
+                )
+        modules = {
+            name: {leaf: self.tied.get(tensor, tensor) for leaf, tensor in leaves.items()}
+            for name, leaves in self.shards.leaves([*self.shards, *self.tied]).items()
+        }
+        dtypes, known = self._dtypes(modules), {*self.layout.suffixes, *self.layout.optional}
+        return {
+            name: {leaf: tensor for leaf, tensor in leaves.items() if leaf in known}
+            for name, leaves in modules.items()
+            if self.layout.claims(dtypes[name])
+        }
 
     def _recognize(self, kinds: Mapping[str, Mapping[str, torch.dtype]]) -> tuple[Layout, Settings]:
         config = self.quantization_config()
@@ -113,6 +153,12 @@ class QuantDir:
                 f"{self.folder} says that it is of the {self.layout.name} layout, but has no tensors of it "
                 f"({', '.join(self.layout.suffixes)} of the right dtypes)"
             )
+        entries = [self.settings.per_layer] if self.settings.per_layer else []
+        for names in entries if self.in_memory is None else [*entries, self.in_memory.layers]:
+            if odd := sorted(names.keys() ^ self.layers.keys()):
+                raise CheckpointError(
+                    f"{self.folder}: layer {odd[0]!r} has tensors but no entry in the config, or the reverse"
+                )
         own = {*self.layout.suffixes, *self.layout.optional} - COMMON_LEAVES
         for name in self.floats:
             if name.rpartition(".")[2] in own:

@@ -1,9 +1,8 @@
-"""Renaming: transformers 5 has some weights under other names, or joined, in memory than in files; here they meet."""
+"""Translate between the names of weights in files and in memory, where transformers 5 renames and joins some."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from ..layers.quant_linear import QuantLinear
 from ..standins.expert_linears import ExpertLinears, expert_count
-from .conversions import weight_conversions
-from .formats import CheckpointError, PackedLinear
-from .joined import Member, RowNumbers, Run, absent_experts, cut_layer, join_layers, natural_order
+from .conversions import Conversions
+from .formats import CheckpointError, InMemory, PackedLinear
+from .joined import Part, RowNumbers, Run, absent_experts, cut_layer, join_layers, natural_order
 
 
 class Renamed:
@@ -31,12 +30,14 @@ class Renamed:
         self.folder = getattr(source, "folder", None)
         self._model = model
         self._to_files = to_files
-        self._renamings, self._converters = weight_conversions(model, to_files)
+        self.in_memory: InMemory | None = None if to_files else source.in_memory
+        # where the names are those of the model in memory there is nothing to translate
+        self._conversions = Conversions(None if self.in_memory is not None else model, to_files)
         self.layers: dict[str, str] = {}  # name -> the source's, the first of them where a layer is made of several
         self._rows: dict[str, tuple[Run, ...]] = {}  # what they are made of
         self.experts: dict[str, str] = {}
         self._cuts: dict[str, tuple[Run, ...]] = {}  # float weights made of rows, by new name
-        self._groups: dict[str, list[Member]] = {}  # by first new name
+        self._groups: dict[str, list[Part]] = {}  # by first new name
         self._homes: dict[str, str | None] = {}  # new name -> its group, or None where it is only renamed
         self._old: dict[str, str] = {}
         self._meta: dict[str, Tensor] = {}
@@ -46,25 +47,25 @@ class Renamed:
         if to_files:
             self._add_experts()
         for name, use in getattr(source, "experts", {}).items():
-            members = [each for each in (*source.layers, *source.floats) if each.startswith(f"{name}.")]
-            self._keep(Member(name, "", dict.fromkeys(members, 0), stacked=True), use)
+            experts = [each for each in (*source.layers, *source.floats) if each.startswith(f"{name}.")]
+            self._keep(Part(name, "", dict.fromkeys(experts, 0), stacked=True), use)
         for name in source.layers:
             if name not in self._apart:
                 self._add_layer(name)
         for name in source.floats:
             if name not in self._apart:
                 self._add_float(name)
-        for group, members in self._groups.items():
+        for group, parts in self._groups.items():
             # files list expert 10 before expert 2, and converters join in the order they are given
-            members.sort(key=lambda member: natural_order(member.name))
-            self._resolve(group, members)
+            parts.sort(key=lambda part: natural_order(part.name))
+            self._resolve(group, parts)
         self.floats: Iterable[str] = [*self._homes, *self._cuts]
 
     def linears(self, modules: Iterable[str]) -> list[str]:
-        """The new names of these float Linears; those that float experts have one by one are added."""
+        """List the new names of these float Linears, and of those that float experts become one by one."""
         found = []
         for module in modules:
-            new, pattern = self._renamed(f"{module}.weight")
+            new, pattern = self._conversions.find(f"{module}.weight")
             if pattern is None:
                 found.append(new)
         joined = [name for name, group in self._homes.items() if group is not None]
@@ -72,49 +73,57 @@ class Renamed:
         return [name.removesuffix(".weight") for name in dict.fromkeys(found)]
 
     def layer(self, name: str) -> PackedLinear:
-        """One of ``layers``."""
+        """Read one of ``layers``."""
         return self._assemble(name, self.source.layer)
 
     def outline(self, name: str) -> PackedLinear:
-        """The same; a model's without codes."""
+        """Read the same, of a model without codes."""
         return self._assemble(name, self.source.outline)
 
-    def parts(self, name: str) -> tuple[Run, ...]:
-        """The rows that a layer, or a float tensor, is put together of; none where it is only renamed, or a converter makes it."""
+    def empty_tensors(self, name: str) -> dict[str, Tensor]:
+        """See QuantDir.empty_tensors; of a layer that is only renamed."""
+        return self.source.empty_tensors(self.layers[name])
+
+    def layer_of(self, name: str, read: Mapping[str, Tensor]) -> PackedLinear:
+        """Make a layer that is only renamed of tensors that were read already; see QuantDir.layer."""
+        return self.source.layer(self.layers[name], read)
+
+    def runs(self, name: str) -> tuple[Run, ...]:
+        """List the rows that make up a layer or float tensor; none where it is only renamed, or a converter makes it."""
         runs = self._rows.get(name) or self._cuts.get(name, ())
         return () if len(runs) == 1 and runs[0] == Run(runs[0].source) else runs
 
     def rename(self, name: str) -> str | None:
-        """What transformers calls the tensor ``name`` on the other side; None where it would convert it."""
-        new, pattern = self._renamed(name)
+        """Give the name of a tensor on the other side; None where transformers would convert it."""
+        new, pattern = self._conversions.find(name)
         return new if pattern is None else None
 
     @property
     def used(self) -> list[Any]:
         """The renamings and converters of transformers that any name has fitted."""
-        return [each for each in (*self._renamings, *self._converters) if each.was_used()]
+        return self._conversions.used
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of ``floats``."""
+        """Of one of ``floats``, or a tensor that is tied to one."""
         if name in self._cuts:
             runs = self._cuts[name]
             return (sum(run.stop - run.start for run in runs), *self.source.shape(runs[0].source)[1:])
-        return tuple(self._meta[name].shape) if self._homes[name] else self.source.shape(self._old[name])
+        return tuple(self._meta[name].shape) if self._homes.get(name) else self.source.shape(self._old.get(name, name))
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of one of ``floats``."""
+        """Of one of ``floats``, or a tensor that is tied to one."""
         if name in self._cuts:
             return self.source.dtype(self._cuts[name][0].source)
-        return self._meta[name].dtype if self._homes[name] else self.source.dtype(self._old[name])
+        return self._meta[name].dtype if self._homes.get(name) else self.source.dtype(self._old.get(name, name))
 
     def float_tensor(self, name: str) -> Tensor:
-        """One of ``floats``."""
+        """Read, or make, one of ``floats``."""
         if name in self._cuts:
             return torch.cat([self.source.float_tensor(r.source)[r.start : r.stop] for r in self._cuts[name]])
         if (group := self._homes[name]) is None:
             return self.source.float_tensor(self._old[name])
         if self._made[0] != group:
-            self._made = (group, self._convert(group, lambda member: self.source.float_tensor(member.name)))
+            self._made = (group, self._convert(group, lambda part: self.source.float_tensor(part.name)))
         return self._made[1][name]
 
     def _assemble(self, name: str, read: Callable[[str], PackedLinear]) -> PackedLinear:
@@ -128,7 +137,7 @@ class Renamed:
         return join_layers(parts, [run.source for run in runs])
 
     def _add_experts(self) -> None:
-        """Experts that quantize() took apart: transformers' converters know them by the name of what they were one of."""
+        """Add the experts that quantize() took apart: converters know them by the name of the parameter that they were."""
         for name, experts in self._model.named_modules():
             if not isinstance(experts, ExpertLinears):
                 continue
@@ -137,19 +146,19 @@ class Renamed:
                 source = f"{name}.{e}" if isinstance(expert, QuantLinear) else f"{name}.{e}.weight"
                 sources[source] = expert.out_features
             self._apart |= set(sources)
-            first, pattern = self._renamed(name)
-            member = Member(name, pattern or "", sources, stacked=True)
+            first, pattern = self._conversions.find(name)
+            part = Part(name, pattern or "", sources, stacked=True)
             if pattern is None or experts.use != "linear":
-                self._keep(member, experts.use)
+                self._keep(part, experts.use)
             else:
-                self._groups.setdefault(first, []).append(member)
+                self._groups.setdefault(first, []).append(part)
 
-    def _keep(self, member: Member, use: str) -> None:
-        """Experts that no file knows apart: their names are those of the model, with what stands before them renamed."""
-        self.experts[_apply(self._renamings, member.name)] = use
-        self._apart |= set(member.sources)
-        for source in member.sources:
-            new = _apply(self._renamings, source)
+    def _keep(self, part: Part, use: str) -> None:
+        """Leave experts as the model has them, where no file has names for them one by one; what stands before is renamed."""
+        self.experts[self._conversions.rename(part.name)] = use
+        self._apart |= set(part.sources)
+        for source in part.sources:
+            new = self._conversions.rename(source)
             if source in self.source.layers:
                 self._make(new, (Run(source),))
             else:
@@ -159,45 +168,35 @@ class Renamed:
         self.layers[name], self._rows[name] = runs[0].source, runs
 
     def _add_layer(self, name: str) -> None:
-        new, pattern = self._renamed(f"{name}.weight")
+        new, pattern = self._conversions.find(f"{name}.weight")
         if pattern is None:
             self._make(new.removesuffix(".weight"), (Run(name),))
         else:
-            member = Member(f"{name}.weight", pattern, {name: self.source.rows(name)})
-            self._groups.setdefault(new, []).append(member)
+            part = Part(f"{name}.weight", pattern, {name: self.source.rows(name)})
+            self._groups.setdefault(new, []).append(part)
 
     def _add_float(self, name: str) -> None:
-        new, pattern = self._renamed(name)
+        new, pattern = self._conversions.find(name)
         if pattern is None:
             self._homes[new], self._old[new] = None, name
         else:
-            self._groups.setdefault(new, []).append(Member(name, pattern))
+            self._groups.setdefault(new, []).append(Part(name, pattern))
 
-    def _renamed(self, name: str) -> tuple[str, str | None]:
-        """The new name, and the pattern of the converter it takes part in. Files: renaming comes last, after conversion."""
-        if not self._to_files:
-            name = _apply(self._renamings, name)
-        for converter in self._converters:
-            new, pattern = converter.rename_source_key(name)
-            if pattern is not None:
-                return new, pattern
-        return (_apply(self._renamings, name) if self._to_files else name), None
-
-    def _resolve(self, group: str, members: list[Member]) -> None:
+    def _resolve(self, group: str, parts: list[Part]) -> None:
         """Find what the converter makes of one group."""
-        if not self._to_files and (absent := absent_experts(members)):
+        if not self._to_files and (absent := absent_experts(parts)):
             raise CheckpointError(f"{self.folder} lacks {absent[0]}: {group} is made of all of them")
-        if not any(member.sources for member in members):
+        if not any(part.sources for part in parts):
             for new, tensor in self._try_convert(group, self._empty).items():
                 self._homes[new], self._meta[new] = group, tensor
             return
         try:
-            made = self._made_of_rows(group, members)
+            made = self._made_of_rows(group, parts)
         except CheckpointError:
-            if not all(member.stacked for member in members):
+            if not all(part.stacked for part in parts):
                 raise
-            for member in members:
-                self._keep(member, "linear")
+            for part in parts:
+                self._keep(part, "linear")
             return
         for name, runs in made.items():
             if runs[0].source in self.source.layers:
@@ -205,49 +204,49 @@ class Renamed:
             else:
                 self._cuts[f"{name}.weight"] = runs
 
-    def _made_of_rows(self, group: str, members: list[Member]) -> dict[str, tuple[Run, ...]]:
-        """Linears and the rows that the converter makes them of. CheckpointError where it does something else."""
-        for member in members:
-            if not member.sources:
-                shape = self.source.shape(member.name)
+    def _made_of_rows(self, group: str, parts: list[Part]) -> dict[str, tuple[Run, ...]]:
+        """Tell of which rows the converter makes which Linears. CheckpointError where it does something else."""
+        for part in parts:
+            if not part.sources:
+                shape = self.source.shape(part.name)
                 if len(shape) != 2:
                     raise CheckpointError(
-                        f"{member.name} has shape {shape}, quantized layers beside it have two dimensions"
+                        f"{part.name} has shape {shape}, quantized layers beside it have two dimensions"
                     )
-                member.sources = {member.name: shape[0]}
-        numbers = RowNumbers({source: rows for member in members for source, rows in member.sources.items()})
+                part.sources = {part.name: shape[0]}
+        numbers = RowNumbers({source: rows for part in parts for source, rows in part.sources.items()})
 
-        def read(member: Member) -> Tensor:
-            tensors = [numbers.of(source) for source in member.sources]
-            return torch.stack(tensors) if member.stacked else tensors[0]
+        def read(part: Part) -> Tensor:
+            tensors = [numbers.of(source) for source in part.sources]
+            return torch.stack(tensors) if part.stacked else tensors[0]
 
         made = self._try_convert(group, read)
         return {
-            name: self._checked(name, numbers.runs(weight), members)
+            name: self._checked(name, numbers.runs(weight), parts)
             for new in sorted(made, key=natural_order)
-            for name, weight in self._weights(new, made[new], members).items()
+            for name, weight in self._weights(new, made[new], parts).items()
         }
 
-    def _weights(self, new: str, made: Tensor, members: list[Member]) -> dict[str, Tensor]:
-        """Linears and their weights in what a converter made; experts in one tensor are as many Linears."""
+    def _weights(self, new: str, made: Tensor, parts: list[Part]) -> dict[str, Tensor]:
+        """Split what a converter made into Linears and their weights; experts in one tensor are as many Linears."""
         if made.dim() == 2 and new.endswith(".weight"):
             return {new.removesuffix(".weight"): made}
         if made.dim() != 3 or self._to_files:
             raise CheckpointError(
-                f"{members[0].name} is quantized, but would become {new} of {made.dim()} dimensions, which is no Linear"
+                f"{parts[0].name} is quantized, but would become {new} of {made.dim()} dimensions, which is no Linear"
             )
         count = expert_count(self._model, new)
         if count is not None and count != len(made):
-            absent = absent_experts(members, count)
+            absent = absent_experts(parts, count)
             what = f"lacks {absent[0]}" if absent else "does not fit"
             raise CheckpointError(f"{self.folder} {what}: {new} has {count} experts in the model, {len(made)} there")
         self.experts[new] = "linear"
         return {f"{new}.{e}": weight for e, weight in enumerate(made)}
 
-    def _checked(self, name: str, runs: tuple[Run, ...] | None, members: list[Member]) -> tuple[Run, ...]:
+    def _checked(self, name: str, runs: tuple[Run, ...] | None, parts: list[Part]) -> tuple[Run, ...]:
         if runs is None:
             raise CheckpointError(
-                f"{members[0].name} is quantized, and {name} is not made of its rows, so that its groups cannot be kept"
+                f"{parts[0].name} is quantized, and {name} is not made of its rows, so that its groups cannot be kept"
             )
         quantized = [run.source for run in runs if run.source in self.source.layers]
         left = [run.source for run in runs if run.source not in self.source.layers]
@@ -262,36 +261,21 @@ class Renamed:
             )
         return runs
 
-    def _try_convert(self, group: str, read: Callable[[Member], Tensor]) -> dict[str, Tensor]:
-        """CheckpointError where transformers' own code, on what may be anything, fails."""
+    def _try_convert(self, group: str, read: Callable[[Part], Tensor]) -> dict[str, Tensor]:
+        """Convert one group; CheckpointError where transformers' own code, on what may be anything, fails."""
         try:
             return self._convert(group, read)
         except Exception as error:
-            members = self._groups[group]
-            fitted = {member.pattern for member in members}
-            absent = [pattern for pattern in self._converter(group).source_patterns if pattern not in fitted]
+            parts = self._groups[group]
+            absent = self._conversions.absent_patterns({part.pattern for part in parts})
             more = f"; nothing is called {', '.join(absent)}" if absent else ""
             raise CheckpointError(
-                f"{members[0].name} and the like cannot be converted ({group}): {error}{more}"
+                f"{parts[0].name} and the like cannot be converted ({group}): {error}{more}"
             ) from error
 
-    def _converter(self, group: str) -> Any:
-        pattern = self._groups[group][0].pattern
-        return next(converter for converter in self._converters if pattern in converter.source_patterns)
+    def _convert(self, group: str, read: Callable[[Part], Tensor]) -> dict[str, Tensor]:
+        tensors = [(part.name, part.pattern, read(part)) for part in self._groups[group]]
+        return self._conversions.convert(group, tensors, self._model)
 
-    def _convert(self, group: str, read: Callable[[Member], Tensor]) -> dict[str, Tensor]:
-        converter = deepcopy(self._converter(group))
-        for member in self._groups[group]:
-            converter.add_tensor(group, member.name, member.pattern, read(member))
-        made = converter.convert(group, model=self._model, config=self._model.config)
-        found = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-        return {_apply(self._renamings, n): t for n, t in found.items()} if self._to_files else found
-
-    def _empty(self, member: Member) -> Tensor:
-        return torch.empty(self.source.shape(member.name), dtype=self.source.dtype(member.name), device="meta")
-
-
-def _apply(renamings: Iterable[Any], name: str) -> str:
-    for renaming in renamings:
-        name, _ = renaming.rename_source_key(name)
-    return name
+    def _empty(self, part: Part) -> Tensor:
+        return torch.empty(self.source.shape(part.name), dtype=self.source.dtype(part.name), device="meta")

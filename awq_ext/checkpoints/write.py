@@ -1,10 +1,9 @@
-"""Export: quantized layers and float tensors, from a model or from files, written as a directory of some layout."""
+"""Write quantized layers and float tensors, from a model or from files, as a directory of some layout."""
 
 from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,15 +12,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..reporting.warn import warn
 from .atomic_directory import replaced
-from .formats import CheckpointError, Facts, Layout, PackedLinear, Summary
+from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
 from .quantized_dir import CONFIG, OTHER_CONFIGS
 from .shards import INDEX, WEIGHTS
+from .version_1 import VERSION_1
+
+REPORT = "awq_report.json"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# the shards of Transformers, and the tensor file of awq_ext.save
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model-[0-9a-f]{12}\.safetensors")
-_STALE = {WEIGHTS, INDEX, CONFIG, "awq_ext.json", *OTHER_CONFIGS}
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD_OF_VERSION_1 = re.compile(r"model-[0-9a-f]{12}\.safetensors")
+_BESIDE_WEIGHTS = {CONFIG, VERSION_1, REPORT}
+_WEIGHTS = {WEIGHTS, INDEX, *OTHER_CONFIGS}
 
 
 class Source(Protocol):
@@ -29,6 +33,7 @@ class Source(Protocol):
 
     layers: Mapping[str, Any]
     experts: Mapping[str, str]
+    in_memory: InMemory | None
     floats: Iterable[str]
 
     def layer(self, name: str) -> PackedLinear: ...
@@ -54,11 +59,20 @@ def parse_size(size: int | str) -> int:
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name is part of a checkpoint, of whatever layout, rather than beside it."""
-    return name in _STALE or _SHARD.fullmatch(name) is not None
+    return _is_weight_file(name) or name in _BESIDE_WEIGHTS or _SHARD_OF_VERSION_1.fullmatch(name) is not None
+
+
+def _is_weight_file(name: str) -> bool:
+    return name in _WEIGHTS or _SHARD.fullmatch(name) is not None
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files in ``folder`` that saving there would remove, and without which its weights could not be read."""
+    return sorted(file.name for file in folder.iterdir() if _is_weight_file(file.name)) if folder.is_dir() else []
 
 
 def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> Summary:
-    """The layers' facts. CheckpointError listing everything in ``source`` that ``layout`` cannot hold."""
+    """Collect the facts of all layers. CheckpointError listing everything in ``source`` that ``layout`` cannot hold."""
     facts: dict[str, Facts] = {}
     found: dict[str, list[str]] = {}
     for name in source.layers:
@@ -66,18 +80,16 @@ def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> S
         facts[name] = Facts.of(layer)
         for problem in layout.problems(name, layer):
             found.setdefault(problem, []).append(name)
-    summary = Summary(facts, tuple(float_linears), source.experts)
+    summary = Summary(facts, tuple(float_linears), source.experts, source.in_memory if layout.holds_memory else None)
     lines = [f"{_names(names)}: {problem}" for problem, names in found.items()]
     lines += layout.model_problems(summary)
     if lines:
         listed = "\n".join(f"  - {line}" for line in lines)
         raise CheckpointError(f"the format {layout.name!r} cannot hold this model; nothing was written:\n{listed}")
     if layout.name != "native" and (odd := summary.half_joined()):
-        warnings.warn(
+        warn(
             f"{_names(odd)}: neighbours are float or have other groups, which awq_ext, AutoAWQ and Transformers can run, but "
-            "servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings",
-            UserWarning,
-            stacklevel=3,
+            "servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings"
         )
     return summary
 
@@ -112,16 +124,19 @@ def write(
 
 def _tensors(source: Source, layout: Layout, summary: Summary) -> Iterator[dict[str, Tensor]]:
     """Tensors to store under their names; those of one layer together."""
+    tied = {} if summary.in_memory is None else summary.in_memory.tied
     for name in source.floats:
         yield {name: source.float_tensor(name)}
     for name in source.layers:
         packed = layout.pack(source.layer(name), summary)
-        yield {f"{name}.{suffix}".lstrip("."): tensor for suffix, tensor in packed.items()}
+        named = {f"{name}.{suffix}".lstrip("."): tensor for suffix, tensor in packed.items()}
+        yield {full: tensor for full, tensor in named.items() if full not in tied}
 
 
 def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int) -> None:
     written: list[list[str]] = []
     shard: dict[str, Tensor] = {}
+    taken: set[int] = set()  # the storages of its tensors
     size = total = 0
 
     def flush() -> None:
@@ -132,13 +147,14 @@ def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int) 
         path.chmod(mode)  # safetensors makes files that nobody else can read
         written.append(list(shard))
         shard.clear()
+        taken.clear()
 
     for part in parts:
         bytes_ = sum(tensor.nbytes for tensor in part.values())
         if shard and size + bytes_ > limit:
             flush()
             size = 0
-        shard.update({name: _storable(tensor) for name, tensor in part.items()})
+        shard.update({name: _storable(tensor, taken) for name, tensor in part.items()})
         size += bytes_
         total += bytes_
     flush()
@@ -154,8 +170,10 @@ def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int) 
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _storable(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, with a storage of its own, as safetensors wants it."""
+def _storable(tensor: Tensor, taken: set[int]) -> Tensor:
+    """On the CPU, contiguous, with a storage of its own, as safetensors wants it. taken: storages of others; adds this one."""
     tensor = tensor.detach().to("cpu").contiguous()
-    storage = tensor.untyped_storage()
-    return tensor.clone() if storage.nbytes() != tensor.nbytes else tensor
+    if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.untyped_storage().data_ptr() in taken:
+        tensor = tensor.clone()
+    taken.add(tensor.untyped_storage().data_ptr())
+    return tensor

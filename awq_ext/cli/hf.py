@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.conversions import transformers
-from ..checkpoints.saved import INDEX_NAME, CheckpointError
-from ..checkpoints.saved import read_report as checkpoint_report
-from ..checkpoints.shards import first_json, read_json
+from ..checkpoints.quantized_dir import CONFIG
+from ..checkpoints.shards import first_json
+from ..checkpoints.version_1 import VERSION_1
+from ..checkpoints.write import REPORT
 from ..integrations.pretrained import from_pretrained, save_pretrained
-from ..reporting.report import AwqReport
 from .options import say
 
-REPORT_NAME = "awq_report.json"
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Characters: so much of a text is enough for a number of tokens, without reading all of a large file.
 _LONGEST_TOKEN = 24
@@ -29,7 +28,7 @@ def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
     """Load the causal language model of a directory, float or quantized in any layout, in evaluation mode."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
-    if not (directory / "config.json").exists():
+    if not (directory / CONFIG).exists():
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     if is_quantized(directory):
@@ -42,12 +41,12 @@ def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
 
 def is_quantized(directory: Path) -> bool:
     """Tell whether a directory says of itself that its weights are quantized."""
-    return (directory / INDEX_NAME).exists() or "quantization_config" in read_config(directory)
+    return (directory / VERSION_1).exists() or "quantization_config" in read_config(directory)
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
     """Read config.json; empty where there is none. ValueError for one that is damaged."""
-    return first_json(directory, "config.json") or {}
+    return first_json(directory, CONFIG) or {}
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -67,23 +66,7 @@ def load_tokenizer(directory: Path) -> Any:
 def save_model(model: nn.Module, directory: Path, format: str) -> None:
     """Write the quantized model with its tokenizer, and its report beside it, which most layouts have no place for."""
     save_pretrained(model, directory, format)
-    (directory / REPORT_NAME).write_text(json.dumps(model.awq_report.to_dict()), encoding="utf-8")
-
-
-def read_report(directory: Path) -> AwqReport:
-    """Read the report that :func:`save_model` or ``awq_ext.save`` left. ValueError where there is none."""
-    path = directory / REPORT_NAME
-    if not path.exists():
-        try:
-            return checkpoint_report(directory)
-        except CheckpointError as error:
-            raise ValueError(
-                f"{directory} holds no report: {REPORT_NAME} is written by awq-ext quantize ({error})"
-            ) from error
-    try:
-        return AwqReport.from_dict(read_json(path))
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+    (directory / REPORT).write_text(json.dumps(model.awq_report.to_dict()), encoding="utf-8")
 
 
 def read_text(path: Path, tokenizer: Any) -> str:

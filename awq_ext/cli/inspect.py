@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.saved import read_index
+from ..checkpoints.quantized_dir import OTHER_CONFIGS, QuantDir
+from ..checkpoints.saved import read_report, report_exists
 from ..checkpoints.shards import INDEX, first_json
-from .hf import REPORT_NAME, read_config, read_report
+from ..checkpoints.version_1 import VERSION_1
+from .hf import read_config
 from .options import JsonPath, ModelDir, console_for, fact_table, one_line_errors, write_json
 
 
@@ -49,30 +51,15 @@ def describe(directory: Path) -> dict[str, Any]:
         "bytes on disk": sum(file.stat().st_size for file in files),
         "tensors": {dtype: f"{tensors[dtype]} with {elements[dtype]:,} values" for dtype in sorted(tensors)},
     }
-    facts |= _own(directory) if (directory / "awq_ext.json").exists() else _quantization(directory, config)
-    if (directory / REPORT_NAME).exists():
+    facts |= _quantization(directory, config)
+    if report_exists(directory):
         facts["report"] = read_report(directory).summary()
     return facts
 
 
-def _own(directory: Path) -> dict[str, Any]:
-    """Of a directory that ``awq_ext.save`` wrote."""
-    index = read_index(directory)
-    layers = index["layers"].values()
-    facts: dict[str, Any] = {
-        "format": f"awq_ext {index['version']}",
-        "int4 layers": len(layers),
-        "group sizes": dict(Counter(str(layer["group_size"]) for layer in layers)),
-        "scaled at run time": sum(layer["pre_quant_scale"] for layer in layers),
-    }
-    return facts | ({"report": index["report"].summary()} if index["report"] else {})
-
-
 def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a directory whose config.json (or another file of a tool) tells how it is quantized; {} for a float one."""
-    from ..checkpoints.quantized_dir import OTHER_CONFIGS, QuantDir
-
-    if "quantization_config" not in config and not any((directory / name).exists() for name in OTHER_CONFIGS):
+    """Describe the quantization of a directory, which config.json or another file of a tool tells; {} for a float one."""
+    if "quantization_config" not in config and not any((directory / n).exists() for n in (VERSION_1, *OTHER_CONFIGS)):
         return {}
     said = config.get("quantization_config") or {}
     facts: dict[str, Any] = {"format": said.get("quant_method", "unknown")} if said else {}
@@ -84,6 +71,8 @@ def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         return facts | {"note": str(error)}
     sizes, of_layers = found.settings.group_sizes, found.settings.per_layer.values()
     facts |= {"format": found.layout.name, "int4 layers": len(found.layers)}
+    if scaled := sum("pre_quant_scale" in leaves for leaves in found.layers.values()):
+        facts["scaled at run time"] = scaled
     if of_layers:
         facts["group sizes"] = dict(Counter(str(size) for _, size in of_layers))
     elif sizes:

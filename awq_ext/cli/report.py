@@ -27,9 +27,9 @@ def report(
 
     Example: awq-ext report ./Llama-int4 report.html
     """
-    from . import hf
+    from ..checkpoints.saved import read_report
 
-    found = hf.read_report(model_dir)
+    found = read_report(model_dir)
     console = console_for(json_path)
     if html is None:
         console.print(escape(str(found)), soft_wrap=True)

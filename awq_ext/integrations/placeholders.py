@@ -1,4 +1,4 @@
-"""Waiting layers: what holds a quantized layer's place in a model while transformers reads its files."""
+"""Hold a quantized layer's place in a model while transformers reads its files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ class Waiting(nn.Module):
         parts = (part.to(device) for part in (packed.qweight, scales, packed.zeros))
         weight = QuantizedWeight(*parts, packed.in_features, packed.group_size)
         scale = packed.pre_quant_scale
-        return QuantLinear.from_packed(linear, weight, None if scale is None else scale.to(device)).to(device)
+        layer = QuantLinear.from_packed(linear, weight, None if scale is None else scale.to(device))
+        if self.files.in_memory is not None:
+            layer.compute = self.files.in_memory.layers[self.name][1]
+        return layer.to(device)
 
     def _bias(self, packed: PackedLinear) -> nn.Parameter | None:
         linear = self.linear
@@ -67,25 +70,15 @@ class WholeLinear(Waiting):
 
     def __init__(self, linear: nn.Linear, name: str, files: Renamed) -> None:
         super().__init__(linear, name, files)
-        source = files.source
-        for leaf, tensor in source.layers[files.layers[name]].items():
-            shape, dtype = source.shards.shape(tensor), source.shards.dtype(tensor)
-            self.register_buffer(leaf, torch.empty(shape, dtype=dtype, device="meta"))
+        for leaf, tensor in files.empty_tensors(name).items():
+            self.register_buffer(leaf, tensor)
         self._have_weight()
 
     def layer(self) -> QuantLinear:
         """See :class:`Waiting`."""
-        tensors, source, file_name = dict(self.named_buffers()), self.files.source, self.files.layers[self.name]
+        tensors = dict(self.named_buffers())
         device = self._place(tensors)
-        for leaf, name in source.layers[file_name].items():
-            # transformers 4 casts buffers to the model's dtype, which would round scales
-            same = tensors[leaf].dtype == source.shards.dtype(name)
-            tensors[leaf] = tensors[leaf].cpu() if same else source.shards.get(name)
-        try:
-            packed = source.layout.unpack(tensors, source.settings.of(file_name))
-        except CheckpointError as error:
-            raise CheckpointError(f"{source.folder}: layer {file_name}: {error}") from None
-        return self._int4_layer(packed, device)
+        return self._int4_layer(self.files.layer_of(self.name, tensors), device)
 
 
 class JoinedLinear(Waiting):

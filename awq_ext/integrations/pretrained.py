@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..checkpoints.fill import place
-from ..checkpoints.formats import CheckpointError, PackedLinear, layout
-from ..checkpoints.index import INDEX_NAME
+from ..checkpoints.formats import layout
+from ..checkpoints.model_source import ModelSource, config_of, float_linears
 from ..checkpoints.quantized_dir import QuantDir
 from ..checkpoints.renaming import Renamed
-from ..checkpoints.saved import load
+from ..checkpoints.saved import fill_model
 from ..checkpoints.write import parse_size, summarize, write
-from ..layers.quant_linear import QuantLinear
 from ..modules import unwrapped
 from . import transformers_models as huggingface
 
@@ -49,7 +46,7 @@ def save_pretrained(
     def extra(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
 
-    write(Path(directory), source, target, summary, huggingface.config_of(model), limit, extra)
+    write(Path(directory), source, target, summary, config_of(model), limit, extra)
     return Path(directory)
 
 
@@ -64,90 +61,8 @@ def from_pretrained(directory: str | os.PathLike[str], dtype: torch.dtype | None
     transformers.
     """
     folder = Path(directory)
-    if (folder / INDEX_NAME).exists():
-        model = load(huggingface.empty_model(folder, dtype, options), folder)
-        huggingface.finish(model, folder)
-        return model.eval()
     source = QuantDir(folder)
     model = huggingface.empty_model(folder, dtype, options)
-    place(model, Renamed(source, model), dtype, huggingface.ignored(model))
+    fill_model(model, source, dtype, huggingface.ignored(model))
     huggingface.finish(model, folder)
     return model.eval()
-
-
-def float_linears(model: nn.Module) -> list[str]:
-    """Names of what is not quantized and has a Linear's weight: routers of experts too, which other readers have as Linears."""
-    modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if not isinstance(m, nn.Embedding)}
-    weights = {name: module._parameters.get("weight") for name, module in modules.items()}
-    return [name for name, weight in weights.items() if weight is not None and weight.dim() == 2]
-
-
-class ModelSource:
-    """A quantized model, layer by layer: what a QuantDir is for files. CheckpointError when nothing is quantized."""
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self.layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
-        if not self.layers:
-            raise CheckpointError(
-                f"{type(model).__name__} holds no QuantLinear: quantize it first (fake-quantized models, packed=False, are "
-                "ordinary float models: use their own save_pretrained)"
-            )
-        self._floats = _float_tensors(model)
-        self.floats = list(self._floats)
-        if meta := [name for name, tensor in self._floats.items() if tensor.is_meta]:
-            raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save")
-
-    def rows(self, name: str) -> int:
-        """out_features of one of ``layers``."""
-        return self.layers[name].out_features
-
-    def layer(self, name: str) -> PackedLinear:
-        """One QuantLinear in rows, on the CPU."""
-        return replace(self.outline(name), qweight=self.layers[name].qweight.cpu())
-
-    def outline(self, name: str) -> PackedLinear:
-        """The same without its codes, which are on the meta device."""
-        layer = self.layers[name]
-        if layer.tiles.is_meta:
-            raise CheckpointError(f"{name} is on the meta device: it has no values to save")
-        bias, scale = layer.bias, layer.pre_quant_scale
-        return PackedLinear(
-            qweight=torch.empty(layer.out_features, (layer.in_features + 1) // 2, dtype=torch.uint8, device="meta"),
-            scales=layer.scales.cpu(),
-            zeros=layer.zeros.cpu(),
-            in_features=layer.in_features,
-            group_size=layer.group_size,
-            bias=None if bias is None else bias.detach().cpu(),
-            pre_quant_scale=None if scale is None else scale.cpu(),
-        )
-
-    def float_tensor(self, name: str) -> Tensor:
-        """One of ``floats``."""
-        return self._floats[name].detach()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of ``floats``."""
-        return tuple(self._floats[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of one of ``floats``."""
-        return self._floats[name].dtype
-
-
-def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers outside the quantized layers, tied ones once, under the name files have them by.
-
-    Not from ``state_dict``, which would turn every int4 layer into rows.
-    """
-    ties = huggingface.dropped_ties(model)
-    found: dict[int, tuple[str, Tensor]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantLinear):
-            continue
-        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        for leaf, tensor in (module._parameters | kept).items():
-            name = f"{prefix}.{leaf}".lstrip(".")
-            if tensor is not None and (id(tensor) not in found or (ties(found[id(tensor)][0]) and not ties(name))):
-                found[id(tensor)] = (name, tensor)
-    return dict(found.values())

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoints.fill import take_apart
+from ..checkpoints.fill import take_apart, tie
 from ..checkpoints.formats import CheckpointError, PackedLinear
+from ..checkpoints.model_source import ModelSource, float_linears
 from ..checkpoints.quantized_dir import QuantDir
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.write import summarize
@@ -23,7 +24,6 @@ from ..standins.expert_linears import ExpertLinears
 from ..standins.fused import put_back
 from ..undo.journal import Journal
 from .placeholders import JoinedLinear, Waiting, WholeLinear
-from .pretrained import ModelSource, float_linears
 
 
 class AwqExtConfig(QuantizationConfigMixin):
@@ -48,7 +48,7 @@ class AwqExtQuantizer(HfQuantizer):
         for name in self.files.layers:
             self._wait(model, name)
         for name in self.files.floats:
-            if self.files.parts(name):
+            if self.files.runs(name):
                 self._wait(model, name.removesuffix(".weight"))
         self._hide_from_loader(model)
 
@@ -60,13 +60,13 @@ class AwqExtQuantizer(HfQuantizer):
         if not isinstance(linear, nn.Linear):
             what = "no such module" if linear is None else f"a {type(linear).__name__} there"
             raise CheckpointError(f"{self.files.folder} has a quantized layer {name!r}, the model has {what}")
-        whole = name in self.files.layers and not self.files.parts(name)
+        whole = name in self.files.layers and not self.files.runs(name)
         model.set_submodule(name, (WholeLinear if whole else JoinedLinear)(linear, name, self.files))
 
     def _hide_from_loader(self, model: Any) -> None:
         """Experts that are taken apart have no values to draw, and their files no tensor of the model to go to."""
         self._ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-        patterns = set()
+        patterns = {f"^{re.escape(name)}$" for name in self._beyond_state_dict(model)}
         for name, module in model.named_modules():
             if isinstance(module, ExpertLinears):
                 module._is_hf_initialized = True
@@ -74,6 +74,12 @@ class AwqExtQuantizer(HfQuantizer):
         if patterns:
             kind = list if self._ignored is None else type(self._ignored)  # a set in transformers 5
             model._keys_to_ignore_on_load_unexpected = kind([*(self._ignored or ()), *patterns])
+
+    def _beyond_state_dict(self, model: Any) -> set[str]:
+        """Buffers that awq_ext.save stores and transformers computes."""
+        return (
+            set() if self.files.in_memory is None else {n for n, _ in model.named_buffers()} - set(model.state_dict())
+        )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if getattr(model, "_keys_to_ignore_on_load_unexpected", None) != self._ignored:
@@ -85,6 +91,8 @@ class AwqExtQuantizer(HfQuantizer):
 
                 add_hook_to_module(layer, hook)
             model.set_submodule(name, layer)
+        if self.files.in_memory is not None:  # a directory of awq_ext.save
+            tie(model, self.files.in_memory.tied)
         if hasattr(model, "_weight_conversions"):  # transformers has not seen those of layers that it did not read
             known = {tuple(each.source_patterns) for each in model._weight_conversions}
             model._weight_conversions += [each for each in self.files.used if tuple(each.source_patterns) not in known]
@@ -131,10 +139,10 @@ def _state_dict(
     written: dict[str, tuple[str, dict[str, Tensor]]] = {}  # name -> that in the file, tensors by suffix
     own = set(source.layers)
     for file_name, name in renamed.layers.items():
-        given = file_name if renamed.parts(file_name) else name
+        given = file_name if renamed.runs(file_name) else name
         written[given] = file_name, pack(renamed.layer(file_name))
     for tensor in renamed.floats:
-        if runs := renamed.parts(tensor):
+        if runs := renamed.runs(tensor):
             name = tensor.removesuffix(".weight")
             written[name] = name, {"weight": renamed.float_tensor(tensor)}
             own |= {run.source.removesuffix(".weight") for run in runs}

@@ -1,8 +1,7 @@
-"""All that knows the transformers package: configs, empty models, tied and renamed weights, companion files."""
+"""Build empty Transformers models from their directories, and carry the files that lie beside the weights."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -25,36 +24,6 @@ _COMPANIONS = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab.*|merges\.txt|.*\.tiktoken|chat_template.*"
     r"|(pre)?processor_config\.json|video_preprocessor_config\.json|spiece\.model|sentencepiece.*|.*\.spm"
 )
-
-
-def config_of(model: nn.Module) -> dict[str, Any]:
-    """config.json without quantization_config; the model's own config stays as it is."""
-    if not is_transformers_model(model):
-        return {"architectures": [type(model).__name__]}
-    config = json.loads(model.config.to_json_string())
-    for key in (
-        "quantization_config",
-        "_attn_implementation_autoset",
-    ):  # the latter: transformers 4 would skip its own choice
-        config.pop(key, None)
-    config["architectures"] = [type(model).__name__]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # the latter: before transformers 4.56
-    _add_old_rope(config)
-    return config
-
-
-def _add_old_rope(config: dict[str, Any]) -> None:
-    """What transformers 5 has as rope_parameters, under the names of transformers 4 too; its readers would take defaults."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return
-    config.setdefault("rope_theta", rope["rope_theta"])
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    if "partial_rotary_factor" in rope:
-        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
-    if scaling.get("rope_type", "default") != "default":
-        config.setdefault("rope_scaling", scaling)
 
 
 def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
@@ -142,12 +111,6 @@ def finish(model: nn.Module, folder: Path) -> None:
     """What transformers' own from_pretrained does after the weights: the generation settings."""
     if (folder / GENERATION).exists() and hasattr(model, "generation_config"):
         model.generation_config = transformers().GenerationConfig.from_pretrained(folder)
-
-
-def dropped_ties(model: nn.Module) -> Callable[[str], bool]:
-    """Whether transformers leaves a tensor of this name out of files if it is tied to another."""
-    patterns = list(getattr(model, "_tied_weights_keys", None) or [])
-    return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def ignored(model: nn.Module) -> Callable[[str], bool]:

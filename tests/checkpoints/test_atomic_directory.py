@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import models
 import pytest
 import torch
+from kills import POSIX, killed
 from torch import nn
 
 import awq_ext
 from awq_ext.checkpoints import atomic_directory as replacement
 from awq_ext.checkpoints.atomic_directory import replaced
-
-POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="the process that is killed is a fork of this one")
-EVENTS = ("open", "os.", "shutil.", "ctypes.")  # audit events of operations on files, and of the exchange
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -31,33 +25,6 @@ def fill(folder: Path, text: str) -> None:
     with replaced(folder, lambda name: name.startswith("model")) as fresh:
         for name in ("model-1", "config"):
             (fresh / name).write_text(text)
-
-
-def killed(step: int, action: Callable[[], object]) -> bool:
-    """Run ``action`` in a fork that kills itself before its ``step``-th operation on files. Whether it was killed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork in a process with threads
-        child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-        return os.WIFSIGNALED(status)
-    count = 0
-
-    def hook(event: str, _: object) -> None:
-        nonlocal count
-        if event.startswith(EVENTS):
-            count += 1
-            if count == step:  # os.kill is such an event itself
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        sys.addaudithook(hook)
-        action()
-        os._exit(0)
-    except BaseException as error:
-        os.write(2, repr(error).encode())
-        os._exit(1)
 
 
 def test_other_files_stay_and_old_parts_go(tmp_path: Path) -> None:

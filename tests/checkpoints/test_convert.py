@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from checks import same_bits
+from quantized_dirs import as_version_1
 from safetensors.torch import load_file, save_file
 from test_formats import random_layer
 from torch import Tensor, nn
@@ -139,10 +140,13 @@ def test_a_cache_of_the_hugging_face_hub(tmp_path: Path) -> None:
     assert not any(file.is_symlink() for file in (tmp_path / "b").iterdir())
 
 
-def test_from_awq_ext_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_from_awq_ext_save(version: int, tmp_path: Path) -> None:
     case = models.make("llama")
     model = awq_ext.quantize(case.model, case.batches, group_size=16, n_grid=2, fold="never", progress=False)
     awq_ext.save(model, tmp_path / "a")
+    if version == 1:
+        as_version_1(tmp_path / "a")
     awq_ext.convert(tmp_path / "a", tmp_path / "b", format="native")
     loaded = awq_ext.load(models.make("llama").model, tmp_path / "b")
     with torch.no_grad():
@@ -159,11 +163,17 @@ def test_experts_of_awq_ext_save_need_their_model(tmp_path: Path) -> None:
     case = architectures.make("Mixtral")
     model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
     awq_ext.save(model, tmp_path / "a")
-    if not json.loads((tmp_path / "a" / "awq_ext.json").read_text())["experts"]:
+    if not json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["experts"]:
         pytest.skip("transformers before release 5 has experts as Linears")
     with pytest.raises(CheckpointError, match="which only that model can tell"):
-        awq_ext.convert(tmp_path / "a", tmp_path / "b", format="native")
+        awq_ext.convert(tmp_path / "a", tmp_path / "b", format="awq")
     assert not (tmp_path / "b").exists()
+    # the native layout keeps the names of the model
+    awq_ext.convert(tmp_path / "a", tmp_path / "b", format="native")
+    loaded = awq_ext.load(architectures.make("Mixtral", seed=1).model, tmp_path / "b")
+    with torch.no_grad():
+        assert torch.equal(loaded(**case.batches[0]).logits, model(**case.batches[0]).logits)
+    assert loaded.awq_report == model.awq_report
 
 
 class OnlyIntegers(TorchDispatchMode):

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
-from checks import same_bits
-from safetensors.torch import load_file, save_file
+from checks import Snapshot, same_bits
+from kills import POSIX, killed
+from quantized_dirs import as_version_1
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import awq_ext
 from awq_ext import CheckpointError
-
-INDEX = "awq_ext.json"
+from awq_ext.checkpoints import quantized_dir
 
 
 def quantized(name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -104,6 +104,78 @@ def test_buffers_outside_state_dict_are_stored(tmp_path: Path) -> None:
     assert "table" not in loaded.state_dict()
 
 
+class Shared(nn.Module):
+    """A bias of two Linears, a table of two modules, two views of one storage; ``tied`` False: all of it apart."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
+        storage = torch.randn(2, 8)
+        self.register_buffer("whole", storage)
+        self.register_buffer("flat", storage.view(-1) if tied else torch.randn(16))
+        self.register_buffer("table", torch.randn(5), persistent=False)
+        self.other = nn.Identity()
+        self.other.register_buffer("table", self.table if tied else torch.randn(5), persistent=False)
+        self.register_buffer("turns", torch.randn(3, dtype=torch.complex64))
+        if tied:
+            self.b.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("skip", [(), ("a",), ("b",)])
+def test_all_ties_come_back_in_a_model_built_without_them(skip: tuple[str, ...], version: int, tmp_path: Path) -> None:
+    model, batches = Shared(), [torch.randn(8, 32)]
+    awq_ext.quantize(model, batches, group_size=16, skip=skip, bias_correction=False, progress=False)
+    assert model.a.bias is model.b.bias
+    awq_ext.save(model, tmp_path)
+    with torch.device("meta"):
+        empty = Shared(tied=False)
+    loaded = awq_ext.load(empty, as_version_1(tmp_path) if version == 1 else tmp_path)
+    assert loaded.a.bias is loaded.b.bias
+    assert loaded.table is loaded.other.table
+    first, second = tensors_of(model), tensors_of(loaded)
+    assert first.keys() == second.keys()
+    assert all(same_bits(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_what_is_apart_in_the_file_is_apart_in_a_model_built_with_ties(tmp_path: Path) -> None:
+    model = Shared(tied=False)
+    awq_ext.quantize(model, [torch.randn(8, 32)], group_size=16, skip=("a", "b"), progress=False)
+    awq_ext.save(model, tmp_path)
+    loaded = awq_ext.load(Shared(), tmp_path)
+    assert same_bits(loaded.a.bias, model.a.bias)
+    assert same_bits(loaded.b.bias, model.b.bias)
+    assert same_bits(loaded.other.table, model.other.table)
+
+
+def test_a_layer_with_two_names(tmp_path: Path) -> None:
+    model = Shared(tied=False)
+    awq_ext.quantize(model, [torch.randn(8, 32)], group_size=16, progress=False)
+    model.d = model.a
+    awq_ext.save(model, tmp_path)
+    assert not any(name.startswith("d.") for name in load_file(tmp_path / "model.safetensors"))
+    empty = Shared(tied=False)
+    empty.d = nn.Linear(32, 32)
+    loaded = awq_ext.load(empty, tmp_path)
+    first, second = dict(model.d.named_buffers()) | {"bias": model.d.bias}, dict(loaded.d.named_buffers())
+    assert all(same_bits(tensor, (second | {"bias": loaded.d.bias})[name]) for name, tensor in first.items())
+    assert (loaded.d.tiles is loaded.a.tiles, loaded.d.bias is loaded.a.bias) == (True, True)
+
+
+def test_dtypes_of_layers_and_what_they_compute_in_come_back(tmp_path: Path) -> None:
+    model = quantized("mlp")
+    layers = [module for module in model.modules() if isinstance(module, awq_ext.QuantLinear)]
+    layers[0].compute = "int8"
+    layers[1].to(torch.bfloat16)
+    awq_ext.save(model, tmp_path)
+    loaded = awq_ext.load(models.make("mlp").model, tmp_path)
+    found = [module for module in loaded.modules() if isinstance(module, awq_ext.QuantLinear)]
+    assert [(m.dtype, m.compute) for m in found] == [(m.dtype, m.compute) for m in layers]
+
+
 def test_there_must_be_something_to_save(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no QuantLinear"):
         awq_ext.save(models.Net(), tmp_path)
@@ -116,88 +188,130 @@ def test_there_must_be_something_to_save(tmp_path: Path) -> None:
 # --- atomicity ----------------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """As a kill, nothing catches it."""
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Raise at the ``step``-th operation on files, before it is done."""
-    count = [0]
-
-    def guard(real: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            count[0] += 1
-            if count[0] >= step:
-                raise Killed
-            return real(*args, **kwargs)
-
-        return guarded
-
-    monkeypatch.setattr("awq_ext.checkpoints.saved.save_file", guard(save_file))
-    monkeypatch.setattr(os, "fsync", guard(os.fsync))
-    for name in ("write_text", "replace", "unlink", "rename", "open"):
-        monkeypatch.setattr(Path, name, guard(getattr(Path, name)))
-
-
+@POSIX
 def test_a_kill_at_any_step_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     """After a kill at each of the file operations in turn the directory loads as the old model or as the new one."""
-    old, new = quantized(), quantized(group_size=32, symmetric=True)
-    awq_ext.save(old, tmp_path)
+    old, new = quantized("mlp"), quantized("mlp", group_size=32, symmetric=True)
     outcomes = []
-    for step in range(1, 40):
-        awq_ext.save(old, tmp_path)
-        with pytest.MonkeyPatch.context() as patch:
-            killed_at(patch, step)
-            try:
-                awq_ext.save(new, tmp_path)
-            except Killed:
-                killed = True
-            else:
-                killed = False
-        loaded = awq_ext.load(lambda: models.Net().eval(), tmp_path)
-        expected = old if loaded.layers[0].mlp.up_proj.group_size == 16 else new
-        assert_same_model(loaded, expected)
+    for step in range(1, 200):
+        folder = tmp_path / str(step) / "x"
+        awq_ext.save(old, folder)
+        dead = killed(step, lambda to=folder: awq_ext.save(new, to))
+        loaded = awq_ext.load(lambda: models.MODELS["mlp"]().eval(), folder)
+        sizes = {module.group_size for module in loaded.modules() if isinstance(module, awq_ext.QuantLinear)}
+        expected = old if sizes == {16} else new
+        assert_same_model(loaded, expected, "mlp")
+        assert loaded.awq_report == expected.awq_report
         outcomes.append(expected is new)
-        if not killed:
+        if not dead:
             break
-    assert not killed
+        awq_ext.save(new, folder)
+        assert names(folder.parent) == ["x"], "what the dead process left is cleared away"
+        assert names(folder) == ["awq_report.json", "config.json", "model.safetensors"]
+    assert not dead
     assert outcomes == sorted(outcomes), "once the new checkpoint is in place, no later step goes back"
     assert outcomes[0] is False
-    assert outcomes.count(False) >= 4
+    assert outcomes.count(False) >= 8
     assert outcomes[-1] is True
-    awq_ext.save(new, tmp_path)
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"], "leftovers are cleared away"
 
 
+@POSIX
 def test_the_first_save_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    model = quantized()
+    model = quantized("mlp")
     outcomes = []
-    for step in range(1, 40):
-        folder = tmp_path / str(step)
-        killed = False
-        with pytest.MonkeyPatch.context() as patch:
-            killed_at(patch, step)
-            try:
-                awq_ext.save(model, folder)
-            except Killed:
-                killed = True
-        outcomes.append((folder / INDEX).exists())
+    for step in range(1, 200):
+        folder = tmp_path / str(step) / "x"
+        dead = killed(step, lambda to=folder: awq_ext.save(model, to))
+        outcomes.append(folder.exists())
         if outcomes[-1]:
-            assert_same_model(awq_ext.load(lambda: models.Net().eval(), folder), model)
+            assert_same_model(awq_ext.load(lambda: models.MODELS["mlp"]().eval(), folder), model, "mlp")
         else:
-            with pytest.raises(CheckpointError, match=f"has no {INDEX}"):
-                awq_ext.load(models.Net(), folder)
-        if not killed:
+            with pytest.raises(CheckpointError, match="is not a directory"):
+                awq_ext.load(models.MODELS["mlp"](), folder)
+        if not dead:
             break
-    assert not killed
+    assert not dead
     assert outcomes == sorted(outcomes)
-    assert outcomes.count(False) >= 4
+    assert outcomes.count(False) >= 8
+
+
+def test_a_directory_replaced_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the config of one checkpoint could meet the tensors of another."""
+    old, new = quantized("mlp"), quantized("mlp", group_size=32)
+    folder, real = awq_ext.save(old, tmp_path / "x"), quantized_dir.Shards
+
+    def replaced_before(*args: Any) -> Any:
+        awq_ext.save(new, folder)
+        return real(*args)
+
+    monkeypatch.setattr(quantized_dir, "Shards", replaced_before)
+    model = models.make("mlp").model
+    before = Snapshot(model)
+    with pytest.raises(CheckpointError, match="was replaced while it was read"):
+        awq_ext.load(model, folder)
+    before.assert_unchanged()
+
+
+# --- what else is in the directory --------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_other_files_of_the_folder_stay(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json"):
+    (tmp_path / "sub").mkdir()
+    mine = ("tokenizer.json", "notes.txt", "model.py", "adapter.safetensors", "sub/model.safetensors")
+    for name in mine:
         (tmp_path / name).write_text("mine")
+    (tmp_path / "config.json").write_text('{"my_key": 1}')
     for _ in range(2):
-        awq_ext.save(quantized(), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 6
-    assert (tmp_path / "model.safetensors").read_text() == "mine"
+        awq_ext.save(quantized("mlp"), tmp_path)
+        assert all((tmp_path / name).read_text() == "mine" for name in mine)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["my_key"] == 1
+        assert config["quantization_config"]["quant_method"] == "awq_ext"
+    assert len(contents(tmp_path)) == len(mine) + 3
+
+
+FOREIGN = {
+    "model.safetensors": "mine",
+    "model-00001-of-00002.safetensors": "mine",
+    "model.safetensors.index.json": "mine",
+    "quantize_config.json": "{}",
+    "config.json": "mine",
+}
+
+
+@pytest.mark.parametrize("name", list(FOREIGN))
+def test_weights_of_others_are_never_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(FOREIGN[name])
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=name):
+        awq_ext.save(quantized("mlp"), tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_in_another_layout_is_not_replaced(tmp_path: Path) -> None:
+    model = quantized("mlp", fold="always", symmetric=True, group_size=-1)
+    awq_ext.save_pretrained(model, tmp_path / "other", format="compressed-tensors")
+    before = contents(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"has model\.safetensors, which awq_ext\.save did not write"):
+        awq_ext.save(model, tmp_path / "other")
+    assert contents(tmp_path / "other") == before
+    awq_ext.save_pretrained(model, tmp_path / "native", format="native")
+    awq_ext.save(model, tmp_path / "native")
+    assert_same_model(awq_ext.load(models.MODELS["mlp"]().eval(), tmp_path / "native"), model, "mlp")
+
+
+def test_the_report_of_an_earlier_model_does_not_stay(tmp_path: Path) -> None:
+    model = quantized("mlp")
+    awq_ext.save(model, tmp_path)
+    del model.awq_report
+    awq_ext.save(model, tmp_path)
+    assert not hasattr(awq_ext.load(models.make("mlp").model, tmp_path), "awq_report")

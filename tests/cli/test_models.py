@@ -122,7 +122,7 @@ def test_report(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
     page = run("report", quantized, tmp_path / "r.html")
     assert page.exit_code == 0 and "model.layers.1.mlp.down_proj" in (tmp_path / "r.html").read_text(encoding="utf-8")
     failed = run("report", model_dir)
-    assert failed.exit_code == 1 and "has no awq_ext.json" in failed.output
+    assert failed.exit_code == 1 and "holds no report" in failed.output
 
 
 def test_inspect(model_dir: Path, quantized: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""AutoAWQ imports its CUDA extension as ``awq_ext``; with this package installed beside it, it keeps working."""
+"""AutoAWQ imports its CUDA extension as ``awq_ext``; with this package installed beside it, its users are told what to do."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def beside(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", ["triton", "plain"])
-def test_autoawq_computes_with_this_package_installed(how: str, beside: Path) -> None:
-    assert "fuse_layers=False" in run("autoawq", "autoawq_beside_us.py", how, PYTHONPATH=str(beside))
+def test_autoawq_says_what_to_do_with_this_package_installed(how: str, beside: Path) -> None:
+    assert "awq_ext.from_pretrained" in run("autoawq", "autoawq_beside_us.py", how, PYTHONPATH=str(beside))
 
 
 def test_transformers_4_loads_through_this_package(beside: Path, tmp_path: Path) -> None:

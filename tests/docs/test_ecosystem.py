@@ -20,7 +20,7 @@ def test_every_row_names_a_test_and_every_test_a_row() -> None:
     }
     assert named <= there
     # the one on AutoAWQ beside us is not about checkpoints: the page has a section on it
-    assert {test for _, test in there - named} == {"test_autoawq_computes_with_this_package_installed"}
+    assert {test for _, test in there - named} == {"test_autoawq_says_what_to_do_with_this_package_installed"}
 
 
 def test_versions_are_those_of_the_environments() -> None:

@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 from checks import Snapshot, same_bits
+from quantized_dirs import as_version_1
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -427,12 +428,31 @@ def test_no_float_copy_of_a_quantized_weight_ever_exists(format: str, tmp_path: 
         loaded.model.layers[0].mlp.up_proj.weight  # noqa: B018
 
 
-def test_a_directory_of_awq_ext_save_with_a_config(tmp_path: Path) -> None:
+def test_a_directory_of_awq_ext_save(tmp_path: Path) -> None:
+    model = quantized(symmetric=False)
+    awq_ext.set_compute_dtype(model, "int8")
+    awq_ext.save(model, tmp_path)
+    loaded = awq_ext.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.awq_report == model.awq_report
+    assert {m.compute for m in loaded.modules() if isinstance(m, QuantLinear)} == {"int8"}
+    cast = awq_ext.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
+    assert {m.dtype for m in cast.modules() if isinstance(m, QuantLinear)} == {torch.bfloat16}
+
+
+def test_a_directory_of_version_1_with_a_config(tmp_path: Path) -> None:
     model = quantized(symmetric=False)
     awq_ext.save(model, tmp_path)
+    as_version_1(tmp_path)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         awq_ext.from_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
+    loaded = awq_ext.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.awq_report == model.awq_report
+    awq_ext.save(model, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["awq_report.json", "config.json", "model.safetensors"]
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path)), logits(model))
 
 

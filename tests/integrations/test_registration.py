@@ -26,7 +26,7 @@ def registered() -> Iterator[None]:
 
     tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
     before = [dict(table) for table in tables]
-    awq_ext.register_with_transformers(awq_ext.registration.METHODS)
+    awq_ext.register_with_transformers(awq_ext.integrations.registration.METHODS)
     yield
     for table, old in zip(tables, before, strict=True):
         table.clear()
@@ -181,4 +181,4 @@ def test_unknown_methods_are_named() -> None:
 
 
 def test_by_default_other_packages_keep_their_methods() -> None:
-    assert awq_ext.registration.DEFAULT_METHODS == ("awq", "awq_ext", "modelopt")
+    assert awq_ext.integrations.registration.DEFAULT_METHODS == ("awq", "awq_ext", "modelopt")

@@ -244,9 +244,9 @@ def test_compute_dtypes_that_do_not_exist(tmp_path: Path) -> None:
         awq_ext.set_compute_dtype(nn.Linear(2, 2), "int8")
     assert module.compute == "auto"
     awq_ext.save(nn.Sequential(module), tmp_path)
-    index = tmp_path / "awq_ext.json"
-    index.write_text(index.read_text().replace('"scale_dtype"', '"compute_dtype": "int3", "scale_dtype"'))
-    with pytest.raises(awq_ext.CheckpointError, match="entry of layer '0' is damaged"):
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"auto"', '"int3"'))
+    with pytest.raises(awq_ext.CheckpointError, match=r"in_memory\.layers\['0'\] is \['float32', 'int3'\]"):
         awq_ext.load(nn.Sequential(nn.Linear(72, 9)), tmp_path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import architectures
 import pytest
 import torch
 from checks import Snapshot, bits, same_bits
+from quantized_dirs import edit_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -227,8 +227,7 @@ def test_a_checkpoint_with_other_experts_is_refused(experts: Any, tmp_path: Path
     model = routed(Fused)
     awq_ext.quantize(model, batches(), **SETTINGS)
     awq_ext.save(model, tmp_path)
-    index = json.loads((tmp_path / "awq_ext.json").read_text())
-    (tmp_path / "awq_ext.json").write_text(json.dumps(index | {"experts": experts}))
+    edit_json(tmp_path / "config.json", lambda config: config["quantization_config"].update(experts=experts))
     fresh = routed(Fused)
     before = Snapshot(fresh)
     with pytest.raises(awq_ext.CheckpointError):

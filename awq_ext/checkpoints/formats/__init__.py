@@ -7,6 +7,7 @@ from .gemm import Gemm
 from .gemv import Gemv
 from .gemv_fast import GemvFast, LlmAwq
 from .gptq import Gptq
+from .in_memory import InMemory
 from .layout import Facts, Layout, Settings, Summary
 from .modelopt import ModelOpt
 from .native import Native
@@ -16,6 +17,7 @@ __all__ = [
     "LAYOUTS",
     "CheckpointError",
     "Facts",
+    "InMemory",
     "Layout",
     "PackedLinear",
     "Settings",

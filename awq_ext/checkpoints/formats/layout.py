@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import group_count
+from .in_memory import InMemory
 from .packed import CheckpointError, PackedLinear, exactly, expect
 
 # what vLLM, SGLang and TensorRT-LLM make one matrix of
@@ -22,13 +23,15 @@ class Settings:
     """What a quantization_config says about its layers.
 
     group_sizes: the sizes that occur; a layer has the one that fits its number of groups. per_layer: name -> (in_features,
-    group_size) where the shapes alone do not tell. zero_offset: added to a stored zero, modulo 16. experts: as in Summary.
+    group_size) where the shapes alone do not tell. zero_offset: added to a stored zero, modulo 16. experts, in_memory: as in
+    Summary.
     """
 
     group_sizes: tuple[int, ...]
     per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     zero_offset: int = 0
     experts: Mapping[str, str] = field(default_factory=dict)
+    in_memory: InMemory | None = None
 
     def of(self, name: str) -> Settings:
         """For the layer of this name."""
@@ -75,11 +78,13 @@ class Summary:
     """What a config says of a model: its quantized layers by name, and the names of Linears left float.
 
     experts: parameters [E, N, K] of which ``layers`` has each matrix, as ``name.0``, ``name.1``, ... -> how the model uses them.
+    in_memory: what awq_ext.save adds.
     """
 
     layers: Mapping[str, Facts]
     float_linears: Sequence[str] = ()
     experts: Mapping[str, str] = field(default_factory=dict)
+    in_memory: InMemory | None = None
 
     def group_sizes(self) -> list[int]:
         """The sizes a reader must know: those of layers with several groups; [-1] (or the rows' one length) if there is none."""
@@ -124,6 +129,7 @@ class Layout:
     short_groups: ClassVar[bool] = False  # may the last group of a row be short
     run_time_scales: ClassVar[bool] = False
     joined_experts: ClassVar[bool] = False  # experts under the names of transformers 5's parameters
+    holds_memory: ClassVar[bool] = False  # all that a model has in memory: see InMemory
     divisors: ClassVar[tuple[int, int]] = (1, 1)  # of out_features and in_features
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .in_memory import InMemory
 from .layout import FLOATS, Layout, Settings, Summary, checked_group_size, int_setting, require_bits
 from .packed import CheckpointError, PackedLinear, expect
 
@@ -16,7 +17,8 @@ class Native(Layout):
     """qweight uint8 [N, ceil(K/2)], scales [N, G], zeros uint8 [N, G], pre_quant_scale fp32 [K]: docs/checkpoint.md.
 
     The config has ``layers``: name -> [in_features, group_size], because shapes do not tell them; and ``experts``: name of a
-    parameter [E, N, K] whose matrices are layers -> how the model uses it (``experts.USES``).
+    parameter [E, N, K] whose matrices are layers -> how the model uses it (``experts.USES``); and ``in_memory`` where
+    awq_ext.save wrote it.
     """
 
     name = "native"
@@ -28,6 +30,7 @@ class Native(Layout):
     short_groups = True
     run_time_scales = True
     joined_experts = True
+    holds_memory = True
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         tensors = {"qweight": layer.qweight, "scales": self.stored_scales(layer), "zeros": layer.zeros}
@@ -55,7 +58,7 @@ class Native(Layout):
         return layer
 
     def quantization_config(self, summary: Summary) -> dict[str, Any]:
-        return {
+        config = {
             "quant_method": "awq_ext",
             "bits": 4,
             "version": 1,
@@ -63,6 +66,7 @@ class Native(Layout):
             "experts": dict(summary.experts),
             "modules_to_not_convert": list(summary.float_linears) or None,
         }
+        return config if summary.in_memory is None else config | {"in_memory": summary.in_memory.entry()}
 
     def reads(self, config: Mapping[str, Any]) -> Settings | None:
         if config.get("quant_method") != "awq_ext":
@@ -77,7 +81,11 @@ class Native(Layout):
         if not isinstance(experts, dict) or not all(isinstance(use, str) for use in experts.values()):
             raise CheckpointError("quantization_config: experts must be name -> use")
         per_layer = {name: (k, checked_group_size(size)) for name, (k, size) in layers.items()}
-        return Settings(tuple(dict.fromkeys(size for _, size in per_layer.values())), per_layer, experts=experts)
+        in_memory = InMemory.read(config["in_memory"]) if "in_memory" in config else None
+        if in_memory is not None and any(size != -1 and size % 8 for _, size in per_layer.values()):
+            raise CheckpointError("quantization_config: layers has a group size that is no multiple of 8")
+        sizes = tuple(dict.fromkeys(size for _, size in per_layer.values()))
+        return Settings(sizes, per_layer, experts=experts, in_memory=in_memory)
 
     def claims(self, leaves: Mapping[str, torch.dtype]) -> bool:
         return leaves.get("qweight") == torch.uint8 and "zeros" in leaves

@@ -1,6 +1,6 @@
 """autoawq_beside_us.py HOW: AutoAWQ with this package on the path; HOW: "triton" as it is installed, "plain" without Triton.
 
-Its GEMM and GEMV layers must give on the CPU what their Linears give, gradients included, and the awq_ext they call is ours.
+It still imports and packs; its GEMM and GEMV layers fail with an error that names awq_ext.from_pretrained.
 """
 
 from __future__ import annotations
@@ -33,23 +33,15 @@ linear.weight.data, scales, zeros = quantizer.pseudo_quantize_tensor(linear.weig
 gemm = WQLinear_GEMM.from_linear(linear, 4, 32, scales=scales.t().contiguous(), zeros=zeros.t().contiguous())
 gemv = WQLinear_GEMV.from_linear(linear, 4, 32, scales=scales, zeros=zeros)
 gemm.training = True
+assert torch.equal(gemm.scales, scales.t().half())  # packing needs no kernel
 
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for layer in (gemm, gemv):
-        for rows in (1, 5, 1100):  # its switch points: 8 and 1024 rows
-            x = torch.randn(1, rows, 128).half()
-            expected = linear(x)
-            # fp16 sums of 128 products in another order, then a bias: some units in the last place of values up to 2
-            torch.testing.assert_close(layer(x).view_as(expected), expected, rtol=0, atol=4 * 2**-10)
-said = [str(warning.message) for warning in caught if "awq_ext.from_pretrained" in str(warning.message)]
-assert len(said) == 1, [str(warning.message) for warning in caught]
-
-x = torch.randn(1, 5, 128).half().requires_grad_()
-gemm(x).sum().backward()
-expected = linear.weight.sum(0).float()
-torch.testing.assert_close(x.grad[0, 0].float(), expected, rtol=0, atol=64 * 2**-11)  # 64 terms below 1, each rounded
-try:
-    _ = awq_ext.layernorm_forward_cuda
-except AttributeError as error:
-    print(error)
+for layer in (gemm, gemv):
+    for rows in (1, 5, 1100):  # its switch points: 8 and 1024 rows
+        try:
+            layer(torch.randn(1, rows, 128).half())
+        except AttributeError as error:
+            assert "load the model with awq_ext.from_pretrained" in str(error), error
+            message = error
+        else:
+            raise AssertionError(f"{type(layer).__name__} ran {rows} rows without a kernel")
+print(message)

@@ -21,7 +21,7 @@ from awq_ext.layers.ops import int4_weight
 assert transformers.__version__.startswith("4.")
 assert not is_auto_awq_available()
 folder, tokens, result, dtype = sys.argv[1:]
-awq_ext.register_with_transformers(awq_ext.registration.METHODS)
+awq_ext.register_with_transformers(awq_ext.integrations.registration.METHODS)
 model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).eval()
 with torch.no_grad():
     # without a cache, which for Llama 4 is bfloat16 whatever the model is

@@ -1,0 +1,156 @@
+"""What of a model in memory goes into files: quantized layers, float tensors, config.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.quant_linear import TILED, QuantLinear
+from ..standins.expert_linears import ExpertLinears
+from .conversions import is_transformers_model
+from .formats import CheckpointError, InMemory, PackedLinear
+
+_ROWS = {buffer: leaf for leaf, buffer in TILED.items()}
+
+
+class ModelSource:
+    """A quantized model, layer by layer: what a QuantDir is for files. CheckpointError when nothing is quantized.
+
+    whole: with the buffers outside ``state_dict`` too, and with ``experts`` and ``in_memory``, as awq_ext.save needs them.
+    """
+
+    def __init__(self, model: nn.Module, whole: bool = False) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
+        if not self.layers:
+            raise CheckpointError(
+                f"{type(model).__name__} holds no QuantLinear: quantize it first (fake-quantized models, packed=False, are "
+                "ordinary float models: use torch.save or their own save_pretrained)"
+            )
+        self._floats = _float_tensors(model, whole)
+        self.floats = list(self._floats)
+        if meta := [name for name, tensor in self._floats.items() if tensor.is_meta]:
+            raise CheckpointError(f"{meta[0]} is on the meta device: it has no values to save")
+        self.experts: dict[str, str] = {}
+        self.in_memory: InMemory | None = None
+        if whole:
+            self.experts = {name: module.use for name, module in modules.items() if isinstance(module, ExpertLinears)}
+            run_time = {name: (layer.dtype, layer.compute) for name, layer in self.layers.items()}
+            self.in_memory = InMemory(_ties(model, self._floats), run_time)
+
+    def rows(self, name: str) -> int:
+        """out_features of one of ``layers``."""
+        return self.layers[name].out_features
+
+    def layer(self, name: str) -> PackedLinear:
+        """Convert one QuantLinear to rows, on the CPU."""
+        return replace(self.outline(name), qweight=self.layers[name].qweight.cpu())
+
+    def outline(self, name: str) -> PackedLinear:
+        """The same without its codes, which are on the meta device."""
+        layer = self.layers[name]
+        if layer.tiles.is_meta:
+            raise CheckpointError(f"{name} is on the meta device: it has no values to save")
+        bias, scale = layer.bias, layer.pre_quant_scale
+        return PackedLinear(
+            qweight=torch.empty(layer.out_features, (layer.in_features + 1) // 2, dtype=torch.uint8, device="meta"),
+            scales=layer.scales.cpu(),
+            zeros=layer.zeros.cpu(),
+            in_features=layer.in_features,
+            group_size=layer.group_size,
+            bias=None if bias is None else bias.detach().cpu(),
+            pre_quant_scale=None if scale is None else scale.cpu(),
+        )
+
+    def float_tensor(self, name: str) -> Tensor:
+        """One of ``floats``."""
+        return self._floats[name].detach()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of ``floats``."""
+        return tuple(self._floats[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one of ``floats``."""
+        return self._floats[name].dtype
+
+
+def _tensors(module: nn.Module, whole: bool) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and buffers by name; those outside ``state_dict`` only where ``whole``."""
+    for leaf, tensor in (module._parameters | module._buffers).items():
+        if tensor is not None and (whole or leaf not in module._non_persistent_buffers_set):
+            yield leaf, tensor
+
+
+def _float_tensors(model: nn.Module, whole: bool) -> dict[str, Tensor]:
+    """Find the tensors outside the quantized layers, tied ones once, under the name that files have them by.
+
+    Not from ``state_dict``, which would turn every int4 layer into rows.
+    """
+    dropped = _dropped_ties(model)
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, tensor in () if isinstance(module, QuantLinear) else _tensors(module, whole):
+            name = f"{prefix}.{leaf}".lstrip(".")
+            if id(tensor) not in found or (dropped(found[id(tensor)][0]) and not dropped(name)):
+                found[id(tensor)] = (name, tensor)
+    return dict(found.values())
+
+
+def _ties(model: nn.Module, floats: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map each further name of a tensor to the one that it is stored under, tensors of int4 layers included."""
+    first = {id(tensor): name for name, tensor in floats.items()}
+    tied = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        rows = _ROWS if isinstance(module, QuantLinear) else {}
+        for leaf, tensor in _tensors(module, whole=True):
+            name = f"{prefix}.{rows.get(leaf, leaf)}".lstrip(".")
+            if (stored := first.setdefault(id(tensor), name)) != name:
+                tied[name] = stored
+    return tied
+
+
+def _dropped_ties(model: nn.Module) -> Callable[[str], bool]:
+    """Whether transformers leaves a tensor of this name out of files if it is tied to another."""
+    patterns = list(getattr(model, "_tied_weights_keys", None) or [])
+    return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def float_linears(model: nn.Module) -> list[str]:
+    """Names of what is not quantized and has a Linear's weight: routers of experts too, which other readers have as Linears."""
+    modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if not isinstance(m, nn.Embedding)}
+    weights = {name: module._parameters.get("weight") for name, module in modules.items()}
+    return [name for name, weight in weights.items() if weight is not None and weight.dim() == 2]
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """config.json without quantization_config; the model's own config stays as it is."""
+    if not is_transformers_model(model):
+        return {"architectures": [type(model).__name__]}
+    config = json.loads(model.config.to_json_string())
+    config.pop("quantization_config", None)
+    config.pop("_attn_implementation_autoset", None)  # with it transformers 4 would skip its own choice
+    config["architectures"] = [type(model).__name__]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # the latter: before transformers 4.56
+    _add_old_rope(config)
+    return config
+
+
+def _add_old_rope(config: dict[str, Any]) -> None:
+    """Add what transformers 5 has as rope_parameters under the names of transformers 4, whose readers would take defaults."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    config.setdefault("rope_theta", rope["rope_theta"])
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if "partial_rotary_factor" in rope:
+        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    if scaling.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", scaling)
