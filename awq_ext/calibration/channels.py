@@ -42,7 +42,7 @@ class ChannelMeans:
         self.row_squares = 0
         self.snapshots: list[tuple[int, Tensor]] = []
 
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def update(self, x: Tensor, mask: Tensor | None = None, weights: None = None) -> None:
         """Add the rows [..., K], but for those where the bool mask [...] is False."""
         x = x.detach().flatten(0, -2)
         total = (x if mask is None else x[mask.flatten()]).abs().sum(0, dtype=torch.float32).double()

@@ -1,9 +1,9 @@
-"""Weighting: statistics of inputs in which rows count by weights (``importance.py`` finds them): their own, or their position's."""
+"""Weights of calibration rows (``importance.py`` finds them): their own, or those of their position in a window."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -71,58 +71,3 @@ def stretches_of(kept: Tensor) -> Tensor:
     """
     positions = (kept.long().cumsum(-1) - 1).clamp_min(0)
     return torch.frexp((positions + 1).double()).exponent.long() - 1
-
-
-class WeightedStats:
-    """``ActivationStats`` of which each row counts by a weight w: G = sum of w x x^T, sum of w x; sum of sqrt(w) |x|.
-
-    Weights are divided by their mean once all rows are in: what is made of G, of the sum and of the number of rows (the second
-    moment around the mean) holds for no other.
-    """
-
-    def __init__(self, stats: Any) -> None:
-        self._stats = stats
-        self._sum = torch.zeros_like(stats.sum())
-        self._total = 0.0
-        self._second_moment: Tensor | None = None
-
-    def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Add the rows of x [..., K], but for those where ``mask`` is False; weights fp32 [rows], None: all 1."""
-        assert self._second_moment is None, "no rows can be added once the second moment was read"
-        rows = x.detach().reshape(-1, x.shape[-1])
-        weights = None if weights is None else weights.to(rows.device)
-        if mask is not None:
-            kept = mask.reshape(-1).to(rows.device)
-            rows, weights = rows[kept], None if weights is None else weights[kept]
-        if weights is None:
-            self._stats.update(rows)
-            self._sum += rows.double().sum(0)
-            self._total += len(rows)
-            return
-        self._stats.update(rows.float() * weights.sqrt()[:, None])
-        self._sum += weights.double() @ rows.double()
-        self._total += float(weights.double().sum())
-
-    @property
-    def _share(self) -> float:
-        return self.rows / self._total if self._total > 0 else 1.0
-
-    @property
-    def rows(self) -> int:
-        """Rows counted."""
-        return int(self._stats.rows)
-
-    def sum(self) -> Tensor:
-        """Sum over rows of w x: fp64 [K]."""
-        return self._sum * self._share
-
-    def abs_sum(self) -> Tensor:
-        """Sum over rows of sqrt(w) |x|: fp64 [K]."""
-        return self._stats.abs_sum() * self._share**0.5
-
-    def second_moment(self) -> Tensor:
-        """Sum over rows of w x x^T: fp32 [K, K]."""
-        if self._second_moment is None:
-            # in its place: it is the largest thing here
-            self._second_moment = self._stats.second_moment().mul_(self._share)
-        return self._second_moment

@@ -19,7 +19,7 @@ from ..modules import norm_candidates
 from ..survey.survey import BlockSurvey
 from .centred import centred
 from .padding import ExpertPadding
-from .row_weights import WeightedStats, Weights
+from .row_weights import Weights
 
 
 class Accumulator(Protocol):
@@ -126,7 +126,7 @@ def collect(
         mask = padding.row_mask(name, x)
         # an expert that only padding chose is one that no token chose
         into.rows_seen += int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
-        into.stats.update(x, mask, *(() if weights is None else (weights.following(name, x),)))
+        into.stats.update(x, mask, None if weights is None else weights.following(name, x))
 
     def begin(stop: Stop) -> None:
         padding.begin(stop)
@@ -139,8 +139,7 @@ def collect(
             inputs: dict[str, InputStatistics] = {}
             for part in group.inputs:
                 leader = surveyed.linears[part[0]]
-                stats = accumulator(leader.in_features, device)
-                one = InputStatistics(stats if weights is None else WeightedStats(stats))
+                one = InputStatistics(accumulator(leader.in_features, device))
                 inputs |= dict.fromkeys(part, one)
                 on.input(leader, partial(feed, one, part[0], part[0] in group.experts))
             statistics.append(GroupStatistics(inputs))
