@@ -52,7 +52,7 @@ def statistics_of(model: nn.Module, calls: list[Call]) -> dict[str, Any]:
     made = {}
     with torch.no_grad(), lockstep(model, [s.block for s in found], calls) as visits:
         for one, (_, stops) in zip(found, visits, strict=True):
-            groups, _ = collect(one, stops, awq_ext._C, torch.device("cpu"), one is found[-1])
+            groups, _ = collect(one, stops, torch.device("cpu"), one is found[-1])
             made |= {name: group.inputs[name] for group in groups for name in group.inputs}
     assert hook_count(model) == 0
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import models
 import pytest
@@ -35,11 +36,15 @@ def statistics(
     model: nn.Module, calls: list[Call], kernels: ModuleType = _C, hold: bool = False
 ) -> dict[str, GroupStatistics]:
     """By the first Linear of each group, over all blocks of the model."""
+
+    def make(in_features: int, device: torch.device) -> Any:
+        return kernels.ActivationStats(in_features, device=device)
+
     surveys = surveys_of(model, calls)
     found = {}
     with torch.no_grad(), lockstep(model, [s.block for s in surveys], calls) as visits:
         for surveyed, (_, stops) in zip(surveys, visits, strict=True):
-            books, _ = collect(surveyed, stops, kernels, CPU, hold or surveyed is surveys[-1])
+            books, _ = collect(surveyed, stops, CPU, hold or surveyed is surveys[-1], accumulator=make)
             found |= {group.linears[0]: book for group, book in zip(surveyed.groups, books, strict=True)}
     assert hook_count(model) == 0
     return found
