@@ -155,7 +155,7 @@ def salience(case: models.Case) -> None:
     awq_ext.salience(case.model, case.batches, {"same": case.batches}, group_size=16)
 
 
-WORK = {quantize: 240, plan: 60, evaluate: 60, salience: 60, sensitivity: 60}
+WORK = {quantize: 120, plan: 40, evaluate: 40, salience: 40, sensitivity: 40}
 # Of what is quantize() once more, a few hundred lines are enough here too.
 MORE = {quantize: None, plan: 300, evaluate: None, salience: 300, sensitivity: 300}
 SAMPLES = [
