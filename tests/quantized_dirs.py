@@ -7,8 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from checks import same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from awq_ext.checkpoints.formats import LAYOUTS, Facts, InMemory, PackedLinear, Summary
+from awq_ext.checkpoints.quantized_dir import QuantDir
+from awq_ext.kernels import reference
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -61,3 +67,109 @@ def as_version_1(folder: Path) -> Path:
     (folder / "config.json").unlink()
     (folder / "awq_ext.json").write_text(json.dumps(index, indent=1))
     return folder
+
+
+class MemorySource:
+    """Layers and float tensors as a QuantDir gives them, without files."""
+
+    folder = "memory"
+
+    def __init__(
+        self,
+        layers: dict[str, PackedLinear],
+        floats: dict[str, Tensor],
+        in_memory: InMemory | None = None,
+        experts: dict[str, str] | None = None,
+    ) -> None:
+        self.layers, self.tensors, self.floats = layers, floats, list(floats)
+        self.in_memory, self.experts = in_memory, experts or {}
+
+    def layer(self, name: str) -> PackedLinear:
+        return self.layers[name]
+
+    outline = layer
+
+    def float_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        tied = {} if self.in_memory is None else self.in_memory.tied
+        return tuple(self.tensors[tied.get(name, name)].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        tied = {} if self.in_memory is None else self.in_memory.tied
+        return self.tensors[tied.get(name, name)].dtype
+
+
+def random_layer(
+    n: int = 16,
+    k: int = 128,
+    g: int = 32,
+    symmetric: bool = False,
+    dtype: torch.dtype = torch.float16,
+    bias: bool = False,
+    scaled: bool = False,
+) -> PackedLinear:
+    """Codes of the whole range, zeros from 1 to 15 (0 is no zero that GPTQ can hold)."""
+    groups = reference.group_count(k, g)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    zeros = torch.randint(1, 16, (n, groups), dtype=torch.uint8)
+    return PackedLinear(
+        qweight=reference.pack_int4(codes),
+        scales=(torch.rand(n, groups) * 0.02 + 0.001).to(dtype),
+        zeros=torch.full_like(zeros, 8) if symmetric else zeros,
+        in_features=k,
+        group_size=g,
+        bias=torch.randn(n).to(dtype) if bias else None,
+        pre_quant_scale=torch.rand(k) + 0.5 if scaled else None,
+    )
+
+
+NAMES = ("layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.1.self_attn.q_proj")
+
+
+def make_directory(folder: Path, format: str = "native", **options: Any) -> dict[str, PackedLinear]:
+    """A checkpoint of a few layers and floats of several dtypes, as some other tool would have written it."""
+    settings = {"n": 64, "k": 128, "g": 32, "symmetric": True} | options
+    layers = {name: random_layer(**settings, bias="q_proj" in name) for name in NAMES}
+    summary = Summary({name: Facts.of(layer) for name, layer in layers.items()}, ["lm_head"])
+    tensors: dict[str, Tensor] = {
+        "embed.weight": torch.randn(10, 128, dtype=torch.bfloat16),
+        "norm.weight": torch.randn(128),
+        "lm_head.weight": torch.randn(10, 128, dtype=torch.float16),
+        "position_ids": torch.arange(7),
+    }
+    for name, layer in layers.items():
+        tensors |= {
+            f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in LAYOUTS[format].pack(layer, summary).items()
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    config = {
+        "model_type": "none",
+        "hidden_size": 128,
+        "quantization_config": LAYOUTS[format].quantization_config(summary),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("tokens")
+    return layers
+
+
+def assert_holds(folder: Path, layers: dict[str, PackedLinear]) -> None:
+    found = QuantDir(folder)
+    assert set(found.layers) == set(layers)
+    for name, layer in layers.items():
+        other = found.layer(name)
+        for attribute in ("qweight", "zeros", "bias"):
+            a, b = getattr(layer, attribute), getattr(other, attribute)
+            assert (a is None and b is None) or same_bits(a, b), (name, attribute)
+        assert torch.equal(layer.scales.double(), other.scales.double())
+        assert (layer.in_features, layer.groups) == (other.in_features, other.groups)
+
+
+def without(*names: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.startswith(tuple(f"{each}." for each in names))]:
+            del tensors[name]
+
+    return change

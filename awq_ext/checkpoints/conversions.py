@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def transformers() -> Any:
-    """The package; ImportError with one clear sentence without it."""
+    """Import transformers; ImportError with one clear sentence without it."""
     try:
         import transformers as package
     except ImportError as error:
@@ -22,7 +22,7 @@ def transformers() -> Any:
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """Without importing transformers."""
+    """Tell whether a model is one of transformers, without importing that."""
     return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__) and hasattr(model, "config")
 
 
@@ -43,7 +43,7 @@ class Conversions:
         return name
 
     def find(self, name: str) -> tuple[str, str | None]:
-        """The new name, and the pattern of the converter it takes part in. Files: renaming comes last, after conversion."""
+        """Give the new name, and the pattern of the converter that it fits. To files, renaming comes last, after conversion."""
         if not self._to_files:
             name = self.rename(name)
         for converter in self._converters:
@@ -62,7 +62,7 @@ class Conversions:
         return {self.rename(name): tensor for name, tensor in found.items()} if self._to_files else found
 
     def absent_patterns(self, fitted: Collection[str]) -> list[str]:
-        """Patterns of the same converter that no name has fitted."""
+        """List the patterns of the same converter that no name has fitted."""
         converter = self._converter(next(iter(fitted)))
         return [pattern for pattern in converter.source_patterns if pattern not in fitted]
 
@@ -76,7 +76,7 @@ class Conversions:
 
 
 def _weight_conversions(model: nn.Module, to_files: bool) -> tuple[list[Any], list[Any]]:
-    """Renamings and converters of a model's class, for this direction; none before transformers 5 and for other models."""
+    """Find the renamings and converters of a model's class; none before transformers 5 and for other models."""
     if not is_transformers_model(model):
         return [], []
     try:

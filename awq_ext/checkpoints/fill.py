@@ -65,7 +65,7 @@ def tie(model: nn.Module, tied: Mapping[str, str]) -> None:
 
 
 def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The dictionary of its module that holds a tensor, and its key there."""
+    """Find the dictionary of its module that holds a tensor, and its key there."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     if isinstance(module, QuantLinear):
@@ -96,7 +96,7 @@ class _Plan:
         return {} if self.source.in_memory is None else self.source.in_memory.tied
 
     def match(self, ignore: Callable[[str], bool] | None) -> None:
-        """Fill ``tensors``; everything the headers tell is checked."""
+        """Decide which ``tensors`` to take; everything that the headers tell is checked."""
         for name in self.source.layers:
             self._linear(name)
         wanted = dict(self._wanted())
@@ -112,7 +112,7 @@ class _Plan:
         self._refuse_missing(wanted)
 
     def _check_ties(self, wanted: dict[str, Tensor]) -> None:
-        """Both ends of a tie must be there: in a layer of the files, whose tensors are checked with it, or in ``wanted``."""
+        """Require both ends of each tie: in a layer of the files, whose tensors are checked with it, or in ``wanted``."""
         for name, stored in self.tied.items():
             for end in (name, stored):
                 if end not in wanted and end.rpartition(".")[0] not in self.source.layers:
@@ -129,7 +129,7 @@ class _Plan:
         warn(text)
 
     def _refuse_missing(self, wanted: dict[str, Tensor]) -> None:
-        """Every parameter and buffer must come from the files, share an object that does, or be a buffer that has values."""
+        """Require each parameter and buffer to come from the files, share an object that does, or be a buffer with values."""
         come = {self._object(name, wanted[name]) for name in self.tensors}
         own = set(wanted if self.source.in_memory is not None else self.model.state_dict(keep_vars=True))
         for name, tensor in wanted.items():
@@ -144,7 +144,7 @@ class _Plan:
                 )
 
     def _object(self, name: str, old: Tensor) -> int | str:
-        """By what two names are known to be one tensor: in the model, unless the checkpoint says it itself."""
+        """Identify a tensor by its object in the model, or by its name where the checkpoint says itself what is shared."""
         return id(old) if self.source.in_memory is None else name
 
     def _linear(self, name: str) -> nn.Linear | QuantLinear:
@@ -158,7 +158,7 @@ class _Plan:
         return found
 
     def _wanted(self) -> Iterable[tuple[str, Tensor]]:
-        """Names of the model's tensors outside the layers that are replaced, all names of shared ones."""
+        """List the model's tensors outside the layers that are replaced, shared ones under all their names."""
         for books in (self.model.named_parameters, self.model.named_buffers):
             for name, tensor in books(remove_duplicate=False):
                 if name.rpartition(".")[0] not in self.source.layers:
@@ -177,7 +177,7 @@ class _Plan:
         return tensor if near is None or near.is_meta else tensor.to(near.device)
 
     def values(self) -> dict[str, Tensor]:
-        """Name -> the object to put there; shared tensors stay shared."""
+        """Make the object to put at each name; shared tensors stay shared."""
         made: dict[int | str, Tensor] = {}
         wanted = {name: (self._object(name, old), old) for name, old in self._wanted()}
         for name in self.tensors:
@@ -220,7 +220,7 @@ class _Plan:
         return None if bias is None else nn.Parameter(self._cast(bias, old.bias), requires_grad=old.bias.requires_grad)
 
     def _float_dtype(self, old: nn.Linear | QuantLinear) -> torch.dtype:
-        """The dtype of the files' largest float tensor: what the weights had before."""
+        """Guess the dtype that the weights had before: that of the files' largest float tensor."""
         if not hasattr(self, "_common"):
             kinds = {n: self.source.dtype(n) for n in self.source.floats}
             floats = [n for n, kind in kinds.items() if kind.is_floating_point]
@@ -230,7 +230,7 @@ class _Plan:
 
 
 def fitting_bias(packed: PackedLinear, wanted: bool, name: str) -> Tensor | None:
-    """The bias of the files for a layer that has one in the model, or None. CheckpointError where only one of both has it."""
+    """Take the bias of the files for a layer that has one in the model; CheckpointError where only one of both has it."""
     # some GPTQ writers give every layer one, of zeros
     there = packed.bias is not None and (wanted or bool(packed.bias.any()))
     if there != wanted:
@@ -239,7 +239,7 @@ def fitting_bias(packed: PackedLinear, wanted: bool, name: str) -> Tensor | None
 
 
 def run_time_scales(packed: PackedLinear, dtype: torch.dtype, name: str) -> Tensor:
-    """The scales in fp16 or bf16, which is what the kernels read: exactly where possible.
+    """Cast the scales to fp16 or bf16, which is what the kernels read: exactly where possible.
 
     fp32 scales of a 16-bit model are rounded to the model's dtype, as vLLM and TensorRT-LLM do when they load them.
     CheckpointError for those of an fp32 model.

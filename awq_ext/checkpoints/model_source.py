@@ -1,4 +1,4 @@
-"""What of a model in memory goes into files: quantized layers, float tensors, config.json."""
+"""Take from a model in memory what goes into files: quantized layers, float tensors, config.json."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ModelSource:
         return replace(self.outline(name), qweight=self.layers[name].qweight.cpu())
 
     def outline(self, name: str) -> PackedLinear:
-        """The same without its codes, which are on the meta device."""
+        """Convert the same without its codes, which are on the meta device."""
         layer = self.layers[name]
         if layer.tiles.is_meta:
             raise CheckpointError(f"{name} is on the meta device: it has no values to save")
@@ -69,7 +69,7 @@ class ModelSource:
         )
 
     def float_tensor(self, name: str) -> Tensor:
-        """One of ``floats``."""
+        """Return one of ``floats``."""
         return self._floats[name].detach()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -82,7 +82,7 @@ class ModelSource:
 
 
 def _tensors(module: nn.Module, whole: bool) -> Iterator[tuple[str, Tensor]]:
-    """A module's own parameters and buffers by name; those outside ``state_dict`` only where ``whole``."""
+    """List a module's own parameters and buffers; those outside ``state_dict`` only where ``whole``."""
     for leaf, tensor in (module._parameters | module._buffers).items():
         if tensor is not None and (whole or leaf not in module._non_persistent_buffers_set):
             yield leaf, tensor
@@ -117,20 +117,20 @@ def _ties(model: nn.Module, floats: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _dropped_ties(model: nn.Module) -> Callable[[str], bool]:
-    """Whether transformers leaves a tensor of this name out of files if it is tied to another."""
+    """Tell by name whether transformers leaves a tensor out of files if it is tied to another."""
     patterns = list(getattr(model, "_tied_weights_keys", None) or [])
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def float_linears(model: nn.Module) -> list[str]:
-    """Names of what is not quantized and has a Linear's weight: routers of experts too, which other readers have as Linears."""
+    """Name what is not quantized and has a Linear's weight: routers of experts too, which other readers have as Linears."""
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if not isinstance(m, nn.Embedding)}
     weights = {name: module._parameters.get("weight") for name, module in modules.items()}
     return [name for name, weight in weights.items() if weight is not None and weight.dim() == 2]
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """config.json without quantization_config; the model's own config stays as it is."""
+    """Make config.json without quantization_config; the model's own config stays as it is."""
     if not is_transformers_model(model):
         return {"architectures": [type(model).__name__]}
     config = json.loads(model.config.to_json_string())

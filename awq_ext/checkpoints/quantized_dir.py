@@ -23,7 +23,10 @@ COMMON_LEAVES = {"weight", "bias"}
 
 
 class QuantDir:
-    """``layers``: quantized module -> its tensors by suffix; ``floats``: all other tensor names; ``config``: config.json.
+    """A directory with a quantized checkpoint.
+
+    layers: quantized module -> its tensors by suffix; floats: names of all other tensors; config: config.json; tied: as in
+    InMemory.
 
     CheckpointError when the directory is damaged, holds pickles, or is of no layout that can be read.
     """
@@ -63,7 +66,7 @@ class QuantDir:
     outline = layer  # its tensors must all be read to be checked
 
     def empty_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a layer that are stored under its own name, by suffix, on the meta device."""
+        """Make meta tensors like those of a layer that are stored under its own name, by suffix."""
         return {
             leaf: torch.empty(self.shards.shape(stored), dtype=self.shards.dtype(stored), device="meta")
             for leaf, stored in self.layers[name].items()
@@ -71,7 +74,7 @@ class QuantDir:
         }
 
     def rows(self, name: str) -> int:
-        """out_features of a layer, from the headers."""
+        """Tell out_features of a layer from the headers."""
         leaf, dimension = self.layout.rows_at
         shape = self.shards.shape(self.layers[name][leaf]) if leaf in self.layers[name] else ()
         if len(shape) != 2:
@@ -91,7 +94,7 @@ class QuantDir:
         return self.shards.dtype(self.tied.get(name, name))
 
     def quantization_config(self) -> Mapping[str, Any] | None:
-        """What the directory says of its quantization, from wherever that is written; None if nowhere."""
+        """Find what the directory says of its quantization, wherever that is written; None if nowhere."""
         if self._version_1 is not None:
             return self._version_1.config
         text = self.config.get("text_config")
@@ -104,14 +107,14 @@ class QuantDir:
         return first_json(self.folder, *OTHER_CONFIGS)
 
     def _dtypes(self, modules: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, torch.dtype]]:
-        """The dtypes of the tensors of each module, by suffix."""
+        """Tell the dtypes of the tensors of each module, by suffix."""
         return {
             name: {leaf: self.shards.dtype(tensor) for leaf, tensor in leaves.items()}
             for name, leaves in modules.items()
         }
 
     def _find_layers(self) -> dict[str, dict[str, str]]:
-        """Quantized module -> its tensors by suffix, under the names that they are stored by."""
+        """Find the quantized modules, and the stored names of their tensors by suffix."""
         for name, stored in self.tied.items():
             if stored not in self.shards:
                 raise CheckpointError(f"{self.folder}: {name} is tied to {stored!r}, which the files do not hold")

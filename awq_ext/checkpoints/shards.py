@@ -1,4 +1,4 @@
-"""Shards: the safetensors files of a directory as one set of named tensors, read one at a time. Nothing is ever unpickled."""
+"""Read the safetensors files of a directory as one set of named tensors, one at a time. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Shards:
                 raise CheckpointError(f"{folder / INDEX} says that {name} is in {file}, which it is not")
 
     def _listed(self) -> tuple[list[str], dict[str, str]]:
-        """The files to open, and tensor name -> file where there is an index."""
+        """List the files to open, and tensor name -> file where there is an index."""
         path = self.folder / INDEX
         if path.exists():
             weights = read_json(path).get("weight_map")
@@ -77,7 +77,7 @@ class Shards:
             self._home[name] = file
 
     def _inside(self, file: str) -> Path:
-        """The path of a file that must lie in the folder (or in the blob store of a Hugging Face cache, which it links to)."""
+        """Check that a file lies in the folder (or in the blob store of a Hugging Face cache, which it links to); its path."""
         problem = f"{self.folder / INDEX} names {file!r}: a .safetensors file of this directory is needed"
         if not file.endswith(".safetensors") or Path(file).name != file or "\0" in file or "\\" in file:
             raise CheckpointError(problem)
@@ -98,28 +98,28 @@ class Shards:
         return name in self._home
 
     def dtype(self, name: str) -> torch.dtype:
-        """Without reading the tensor; CheckpointError for one that torch lacks."""
+        """Tell the dtype without reading the tensor; CheckpointError for one that torch lacks."""
         kind = self._slice(name).get_dtype()
         if kind not in _DTYPES:
             raise CheckpointError(f"{self.folder}: {name} has dtype {kind}, which is not known here")
         return _DTYPES[kind]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
+        """Tell the shape without reading the tensor."""
         return tuple(self._slice(name).get_shape())
 
     def _slice(self, name: str) -> Any:
         return self._files[self._home[name]].get_slice(name)
 
     def get(self, name: str) -> Tensor:
-        """The tensor, on the CPU."""
+        """Read a tensor, to the CPU."""
         try:
             return self._files[self._home[name]].get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{self.folder / self._home[name]} is damaged: {error}") from None
 
     def leaves(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
-        """Module name -> its tensors: last part of the name -> name."""
+        """Sort tensors by module: its name -> last part of the tensor's name -> the tensor's name."""
         modules: dict[str, dict[str, str]] = {}
         for name in self if names is None else names:
             prefix, _, leaf = name.rpartition(".")
@@ -128,7 +128,7 @@ class Shards:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError if it cannot be read or is none."""
+    """Read a JSON object; CheckpointError if it cannot be read or is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -141,5 +141,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_json(folder: Path, *names: str) -> Mapping[str, Any] | None:
-    """The first of these files that exists."""
+    """Read the first of these files that exists; None if there is none."""
     return next((read_json(folder / name) for name in names if (folder / name).exists()), None)

@@ -44,7 +44,7 @@ class Source(Protocol):
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of a size such as "5GB" or "300MiB"; ValueError for anything else, or less than one byte."""
+    """Read a size in bytes, such as "5GB" or "300MiB"; ValueError for anything else, or less than one byte."""
     if isinstance(size, int) and not isinstance(size, bool):
         value: float = size
     else:
@@ -58,7 +58,7 @@ def parse_size(size: int | str) -> int:
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file of this name is part of a checkpoint, of whatever layout, rather than beside it."""
+    """Tell whether a file of this name is part of a checkpoint, of whatever layout, rather than beside it."""
     return _is_weight_file(name) or name in _BESIDE_WEIGHTS or _SHARD_OF_VERSION_1.fullmatch(name) is not None
 
 
@@ -67,7 +67,7 @@ def _is_weight_file(name: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files in ``folder`` that saving there would remove, and without which its weights could not be read."""
+    """Name the files in ``folder`` that saving there would remove, and without which its weights could not be read."""
     return sorted(file.name for file in folder.iterdir() if _is_weight_file(file.name)) if folder.is_dir() else []
 
 
@@ -123,7 +123,7 @@ def write(
 
 
 def _tensors(source: Source, layout: Layout, summary: Summary) -> Iterator[dict[str, Tensor]]:
-    """Tensors to store under their names; those of one layer together."""
+    """Make the tensors to store, under their names; those of one layer together."""
     tied = {} if summary.in_memory is None else summary.in_memory.tied
     for name in source.floats:
         yield {name: source.float_tensor(name)}
@@ -171,7 +171,7 @@ def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int) 
 
 
 def _storable(tensor: Tensor, taken: set[int]) -> Tensor:
-    """On the CPU, contiguous, with a storage of its own, as safetensors wants it. taken: storages of others; adds this one."""
+    """Give a tensor the form that safetensors wants: on the CPU, contiguous, with a storage of its own, added to ``taken``."""
     tensor = tensor.detach().to("cpu").contiguous()
     if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.untyped_storage().data_ptr() in taken:
         tensor = tensor.clone()

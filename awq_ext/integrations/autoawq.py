@@ -32,7 +32,7 @@ def function(name: str) -> Any:
 
 @cache
 def _extension() -> ModuleType | None:
-    """autoawq-kernels' module, if it is on the path. A package is found before a module of its name, so nobody else finds it."""
+    """Load autoawq-kernels' module if it is on the path, where nobody else finds it: packages come before modules."""
     for folder in sys.path:
         for suffix in EXTENSION_SUFFIXES:
             file = Path(folder or ".") / f"awq_ext{suffix}"

@@ -12,8 +12,8 @@ from ..layers.quant_linear import QuantLinear
 from ..layers.quantized_weight import QuantizedWeight
 
 
-class Waiting(nn.Module):
-    """``linear`` is what it stands for; ``name``: of the layer in the model; ``files``: what it is made from."""
+class Placeholder(nn.Module):
+    """Holds the place of ``linear``, which is ``name`` in the model, until its layer can be made from ``files``."""
 
     def __init__(self, linear: nn.Linear, name: str, files: Renamed) -> None:
         super().__init__()
@@ -23,15 +23,15 @@ class Waiting(nn.Module):
 
     @property
     def linear(self) -> nn.Linear:
-        """Of the model: on the meta device."""
+        """The model's Linear, on the meta device."""
         return self._replaces[0]
 
     def layer(self) -> nn.Module:
-        """What takes its place. CheckpointError if the tensors did not come, are damaged, or do not fit the model."""
+        """Make what takes its place. CheckpointError if the tensors did not come, are damaged, or do not fit the model."""
         raise NotImplementedError
 
     def _have_weight(self) -> None:
-        """Some models draw the weights of their children by name; transformers draws none that is marked."""
+        """Mark a weight as drawn: some models draw their children's weights by name, but none that is marked."""
         if "weight" not in self._buffers:
             self.weight = torch.empty(0)
             self.weight._is_hf_initialized = True
@@ -57,7 +57,7 @@ class Waiting(nn.Module):
         return None if bias is None else nn.Parameter(bias.to(linear.weight.dtype))
 
     def _place(self, tensors: dict[str, Tensor]) -> torch.device:
-        """Where the model wants the layer."""
+        """Find the device where the model wants the layer."""
         if lacking := [leaf for leaf, tensor in tensors.items() if tensor.is_meta]:
             raise CheckpointError(
                 f"{self.name}.{lacking[0]} was not loaded: quantized layers cannot be kept on disk (device_map)"
@@ -65,8 +65,8 @@ class Waiting(nn.Module):
         return next(iter(tensors.values())).device
 
 
-class WholeLinear(Waiting):
-    """One layer of the files: their tensors as buffers, which transformers fills."""
+class WholeLinear(Placeholder):
+    """For one layer of the files: its tensors as buffers, which transformers fills."""
 
     def __init__(self, linear: nn.Linear, name: str, files: Renamed) -> None:
         super().__init__(linear, name, files)
@@ -75,14 +75,14 @@ class WholeLinear(Waiting):
         self._have_weight()
 
     def layer(self) -> QuantLinear:
-        """See :class:`Waiting`."""
+        """See :class:`Placeholder`."""
         tensors = dict(self.named_buffers())
         device = self._place(tensors)
         return self._int4_layer(self.files.layer_of(self.name, tensors), device)
 
 
-class JoinedLinear(Waiting):
-    """Rows of several layers of the files, or of their float weights, read when transformers is done with the others.
+class JoinedLinear(Placeholder):
+    """For rows of several layers of the files, or of their float weights, read when transformers is done with the others.
 
     Its one buffer is of the layer's size and nobody's: by it device maps are planned and the device is known.
     """
@@ -94,7 +94,7 @@ class JoinedLinear(Waiting):
         self._have_weight()
 
     def layer(self) -> nn.Module:
-        """See :class:`Waiting`; a Linear where the weight is float."""
+        """See :class:`Placeholder`; a Linear where the weight is float."""
         device = self._place(dict(self.named_buffers()))
         if self.name in self.files.layers:
             return self._int4_layer(self.files.layer(self.name), device)

@@ -1,4 +1,4 @@
-"""save_pretrained() and from_pretrained(): models as directories that other tools read and write."""
+"""Save and load models as directories that other tools read and write."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def save_pretrained(
 
 
 def from_pretrained(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, **options: Any) -> nn.Module:
-    """The model of a directory with config.json and a quantized checkpoint of any layout, in eval mode, on the CPU.
+    """Load the model of a directory with config.json and a quantized checkpoint of any layout, in eval mode, on the CPU.
 
     The class is the one that config.json names, of the transformers package (``pip install "awq-ext[hf]"``). Weights are built
     empty and filled shard by shard: no float copy of a quantized weight ever exists.

@@ -1,4 +1,4 @@
-"""What Transformers asks of a quantizer while it loads and saves a model. Imports transformers."""
+"""Do what Transformers asks of a quantizer while it loads and saves a model. Imports transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..layers.quant_linear import QuantLinear
 from ..standins.expert_linears import ExpertLinears
 from ..standins.fused import put_back
 from ..undo.journal import Journal
-from .placeholders import JoinedLinear, Waiting, WholeLinear
+from .placeholders import JoinedLinear, Placeholder, WholeLinear
 
 
 class AwqExtConfig(QuantizationConfigMixin):
@@ -46,13 +46,13 @@ class AwqExtQuantizer(HfQuantizer):
         with Journal() as journal:
             take_apart(model, self.files, journal)
         for name in self.files.layers:
-            self._wait(model, name)
+            self._hold_place(model, name)
         for name in self.files.floats:
             if self.files.runs(name):
-                self._wait(model, name.removesuffix(".weight"))
+                self._hold_place(model, name.removesuffix(".weight"))
         self._hide_from_loader(model)
 
-    def _wait(self, model: Any, name: str) -> None:
+    def _hold_place(self, model: Any, name: str) -> None:
         try:
             linear = model.get_submodule(name)
         except AttributeError:
@@ -64,7 +64,7 @@ class AwqExtQuantizer(HfQuantizer):
         model.set_submodule(name, (WholeLinear if whole else JoinedLinear)(linear, name, self.files))
 
     def _hide_from_loader(self, model: Any) -> None:
-        """Experts that are taken apart have no values to draw, and their files no tensor of the model to go to."""
+        """Spare the loader what is not its own: parts of experts that are taken apart, buffers that the model computes."""
         self._ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
         patterns = {f"^{re.escape(name)}$" for name in self._beyond_state_dict(model)}
         for name, module in model.named_modules():
@@ -76,7 +76,7 @@ class AwqExtQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected = kind([*(self._ignored or ()), *patterns])
 
     def _beyond_state_dict(self, model: Any) -> set[str]:
-        """Buffers that awq_ext.save stores and transformers computes."""
+        """Name the buffers that awq_ext.save stores and transformers computes."""
         return (
             set() if self.files.in_memory is None else {n for n, _ in model.named_buffers()} - set(model.state_dict())
         )
@@ -84,9 +84,9 @@ class AwqExtQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if getattr(model, "_keys_to_ignore_on_load_unexpected", None) != self._ignored:
             model._keys_to_ignore_on_load_unexpected = self._ignored
-        for name, waiting in [(n, m) for n, m in model.named_modules() if isinstance(m, Waiting)]:
-            layer = waiting.layer().train(waiting.training)
-            if hook := getattr(waiting, "_hf_hook", None):  # model on several devices
+        for name, placeholder in [(n, m) for n, m in model.named_modules() if isinstance(m, Placeholder)]:
+            layer = placeholder.layer().train(placeholder.training)
+            if hook := getattr(placeholder, "_hf_hook", None):  # model on several devices
                 from accelerate.hooks import add_hook_to_module
 
                 add_hook_to_module(layer, hook)
@@ -102,7 +102,7 @@ class AwqExtQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: Any, *args: Any, **kwargs: Any
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What ``save_pretrained`` writes: the quantized layers in ``layout``, and a config that says so."""
+        """Make what ``save_pretrained`` writes: the quantized layers in ``layout``, and a config that says so."""
         source = ModelSource(model)
         renamed = Renamed(source, model, to_files=True)
         summary = summarize(renamed, self.layout, renamed.linears(float_linears(model)))
@@ -135,7 +135,7 @@ class AwqExtQuantizer(HfQuantizer):
 def _state_dict(
     model: Any, source: ModelSource, renamed: Renamed, pack: Callable[[PackedLinear], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Tensors under the names by which transformers' own renaming gives ``renamed``'s: the model's where it only renames."""
+    """Name tensors so that transformers' own renaming gives the names of ``renamed``: as the model does where it only renames."""
     written: dict[str, tuple[str, dict[str, Tensor]]] = {}  # name -> that in the file, tensors by suffix
     own = set(source.layers)
     for file_name, name in renamed.layers.items():
@@ -158,7 +158,7 @@ def _state_dict(
 
 
 def _folder(model: Any, checkpoint_files: Any) -> Path:
-    """Where the files of the model lie, in a Hugging Face cache too."""
+    """Find where the files of the model lie, in a Hugging Face cache too."""
     if checkpoint_files:
         return Path(checkpoint_files[0]).parent
     name = getattr(model.config, "name_or_path", "")

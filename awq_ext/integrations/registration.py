@@ -1,4 +1,4 @@
-"""register_with_transformers(): quantized directories through Transformers' own from_pretrained, on our kernels."""
+"""Run quantized directories through Transformers' own from_pretrained, on our kernels."""
 
 from __future__ import annotations
 

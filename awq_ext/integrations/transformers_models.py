@@ -27,7 +27,7 @@ _COMPANIONS = re.compile(
 
 
 def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    """generation_config.json, and the tokenizer's and processor's files."""
+    """Write generation_config.json, and the tokenizer's and processor's files."""
     generation = getattr(model, "generation_config", None)
     if is_transformers_model(model) and generation is not None:
         (folder / GENERATION).write_text(generation.to_json_string(), encoding="utf-8")
@@ -42,7 +42,7 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
 
 
 def _origin(model: nn.Module) -> Path | None:
-    """The directory that a model was loaded from, in the Hugging Face cache if it came from the hub."""
+    """Find the directory that a model was loaded from, in the Hugging Face cache if it came from the hub."""
     name = getattr(model.config, "_name_or_path", "")
     if not isinstance(name, str) or not name:
         return None
@@ -59,7 +59,7 @@ def _origin(model: nn.Module) -> Path | None:
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """torch.empty, with which every parameter of size is made, makes meta tensors; what is computed (rotary tables) is real."""
+    """Make torch.empty, by which all large parameters come about, give meta tensors; what is computed (rotary tables) is real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -79,7 +79,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, Any]) -> nn.Module:
-    """The model that config.json describes, its large parameters on the meta device, its buffers computed."""
+    """Build the model that config.json describes, its large parameters on the meta device, its buffers computed."""
     package = transformers()
     if not (folder / CONFIG).exists():
         raise CheckpointError(
@@ -108,12 +108,12 @@ def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, A
 
 
 def finish(model: nn.Module, folder: Path) -> None:
-    """What transformers' own from_pretrained does after the weights: the generation settings."""
+    """Do what transformers' own from_pretrained does after the weights: read the generation settings."""
     if (folder / GENERATION).exists() and hasattr(model, "generation_config"):
         model.generation_config = transformers().GenerationConfig.from_pretrained(folder)
 
 
 def ignored(model: nn.Module) -> Callable[[str], bool]:
-    """Tensors of files that the model's class says it does not need."""
+    """Tell by name which tensors of files the model's class does not need."""
     patterns = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
     return lambda name: any(re.search(pattern, name) for pattern in patterns)

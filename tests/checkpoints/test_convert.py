@@ -11,59 +11,16 @@ import models
 import pytest
 import torch
 from checks import same_bits
-from quantized_dirs import as_version_1
+from quantized_dirs import as_version_1, assert_holds, make_directory
 from safetensors.torch import load_file, save_file
-from test_formats import random_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import awq_ext
 from awq_ext import CheckpointError
-from awq_ext.checkpoints.formats import LAYOUTS, Facts, PackedLinear, Summary
-from awq_ext.checkpoints.quantized_dir import QuantDir
+from awq_ext.checkpoints.formats import LAYOUTS
 from awq_ext.cli import app
-
-NAMES = ("layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.1.self_attn.q_proj")
-
-
-def make_directory(folder: Path, format: str = "native", **options: Any) -> dict[str, PackedLinear]:
-    """A checkpoint of a few layers and floats of several dtypes, as some other tool would have written it."""
-    settings = {"n": 64, "k": 128, "g": 32, "symmetric": True} | options
-    layers = {name: random_layer(**settings, bias="q_proj" in name) for name in NAMES}
-    summary = Summary({name: Facts.of(layer) for name, layer in layers.items()}, ["lm_head"])
-    tensors: dict[str, Tensor] = {
-        "embed.weight": torch.randn(10, 128, dtype=torch.bfloat16),
-        "norm.weight": torch.randn(128),
-        "lm_head.weight": torch.randn(10, 128, dtype=torch.float16),
-        "position_ids": torch.arange(7),
-    }
-    for name, layer in layers.items():
-        tensors |= {
-            f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in LAYOUTS[format].pack(layer, summary).items()
-        }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
-    config = {
-        "model_type": "none",
-        "hidden_size": 128,
-        "quantization_config": LAYOUTS[format].quantization_config(summary),
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("tokens")
-    return layers
-
-
-def assert_holds(folder: Path, layers: dict[str, PackedLinear]) -> None:
-    found = QuantDir(folder)
-    assert set(found.layers) == set(layers)
-    for name, layer in layers.items():
-        other = found.layer(name)
-        for attribute in ("qweight", "zeros", "bias"):
-            a, b = getattr(layer, attribute), getattr(other, attribute)
-            assert (a is None and b is None) or same_bits(a, b), (name, attribute)
-        assert torch.equal(layer.scales.double(), other.scales.double())
-        assert (layer.in_features, layer.groups) == (other.in_features, other.groups)
 
 
 @pytest.mark.parametrize("target", list(LAYOUTS))

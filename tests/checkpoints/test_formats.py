@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_dirs import random_layer
 from torch import Tensor
 
 from awq_ext import QuantLinear
@@ -16,30 +17,6 @@ from awq_ext.kernels import reference
 
 N, K, G = 16, 128, 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-def random_layer(
-    n: int = N,
-    k: int = K,
-    g: int = G,
-    symmetric: bool = False,
-    dtype: torch.dtype = torch.float16,
-    bias: bool = False,
-    scaled: bool = False,
-) -> PackedLinear:
-    """Codes of the whole range, zeros from 1 to 15 (0 is no zero that GPTQ can hold)."""
-    groups = reference.group_count(k, g)
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    zeros = torch.randint(1, 16, (n, groups), dtype=torch.uint8)
-    return PackedLinear(
-        qweight=reference.pack_int4(codes),
-        scales=(torch.rand(n, groups) * 0.02 + 0.001).to(dtype),
-        zeros=torch.full_like(zeros, 8) if symmetric else zeros,
-        in_features=k,
-        group_size=g,
-        bias=torch.randn(n).to(dtype) if bias else None,
-        pre_quant_scale=torch.rand(k) + 0.5 if scaled else None,
-    )
 
 
 def settings_of(name: str, layer: PackedLinear) -> Settings:

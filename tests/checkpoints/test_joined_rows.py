@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checks import same_bits
-from test_formats import random_layer
+from quantized_dirs import random_layer
 from torch import Tensor
 
 from awq_ext import CheckpointError

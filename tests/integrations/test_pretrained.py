@@ -17,6 +17,7 @@ from checks import Snapshot, same_bits
 from quantized_dirs import as_version_1
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_transformers import BATCH, SIZES, float_model, logits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,39 +29,13 @@ from awq_ext.checkpoints.write import parse_size
 transformers = pytest.importorskip("transformers", reason="from_pretrained builds models with it (extra hf)")
 
 FORMATS = list(LAYOUTS)
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rope_theta": 50_000.0,
-}
 STRUCTURE = ("tie_word_embeddings", "attention_bias", "num_key_value_heads")
-BATCH = torch.arange(2, 34).view(2, 16)
-
-
-def float_model(family: str = "Llama", dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
-    config = getattr(transformers, f"{family}Config")(**SIZES | settings)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # as transformers does; .to(dtype) would round the rotary tables
-    try:
-        return architectures.loud(getattr(transformers, f"{family}ForCausalLM")(config))
-    finally:
-        torch.set_default_dtype(before)
 
 
 def quantized(family: str = "Llama", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     settings = {name: options.pop(name) for name in (*options,) if name in STRUCTURE}
     chosen = {"group_size": 32, "symmetric": True, "fold": "always", "method": "rtn", "progress": False} | options
     return awq_ext.quantize(float_model(family, dtype, **settings), [BATCH], **chosen)
-
-
-def logits(model: nn.Module, batch: Any = BATCH) -> Tensor:
-    with torch.no_grad():
-        return models.logits(model(**batch) if isinstance(batch, dict) else model(batch))
 
 
 @pytest.fixture

@@ -11,15 +11,26 @@ import architectures
 import pytest
 import torch
 from checks import Snapshot
+from quantized_dirs import edit_tensors, make_directory, random_layer, without
 from safetensors.torch import load_file, save_file
-from test_convert import make_directory
-from test_formats import random_layer
-from test_pretrained import BATCH, SIZES, float_model, logits
+from tiny_transformers import (
+    COUNT,
+    EXPERT,
+    FLOAT,
+    GATE_UP,
+    SETTINGS,
+    SIZES,
+    logits,
+    made,
+    quantized,
+    qwen3,
+    written_by_another_tool,
+)
 from torch import Tensor, nn
 
 import awq_ext
 from awq_ext import CheckpointError, QuantLinear
-from awq_ext.checkpoints.formats import LAYOUTS, Facts, PackedLinear, Summary
+from awq_ext.checkpoints.formats import LAYOUTS, PackedLinear
 from awq_ext.checkpoints.quantized_dir import QuantDir
 from awq_ext.standins.expert_linears import ExpertLinears
 
@@ -27,37 +38,6 @@ transformers = pytest.importorskip("transformers", reason="from_pretrained build
 pytest.importorskip(
     "transformers.conversion_mapping", reason="this release of transformers has every expert as a module of its own"
 )
-
-SETTINGS = {"group_size": 16, "method": "rtn", "fold": "always", "progress": False}
-# what people leave float in these models, and what the awq layout cannot hold at these sizes
-FLOAT = ("lm_head", "*.shared_expert_gate", "*.q_b_proj", "*.kv_a_proj_with_mqa")
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-COUNT = 12  # expert 10 comes before expert 2 where names are sorted as texts
-GATE_UP = "model.layers.{}.mlp.experts.gate_up_proj"
-
-
-def qwen3(count: int = COUNT, **settings: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return float_model("Qwen3Moe", num_experts=count, head_dim=16, **MOE | settings)
-
-
-def made(name: str) -> tuple[nn.Module, Any]:
-    """A float model and a batch."""
-    if name == "Qwen3-MoE":
-        return qwen3(), BATCH
-    case = architectures.make(name)
-    return case.model, case.batches[0]
-
-
-def quantized(name: str = "Qwen3-MoE", **options: Any) -> tuple[nn.Module, Any]:
-    model, batch = made(name)
-    return awq_ext.quantize(model, [batch], **SETTINGS | {"skip": FLOAT} | options), batch
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("format", ["awq", "compressed-tensors", "native"])
@@ -136,28 +116,6 @@ def test_float_experts_have_their_own_tensors_in_files(name: str, tmp_path: Path
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), batch), logits(model, batch))
 
 
-def written_by_another_tool(folder: Path, count: int = COUNT, group_size: int = 32) -> dict[str, PackedLinear]:
-    """A Qwen3-MoE in AutoAWQ's layout with random experts; returns the layers."""
-    model = qwen3(count)
-    hidden, inner = SIZES["hidden_size"], MOE["moe_intermediate_size"]
-    layers = {}
-    for i in range(SIZES["num_hidden_layers"]):
-        for e in range(count):
-            place = f"model.layers.{i}.mlp.experts.{e}"
-            layers |= {f"{place}.{leaf}": random_layer(inner, hidden, group_size) for leaf in ("gate_proj", "up_proj")}
-            layers[f"{place}.down_proj"] = random_layer(hidden, inner, group_size)
-    summary = Summary({name: Facts.of(layer) for name, layer in layers.items()}, ["gate", "lm_head", "self_attn"])
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if ".experts." not in name}
-    for name, layer in layers.items():
-        tensors |= {f"{name}.{leaf}": t.contiguous() for leaf, t in LAYOUTS["awq"].pack(layer).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"architectures": ["Qwen3MoeForCausalLM"]}
-    config["quantization_config"] = LAYOUTS["awq"].quantization_config(summary)
-    (folder / "config.json").write_text(json.dumps(config))
-    return layers
-
-
 def float_copy(folder: Path, layers: dict[str, PackedLinear], to: Path) -> nn.Module:
     """The checkpoint with float experts, as transformers itself reads it."""
     tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if n.rpartition(".")[0] not in layers}
@@ -202,17 +160,6 @@ def test_the_grouped_implementation_is_switched_off_for_these_experts_alone(tmp_
     assert torch.equal(logits(model), logits(awq_ext.from_pretrained(tmp_path)))
 
 
-EXPERT = "model.layers.1.mlp.experts.3"
-
-
-def without(*names: str) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name in [n for n in tensors if n.startswith(tuple(f"{each}." for each in names))]:
-            del tensors[name]
-
-    return change
-
-
 def replaced(name: str, layer: PackedLinear | Tensor) -> Callable[[dict[str, Tensor]], None]:
     def change(tensors: dict[str, Tensor]) -> None:
         without(name)(tensors)
@@ -251,7 +198,7 @@ def test_damaged_experts_are_refused_and_the_model_is_as_it_was(
     change: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path
 ) -> None:
     written_by_another_tool(tmp_path)
-    rewrite(tmp_path, change)
+    edit_tensors(tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         awq_ext.from_pretrained(tmp_path)
     model = qwen3()
@@ -336,7 +283,7 @@ def test_transposed_layers_are_put_back_when_a_file_does_not_fit(tmp_path: Path)
     expected = logits(quantized_model, case.batches[0])
     other = architectures.make("GPT-2", seed=1).model
     assert torch.equal(logits(awq_ext.load(other, tmp_path), case.batches[0]), expected)
-    rewrite(tmp_path, without("transformer.ln_f"))
+    edit_tensors(tmp_path, without("transformer.ln_f"))
     model = architectures.make("GPT-2", seed=1).model
     before = Snapshot(model)
     with pytest.raises(CheckpointError, match=r"lacks transformer\.ln_f"):

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checks import same_bits
 from safetensors.torch import load_file, save_file
+from tiny_transformers import assert_same_layers, load, registered  # noqa: F401
 
 import awq_ext
 
 transformers = pytest.importorskip("transformers", reason="Transformers NOT TESTED: pip install awq-ext[hf]")
 
 FORMATS = ["awq", "gemv", "llm-awq", "native", "modelopt", "compressed-tensors"]
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    """All methods; afterwards Transformers is what it was."""
-    from transformers.quantizers import auto
-
-    tables = (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
-    before = [dict(table) for table in tables]
-    awq_ext.register_with_transformers(awq_ext.integrations.registration.METHODS)
-    yield
-    for table, old in zip(tables, before, strict=True):
-        table.clear()
-        table.update(old)
 
 
 def quantized(kind: str = "Qwen2", **settings: Any) -> Any:
@@ -49,18 +34,6 @@ def quantized(kind: str = "Qwen2", **settings: Any) -> Any:
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     batches = [torch.randint(64, (2, 24)) for _ in range(3)]
     return awq_ext.quantize(model, batches, **({"group_size": 32, "fold": "always", "symmetric": True} | settings))
-
-
-def assert_same_layers(a: Any, b: Any) -> None:
-    ours, theirs = ({n: m for n, m in x.named_modules() if isinstance(m, awq_ext.QuantLinear)} for x in (a, b))
-    assert ours.keys() == theirs.keys() and ours
-    for name, layer in ours.items():
-        for leaf in ("qweight", "scales", "zeros"):
-            assert same_bits(getattr(layer, leaf), getattr(theirs[name], leaf)), f"{name}.{leaf}"
-
-
-def load(folder: Path, **options: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 @pytest.mark.parametrize("layout", FORMATS)

@@ -8,10 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_dirs import edit_tensors, without
 from safetensors.torch import load_file
-from test_pretrained import BATCH, logits
-from test_pretrained_experts import EXPERT, FLOAT, GATE_UP, quantized, rewrite, without, written_by_another_tool
-from test_registration import assert_same_layers, load, registered  # noqa: F401
+from tiny_transformers import (  # noqa: F401
+    BATCH,
+    EXPERT,
+    FLOAT,
+    GATE_UP,
+    assert_same_layers,
+    load,
+    logits,
+    quantized,
+    registered,
+    written_by_another_tool,
+)
 from torch import nn
 
 import awq_ext
@@ -114,7 +124,7 @@ def test_dequantized_experts_are_one_parameter_again(tmp_path: Path) -> None:
 
 def test_missing_experts_are_an_error(tmp_path: Path) -> None:
     written_by_another_tool(tmp_path)
-    rewrite(tmp_path, without(f"{EXPERT}.up_proj"))
+    edit_tensors(tmp_path, without(f"{EXPERT}.up_proj"))
     config = (tmp_path / "config.json").read_text()
     with pytest.raises(CheckpointError, match=rf"lacks {EXPERT}\.up_proj\.weight"):
         load(tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoint layouts: one short file each. ``LAYOUTS`` has them by name; docs/formats.md tells who reads which."""
+"""Lay out quantized Linears as other tools do: ``LAYOUTS`` by name, one file each; docs/formats.md says who reads which."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def layout(name: str) -> Layout:
-    """The layout of this name; ValueError for an unknown one."""
+    """Look up a layout by its name; ValueError for an unknown one."""
     if name not in LAYOUTS:
         raise ValueError(f"format={name!r}: choose one of {', '.join(map(repr, LAYOUTS))}")
     return LAYOUTS[name]

@@ -14,7 +14,7 @@ from .words import gathered, pack_words, rows_of, spread, transposed, unpack_wor
 
 
 def awq_config(summary: Summary, version: str) -> dict[str, Any]:
-    """quantization_config as AutoAWQ writes it."""
+    """Make the quantization_config that AutoAWQ writes."""
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -27,7 +27,7 @@ def awq_config(summary: Summary, version: str) -> dict[str, Any]:
 
 
 def awq_settings(config: Mapping[str, Any], *versions: str) -> Settings | None:
-    """Settings of an "awq" config of one of these versions, else None."""
+    """Read the settings of an "awq" config of one of these versions; None for another."""
     method = config.get("quant_method", "awq" if "w_bit" in config else None)
     # "backend" of old Transformers configs told which kernels to use, and "format" is what newer ones call the version
     version = config.get("version") or config.get("format") or "gemm"
@@ -38,7 +38,7 @@ def awq_settings(config: Mapping[str, Any], *versions: str) -> Settings | None:
 
 
 def read_through(names: list[str], quantized: Mapping[str, Any]) -> list[str]:
-    """Names of float Linears that are part of a quantized layer's name: readers match by substring and would skip both."""
+    """Find names of float Linears that are part of a quantized layer's name: readers match by substring and would skip both."""
     return [name for name in names if any(name in other for other in quantized)]
 
 

@@ -17,14 +17,14 @@ PADDED_TO = {64: 2, 32: 4}  # words of zeros a row are a multiple of this; of 1 
 
 
 def zero_words(in_features: int, group_size: int) -> int:
-    """int32 words of zeros (8 each) that a row has, padding included."""
+    """Count the int32 words of zeros (8 each) of a row, padding included."""
     groups = in_features // group_size if group_size != -1 else 1
     multiple = PADDED_TO.get(group_size, 1)
     return -(-groups // (8 * multiple)) * multiple
 
 
 def group_size_problem(layer: PackedLinear) -> list[str]:
-    """The group sizes that AutoAWQ's gemv kernels know."""
+    """Check for the group sizes that AutoAWQ's gemv kernels know."""
     size = layer.in_features if layer.group_size == -1 else layer.group_size
     if size in PADDED_TO or size >= 128:
         return []

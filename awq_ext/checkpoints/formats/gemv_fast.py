@@ -21,7 +21,7 @@ ZERO_TOLERANCE = 0.1
 
 
 def interleave(rows: Tensor) -> Tensor:
-    """Packed rows uint8 [N, K/2] -> int16 [N/4, K].
+    """Interleave packed rows uint8 [N, K/2] -> int16 [N/4, K].
 
     Within 32 channels, channel 8b + 2a + c goes to place 8a + 4c + b: bytes [b, a] are transposed, then the codes of each of the
     four int32 spread. Then 64 channels of a row (16 int16) are followed by those of the next row, four rows in turn.
@@ -32,7 +32,7 @@ def interleave(rows: Tensor) -> Tensor:
 
 
 def natural(words: Tensor) -> Tensor:
-    """Inverse of interleave: int16 [N/4, K] -> uint8 [N, K/2]."""
+    """Invert interleave: int16 [N/4, K] -> uint8 [N, K/2]."""
     quarter = words.shape[0]
     tiles = words.contiguous().view(torch.int64).view(quarter, -1, ROWS, CHANNELS // 16).transpose(1, 2)
     placed = gathered(tiles.reshape(quarter * ROWS, -1).view(torch.int32)).view(torch.uint8)
@@ -113,7 +113,7 @@ class LlmAwq(GemvFast):
 
 
 def stored_group_size(scales: Tensor, in_features: int) -> int:
-    """The group size of scales [8 Z, N] padded with rows of zeros, for files without a config."""
+    """Tell the group size from scales [8 Z, N] padded with rows of zeros, for files without a config."""
     used = int((scales != 0).any(1).nonzero().max()) + 1 if scales.numel() and scales.any() else 0
     if used == 0 or in_features % used:
         raise CheckpointError(f"{used} rows of scales do not divide {in_features} channels")
@@ -121,7 +121,7 @@ def stored_group_size(scales: Tensor, in_features: int) -> int:
 
 
 def _zeros_back(scales: Tensor, products: Tensor) -> Tensor | None:
-    """Zeros uint8 from products = -scale * zero; None if they are no whole numbers from 0 to 15."""
+    """Divide products = -scale * zero by the scales: zeros uint8; None if they are no whole numbers from 0 to 15."""
     ratio = torch.where(scales == 0, 0.0, -products.double() / scales.double())
     zeros = ratio.round()
     fits = (ratio - zeros).abs().le(ZERO_TOLERANCE) & zeros.ge(0) & zeros.le(15)

@@ -1,4 +1,4 @@
-"""What awq_ext.save keeps of a model in memory that no other layout has a place for."""
+"""Keep of a model in memory what only awq_ext.save stores: ties, dtypes, ways to compute."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class InMemory:
 
     @classmethod
     def read(cls, entry: Any) -> InMemory:
-        """Inverse of :meth:`entry`; CheckpointError for anything else."""
+        """Invert :meth:`entry`; CheckpointError for anything else."""
         tied, layers = (entry.get("tied"), entry.get("layers")) if isinstance(entry, dict) else (None, None)
         if not isinstance(tied, dict) or not all(isinstance(stored, str) for stored in tied.values()):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Layout: what a checkpoint format is to the rest of the package; Settings: what its config says."""
+"""Say what every checkpoint layout does (Layout), and what configs say of layers (Settings) and models (Summary)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Settings:
     in_memory: InMemory | None = None
 
     def of(self, name: str) -> Settings:
-        """For the layer of this name."""
+        """Give the settings of one layer."""
         if (entry := self.per_layer.get(name)) is None:
             return replace(self, per_layer={})
         return replace(self, group_sizes=(entry[1],), per_layer={name: entry})
 
     def group_size(self, in_features: int, groups: int, short: bool = False) -> int:
-        """The size that makes ``groups`` groups of ``in_features`` channels, all full unless ``short``.
+        """Find the size that makes ``groups`` groups of ``in_features`` channels, all full unless ``short``.
 
         CheckpointError when none does, or several.
         """
@@ -69,7 +69,7 @@ class Facts:
 
     @classmethod
     def of(cls, layer: PackedLinear) -> Facts:
-        """Of one layer."""
+        """Collect them from one layer."""
         return cls(layer.in_features, layer.out_features, layer.group_size, layer.groups, layer.symmetric)
 
 
@@ -87,7 +87,7 @@ class Summary:
     in_memory: InMemory | None = None
 
     def group_sizes(self) -> list[int]:
-        """The sizes a reader must know: those of layers with several groups; [-1] (or the rows' one length) if there is none."""
+        """List the sizes a reader must know: of layers with several groups; [-1] (or the rows' one length) if there is none."""
         several = {facts.group_size for facts in self.layers.values() if facts.groups > 1}
         if several:
             return sorted(several)
@@ -96,7 +96,7 @@ class Summary:
         return [lengths.pop()] if same else [-1]
 
     def half_joined(self) -> list[str]:
-        """Layers that servers join with neighbours which are float, or have other groups: names of those quantized."""
+        """Name the quantized layers that servers join with neighbours which are float, or have other groups."""
         found, known = [], {*self.layers, *self.float_linears}
         for name, facts in self.layers.items():
             prefix, _, leaf = name.rpartition(".")
@@ -133,31 +133,31 @@ class Layout:
     divisors: ClassVar[tuple[int, int]] = (1, 1)  # of out_features and in_features
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
-        """The tensors of a layer for which :meth:`problems` is empty, by suffix; exact. ``summary`` is of the model it is in."""
+        """Make the tensors of a layer, by suffix, exactly, if :meth:`problems` finds none; ``summary`` is of its model."""
         raise NotImplementedError
 
     def unpack(self, tensors: Mapping[str, Tensor], settings: Settings) -> PackedLinear:
-        """Inverse of :meth:`pack`. CheckpointError for missing tensors, wrong shapes or dtypes, values out of range."""
+        """Invert :meth:`pack`. CheckpointError for missing tensors, wrong shapes or dtypes, values out of range."""
         raise NotImplementedError
 
     def quantization_config(self, summary: Summary) -> dict[str, Any]:
-        """The entry of config.json."""
+        """Make the entry of config.json."""
         raise NotImplementedError
 
     def reads(self, config: Mapping[str, Any]) -> Settings | None:
-        """Settings if ``config``, a quantization_config, is of this layout; None if not; CheckpointError if it is but unusable."""
+        """Read a quantization_config of this layout; None for another; CheckpointError for one that cannot be used."""
         raise NotImplementedError
 
     def files(self, summary: Summary) -> dict[str, dict[str, Any]]:
-        """Further JSON files beside config.json, by name."""
+        """Make further JSON files beside config.json, by name."""
         return {}
 
     def claims(self, leaves: Mapping[str, torch.dtype]) -> bool:
-        """Whether tensors of these names and dtypes are a quantized layer of this layout."""
+        """Tell whether tensors of these names and dtypes are a quantized layer of this layout."""
         return self.suffixes[0] in leaves
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:
-        """What of ``layer`` this layout cannot hold, each with the choice that fixes it. Empty: :meth:`pack` is exact."""
+        """List what of ``layer`` this layout cannot hold, each with the choice that fixes it. Empty: :meth:`pack` is exact."""
         found = []
         n, k, g = layer.out_features, layer.in_features, layer.group_size
         if layer.pre_quant_scale is not None and not self.run_time_scales:
@@ -179,13 +179,13 @@ class Layout:
         return found
 
     def stored_scales(self, layer: PackedLinear) -> Tensor | None:
-        """The layer's scales in a dtype this layout has, or None where that would change them."""
+        """Cast the layer's scales to a dtype this layout has; None where that would change them."""
         if layer.scales.dtype in self.scale_dtypes:
             return layer.scales
         return next((s for d in self.scale_dtypes if (s := exactly(layer.scales, d)) is not None), None)
 
     def model_problems(self, summary: Summary) -> list[str]:
-        """What does not fit of the model as a whole, in the same form as :meth:`problems`."""
+        """List what does not fit of the model as a whole, in the same form as :meth:`problems`."""
         found = []
         if summary.experts and not self.joined_experts:
             found.append(
@@ -204,19 +204,19 @@ class Layout:
         return found
 
     def require(self, tensors: Mapping[str, Tensor]) -> None:
-        """CheckpointError unless all of ``suffixes`` are there."""
+        """Raise CheckpointError unless all of ``suffixes`` are there."""
         if missing := [suffix for suffix in self.suffixes if suffix not in tensors]:
             raise CheckpointError(f"{', '.join(missing)} is missing, which the {self.name} layout needs")
 
     def bias_of(self, tensors: Mapping[str, Tensor], out_features: int) -> Tensor | None:
-        """The bias, checked, or None."""
+        """Check the bias and return it; None where there is none."""
         if (bias := tensors.get("bias")) is not None:
             expect("bias", bias, (out_features,), FLOATS)
         return bias
 
 
 def largest_group(in_features: int) -> str:
-    """The largest usual group size that divides ``in_features``, as a hint."""
+    """Name the largest usual group size that divides ``in_features``, as a hint."""
     fitting = [size for size in (128, 64, 32, 16) if in_features % size == 0]
     return f"{fitting[0]} fits" if fitting else "none of the usual ones fits, -1 does"
 
@@ -226,14 +226,14 @@ def _size(facts: Facts) -> int:
 
 
 def _same_groups(facts: Facts, group_size: int) -> bool:
-    """Whether a reader that splits the row by ``group_size`` finds this layer's groups."""
+    """Tell whether a reader that splits the row by ``group_size`` finds this layer's groups."""
     if facts.groups == 1:
         return group_size in (-1, facts.in_features)
     return facts.group_size == group_size
 
 
 def int_setting(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these keys that is there; CheckpointError if it is no int."""
+    """Read the first of these keys that is there; CheckpointError if it is no int."""
     for name in names:
         if (value := config.get(name)) is not None:
             if isinstance(value, bool) or not isinstance(value, int):
@@ -243,14 +243,14 @@ def int_setting(config: Mapping[str, Any], *names: str) -> int | None:
 
 
 def require_bits(config: Mapping[str, Any], *names: str) -> None:
-    """CheckpointError unless the config says four bits (or nothing)."""
+    """Raise CheckpointError unless the config says four bits (or nothing)."""
     bits = int_setting(config, *names)
     if bits not in (None, 4):
         raise CheckpointError(f"quantization_config: {bits} bits; awq_ext runs checkpoints of 4 bits")
 
 
 def checked_group_size(value: int | None, default: int | None = None) -> int:
-    """A group size that can be run; CheckpointError if it cannot."""
+    """Check that a group size can be run, and return it; CheckpointError if it cannot."""
     value = default if value is None else value
     if value is None or (value != -1 and value < 1):
         raise CheckpointError(f"quantization_config: group_size={value!r}: a positive number or -1 is needed")

@@ -1,4 +1,4 @@
-"""awq_ext's own tensors under a Hugging Face config: the one layout that holds everything."""
+"""awq_ext's own tensors under a Hugging Face config: the one layout that holds every quantized model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PackedLinear: one quantized Linear between two layouts, and the checks that every layout shares."""
+"""Carry one quantized Linear between two layouts (PackedLinear), with the checks that every layout shares."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class PackedLinear(QuantizedWeight):
 
     @property
     def symmetric(self) -> bool:
-        """Whether every zero is the middle code."""
+        """Tell whether every zero is the middle code."""
         return bool((self.zeros == SYMMETRIC_ZERO).all())
 
 
 def pack_rows(codes: Tensor) -> Tensor:
-    """uint8 [N, K] codes below 16 -> uint8 [N, ceil(K/2)], even channel in the low nibble."""
+    """Pack codes below 16, uint8 [N, K] -> [N, ceil(K/2)], even channel in the low nibble."""
     return kernels.pack_int4(codes)
 
 
 def expect(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
-    """CheckpointError unless the tensor has this shape and one of these dtypes."""
+    """Raise CheckpointError unless the tensor has this shape and one of these dtypes."""
     if tuple(tensor.shape) != tuple(shape):
         raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, this layout needs {tuple(shape)}")
     if tensor.dtype not in dtypes:
@@ -46,6 +46,6 @@ def expect(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[tor
 
 
 def exactly(scales: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """``scales`` in another dtype, or None where a bit would be lost."""
+    """Cast ``scales`` to another dtype; None where a bit would be lost."""
     cast = scales.to(dtype)
     return cast if torch.equal(cast.to(torch.float64), scales.to(torch.float64)) else None

@@ -1,4 +1,4 @@
-"""Eight codes to an int32 word: the orders in which layouts put them, and how they are turned."""
+"""Pack eight codes to an int32 word, in the orders that layouts have, and turn whole matrices of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SWAPS = ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F))
 
 
 def words_of(rows: Tensor) -> Tensor:
-    """Packed rows uint8 [R, C/2] (as in QuantLinear) -> int32 [R, ceil(C/8)]: the same bytes, lowest bits first, filled with 0."""
+    """View packed rows uint8 [R, C/2] (as in QuantLinear) as int32 [R, ceil(C/8)]: lowest bits first, filled with 0."""
     return pad(rows, (0, -rows.shape[1] % 4)).contiguous().view(torch.int32)
 
 
 def rows_of(words: Tensor, columns: int) -> Tensor:
-    """Inverse of words_of: int32 [R, ceil(C/8)] -> uint8 [R, ceil(C/2)]."""
+    """Invert words_of: int32 [R, ceil(C/8)] -> uint8 [R, ceil(C/2)]."""
     rows = words.contiguous().view(torch.uint8)[:, : (columns + 1) // 2].contiguous()
     if columns % 2:
         rows[:, -1] &= 15
@@ -27,18 +27,18 @@ def rows_of(words: Tensor, columns: int) -> Tensor:
 
 
 def pack_words(values: Tensor) -> Tensor:
-    """uint8 [R, C] values below 16 -> int32 [R, ceil(C/8)], lowest bits first, filled with 0."""
+    """Pack values below 16, uint8 [R, C] -> int32 [R, ceil(C/8)], lowest bits first, filled with 0."""
     return words_of(pack_rows(values))
 
 
 def unpack_words(words: Tensor, columns: int) -> Tensor:
-    """Inverse of pack_words: uint8 [R, C]."""
+    """Invert pack_words: uint8 [R, C]."""
     bytes_ = words.contiguous().view(torch.uint8)
     return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1)[:, :columns].contiguous()
 
 
 def transposed(words: Tensor, columns: int) -> Tensor:
-    """int32 [R, ceil(C/8)] -> int32 [C, ceil(R/8)]: the matrix of codes transposed, filled with 0."""
+    """Transpose a matrix of codes: int32 [R, ceil(C/8)] -> int32 [C, ceil(R/8)], filled with 0."""
     words = pad(words, (0, 0, 0, -words.shape[0] % 8))
     blocks = words.T.contiguous().view(words.shape[1], -1, 8)
     lines = [blocks[..., i].contiguous() for i in range(8)]
@@ -52,12 +52,12 @@ def transposed(words: Tensor, columns: int) -> Tensor:
 
 
 def spread(words: Tensor) -> Tensor:
-    """Codes 0 to 7 of each int32 in the order 0, 2, 4, 6, 1, 3, 5, 7 (lowest bits first), which GPU kernels unpack in pairs."""
+    """Put codes 0 to 7 of each int32 in the order 0, 2, 4, 6, 1, 3, 5, 7 (lowest bits first), which GPU kernels unpack in pairs."""
     return _swap(_swap(words, 4, 0x00F000F0), 8, 0x0000FF00)
 
 
 def gathered(words: Tensor) -> Tensor:
-    """Inverse of spread."""
+    """Invert spread."""
     return _swap(_swap(words, 8, 0x0000FF00), 4, 0x00F000F0)
 
 
