@@ -21,6 +21,17 @@ def unpack_int4(packed: Tensor, in_features: int) -> Tensor: ...
 def tile_int4(packed: Tensor, in_features: int, group_size: int) -> Tensor: ...
 def untile_int4(tiles: Tensor, out_features: int, in_features: int, group_size: int) -> Tensor: ...
 def quadratic_loss(error: Tensor, second_moment: Tensor) -> Tensor: ...
+def code_losses(
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    second_moment: Tensor,
+    group_size: int,
+    channel_scale: Tensor | None = None,
+    divisor: Tensor | None = None,
+    damping: float = 0.0,
+) -> tuple[Tensor, Tensor]: ...
 def scale_losses(
     weight: Tensor,
     candidates: Tensor,

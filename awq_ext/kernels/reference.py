@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ROWS_AT_ONCE = 2048  # of a weight, so that little memory is needed
 # The smallest positive number each storage type of a scale can hold, and the largest: a scale is kept inside.
 SCALE_RANGE = {
     torch.float16: (2.0**-24, 65504.0),
@@ -112,6 +113,41 @@ def quadratic_loss(error: Tensor, second_moment: Tensor) -> Tensor:
     # autocast would round both factors of a product to 16 bits
     with torch.autocast(error.device.type, enabled=False):
         return ((error @ second_moment).double() * error.double()).sum(1)
+
+
+def code_losses(
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    second_moment: Tensor,
+    group_size: int,
+    channel_scale: Tensor | None = None,
+    divisor: Tensor | None = None,
+    damping: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Squared output errors of the rows of a quantized weight, and those with G's diagonal raised: fp64 [N] each.
+
+    With e = (code - zero) * scale / channel_scale * divisor - weight: e G e^T, or 0 where rounding makes that negative; and to it
+    damping * sum of e_k^2 G_kk. weight [N, K]; codes uint8 [N, K], or packed [N, ceil(K/2)] as by :func:`pack_int4`; channel_scale
+    fp32 [K] and divisor fp32 [N]: what columns were multiplied and rows divided by before rounding.
+    """
+    k, plain, own = weight.shape[1], [], []
+    diagonal = second_moment.diagonal().double()
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        unpacked = codes[rows] if codes.shape[1] == k else unpack_int4(codes[rows], k)
+        error = dequantize_weight(unpacked, scales[rows], zeros[rows], group_size)
+        if channel_scale is not None:
+            error /= channel_scale
+        if divisor is not None:
+            error *= divisor[rows, None]
+        error -= weight[rows]
+        plain.append(quadratic_loss(error, second_moment).clamp_min_(0))
+        if damping:
+            own.append(error.double().square_() @ diagonal)
+    total = torch.cat(plain) if plain else diagonal.new_zeros(0)
+    return total, total + damping * torch.cat(own) if own else total
 
 
 def scale_losses(

@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <cmath>
+
 #include "adapters/adapters.h"
 #include "adapters/bindings.h"
 #include "adapters/checks.h"
@@ -27,6 +29,40 @@ Tensor py_quadratic_loss(const Tensor& error, const Tensor& second_moment) {
   quadratic_loss(kernels(), float_data(e), n, k, float_data(g), losses.mutable_data_ptr<double>(),
                  at::get_num_threads());
   return losses;
+}
+
+py::tuple py_code_losses(const Tensor& weight, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
+                         const Tensor& second_moment, int64_t group_size, const OptionalTensor& channel_scale,
+                         const OptionalTensor& divisor, double damping) {
+  constexpr const char* kName = "code_losses";
+  check_shape(kName, "weight", weight, {-1, -1});
+  check_group_size(kName, group_size);
+  const int64_t n = weight.size(0), k = weight.size(1), groups = k == 0 ? 0 : group_count(k, group_size);
+  const bool packed = codes.dim() == 2 && codes.size(1) != k;
+  check_shape(kName, "codes", codes, {n, packed ? packed_bytes(k) : k});
+  check_dtype(kName, "codes", codes, at::kByte);
+  check_shape(kName, "scales", scales, {n, groups});
+  check_shape(kName, "zeros", zeros, {n, groups});
+  check_dtype(kName, "zeros", zeros, at::kByte);
+  const Tensor g = float_argument(kName, "second_moment", second_moment, {k, k});
+  const Tensor s = float_argument(kName, "channel_scale", channel_scale, {k});
+  const Tensor d = float_argument(kName, "divisor", divisor, {n});
+  AWQ_CHECK(damping >= 0.0 && std::isfinite(damping), kName, "damping", "a number from 0", damping);
+  const Tensor plain = at::zeros({n}, at::kDouble), damped = damping == 0.0 ? plain : at::zeros({n}, at::kDouble);
+  if (weight.numel() == 0) return py::make_tuple(plain, damped);
+  Tensor holder;
+  const WeightView view = view_weight(kName, weight, holder);
+  const Tensor c = codes.contiguous(), t = scales.contiguous(), z = zeros.contiguous();
+  const CodesView quantized{c.const_data_ptr<uint8_t>(), packed,
+                            t.const_data_ptr(),          float_dtype(kName, "scales", t.scalar_type()),
+                            z.const_data_ptr<uint8_t>(), group_length(k, group_size)};
+  {
+    py::gil_scoped_release release;
+    code_losses(kernels(), view, quantized, float_data(s), float_data(d), float_data(g), damping,
+                plain.mutable_data_ptr<double>(), damping == 0.0 ? nullptr : damped.mutable_data_ptr<double>(),
+                at::get_num_threads());
+  }
+  return py::make_tuple(plain, damped);
 }
 
 Tensor py_scale_losses(const Tensor& weight, const Tensor& candidates, const Tensor& second_moment, int64_t group_size,
@@ -71,6 +107,13 @@ void bind_search(py::module_& m) {
         "e G e^T of every row: error fp32 [N, K], second_moment fp32 [K, K] -> fp64 [N]. Only what lies at and above "
         "the\n"
         "diagonal of second_moment is read: it must be symmetric.");
+  m.def(
+      "code_losses", &py_code_losses, py::arg("weight"), py::arg("codes"), py::arg("scales"), py::arg("zeros"),
+      py::arg("second_moment"), py::arg("group_size"), py::arg("channel_scale") = py::none(),
+      py::arg("divisor") = py::none(), py::arg("damping") = 0.0,
+      "Squared output errors of the rows of a quantized weight [N, K]: fp64 [N], and the same with the diagonal of\n"
+      "second_moment raised by the share damping. codes uint8 [N, K], or packed two to a byte. Values are divided by\n"
+      "channel_scale fp32 [K] and multiplied by divisor fp32 [N] before the weight is subtracted.");
   m.def(
       "scale_losses", &py_scale_losses, py::arg("weight"), py::arg("candidates"), py::arg("second_moment"),
       py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,

@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "adapters/adapters.h"
 #include "adapters/checks.h"
 #include "base/layout.h"
 #include "drivers/linear.h"
@@ -52,14 +53,12 @@ TiledTensors view_tiles(const char* name, const Tensor& tiles, const Tensor& sca
   return t;
 }
 
-// fp32 of that length on the CPU, or undefined.
+// fp32 of that length on the CPU, or undefined. Other dtypes are converted: a bias has that of its model.
 Tensor float_vector(const char* argument, const OptionalTensor& t, int64_t length) {
   if (!t.has_value()) return {};
   check_shape(kLinear, argument, *t, {length});
   return t->to(at::kFloat).contiguous();
 }
-
-const float* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
 Tensor int4_linear_cpu(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                        const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
@@ -77,8 +76,8 @@ Tensor int4_linear_cpu(const Tensor& x, const Tensor& tiles, const Tensor& scale
   shape.back() = out_features;
   const Tensor input = x.contiguous(), y = at::empty(shape, input.options());
   if (y.numel() == 0) return y;
-  int4_linear(kernels(), w.view, input.const_data_ptr(), dtype, x.numel() / in_features, data_or_null(s),
-              data_or_null(b), compute, y.mutable_data_ptr(), at::get_num_threads());
+  int4_linear(kernels(), w.view, input.const_data_ptr(), dtype, x.numel() / in_features, float_data(s), float_data(b),
+              compute, y.mutable_data_ptr(), at::get_num_threads());
   return y;
 }
 

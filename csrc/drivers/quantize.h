@@ -20,6 +20,16 @@ struct WeightView {
   }
 };
 
+// What a weight was quantized to.
+struct CodesView {
+  const uint8_t* codes;  // [N, K], or packed [N, ceil(K / 2)]
+  bool packed;
+  const void* scales;  // [N, G]
+  Dtype scale_dtype;
+  const uint8_t* zeros;  // [N, G]
+  int64_t group_length;
+};
+
 struct QuantSpec {
   int64_t group_length;  // channels in a full group, 1..in_features
   int bits;              // 2..8

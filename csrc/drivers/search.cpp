@@ -28,6 +28,71 @@ void row_error(const KernelTable& table, const QuantSpec& spec, int64_t k, const
   }
 }
 
+// The errors of a quantized weight, a row at a time.
+class CodeErrors {
+ public:
+  CodeErrors(const KernelTable& table, const WeightView& weight, const CodesView& codes, const float* channel_scale,
+             const float* divisor, int threads)
+      : table_(table),
+        weight_(weight),
+        codes_(codes),
+        channel_scale_(channel_scale),
+        divisor_(divisor),
+        k_(weight.in_features),
+        groups_(ceil_div(k_, codes.group_length)),
+        weights_(threads * k_),
+        steps_(threads * groups_),
+        unpacked_(codes.packed ? threads * k_ : 0) {}
+
+  // [K], of row n: value / channel_scale * divisor - weight, each rounded to fp32.
+  void row(int64_t n, float* error, int thread) {
+    dequantize(n, error, thread);
+    if (channel_scale_ != nullptr)
+      for (int64_t i = 0; i < k_; ++i) error[i] /= channel_scale_[i];
+    if (divisor_ != nullptr)
+      for (int64_t i = 0; i < k_; ++i) error[i] *= divisor_[n];
+    float* w = weights_.get() + thread * k_;
+    table_.to_float(weight_.row(n), weight_.dtype, k_, w);
+    for (int64_t i = 0; i < k_; ++i) error[i] -= w[i];
+  }
+
+ private:
+  void dequantize(int64_t n, float* out, int thread) {
+    const uint8_t* codes = codes_.codes + n * (codes_.packed ? packed_bytes(k_) : k_);
+    if (codes_.packed) {
+      uint8_t* unpacked = unpacked_.get() + thread * k_;
+      table_.unpack_int4(codes, k_, unpacked);
+      codes = unpacked;
+    }
+    float* steps = steps_.get() + thread * groups_;
+    const char* scales = static_cast<const char*>(codes_.scales) + n * groups_ * dtype_bytes(codes_.scale_dtype);
+    table_.to_float(scales, codes_.scale_dtype, groups_, steps);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t begin = g * codes_.group_length, length = std::min(codes_.group_length, k_ - begin);
+      table_.dequantize_group(codes + begin, length, steps[g], static_cast<float>(codes_.zeros[n * groups_ + g]),
+                              out + begin);
+    }
+  }
+
+  const KernelTable& table_;
+  const WeightView& weight_;
+  const CodesView& codes_;
+  const float* channel_scale_;
+  const float* divisor_;
+  int64_t k_;
+  int64_t groups_;
+  Buffer<float> weights_, steps_;  // of each thread
+  Buffer<uint8_t> unpacked_;
+};
+
+// Sum of e_i^2 G_ii, in fp64.
+double own_loss(const float* error, const float* diagonal, int64_t k) {
+  double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < k; ++i) sum += static_cast<double>(error[i]) * error[i] * diagonal[i];
+  return sum;
+}
+
 // One group of many rows under every ratio: a task of search_clip, with the scratch memory it needs.
 class ClipTask {
  public:
@@ -110,6 +175,27 @@ void quadratic_loss(const KernelTable& table, const float* error, int64_t rows, 
     std::fill_n(row + in_features, g.row_stride() - in_features, 0.0f);
   };
   quadratic_losses(g, rows, threads, make_row, losses);
+}
+
+void code_losses(const KernelTable& table, const WeightView& weight, const CodesView& codes, const float* channel_scale,
+                 const float* divisor, const float* moment, double damping, double* plain, double* damped,
+                 int threads) {
+  const int64_t k = weight.in_features;
+  const MomentPanels g = pack_moment(table, Precision::f32, moment, k, threads);
+  CodeErrors errors(table, weight, codes, channel_scale, divisor, threads);
+  Buffer<float> diagonal(k);
+  for (int64_t i = 0; i < k; ++i) diagonal.get()[i] = moment[i * k + i];
+  const auto make_row = [&](int64_t n, float* row, int thread) {
+    errors.row(n, row, thread);
+    if (damped != nullptr) damped[n] = damping * own_loss(row, diagonal.get(), k);
+    std::fill_n(row + k, g.row_stride() - k, 0.0f);
+  };
+  quadratic_losses(g, weight.out_features, threads, make_row, plain);
+  for (int64_t n = 0; n < weight.out_features; ++n) {
+    // where nothing is lost, or inputs hardly vary
+    if (plain[n] < 0.0) plain[n] = 0.0;
+    if (damped != nullptr) damped[n] += plain[n];
+  }
 }
 
 void scale_losses(const KernelTable& table, const WeightView& weight, const QuantSpec& spec, const float* candidates,
