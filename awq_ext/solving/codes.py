@@ -14,7 +14,6 @@ from ..undo import interrupt
 
 # Tried in this order; 1.0 first, so that equal losses keep the full range.
 CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(11))
-_ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +56,12 @@ def row_losses(
 
     scale fp32 [K] and divisor fp32 [N]: what the columns were multiplied and the rows divided by before rounding.
     """
-    plain, own = [], []
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        part = None if divisor is None else divisor[rows]
-        error = found.rows(rows).dequantize(scale, part).sub_(weight[rows])
-        # below 0 only by rounding, where nothing is lost or inputs hardly vary
-        plain.append(kernels.quadratic_loss(error, second_moment).clamp_min_(0))
-        if damping:
-            own.append(error.square_() @ second_moment.diagonal())
-    total = torch.cat(plain) if plain else torch.zeros(0, dtype=torch.float64, device=weight.device)
-    return RowLosses(total, total + damping * torch.cat(own).double() if own else total)
+    parts = (found.qweight, found.scales, found.zeros)
+    return RowLosses(
+        *kernels.code_losses(
+            weight, *parts, second_moment, found.group_size, channel_scale=scale, divisor=divisor, damping=damping
+        )
+    )
 
 
 def spread_rows(count: int, wanted: int, device: torch.device) -> Tensor:
