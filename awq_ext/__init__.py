@@ -6,25 +6,25 @@ from . import _abi
 
 _abi.check()
 
-from .blocks import CalibrationError  # noqa: E402
-from .bootstrap import Bootstrap, Estimate  # noqa: E402
-from .checkpoint import CheckpointError, load, save  # noqa: E402
-from .compare import compare  # noqa: E402
-from .comparison import Comparison  # noqa: E402
+from .checkpoints.convert import convert  # noqa: E402
+from .checkpoints.formats.packed import CheckpointError  # noqa: E402
+from .checkpoints.saved import load, save  # noqa: E402
 from .config import AwqConfig  # noqa: E402
-from .convert import convert  # noqa: E402
-from .evaluate import Evaluation, evaluate  # noqa: E402
-from .plan import GroupPlan, Plan, plan  # noqa: E402
-from .pretrained import from_pretrained, save_pretrained  # noqa: E402
-from .qlinear import QuantLinear, set_compute_dtype  # noqa: E402
-from .quantize import quantize  # noqa: E402
-from .registration import register_with_transformers  # noqa: E402
-from .report import AwqReport, BlockReport, LayerReport  # noqa: E402
-from .salience import Salience, salience  # noqa: E402
-from .sensitivity import Sensitivity, sensitivity  # noqa: E402
+from .evaluation.bootstrap import Bootstrap, Estimate  # noqa: E402
+from .evaluation.compare import compare  # noqa: E402
+from .evaluation.comparison import Comparison  # noqa: E402
+from .evaluation.evaluate import Evaluation, accuracy, embedding_cosine, evaluate  # noqa: E402
+from .evaluation.salience import Salience, salience  # noqa: E402
+from .evaluation.sensitivity import Sensitivity, sensitivity  # noqa: E402
+from .forwards.calls import CalibrationError  # noqa: E402
+from .integrations.pretrained import from_pretrained, save_pretrained  # noqa: E402
+from .integrations.registration import register_with_transformers  # noqa: E402
+from .layers.quant_linear import QuantLinear, set_compute_dtype  # noqa: E402
+from .pipeline.plan import GroupPlan, Plan, plan  # noqa: E402
+from .pipeline.quantize import quantize  # noqa: E402
+from .reporting.report import AwqReport, BlockReport, LayerReport  # noqa: E402
 
 __version__ = _version("awq-ext")
-
 __all__ = [
     "AwqConfig",
     "AwqReport",
@@ -42,8 +42,10 @@ __all__ = [
     "Salience",
     "Sensitivity",
     "__version__",
+    "accuracy",
     "compare",
     "convert",
+    "embedding_cosine",
     "evaluate",
     "from_pretrained",
     "load",
@@ -60,7 +62,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # AutoAWQ looks for its own CUDA extension under this very name and takes any `awq_ext` for it.
-    from .autoawq import FUSED_FUNCTIONS, LAYER_FUNCTIONS, function
+    from .integrations.autoawq import FUSED_FUNCTIONS, LAYER_FUNCTIONS, function
 
     if name in LAYER_FUNCTIONS or name in FUSED_FUNCTIONS:
         return function(name)

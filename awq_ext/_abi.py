@@ -21,7 +21,7 @@ def public_version(version: str) -> str:
 def built_version() -> str | None:
     """The torch that the extension was compiled against; None where nothing was built (a bare source tree)."""
     try:
-        from awq_ext._build import TORCH_VERSION  # type: ignore[import-not-found]
+        from ._build import TORCH_VERSION  # type: ignore[import-not-found]
     except ModuleNotFoundError:
         return None
     return TORCH_VERSION

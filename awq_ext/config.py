@@ -208,7 +208,7 @@ class AwqConfig:
         return "awq" in self.method.split("+")
 
     @property
-    def feeds_back(self) -> bool:
+    def uses_gptq(self) -> bool:
         """Whether the method rounds with error feedback."""
         return "gptq" in self.method.split("+")
 
@@ -223,17 +223,17 @@ class AwqConfig:
         return self._share(self.generated_tokens)
 
     def _share(self, given: float | None) -> float:
-        return (0.25 if self._feeds_some_back else 0.0) if given is None else given
+        return (0.25 if self._uses_gptq_anywhere else 0.0) if given is None else given
 
     @property
     def weighs_rows(self) -> bool:
         """Whether ``objective``, or what stands for None, is "model"."""
-        return self._feeds_some_back if self.objective is None else self.objective == "model"
+        return self._uses_gptq_anywhere if self.objective is None else self.objective == "model"
 
     @property
-    def _feeds_some_back(self) -> bool:
+    def _uses_gptq_anywhere(self) -> bool:
         used = (self, *(replace(self, per_layer={}, **fields) for fields in self.per_layer.values()))
-        return any(one.feeds_back for one in used)
+        return any(one.uses_gptq for one in used)
 
     @property
     def corrects_bias(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from awq_ext.report import AwqReport
+import awq_ext
+from awq_ext.reporting.report import AwqReport
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, TOKENS = 64, 32, 64, 2, 4, 16
 _SIZES: dict[str, Any] = {
@@ -323,6 +325,25 @@ PLAIN: dict[str, Callable[[], Case]] = {
     "torch.compile": _compiled_stack,
 }
 NAMES = [*TRANSFORMERS, *PLAIN]
+# One of each kind: biases, norms that add 1, experts fused in three ways or in a list, linear attention, a state, an encoder
+# beside a decoder, transposed weights, pictures, weights and blocks that are used twice.
+KINDS = (
+    "Llama",
+    "Qwen2",
+    "Gemma2",
+    "Mixtral",
+    "Qwen3-Next",
+    "gpt-oss",
+    "Llama 4",
+    "GPT-2",
+    "T5",
+    "ViT",
+    "Mamba",
+    "experts in a list",
+    "weight shared by two blocks",
+    "every block called twice",
+)
+SETTINGS: Mapping[str, Any] = {"group_size": 16, "n_grid": 5, "min_tokens": 1, "progress": False}
 
 
 def make(name: str, seed: int = 0) -> Case:
@@ -338,6 +359,21 @@ def make_or_skip(name: str) -> Case:
     if name in TRANSFORMERS:
         pytest.importorskip("transformers", reason=f"{name} NOT TESTED: pip install 'awq-ext[hf]'")
     return make(name)
+
+
+def params() -> list[Any]:
+    """Every name, for a parametrized test: those that are not in KINDS are only tried exhaustively."""
+    import pytest
+
+    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.exhaustive) for name in NAMES]
+
+
+@cache
+def quantized(name: str, fold: str = "auto") -> Case:
+    """The quantized model, made once for all tests of a process; they must leave it as it is."""
+    case = make_or_skip(name)
+    awq_ext.quantize(case.model, case.batches, fold=fold, **SETTINGS)
+    return case
 
 
 def fold_counts(report: AwqReport) -> dict[str, int]:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 import models
 import pytest
 import torch
 
 from awq_ext import _C
+from awq_ext.kernels import reference
+
+# The tiny models here spend longer waking a second thread than they compute; other cores are for other tests (pytest-xdist).
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def reproducible(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test starts from one seed, with the default backend, and must leave torch's modes as it found them.
-
-    One thread: the tiny models here spend longer waking a second one than they compute.
-    """
+    """Every test starts from one seed, with the default backend, and must leave torch's modes as it found them."""
     monkeypatch.delenv("AWQ_EXT_BACKEND", raising=False)
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert not torch.is_autocast_enabled("cpu")
@@ -34,10 +35,26 @@ def case(request: pytest.FixtureRequest) -> models.Case:
     return models.make(request.param)
 
 
+@contextmanager
+def _in_force(isa: str) -> Iterator[None]:
+    before = _C.isa()
+    _C.set_isa(isa)
+    yield
+    _C.set_isa(before)
+
+
 @pytest.fixture(params=_C.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this processor in turn, in force during the test."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+    with _in_force(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", *_C.available_isas()])
+def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The reference, which knows no instruction sets, and the compiled kernels on each of them."""
+    if request.param == "reference":
+        yield reference
+        return
+    with _in_force(request.param):
+        yield _C

@@ -1,6 +1,6 @@
 // The NEON kernels against the scalar ones, and both against sums in double: a program without torch or Python, so that
 // it can be cross-compiled and run under an emulator (test_neon.py). Integers and 16-bit patterns must be equal, floats
-// within the bounds of tests/test_kernels.py and test_ops.py: a sum of n products in fp32 is off by at most n + 4 units
+// within the bounds of tests/kernels/test_kernels.py and tests/layers/test_ops.py: a sum of n products in fp32 is off by at most n + 4 units
 // of 2^-24 of the sum of magnitudes. Prints the number of checks; ends with 1 at the first that fails.
 #include <algorithm>
 #include <cmath>

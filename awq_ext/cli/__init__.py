@@ -1,4 +1,4 @@
-"""``awq-ext``: the command line. Each command is a thin shell around a function of the package, in a module of its name.
+"""The ``awq-ext`` command: a module for each subcommand, each a thin shell around a function of the package.
 
 What only one command needs is imported inside it, so that ``--help`` is quick and extras stay optional.
 """
@@ -13,7 +13,6 @@ import typer
 from . import bench, compare, convert, demo, doctor, eval, inspect, quantize, report
 
 __all__ = ["app", "main"]
-
 app = typer.Typer(
     name="awq-ext",
     no_args_is_help=True,
@@ -35,6 +34,7 @@ app = typer.Typer(
         "Exit codes: 0 done, 1 failed (one line says why), 2 a wrong option, 130 interrupted."
     ),
 )
+
 
 for _module, _name in (
     (quantize, "quantize"),

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..comparison import counted
-from ..grid import Cell, Grid
+from ..reporting.tables import Cell, Grid, counted
 from .options import JsonPath, Threads, check_group_size, console_for, one_line_errors, set_threads, write_json
 
 SHAPES = ["4096x4096"]
@@ -50,7 +49,7 @@ def bench(
     """
     import torch
 
-    from ..speed import race, rotating_layers
+    from ..evaluation.cost import race, rotating_layers
 
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"{dtype!r}: choose bfloat16, float16 or float32", param_hint="--dtype")

@@ -65,7 +65,7 @@ def compare(
     Example: awq-ext compare ./Llama --calib prompts.jsonl --traffic code=src.txt --traffic de.txt --method rtn --method awq
     """
     from .. import compare as compare_methods
-    from ..compare import read_methods
+    from ..evaluation.compare import read_methods
     from . import hf
 
     set_threads(threads)

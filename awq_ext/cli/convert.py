@@ -35,7 +35,7 @@ def convert(
 
     Example: awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors
     """
-    from ..convert import convert as run
+    from ..checkpoints.convert import convert as run
 
     folder = run(source, target, format, max_shard_size)
     Console().print(f"{escape(str(folder))}: {format}", soft_wrap=True)

@@ -14,7 +14,7 @@ from .options import JsonPath, Threads, check_group_size, console_for, one_line_
 def demo(
     tokens: Annotated[
         int, typer.Option(min=256, help="Held-out bytes to score; more make the comparison surer.")
-    ] = 131_072,
+    ] = 65_536,
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
     ] = -1,

@@ -19,7 +19,7 @@ def facts() -> list[tuple[str, str]]:
     import torch
 
     from .. import _C, __version__, _abi
-    from ..speed import read_bandwidth
+    from ..evaluation.cost import read_bandwidth
 
     return [
         ("awq_ext", __version__),
@@ -37,13 +37,15 @@ def wrong_kernels() -> list[str]:
     """Tries each level of kernels on a small layer: a line for every one whose result is not the reference's."""
     import torch
 
-    from .. import _C, QuantLinear, reference
+    from .. import _C, QuantLinear
+    from ..kernels import reference
+    from ..layers.quantized_weight import QuantizedWeight
 
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(96, 192, generator=generator), torch.randn(5, 192, generator=generator)
     codes, scales, zeros = reference.quantize_weight(weight, 64)
     linear = torch.nn.Linear(192, 96, bias=False, device="meta")
-    layer = QuantLinear.from_packed(linear, reference.pack_int4(codes), scales, zeros, 64)
+    layer = QuantLinear.from_packed(linear, QuantizedWeight.of_codes(codes, scales, zeros, 64))
     expected = x @ reference.dequantize_weight(codes, scales, zeros, 64).T
     chosen, problems = _C.isa(), []
     try:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from torch import nn
 
-from ..grid import Cell, Grid
+from ..reporting.tables import Cell, Grid
 from .options import (
     Dtype,
     JsonPath,
@@ -45,7 +45,7 @@ def eval(
     Example: awq-ext eval ./Llama-int4 --reference ./Llama code.txt prose.txt
     """
     from .. import evaluate
-    from ..comparison import plus_minus
+    from ..evaluation.comparison import plus_minus
     from . import hf
 
     set_threads(threads)

@@ -11,26 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import INDEX_NAME, CheckpointError
-from ..checkpoint import read_report as checkpoint_report
-from ..pretrained import from_pretrained, save_pretrained
-from ..report import AwqReport
+from ..checkpoints.conversions import transformers
+from ..checkpoints.saved import INDEX_NAME, CheckpointError
+from ..checkpoints.saved import read_report as checkpoint_report
+from ..integrations.pretrained import from_pretrained, save_pretrained
+from ..reporting.report import AwqReport
 from .options import say
 
 REPORT_NAME = "awq_report.json"
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
-_LONGEST_TOKEN = (
-    24  # characters: so much of a text is enough for a number of tokens, without reading all of a large file
-)
-
-
-def transformers() -> Any:
-    """The package, or an error that says how to get it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("Hugging Face directories need transformers: pip install 'awq-ext[hf]'") from error
-    return transformers
+# Characters: so much of a text is enough for a number of tokens, without reading all of a large file.
+_LONGEST_TOKEN = 24
 
 
 def load_model(directory: Path, dtype: str = "auto") -> nn.Module:

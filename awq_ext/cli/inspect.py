@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import read_index
+from ..checkpoints.saved import read_index
 from .hf import REPORT_NAME, read_object, read_report
 from .options import JsonPath, ModelDir, console_for, fact_table, one_line_errors, write_json
 
@@ -68,7 +68,7 @@ def _own(directory: Path) -> dict[str, Any]:
 
 def _quantization(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Of a directory whose config.json (or another file of a tool) tells how it is quantized; {} for a float one."""
-    from ..quantdir import OTHER_CONFIGS, QuantDir
+    from ..checkpoints.quantized_dir import OTHER_CONFIGS, QuantDir
 
     if "quantization_config" not in config and not any((directory / name).exists() for name in OTHER_CONFIGS):
         return {}

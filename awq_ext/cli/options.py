@@ -17,8 +17,6 @@ from rich.markup import escape
 from rich.table import Table
 
 T = TypeVar("T")
-
-
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -62,7 +60,7 @@ def check_group_size(value: int) -> int:
 
 def check_format(value: str) -> str:
     """A layout that awq_ext knows, else a usage error (exit code 2)."""
-    from ..formats import LAYOUTS
+    from ..checkpoints.formats import LAYOUTS
 
     if value not in LAYOUTS:
         raise typer.BadParameter(f"{value} is not one of {', '.join(LAYOUTS)}")

@@ -76,7 +76,7 @@ def quantize(
     """
     from .. import AwqConfig
     from .. import quantize as quantize_model
-    from ..formats import LAYOUTS
+    from ..checkpoints.formats import LAYOUTS
     from . import hf
 
     if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite):

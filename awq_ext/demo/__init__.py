@@ -1,1 +1,1 @@
-"""A language model that fits in the package, and a demonstration of quantizing it: ``awq-ext demo``."""
+"""A small language model that ships with the package, and ``awq-ext demo``, which quantizes it."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 Split = Literal["train", "calibration", "held-out"]
-
 # Not text that somebody wrote to be read: tests, generated tables, grammars, vendored wheels, other people's packages
 SKIPPED_FOLDERS = frozenset(
     [
@@ -89,16 +87,6 @@ def windows(stream: Tensor, count: int, length: int) -> Tensor:
         raise NoSourceError(f"the text has {stream.numel()} bytes, fewer than one window of {length}")
     starts = torch.linspace(0, last, count).long() if count > 1 else torch.zeros(1, dtype=torch.long)
     return stream[starts[:, None] + torch.arange(length)].long()
-
-
-def training_batches(batch: int, length: int, seed: int) -> Iterator[Tensor]:
-    """Endless random batches of the training split: int64 [batch, length]."""
-    stream = tokens("train")
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.arange(length)
-    while True:
-        starts = torch.randint(0, stream.numel() - length, (batch, 1), generator=generator)
-        yield stream[starts + offsets].long()
 
 
 def calibration_batches(count: int = 16, batch: int = 8, length: int = 256) -> list[Tensor]:

@@ -8,16 +8,16 @@ in a large model: norms feed several Linears that share an input, ``v_proj`` fee
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WEIGHTS = Path(__file__).with_name("weights.safetensors")
+WEIGHTS = Path(__file__).with_name("weights.safetensors")  # made by tests/benchmarks/train_demo_model.py
 VOCABULARY = 256  # one token a byte: no tokenizer to download or explain
 
 
@@ -158,12 +158,6 @@ class ByteLlama(nn.Module):
                 following = logits.argmax(-1, keepdim=True)
             ids = torch.cat((ids, following), dim=1)
         return bytes(ids[0, len(prompt) :].tolist())
-
-
-def save_demo_model(model: ByteLlama, path: Path) -> None:
-    """Weights as bf16, sizes as metadata."""
-    state = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, path, metadata={"config": json.dumps(asdict(model.config))})
 
 
 def load_demo_model(dtype: torch.dtype = torch.bfloat16, path: Path = WEIGHTS) -> ByteLlama:

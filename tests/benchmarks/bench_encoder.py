@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_encoder.py [TEXT.txt ...] [--group-size 32] [--method awq gptq ...] [--json out.json]
 
-The encoder is the one of tests/test_encoder.py, and so are the sentences: calibrated on 768 of one part of the standard
+The encoder is the one of tests/pipeline/test_encoder.py, and so are the sentences: calibrated on 768 of one part of the standard
 library, scored on 256 of the other, and on the first 256 lines of at least five words of each text.
 """
 
@@ -16,9 +16,9 @@ from pathlib import Path
 import transformers
 
 import awq_ext
-from awq_ext.evaluate import embedding_cosine
+from awq_ext.evaluation.evaluate import embedding_cosine
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
 from test_encoder import BATCH, CALIBRATION, SCORED, batches, folder, tokens
 
 

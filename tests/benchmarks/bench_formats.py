@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from awq_ext.formats import LAYOUTS, Facts, PackedLinear, Summary
-from awq_ext.formats.packed import SYMMETRIC_ZERO
+from awq_ext.checkpoints.formats import LAYOUTS, Facts, PackedLinear, Summary
+from awq_ext.checkpoints.formats.packed import SYMMETRIC_ZERO
 
 GROUP, ROUNDS = 128, 7
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from awq_ext import _C, reference
+from awq_ext import _C
+from awq_ext.kernels import reference
 
 SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
 CALIBRATION_ROWS, BATCH_ROWS, GROUP = 4096, 512, 128

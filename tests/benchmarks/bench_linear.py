@@ -26,7 +26,9 @@ from typing import Any
 
 import torch
 
-from awq_ext import _C, ops, reference
+from awq_ext import _C
+from awq_ext.kernels import reference
+from awq_ext.layers import ops
 
 SHAPES = "4096x4096,4096x11008,4096x14336,2048x8192,896x4864,576x1536"
 ROWS = "1,2,4,8,16,32,64,128,512"

@@ -21,8 +21,8 @@ from typing import Any
 import awq_ext
 from awq_ext.cli import hf
 from awq_ext.cli.options import parse_method
-from awq_ext.comparison import Comparison
-from awq_ext.grid import Cell, Grid
+from awq_ext.evaluation.comparison import Comparison
+from awq_ext.reporting.tables import Cell, Grid
 
 METHODS = [
     "rtn",

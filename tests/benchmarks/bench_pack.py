@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from bench_linear import READ_BYTES, copies, machine, priority, read_memory, rounds, turns
 
-from awq_ext import _C, reference
+from awq_ext import _C
+from awq_ext.kernels import reference
 
 GROUP = 128
 AUTOAWQ = """

@@ -17,7 +17,7 @@ import awq_ext
 import awq_ext._build
 from awq_ext.demo.data import calibration_batches
 from awq_ext.demo.model import VOCABULARY, load_demo_model
-from awq_ext.ops import int4_weight
+from awq_ext.layers.ops import int4_weight
 
 PROGRAMS = Path(__file__).parent / "programs"
 FOLDER = os.environ.get("AWQ_EXT_COUNTERPARTS", "")

@@ -15,8 +15,9 @@ make_one() {
   rm -rf "$environment"
   python3 -m venv "$environment"
   # torch by itself first: a resolver that may still choose takes the newest one, a CUDA build of several GB
-  "$environment/bin/pip" install --quiet "$(grep '^torch==' "$requirements")"
-  "$environment/bin/pip" install --quiet -r "$requirements"
+  # not compiled: of tens of thousands of files few are ever imported, and those Python compiles then
+  "$environment/bin/pip" install --quiet --no-compile "$(grep '^torch==' "$requirements")"
+  "$environment/bin/pip" install --quiet --no-compile -r "$requirements"
   unwanted=$(sed -n 's/^# afterwards without: \([^(]*\).*/\1/p' "$requirements")
   # shellcheck disable=SC2086
   [ -z "$unwanted" ] || "$environment/bin/pip" uninstall --quiet --yes $unwanted
@@ -24,6 +25,8 @@ make_one() {
 }
 
 for name in "$@"; do
-  make_one "$name" >"$folder/$name.log" 2>&1 || { tail -n 30 "$folder/$name.log" >&2; echo "the environment $name could not be made" >&2; exit 1; }
+  # in the background: on the left of || bash would go on after a failed pip
+  make_one "$name" >"$folder/$name.log" 2>&1 &
+  wait "$!" || { tail -n 30 "$folder/$name.log" >&2; echo "the environment $name could not be made" >&2; exit 1; }
   echo "$name"
 done

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import awq_ext
-from awq_ext.quantdir import QuantDir
+from awq_ext.checkpoints.quantized_dir import QuantDir
 
 SETTINGS: dict[str, Any] = {"group_size": 16, "progress": False, "min_tokens": 1}
 # float layers by name in config.json, which Transformers 4 takes for a reason to ask for AutoAWQ

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import is_auto_awq_available
 
 import awq_ext
-from awq_ext.ops import int4_weight
+from awq_ext.layers.ops import int4_weight
 
 assert transformers.__version__.startswith("4.")
 assert not is_auto_awq_available()

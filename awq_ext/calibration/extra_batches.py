@@ -1,0 +1,114 @@
+"""Vocabulary: batches of random tokens and of a model's own text, so that calibration also reaches what its texts leave out.
+
+A calibration text uses part of a model's vocabulary; other traffic (other languages, code) lies in directions of the activations
+that no calibration row shows, and there errors cost nothing. Tokens drawn evenly from the whole vocabulary show them, and so does
+what the model writes (docs/quality.md: "Random tokens and the model's own text beside the calibration text").
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..forwards.calls import Call
+from ..modules import input_embeddings
+from .sampled_text import can_generate, generated_tokens
+
+_IDS = "input_ids"  # and decoder_input_ids
+_RANDOM_HINT = " It is one of random tokens: random_tokens=0 leaves them out."
+_GENERATED_HINT = " It is one that the model wrote: generated_tokens=0 leaves them out."
+_SPECIAL = ("token_id", "token_ids", "token_index")
+# From ordinary ids [V], how many are needed, the longest window they go to and a generator: ids, as many or more.
+_Source = Callable[[Tensor, int, int, torch.Generator], Tensor]
+
+
+def random_calls(model: nn.Module, calls: Sequence[Call], share: float) -> list[Call]:
+    """``share`` times as many calls as ``calls`` (rounded; one at least), made from evenly spaced ones: random ids for theirs.
+
+    Ids that the model's config calls special, and those that a mask leaves out, stay. [] where ``share`` is 0 or no token ids can
+    be told: the model must have ``get_input_embeddings()``, as those of transformers do, and its calls ``input_ids``.
+    """
+
+    def drawn(tokens: Tensor, count: int, longest: int, generator: torch.Generator) -> Tensor:
+        return tokens[torch.randint(len(tokens), (count,), generator=generator)]
+
+    return _calls_of(model, calls, share, drawn, _RANDOM_HINT)
+
+
+def generated_calls(model: nn.Module, calls: Sequence[Call], share: float, progress: bool = False) -> list[Call]:
+    """Likewise, with text that the model writes (``generation.py``). [] also where it cannot; raises what it raises on the way."""
+    if share <= 0 or not can_generate(model):
+        return []
+    return _calls_of(model, calls, share, partial(generated_tokens, model, progress=progress), _GENERATED_HINT)
+
+
+def _calls_of(model: nn.Module, calls: Sequence[Call], share: float, source: _Source, hint: str) -> list[Call]:
+    tokens = _ordinary_tokens(model) if share > 0 else None
+    if tokens is None:
+        return []
+    names = list(inspect.signature(model.forward).parameters)
+    count = max(1, round(share * len(calls)))
+    spaced = [calls[i * len(calls) // count] for i in range(count)]
+    used = [(call, ids) for call in spaced if (ids := _ids_of(call, names))]
+    if not used:
+        return []
+    sizes = [value.numel() for _, ids in used for value in ids.values()]
+    longest = max(value.shape[1] for _, ids in used for value in ids.values())
+    others = iter(source(tokens, sum(sizes), longest, torch.Generator().manual_seed(0))[: sum(sizes)].split(sizes))
+    return [_rewritten(call, ids, names, tokens, others, hint) for call, ids in used]
+
+
+def _ordinary_tokens(model: nn.Module) -> Tensor | None:
+    """Ids of the vocabulary but for special ones: int64 [V], or None for a model without one."""
+    embedding = input_embeddings(model)
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    config = getattr(model, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    size = values.get("vocab_size")
+    count = min(embedding.num_embeddings, size) if isinstance(size, int) and size > 0 else embedding.num_embeddings
+    ordinary = torch.ones(count, dtype=torch.bool)
+    ordinary[[token for token in _special(values) if 0 <= token < count]] = False
+    return ordinary.nonzero()[:, 0] if ordinary.any() else None
+
+
+def _special(values: Mapping[str, Any]) -> Iterator[int]:
+    """Every number that a config, or one within it, calls a token's."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _special(value)
+        elif str(name).endswith(_SPECIAL):
+            yield from (one for one in (value if isinstance(value, list) else [value]) if type(one) is int)
+
+
+def _ids_of(call: Call, names: Sequence[str]) -> dict[str, Tensor]:
+    """The token ids [B, T] among its arguments, by name."""
+    named = dict(zip(names, call.args, strict=False)) | call.kwargs
+    return {name: value for name, value in named.items() if name.endswith(_IDS) and _holds_ids(value)}
+
+
+def _holds_ids(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.int32, torch.int64)
+
+
+def _rewritten(
+    call: Call, ids: Mapping[str, Tensor], names: Sequence[str], tokens: Tensor, others: Iterator[Tensor], hint: str
+) -> Call:
+    """``call`` with the next of ``others`` in place of its ordinary ids."""
+    # what a model writes to, such as a key/value cache, must not be shared with the call it comes from
+    copied = call.on_copies()
+    args, kwargs = list(copied.args), copied.kwargs
+    for name, value in ids.items():
+        other = next(others).view(value.shape).to(value)
+        keep = ~torch.isin(value, tokens.to(value))
+        for mask in call.masks:
+            if mask.shape == value.shape:
+                keep |= mask == 0
+        holder, key = (kwargs, name) if name in kwargs else (args, names.index(name))
+        holder[key] = torch.where(keep, value, other)
+    return Call(tuple(args), kwargs, hint)

@@ -1,0 +1,260 @@
+"""Importance: how much the model's output reacts to an error that a Linear makes on one row of its input (``objective="model"``).
+
+An error d [N] of a row moves the model's logits by J d, and costs d^T J^T F J d / 2 of KL divergence to second order, F being the
+Fisher information of the softmax. With the trace of J^T F J for its weight, each row's squared error adds up to what the model
+loses, as far as one number a row can say it (arXiv 2505.07004 has one a row and group of outputs). A backward of a batch
+estimates it: with random signs e and g = F^(1/2) e, the squared entries of J^T g sum to that trace on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from ..forwards.calls import CalibrationError, Call, run_call
+from ..forwards.hooks import Hooks
+from ..forwards.inputs import copy_inputs
+from ..forwards.outputs import logits_of, targets_of
+from ..survey.survey import BlockSurvey
+from ..undo import interrupt
+from .row_weights import PositionWeights, RowWeights, Weights, stretches_of
+
+# Rows count at least this share of the mean: one that the output does not react to still shows what inputs look like.
+_LEAST = 1e-4
+_ROWS_AT_ONCE = 64
+_HINT = ' objective="model" runs it with gradients: objective="layer" needs none.'
+
+
+def find_weights(
+    model: nn.Module,
+    calls: Sequence[Call],
+    surveys: Sequence[BlockSurvey],
+    batches: int = 0,
+    progress: bool = False,
+    of_tokens: bool = False,
+) -> Weights:
+    """Weights for every input that quantizing looks at, from a forward and a backward of the whole model for some batches.
+
+    batches: how many, evenly spaced, and of token ids one window each; rows of all batches then get the mean weight of their
+    position. 0, or where this leaves out nothing: every row its own. Weights add up over the Linears that read a row. Blocks keep
+    their inputs alone and run once more in the backward. Raises CalibrationError for a model that cannot be differentiated, and
+    with ``of_tokens`` for one that does not return logits for every token id that it is given.
+    """
+    parts = [[(name, s.linears[name]) for name in part] for s in surveys for g in s.groups for part in g.inputs]
+    linears = [linear for part in parts for _, linear in part]
+    generator = torch.Generator().manual_seed(0)
+    found: list[dict[str, list[Tensor]]] = []
+    read = {index: _longest_window(calls[index]) if batches else calls[index] for index in _spaced(len(calls), batches)}
+    bar = tqdm(read, desc="weighing rows", unit="batch", leave=False, disable=not progress)
+    with _without_gradients(model), _lean([s.block.module for s in surveys], model), bar:
+        for index in bar:
+            squares = _squared_gradients(model, read[index], index, linears, generator, of_tokens)
+            found.append({part[0][0]: _added([squares[linear] for _, linear in part]) for part in parts})
+    names = [part[0][0] for part in parts]
+    if not all(read.get(index) is call for index, call in enumerate(calls)):
+        return PositionWeights(_by_position({name: [rows for mine in found for rows in mine[name]] for name in names}))
+    for name in names:
+        _normalize([rows for mine in found for rows in mine[name]])
+    return RowWeights([{name: [x.flatten() for x in rows] for name, rows in mine.items()} for mine in found], calls)
+
+
+def _spaced(count: int, wanted: int) -> list[int]:
+    """``wanted`` numbers below ``count``, from the middles of equal parts, so that each kind of batches has its share."""
+    wanted = min(wanted or count, count)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def _longest_window(call: Call) -> Call:
+    """A batch of token ids and masks [B, T] without all but the window in which most positions count; others as they are."""
+    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+    if any(t.dim() != 2 or t.is_floating_point() or len(t) != len(tensors[0]) for t in tensors):
+        return call
+    if not tensors or len(tensors[0]) == 1:
+        return call
+    longest = int((call.masks[0] != 0).sum(1).argmax()) if call.masks else 0
+    cut = lambda value: value[longest : longest + 1] if isinstance(value, Tensor) else value  # noqa: E731
+    return Call(tuple(map(cut, call.args)), {name: cut(value) for name, value in call.kwargs.items()}, call.hint)
+
+
+def _added(squares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The sums over Linears that read the same rows, call by call."""
+    return [torch.stack(rows).sum(0) for rows in zip(*squares, strict=False)]
+
+
+def _normalize(rows: Sequence[Tensor]) -> None:
+    """In place: mean 1 over the rows that count (those that do not are below 0), none below ``_LEAST``."""
+    every = torch.cat([*(one.flatten() for one in rows), torch.zeros(0)])
+    counted = every[every >= 0]
+    mean = float(counted.mean()) if len(counted) else 0.0
+    if not mean > 0:
+        for one in rows:
+            one.fill_(1.0)
+        return
+    raised = float((counted / mean).clamp_min(_LEAST).mean())
+    for one in rows:
+        one.div_(mean).clamp_min_(_LEAST).div_(raised)
+
+
+def _by_position(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """For each input with a position the mean weight of every stretch of a window (``stretches_of``), 1 on average over rows."""
+    tables = {}
+    for name, seen in found.items():
+        rows = [one for one in seen if one.dim() > 1]
+        kept = [one >= 0 for one in rows]
+        if not sum(int(one.sum()) for one in kept):
+            continue
+        weights = torch.cat([one[k] for one, k in zip(rows, kept, strict=True)])
+        stretches = torch.cat([stretches_of(k)[k] for k in kept])
+        # no stretch is skipped: windows begin at position 0
+        means = torch.bincount(stretches, weights.double()) / torch.bincount(stretches)
+        spread = means[stretches].float()
+        _normalize([spread])
+        tables[name] = torch.zeros(len(means)).index_copy_(0, stretches, spread)
+    return tables
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for its gradient, so that autograd keeps no inputs for it."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _lean(blocks: Sequence[nn.Module], model: nn.Module) -> Iterator[None]:
+    """Blocks keep nothing for a backward but their inputs, and run once more when it comes to them.
+
+    On copies of them: a block that writes its inputs must find them as they were.
+    """
+
+    def rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def on_copies(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = copy_inputs((args, kwargs))
+            return forward(*args, **kwargs)
+
+        return lambda *args, **kwargs: checkpoint(on_copies, *args, use_reentrant=False, **kwargs)
+
+    changed: list[tuple[nn.Module, Any]] = []
+    try:
+        for block in blocks:
+            if block is not model:
+                changed.append((block, vars(block).get("forward")))
+                block.forward = rerun(block.forward)
+        yield
+    finally:
+        for block, own in changed:
+            if own is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = own
+
+
+def _squared_gradients(
+    model: nn.Module,
+    call: Call,
+    index: int,
+    linears: Sequence[nn.Linear],
+    generator: torch.Generator,
+    of_tokens: bool,
+) -> dict[nn.Linear, list[Tensor]]:
+    """For each call of each Linear, a row's squared gradient summed over outputs: fp32 [..., T], -1 where it does not count."""
+    squares: dict[nn.Linear, list[Tensor]] = {linear: [] for linear in linears}
+    running = True
+
+    def see(linear: nn.Linear, output: Tensor) -> Tensor:
+        leaf = not output.requires_grad
+        output.requires_grad_()
+        if running:
+            rows = torch.zeros(output.shape[:-1])
+            if (mask := call.row_mask(output)) is not None:
+                rows.masked_fill_(~mask.cpu(), -1.0)
+            squares[linear].append(rows)
+            output.register_hook(lambda gradient: _add_squares(rows, gradient))
+        # what comes next may work in place, which a leaf would refuse
+        return output * 1 if leaf else output
+
+    # hooked during the backward too: a checkpointed part of the model runs once more then, and must do the same
+    with Hooks() as on, torch.enable_grad():
+        for linear in linears:
+            on.output(linear, partial(see, linear))
+        result = run_call(model, call.on_copies(_HINT), index)
+        running = False
+        if of_tokens and not _are_of_tokens(logits_of(result), call):
+            raise CalibrationError(f"no logits for every token id in what calibration batch {index} returned")
+        targets, cotangents = _cotangents(result, call, generator)
+        if not targets:
+            raise CalibrationError(f"nothing that calibration batch {index} returned can be differentiated.{_HINT}")
+        interrupt.check()
+        try:
+            torch.autograd.backward(targets, cotangents)
+        except RuntimeError as error:
+            raise CalibrationError(f"no gradient of calibration batch {index}: {error}.{_HINT}") from error
+    return squares
+
+
+def _add_squares(rows: Tensor, gradient: Tensor) -> None:
+    """Add the squares of a gradient [..., T, N], summed over outputs, to the ``rows`` [..., T] that count."""
+    # one reduction: a square in fp32 would be a copy of the gradient at twice its size
+    found = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32).square().cpu()
+    rows.add_(found.masked_fill_(rows < 0, 0.0))
+
+
+def _cotangents(result: Any, call: Call, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    """What the model returned and F^(1/2) times random signs: F is the softmax's for logits, otherwise the identity."""
+    logits = _logits(result, call)
+    leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    given = [leaf for leaf in leaves if leaf.dim()] if logits is None else [logits]
+    targets = [target for target in given if target.requires_grad]
+    return targets, [_signed_root(target, call, generator, softmax=logits is not None) for target in targets]
+
+
+def _signed_root(target: Tensor, call: Call, generator: torch.Generator, softmax: bool) -> Tensor:
+    """F^(1/2) times random signs for what the model returned, [..., V]; 0 where a row does not count."""
+    # signs of rows times signs of columns are as good: the products of any two different ones are 0 on average
+    rows, columns = (_signs(shape, generator, target) for shape in ((*target.shape[:-1], 1), target.shape[-1:]))
+    if (mask := call.row_mask(target)) is not None:
+        rows *= mask[..., None]
+    given, rows = target.detach().reshape(-1, len(columns)), rows.reshape(-1, 1)
+    made = torch.empty_like(given)
+    # some rows at a time: logits in fp32 would be the largest tensors of all
+    for part, signs, into in zip(*(x.split(_ROWS_AT_ONCE) for x in (given, rows, made)), strict=True):
+        values = columns.expand_as(part)
+        if softmax:
+            # a = p^(1/2) e has the second moment diag(p), and a - p (1^T a) that of the softmax, diag(p) - p p^T
+            chances = part.float().softmax(-1)
+            values = chances.sqrt().mul_(columns)
+            values -= chances.mul_(values.sum(-1, keepdim=True))
+        into.copy_(values * signs)
+    return made.view(target.shape)
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randint(0, 2, tuple(shape), generator=generator).mul_(2).sub_(1).float().to(like.device)
+
+
+def _logits(result: Any, call: Call) -> Tensor | None:
+    """What the model returned if these are logits: by name, or a Tensor [B, T, V] with a place for every id [B, T] it was given."""
+    found = logits_of(result)
+    named = not isinstance(result, (Tensor, tuple, list))
+    return found if named or _are_of_tokens(found, call) else None
+
+
+def _are_of_tokens(logits: Tensor | None, call: Call) -> bool:
+    ids = targets_of(call)
+    if logits is None or ids is None or not ids.numel():
+        return False
+    return logits.shape[:-1] == ids.shape and logits.shape[-1] > int(ids.max())

@@ -1,0 +1,1 @@
+"""Directories of quantized models: read, written and converted."""

@@ -1,0 +1,251 @@
+"""Layout: what a checkpoint format is to the rest of the package; Settings: what its config says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...kernels.reference import group_count
+from .packed import CheckpointError, PackedLinear, exactly, expect
+
+# what vLLM, SGLang and TensorRT-LLM make one matrix of
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a quantization_config says about its layers.
+
+    group_sizes: the sizes that occur; a layer has the one that fits its number of groups. per_layer: name -> (in_features,
+    group_size) where the shapes alone do not tell. zero_offset: added to a stored zero, modulo 16. experts: as in Summary.
+    """
+
+    group_sizes: tuple[int, ...]
+    per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    zero_offset: int = 0
+    experts: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, name: str) -> Settings:
+        """For the layer of this name."""
+        if (entry := self.per_layer.get(name)) is None:
+            return replace(self, per_layer={})
+        return replace(self, group_sizes=(entry[1],), per_layer={name: entry})
+
+    def group_size(self, in_features: int, groups: int, short: bool = False) -> int:
+        """The size that makes ``groups`` groups of ``in_features`` channels, all full unless ``short``.
+
+        CheckpointError when none does, or several.
+        """
+        fitting = [
+            size
+            for size in self.group_sizes
+            if in_features
+            and group_count(in_features, size) == groups
+            and (short or groups == 1 or in_features % size == 0)
+        ]
+        if not fitting or (groups > 1 and len(fitting) > 1):
+            sizes = ", ".join(map(str, self.group_sizes))
+            raise CheckpointError(f"{in_features} channels in {groups} groups do not fit the group size {sizes}")
+        return fitting[0]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of a PackedLinear the config of a whole model depends on."""
+
+    in_features: int
+    out_features: int
+    group_size: int
+    groups: int
+    symmetric: bool
+
+    @classmethod
+    def of(cls, layer: PackedLinear) -> Facts:
+        """Of one layer."""
+        return cls(layer.in_features, layer.out_features, layer.group_size, layer.groups, layer.symmetric)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a config says of a model: its quantized layers by name, and the names of Linears left float.
+
+    experts: parameters [E, N, K] of which ``layers`` has each matrix, as ``name.0``, ``name.1``, ... -> how the model uses them.
+    """
+
+    layers: Mapping[str, Facts]
+    float_linears: Sequence[str] = ()
+    experts: Mapping[str, str] = field(default_factory=dict)
+
+    def group_sizes(self) -> list[int]:
+        """The sizes a reader must know: those of layers with several groups; [-1] (or the rows' one length) if there is none."""
+        several = {facts.group_size for facts in self.layers.values() if facts.groups > 1}
+        if several:
+            return sorted(several)
+        lengths = {facts.in_features for facts in self.layers.values()}
+        same = len(lengths) == 1 and lengths == {facts.group_size for facts in self.layers.values()}
+        return [lengths.pop()] if same else [-1]
+
+    def half_joined(self) -> list[str]:
+        """Layers that servers join with neighbours which are float, or have other groups: names of those quantized."""
+        found, known = [], {*self.layers, *self.float_linears}
+        for name, facts in self.layers.items():
+            prefix, _, leaf = name.rpartition(".")
+            for parts in JOINED:
+                others = [f"{prefix}.{part}".lstrip(".") for part in parts if leaf in parts and part != leaf]
+                mates = [self.layers.get(other) for other in others if other in known]
+                if any(mate is None or _size(mate) != _size(facts) for mate in mates):
+                    found.append(name)
+        return found
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether all layers are."""
+        return all(facts.symmetric for facts in self.layers.values())
+
+
+class Layout:
+    """A way to lay out quantized Linears in a checkpoint. Stateless; ``formats.LAYOUTS`` has one object of each.
+
+    name: what users call it; suffixes: the tensors that every layer has, the first of them only quantized layers; optional:
+    those that some layers have.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    rows_at: ClassVar[tuple[str, int]]  # the tensor and dimension that tell out_features
+    optional: ClassVar[tuple[str, ...]] = ("bias",)
+    scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16,)
+    mixes_group_sizes: ClassVar[bool] = False
+    short_groups: ClassVar[bool] = False  # may the last group of a row be short
+    run_time_scales: ClassVar[bool] = False
+    joined_experts: ClassVar[bool] = False  # experts under the names of transformers 5's parameters
+    divisors: ClassVar[tuple[int, int]] = (1, 1)  # of out_features and in_features
+
+    def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
+        """The tensors of a layer for which :meth:`problems` is empty, by suffix; exact. ``summary`` is of the model it is in."""
+        raise NotImplementedError
+
+    def unpack(self, tensors: Mapping[str, Tensor], settings: Settings) -> PackedLinear:
+        """Inverse of :meth:`pack`. CheckpointError for missing tensors, wrong shapes or dtypes, values out of range."""
+        raise NotImplementedError
+
+    def quantization_config(self, summary: Summary) -> dict[str, Any]:
+        """The entry of config.json."""
+        raise NotImplementedError
+
+    def reads(self, config: Mapping[str, Any]) -> Settings | None:
+        """Settings if ``config``, a quantization_config, is of this layout; None if not; CheckpointError if it is but unusable."""
+        raise NotImplementedError
+
+    def files(self, summary: Summary) -> dict[str, dict[str, Any]]:
+        """Further JSON files beside config.json, by name."""
+        return {}
+
+    def claims(self, leaves: Mapping[str, torch.dtype]) -> bool:
+        """Whether tensors of these names and dtypes are a quantized layer of this layout."""
+        return self.suffixes[0] in leaves
+
+    def problems(self, name: str, layer: PackedLinear) -> list[str]:
+        """What of ``layer`` this layout cannot hold, each with the choice that fixes it. Empty: :meth:`pack` is exact."""
+        found = []
+        n, k, g = layer.out_features, layer.in_features, layer.group_size
+        if layer.pre_quant_scale is not None and not self.run_time_scales:
+            found.append('its input is scaled at run time, for which there is no slot: quantize with fold="always"')
+        if not self.short_groups and g != -1 and k % g:
+            found.append(
+                f"in_features={k} is not a multiple of group_size={g}: quantize with a smaller group_size "
+                f"({largest_group(k)}), or leave the layer float with skip="
+            )
+        for value, what, divisor in zip((n, k), ("out_features", "in_features"), self.divisors, strict=True):
+            if value % divisor:
+                found.append(f"{what}={value} is not a multiple of {divisor}: leave the layer float with skip=")
+        if self.stored_scales(layer) is None:
+            found.append(
+                f"its {str(layer.scales.dtype).removeprefix('torch.')} scales cannot be stored exactly as "
+                f"{' or '.join(str(d).removeprefix('torch.') for d in self.scale_dtypes)}: quantize with "
+                'scale_dtype="float16"'
+            )
+        return found
+
+    def stored_scales(self, layer: PackedLinear) -> Tensor | None:
+        """The layer's scales in a dtype this layout has, or None where that would change them."""
+        if layer.scales.dtype in self.scale_dtypes:
+            return layer.scales
+        return next((s for d in self.scale_dtypes if (s := exactly(layer.scales, d)) is not None), None)
+
+    def model_problems(self, summary: Summary) -> list[str]:
+        """What does not fit of the model as a whole, in the same form as :meth:`problems`."""
+        found = []
+        if summary.experts and not self.joined_experts:
+            found.append(
+                f"{next(iter(summary.experts))} and alike hold experts in a form of which this format's readers know none: "
+                'use format="native", or leave them float with skip='
+            )
+        if self.mixes_group_sizes:
+            return found
+        size, *others = summary.group_sizes()
+        if others:
+            sizes = ", ".join(map(str, (size, *others)))
+            return [*found, f"layers have different group sizes ({sizes}): use one for all"]
+        odd = [name for name, facts in summary.layers.items() if not _same_groups(facts, size)]
+        if odd:
+            found.append(f"{odd[0]} has other groups than group_size={size}: use one size that fits all layers")
+        return found
+
+    def require(self, tensors: Mapping[str, Tensor]) -> None:
+        """CheckpointError unless all of ``suffixes`` are there."""
+        if missing := [suffix for suffix in self.suffixes if suffix not in tensors]:
+            raise CheckpointError(f"{', '.join(missing)} is missing, which the {self.name} layout needs")
+
+    def bias_of(self, tensors: Mapping[str, Tensor], out_features: int) -> Tensor | None:
+        """The bias, checked, or None."""
+        if (bias := tensors.get("bias")) is not None:
+            expect("bias", bias, (out_features,), FLOATS)
+        return bias
+
+
+def largest_group(in_features: int) -> str:
+    """The largest usual group size that divides ``in_features``, as a hint."""
+    fitting = [size for size in (128, 64, 32, 16) if in_features % size == 0]
+    return f"{fitting[0]} fits" if fitting else "none of the usual ones fits, -1 does"
+
+
+def _size(facts: Facts) -> int:
+    return -1 if facts.groups == 1 else facts.group_size
+
+
+def _same_groups(facts: Facts, group_size: int) -> bool:
+    """Whether a reader that splits the row by ``group_size`` finds this layer's groups."""
+    if facts.groups == 1:
+        return group_size in (-1, facts.in_features)
+    return facts.group_size == group_size
+
+
+def int_setting(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these keys that is there; CheckpointError if it is no int."""
+    for name in names:
+        if (value := config.get(name)) is not None:
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise CheckpointError(f"quantization_config: {name}={value!r} is not a whole number")
+            return value
+    return None
+
+
+def require_bits(config: Mapping[str, Any], *names: str) -> None:
+    """CheckpointError unless the config says four bits (or nothing)."""
+    bits = int_setting(config, *names)
+    if bits not in (None, 4):
+        raise CheckpointError(f"quantization_config: {bits} bits; awq_ext runs checkpoints of 4 bits")
+
+
+def checked_group_size(value: int | None, default: int | None = None) -> int:
+    """A group size that can be run; CheckpointError if it cannot."""
+    value = default if value is None else value
+    if value is None or (value != -1 and value < 1):
+        raise CheckpointError(f"quantization_config: group_size={value!r}: a positive number or -1 is needed")
+    return value

@@ -1,0 +1,51 @@
+"""PackedLinear: one quantized Linear between two layouts, and the checks that every layout shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import kernels
+from ...layers.quantized_weight import QuantizedWeight
+
+SYMMETRIC_ZERO = 8  # the middle code: what formats without zeros subtract
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, written, or does not fit the model; the model is as it was."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLinear(QuantizedWeight):
+    """A weight of 4 bits (zeros 0..15) with the rest of its Linear: bias [N]; pre_quant_scale fp32 [K] multiplies the input."""
+
+    bias: Tensor | None = None
+    pre_quant_scale: Tensor | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero is the middle code."""
+        return bool((self.zeros == SYMMETRIC_ZERO).all())
+
+
+def pack_rows(codes: Tensor) -> Tensor:
+    """uint8 [N, K] codes below 16 -> uint8 [N, ceil(K/2)], even channel in the low nibble."""
+    return kernels.pack_int4(codes)
+
+
+def expect(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> None:
+    """CheckpointError unless the tensor has this shape and one of these dtypes."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, this layout needs {tuple(shape)}")
+    if tensor.dtype not in dtypes:
+        known = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise CheckpointError(f"{name} has dtype {tensor.dtype}, this layout needs {known}")
+
+
+def exactly(scales: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``scales`` in another dtype, or None where a bit would be lost."""
+    cast = scales.to(dtype)
+    return cast if torch.equal(cast.to(torch.float64), scales.to(torch.float64)) else None

@@ -1,0 +1,161 @@
+"""Export: quantized layers and float tensors, from a model or from files, written as a directory of some layout."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic_directory import replaced
+from .formats import CheckpointError, Facts, Layout, PackedLinear, Summary
+from .quantized_dir import CONFIG, OTHER_CONFIGS
+from .shards import INDEX, WEIGHTS
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# the shards of Transformers, and the tensor file of awq_ext.save
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|model-[0-9a-f]{12}\.safetensors")
+_STALE = {WEIGHTS, INDEX, CONFIG, "awq_ext.json", *OTHER_CONFIGS}
+
+
+class Source(Protocol):
+    """What has quantized layers and float tensors: a model or a QuantDir."""
+
+    layers: Mapping[str, Any]
+    experts: Mapping[str, str]
+    floats: Iterable[str]
+
+    def layer(self, name: str) -> PackedLinear: ...
+    def outline(self, name: str) -> PackedLinear: ...
+    def float_tensor(self, name: str) -> Tensor: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as "5GB" or "300MiB"; ValueError for anything else, or less than one byte."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        value: float = size
+    else:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
+        if found is None or found[2].upper() not in _UNITS:
+            raise ValueError(f'max_shard_size={size!r}: give bytes, or a number with a unit, such as "5GB"')
+        value = float(found[1]) * _UNITS[found[2].upper()]
+    if value < 1:
+        raise ValueError(f"max_shard_size={size!r}: at least one byte is needed")
+    return int(value)
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file of this name is part of a checkpoint, of whatever layout, rather than beside it."""
+    return name in _STALE or _SHARD.fullmatch(name) is not None
+
+
+def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> Summary:
+    """The layers' facts. CheckpointError listing everything in ``source`` that ``layout`` cannot hold."""
+    facts: dict[str, Facts] = {}
+    found: dict[str, list[str]] = {}
+    for name in source.layers:
+        layer = source.outline(name)
+        facts[name] = Facts.of(layer)
+        for problem in layout.problems(name, layer):
+            found.setdefault(problem, []).append(name)
+    summary = Summary(facts, tuple(float_linears), source.experts)
+    lines = [f"{_names(names)}: {problem}" for problem, names in found.items()]
+    lines += layout.model_problems(summary)
+    if lines:
+        listed = "\n".join(f"  - {line}" for line in lines)
+        raise CheckpointError(f"the format {layout.name!r} cannot hold this model; nothing was written:\n{listed}")
+    if layout.name != "native" and (odd := summary.half_joined()):
+        warnings.warn(
+            f"{_names(odd)}: neighbours are float or have other groups, which awq_ext, AutoAWQ and Transformers can run, but "
+            "servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings",
+            UserWarning,
+            stacklevel=3,
+        )
+    return summary
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more layers"
+
+
+def write(
+    directory: Path,
+    source: Source,
+    layout: Layout,
+    summary: Summary,
+    config: Mapping[str, Any],
+    max_shard_size: int,
+    extra: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write ``source`` to ``directory`` in ``layout``, atomically: shards, index, config.json with quantization_config.
+
+    extra: writes further files into the folder it is given. One layer at a time is packed; one shard at a time is in memory.
+    """
+    with replaced(directory, is_checkpoint_file) as folder:
+        _write_shards(folder, _tensors(source, layout, summary), max_shard_size)
+        extra(folder)
+        files = {
+            CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},
+            **layout.files(summary),
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensors(source: Source, layout: Layout, summary: Summary) -> Iterator[dict[str, Tensor]]:
+    """Tensors to store under their names; those of one layer together."""
+    for name in source.floats:
+        yield {name: source.float_tensor(name)}
+    for name in source.layers:
+        packed = layout.pack(source.layer(name), summary)
+        yield {f"{name}.{suffix}".lstrip("."): tensor for suffix, tensor in packed.items()}
+
+
+def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int) -> None:
+    written: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        path = folder / f"{len(written)}.part"
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors makes files that nobody else can read
+        written.append(list(shard))
+        shard.clear()
+
+    for part in parts:
+        bytes_ = sum(tensor.nbytes for tensor in part.values())
+        if shard and size + bytes_ > limit:
+            flush()
+            size = 0
+        shard.update({name: _storable(tensor) for name, tensor in part.items()})
+        size += bytes_
+        total += bytes_
+    flush()
+    if len(written) == 1:
+        (folder / "0.part").rename(folder / WEIGHTS)
+        return
+    where = {}
+    for number, names in enumerate(written):
+        file = f"model-{number + 1:05}-of-{len(written):05}.safetensors"
+        (folder / f"{number}.part").rename(folder / file)
+        where |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, with a storage of its own, as safetensors wants it."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    storage = tensor.untyped_storage()
+    return tensor.clone() if storage.nbytes() != tensor.nbytes else tensor

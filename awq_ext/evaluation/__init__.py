@@ -1,0 +1,1 @@
+"""What quantizing cost and gained: scores with intervals, methods side by side, channels and layers that matter."""

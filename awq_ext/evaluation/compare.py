@@ -1,0 +1,219 @@
+"""compare(): one model quantized in several ways, each scored on every kind of traffic. The model stays as it is."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..config import AwqConfig
+from ..forwards.calls import Call, read_calls
+from ..forwards.memory import release_free_memory
+from ..forwards.mode import calibration_mode
+from ..forwards.outputs import targets_of
+from ..modules import unwrapped
+from ..pipeline.quantize import quantize
+from ..undo.thread_state import restoring
+from .bootstrap import Bootstrap
+from .comparison import FLOAT, Comparison, Variant
+from .cost import model_bytes, race
+from .evaluate import Evaluation, Metric, evaluate
+from .shared_copy import Twin
+
+Method = str | Mapping[str, Any] | AwqConfig
+
+
+@restoring
+def compare(
+    model: nn.Module,
+    calib: Iterable[Any],
+    traffic: Mapping[str, Iterable[Any]],
+    methods: Sequence[Method] | Mapping[str, Method] = ("rtn", "awq"),
+    *,
+    tokenizer: Callable[..., Any] | None = None,
+    inputs: str | Callable[[Any], Any] = "all",
+    blocks: Sequence[str] | None = None,
+    metric: Metric | Mapping[str, Metric] | None = None,
+    bootstrap: Bootstrap | None = None,
+    speed_seconds: float = 0.5,
+    on_model: Callable[[str, nn.Module], object] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Quantize ``model`` by each of ``methods`` and score every result on every kind of ``traffic``.
+
+    calib, traffic["code"], ...: samples as :func:`awq_ext.quantize` reads them; score on others than you calibrate on.
+    methods: names ("rtn", "awq", ...), dicts of :class:`AwqConfig` fields (a "label" among them is the name in the table), or
+        AwqConfig objects; or a dict of these by label. settings: fields that hold for all of them, such as ``group_size=64``.
+    metric: as for :func:`awq_ext.evaluate`; None scores next tokens: perplexity, KL divergence and top-1 agreement with ``model``.
+    speed_seconds: time for each speed measurement, a method and the float model taking turns; 0 leaves speeds out.
+    on_model: called with the label and the model of each row, the float one first, before the model is let go: to let it write
+        a text, say. An error in it is one of the method.
+
+    Returns a :class:`Comparison`: print it, show it in a notebook, ``to_markdown()``, ``to_json()``. A method that fails has its
+    error in the table, and a warning; the others are done nevertheless.
+
+    ``model`` is never written, so an error or an interrupt cannot harm it either: each method works on a twin that shares the
+    model's matrices, one at a time. Peak memory is what quantizing the model in place takes. Raises TypeError or ValueError for
+    unusable arguments before any work, RuntimeError if every method failed.
+    """
+    if not isinstance(traffic, Mapping) or not traffic:
+        raise TypeError('traffic: a dict of loaders by name is needed, such as {"code": [...], "json": [...]}')
+    shared_config = AwqConfig(**settings)
+    configs = read_methods(methods, settings)
+    samples = {name: list(loader) for name, loader in traffic.items()}
+    scoring = {"metric": metric, "tokenizer": tokenizer, "inputs": inputs, "seq_len": shared_config.seq_len}
+    run = _Run(unwrapped(model), list(calib), samples, {**scoring, "bootstrap": bootstrap}, speed_seconds, on_model)
+    reading = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks}
+    total = (1 + len(configs)) * len(samples) + len(configs)
+    with tqdm(total=total, desc="comparing", disable=not progress) as bar:
+        rows = [run.float_row(bar)]
+        for label, config in configs.items():
+            rows.append(run.attempt(label, config, reading, bar))
+            release_free_memory()
+    failed = [row for row in rows if row.error]
+    if len(failed) == len(configs):
+        raise RuntimeError("every method failed: " + "; ".join(f"{row.label}: {row.error}" for row in failed))
+    for row in failed:
+        warnings.warn(f"{row.label} failed: {row.error}", UserWarning, stacklevel=3)  # past restoring()
+    return Comparison(_with_float_speeds(rows), list(samples), torch.get_num_threads(), bootstrap or Bootstrap())
+
+
+def read_methods(
+    methods: Sequence[Method] | Mapping[str, Method], settings: Mapping[str, Any] | None = None
+) -> dict[str, AwqConfig]:
+    """Label -> settings of each method. TypeError or ValueError for what is none, or for two of one label."""
+    if isinstance(methods, (str, AwqConfig)) or not isinstance(methods, (Sequence, Mapping)) or not methods:
+        raise TypeError(f'methods={methods!r}: a sequence is needed, such as ["rtn", "awq"]')
+    labelled = list(methods.items()) if isinstance(methods, Mapping) else [(None, method) for method in methods]
+    configs: dict[str, AwqConfig] = {}
+    for label, method in labelled:
+        name, config = _read_method(method, dict(settings or {}))
+        name = label or name
+        if name in configs or name == FLOAT:
+            raise ValueError(f'methods: the label {name!r} is taken: give another, {{"label": ..., "method": ...}}')
+        configs[name] = config
+    return configs
+
+
+def _read_method(method: Method, settings: dict[str, Any]) -> tuple[str, AwqConfig]:
+    if isinstance(method, AwqConfig):
+        return _label(method.to_dict()), replace(method, **settings)
+    if isinstance(method, str):
+        return method, AwqConfig(**settings | {"method": method})
+    if not isinstance(method, Mapping):
+        raise TypeError(f"methods: {method!r} is a {type(method).__name__}: give a name, a dict or an AwqConfig")
+    chosen = {name: value for name, value in method.items() if name != "label"}
+    return str(method.get("label") or _label(chosen)), AwqConfig.from_dict(settings | chosen)
+
+
+def _label(fields: Mapping[str, Any]) -> str:
+    """The method, and what else is not at its default."""
+    plain = AwqConfig().to_dict()
+    others = [f"{k}={v}" for k, v in fields.items() if k != "method" and v != plain.get(k)]
+    return " ".join([str(fields.get("method", plain["method"])), *others])
+
+
+@dataclass
+class _Run:
+    """What one call of compare() works on."""
+
+    model: nn.Module
+    calib: list[Any]
+    samples: dict[str, list[Any]]
+    scoring: dict[str, Any]
+    speed_seconds: float
+    on_model: Callable[[str, nn.Module], object] | None
+
+    def float_row(self, bar: tqdm) -> Variant:
+        bar.set_postfix_str(FLOAT)
+        evaluations = self._score(FLOAT, self.model, bar)
+        return Variant(FLOAT, None, model_bytes(self.model), evaluations=evaluations)
+
+    def attempt(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: tqdm) -> Variant:
+        """The row of one method, or of its failure."""
+        done = bar.n
+        try:
+            return self._row(label, config, reading, bar)
+        except Exception as error:  # hours of other methods must not be lost with this one
+            bar.update(done + 1 + len(self.samples) - bar.n)
+            return Variant(label, config.to_dict(), error=f"{type(error).__name__}: {error}")
+
+    def _row(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: tqdm) -> Variant:
+        bar.set_postfix_str(f"{label}: quantizing")
+        twin = Twin.of(self.model)
+        began = time.perf_counter()
+        with warnings.catch_warnings(record=True):  # they stand in the report
+            warnings.simplefilter("always")
+            quantize(twin.module, self.calib, config, progress=False, **reading)
+        seconds = time.perf_counter() - began
+        twin.check()
+        bar.update()
+        bar.set_postfix_str(f"{label}: scoring")
+        return Variant(
+            label,
+            config.to_dict(),
+            model_bytes(twin.module),
+            seconds=seconds,
+            simulated=not config.packed,
+            evaluations=self._score(label, twin.module, bar),
+            # a fake-quantized model computes with float weights: its speed is the float model's
+            speeds=self._speeds(twin.module) if config.packed else {},
+            report=twin.module.awq_report,
+        )
+
+    def _score(self, label: str, module: nn.Module, bar: tqdm) -> dict[str, Evaluation]:
+        found = {}
+        # next-token scores of the float model against itself are known: no divergence, full agreement
+        reference = None if module is self.model and self.scoring["metric"] is None else self.model
+        for name, loader in self.samples.items():
+            found[name] = evaluate(module, loader, reference=reference, **self.scoring)
+            bar.update()
+        if self.on_model is not None:
+            self.on_model(label, module)
+        return found
+
+    def _speeds(self, module: nn.Module) -> dict[str, tuple[float, float]]:
+        """Kind of call -> tokens (or rows) a second of ``module`` and of the float model, measured in turns."""
+        if self.speed_seconds <= 0:
+            return {}
+        device = next(module.parameters()).device
+        settings = [self.scoring[name] for name in ("tokenizer", "inputs", "seq_len")]
+        call = read_calls(next(iter(self.samples.values()))[:1], device, *settings)[0]
+        found = {}
+        with calibration_mode(self.model), calibration_mode(module):
+            for kind, part in _speed_calls(call).items():
+                runners = {m: partial(m, *part.args, **part.kwargs) for m in (module, self.model)}
+                took = race(runners, self.speed_seconds)
+                ids = targets_of(part)
+                count = ids.numel() if ids is not None else _rows(part)
+                found[kind] = (count / took[module], count / took[self.model])
+        return found
+
+
+def _speed_calls(call: Call) -> dict[str, Call]:
+    """ "windows": the sample as it is; "steps", where all it holds are token ids and masks: its first token alone."""
+    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+    calls = {"windows": call}
+    if tensors and all(t.dim() == 2 and not t.is_floating_point() for t in tensors):
+        first = lambda value: value[:1, :1] if isinstance(value, Tensor) else value  # noqa: E731
+        calls["steps"] = Call(tuple(map(first, call.args)), {name: first(v) for name, v in call.kwargs.items()})
+    return calls
+
+
+def _rows(call: Call) -> int:
+    return next((len(v) for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def _with_float_speeds(rows: list[Variant]) -> list[Variant]:
+    """The float row with the best speed that it showed beside any method."""
+    kinds = {kind for row in rows for kind in row.speeds}
+    best = {kind: max(row.speeds[kind][1] for row in rows if kind in row.speeds) for kind in kinds}
+    return [replace(rows[0], speeds={kind: (value, value) for kind, value in best.items()}), *rows[1:]]

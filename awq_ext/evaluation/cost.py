@@ -1,0 +1,93 @@
+"""What a model costs: bytes of its parameters, and seconds of its layers and calls, timed in turns."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..kernels import reference
+from ..layers.quant_linear import QuantLinear
+from ..layers.quantized_weight import QuantizedWeight
+from ..reporting.report import AwqReport, LayerReport
+from ..undo import interrupt
+
+
+def linear_bytes(layer: LayerReport) -> int:
+    """Packed size of a Linear: its codes, and for each group of each row a 2-byte scale and a zero of half a byte."""
+    groups = reference.group_count(layer.in_features, layer.group_size)
+    return -(-layer.out_features * (layer.in_features * layer.bits + 20 * groups) // 8)
+
+
+def model_bytes(model: nn.Module, float_bytes: int | None = None) -> int:
+    """Size of all parameters and buffers: int4 layers as they are, fake-quantized ones as if packed, the rest by its dtype.
+
+    float_bytes: bytes of each of the rest instead, for weights that are held wider than they are stored.
+    """
+    int4 = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    report = getattr(model, "awq_report", None)
+    fake = {row.name: row for row in report.layers if row.status == "fake"} if isinstance(report, AwqReport) else {}
+    total = sum(module.nbytes for module in int4.values())
+    total += sum(linear_bytes(row) for row in fake.values())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        if owner not in int4 and not (owner in fake and leaf == "weight"):
+            total += tensor.numel() * (float_bytes or tensor.element_size())
+    return total
+
+
+LEAST_TURNS = 3
+_CACHES = 256 << 20  # bytes: more than the caches of most processors hold
+_MOST_COPIES = 96
+
+
+@torch.no_grad()
+def race(runners: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Seconds of one call of each runner: the best of many, since other programs only slow one down.
+
+    The runners take turns for ``seconds`` each, so that whatever else the machine does meets all of them.
+    """
+    best = dict.fromkeys(runners, math.inf)
+    end, turns = time.perf_counter() + seconds * len(runners), 0
+    while turns < LEAST_TURNS or time.perf_counter() < end:
+        turns += 1
+        for name, run in runners.items():
+            interrupt.check()
+            began = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - began)
+    return best
+
+
+def read_bandwidth(seconds: float = 0.3) -> float:
+    """Bytes a second at which this process reads memory that is in no cache, with torch's threads."""
+    parts = torch.ones(8, 32 << 20, dtype=torch.uint8)
+    turns = itertools.cycle(parts)
+    return parts[0].numel() / race({"read": lambda: next(turns).amax()}, seconds)["read"]
+
+
+def rotating_layers(
+    in_features: int, out_features: int, group_size: int, dtype: torch.dtype
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """ "float" and "int4": a Linear each, of random weights, in copies that are called in turn.
+
+    So many copies that a call finds its weight in no cache, as in a model of many layers.
+    """
+    linear = nn.Linear(in_features, out_features, bias=False, dtype=dtype)
+    weight = QuantizedWeight.of_codes(*kernels.quantize_weight(linear.weight.detach().float(), group_size), group_size)
+    make = {
+        "float": lambda: nn.Linear(in_features, out_features, bias=False, dtype=dtype),
+        "int4": lambda: QuantLinear.from_packed(linear, weight),
+    }
+    runners = {}
+    for name, size in (("float", linear.weight.nbytes), ("int4", make["int4"]().nbytes)):
+        copies = min(_MOST_COPIES, max(2, -(-_CACHES // size)))
+        turns = itertools.cycle([make[name]() for _ in range(copies)])
+        runners[name] = lambda x, turns=turns: next(turns)(x)
+    return runners

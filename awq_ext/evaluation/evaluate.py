@@ -1,0 +1,244 @@
+"""evaluate(): how good a model is on given samples, and how far from another one, with intervals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..forwards.calls import Call, read_calls, run_call
+from ..forwards.mode import calibration_mode
+from ..forwards.outputs import IGNORED_LABEL, logits_of, targets_of
+from ..modules import unwrapped
+from ..undo.thread_state import restoring
+from .bootstrap import Bootstrap, Estimate, Measure
+
+# fp32 log-probabilities made at a time, in elements: a vocabulary of 128 k times 512 tokens would be 256 MiB at once
+_ELEMENTS_AT_ONCE = 1 << 23
+# metric(output, output of the reference or None, sample) -> a number, or one for each row of the sample
+Metric = Callable[[Any, Any, Any], Any]
+
+
+@dataclass(frozen=True, repr=False)  # its __str__ is what is to be seen
+class Evaluation:
+    """What a model scored on some samples. ``print`` shows it; ``evaluation["perplexity"]`` is an Estimate.
+
+    For language models the measures are "perplexity" and, against a reference, "kl" (mean Kullback-Leibler divergence of the
+    reference's next-token distribution from the model's, in nats a token) and "top1" (share of tokens for which both hold the
+    same next one most likely). windows: rows of samples, the unit that is resampled; tokens: predictions scored.
+    """
+
+    measures: Mapping[str, Measure]
+    bootstrap: Bootstrap
+    windows: int
+    tokens: int
+    seconds: float
+
+    def __getitem__(self, name: str) -> Estimate:
+        """The measure called ``name``, with its interval; KeyError names those there are."""
+        return self.bootstrap.estimate(self._measure(name))
+
+    def _measure(self, name: str) -> Measure:
+        if name not in self.measures:
+            raise KeyError(f"no measure {name!r}: there are {', '.join(self.measures)}")
+        return self.measures[name]
+
+    def difference(self, other: Evaluation, name: str) -> Estimate:
+        """self - other in the measure ``name``, paired window by window. ValueError unless both saw the same samples."""
+        return self.bootstrap.difference(self._measure(name), other._measure(name))
+
+    def ratio(self, other: Evaluation, name: str) -> Estimate:
+        """self / other in the measure ``name``, paired like :meth:`difference`."""
+        return self.bootstrap.ratio(self._measure(name), other._measure(name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values = {name: self[name].to_dict() for name in self.measures}
+        return {**values, "windows": self.windows, "tokens": self.tokens, "seconds": self.seconds}
+
+    def __str__(self) -> str:
+        lines = [f"{name:12} {self[name]}" for name in self.measures]
+        share = f"{self.bootstrap.confidence:.0%}"
+        return "\n".join([*lines, f"{self.tokens} scored in {self.windows} windows; {share} intervals over windows"])
+
+    __repr__ = __str__
+
+
+@restoring
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    reference: nn.Module | None = None,
+    metric: Metric | Mapping[str, Metric] | None = None,
+    tokenizer: Callable[..., Any] | None = None,
+    inputs: str | Callable[[Any], Any] = "all",
+    seq_len: int = 512,
+    bootstrap: Bootstrap | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Score ``model`` on samples: perplexity, or any ``metric``; with ``reference`` also the distance from that model.
+
+    loader: samples as :func:`awq_ext.quantize` reads them; texts need ``tokenizer`` and are cut into windows of ``seq_len``
+        tokens. In each window every token but the first is predicted; positions whose ``attention_mask`` is 0 do not count, nor
+        ``labels`` of -100 (where there are labels, they are what is predicted).
+    reference: the float model, say. Both run on every sample, one after the other, so no logits are kept.
+    metric: for models without next-token logits: a function (output, reference's output or None, sample) that returns a number
+        or one for each row, higher being better; or a dict of such functions by name. :func:`accuracy` and :func:`embedding_cosine`
+        are two.
+    bootstrap: how intervals are made; None is ``Bootstrap()``: 95 %, 2000 resamples of windows.
+
+    The models run in evaluation mode without gradients and are left as they were. Raises TypeError and ValueError for
+    unusable arguments, CalibrationError when a model rejects a sample.
+    """
+    model = unwrapped(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    samples = (
+        list(loader) if isinstance(loader, Iterable) and not isinstance(loader, (str, Mapping, Tensor)) else loader
+    )
+    calls = read_calls(samples, device, tokenizer, inputs, seq_len)
+    if len(calls) != len(samples):  # texts, cut into windows
+        samples = [call.args[0] if call.args else call.kwargs for call in calls]
+    started = time.perf_counter()
+    scorer = _TokenScorer(model, reference is not None) if metric is None else _MetricScorer(metric)
+    with calibration_mode(model), calibration_mode(reference if reference is not None else nn.Module()):
+        for index, (sample, call) in enumerate(
+            tqdm(zip(samples, calls, strict=True), "scoring", len(calls), disable=not progress, leave=False)
+        ):
+            output = run_call(model, call, index)
+            expected = None if reference is None else run_call(reference, call, index)
+            scorer.add(output, expected, sample, call)
+    measures = scorer.measures()
+    counts = next(iter(measures.values())).counts
+    return Evaluation(measures, bootstrap or Bootstrap(), len(counts), int(counts.sum()), time.perf_counter() - started)
+
+
+class _MetricScorer:
+    """Values of a user's functions, one a row."""
+
+    def __init__(self, metric: Metric | Mapping[str, Metric]) -> None:
+        self.metrics = dict(metric) if isinstance(metric, Mapping) else {getattr(metric, "__name__", "metric"): metric}
+        self.values: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
+
+    def add(self, output: Any, expected: Any, sample: Any, call: Call) -> None:
+        for name, metric in self.metrics.items():
+            value = metric(output, expected, sample)
+            self.values[name].append(torch.as_tensor(value, dtype=torch.float64, device="cpu").reshape(-1))
+
+    def measures(self) -> dict[str, Measure]:
+        joined = {name: torch.cat(values) for name, values in self.values.items()}
+        return {name: Measure(v, torch.ones_like(v), better="higher") for name, v in joined.items()}
+
+
+class _TokenScorer:
+    """Sums of next-token scores, one of each a window."""
+
+    def __init__(self, model: nn.Module, against: bool) -> None:
+        # the logits of a decoder that reads shifted labels stand at the position they predict
+        self.shifted = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.names = ("nll", "kl", "top1") if against else ("nll",)
+        self.rows: list[Tensor] = []
+
+    def add(self, output: Any, expected: Any, sample: Any, call: Call) -> None:
+        logits, targets = logits_of(output), targets_of(call)
+        if logits is None or targets is None or logits.shape[:-1] != targets.shape:
+            raise ValueError(
+                "the model's output has no next-token logits [batch, tokens, vocabulary] for the tokens of its input: "
+                "pass metric=, a function of (output, the reference's output, sample)"
+            )
+        counted = targets != IGNORED_LABEL
+        mask = call.row_mask(logits)
+        counted = counted if mask is None else counted & mask
+        if self.shifted:
+            counted = counted[:, 1:] & (counted[:, :-1] if mask is None else mask[:, :-1])
+            targets, logits = targets[:, 1:], logits[:, :-1]
+        other = None if expected is None else _logits_like(expected, logits)
+        self.rows.append(window_scores(logits, other, targets, counted).cpu())
+
+    def measures(self) -> dict[str, Measure]:
+        rows = torch.cat(self.rows, 1)
+        rows = rows[:, rows[0] > 0]  # a window of one token predicts nothing
+        if rows.shape[1] == 0:
+            raise ValueError("no token is left to score: every window is one token long, masked or labelled -100")
+        counts, *totals = rows
+        found = dict(zip(self.names, totals, strict=True))
+        measures = {"perplexity": Measure(found["nll"], counts, torch.exp)}
+        if "kl" in found:
+            measures["kl"] = Measure(found["kl"], counts)
+            measures["top1"] = Measure(found["top1"], counts, better="higher")
+        return measures
+
+
+def window_scores(logits: Tensor, expected: Tensor | None, targets: Tensor, counted: Tensor) -> Tensor:
+    """Sums over the counted tokens of each window: fp64 [2 or 4, B]: tokens, -log p, and against ``expected`` KL and agreement.
+
+    logits, expected [B, T, V]; targets int64 and counted bool [B, T].
+    """
+    positions = counted.nonzero()
+    kinds = 2 if expected is None else 4
+    sums = torch.zeros(kinds, len(logits), dtype=torch.float64, device=logits.device)
+    for part in positions.split(max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])):
+        window, place = part.unbind(1)
+        model = F.log_softmax(logits[window, place].float(), -1)
+        scores = [torch.ones(len(part), device=logits.device)]
+        scores.append(-model.gather(1, targets[window, place, None])[:, 0])
+        if expected is not None:
+            wanted = F.log_softmax(expected[window, place].float(), -1)
+            agree = wanted.argmax(-1) == model.argmax(-1)
+            # 0 log 0 = 0: tokens that the reference rules out (-inf) contribute nothing. Below zero is rounding.
+            terms = torch.where(wanted == -torch.inf, 0.0, wanted.exp() * (wanted - model))
+            scores += [terms.sum(-1).clamp_min(0), agree]
+        sums.index_add_(1, window, torch.stack([score.double() for score in scores]))
+    return sums
+
+
+def _logits_like(expected: Any, logits: Tensor) -> Tensor:
+    """The reference's logits at the positions of ``logits`` [B, T, V]. ValueError where the two models predict other things."""
+    other = logits_of(expected)
+    if other is None or other.shape[0] != logits.shape[0] or other.shape[2:] != logits.shape[2:]:
+        what = "no next-token logits" if other is None else f"logits of {other.shape[-1]} tokens"
+        raise ValueError(
+            f"the reference has {what}, the model of {logits.shape[-1]}: only models of one vocabulary can be compared "
+            "(pass metric= for others)"
+        )
+    return other[:, : logits.shape[1]]
+
+
+def accuracy(output: Any, expected: Any, sample: Sequence[Any]) -> Tensor:
+    """Metric for classifiers: 1 where the largest logit is at the label. sample: (input, label); loader with ``inputs="first"``."""
+    scores = logits_of(output)
+    if scores is None or not isinstance(sample, (tuple, list)) or len(sample) < 2:
+        raise TypeError("accuracy needs class logits as output and samples (input, label)")
+    labels = torch.as_tensor(sample[1], device=scores.device)
+    return (scores.argmax(-1) == labels).double().reshape(-1)
+
+
+def embedding_cosine(output: Any, expected: Any, sample: Any) -> Tensor:
+    """Metric for encoders: cosine between the model's and the reference's embeddings, one a row.
+
+    An embedding is the mean of ``last_hidden_state`` [B, T, D] over the tokens that ``attention_mask`` counts (sentence
+    encoders pool so); outputs [B, D] are embeddings already.
+    """
+    if expected is None:
+        raise TypeError("embedding_cosine compares with a reference: pass reference=the float model")
+    one, other = _embedding(output, sample), _embedding(expected, sample)
+    return F.cosine_similarity(one.double(), other.double(), dim=-1)
+
+
+def _embedding(output: Any, sample: Any) -> Tensor:
+    hidden = getattr(output, "last_hidden_state", output)
+    if isinstance(hidden, (tuple, list)):
+        hidden = hidden[0]
+    if hidden.dim() == 2:
+        return hidden.float()
+    mask = sample.get("attention_mask") if isinstance(sample, Mapping) else None
+    weights = torch.ones(hidden.shape[:2]) if mask is None else mask.float()
+    weights = weights.to(hidden.device)[..., None]
+    return (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)

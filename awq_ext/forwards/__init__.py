@@ -1,0 +1,1 @@
+"""Forwards of the user's model: its calls, what goes in and comes out, and many batches in lockstep."""

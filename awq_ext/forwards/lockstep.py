@@ -1,0 +1,171 @@
+"""The repeated blocks of a model, and calibration forwards that go through them in lockstep.
+
+Each batch's own ``model(*args, **kwargs)`` runs in a greenlet and stops at the entry of every block, so only the hidden
+states of one block boundary exist at a time, and the model's own code decides what every block is called with. Greenlets
+share the thread: no OpenMP team per batch, and exactly one forward runs at any time. Grad mode, inference mode and
+autocast belong to the thread, so they are swapped at every stop (``threadstate.py``).
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import greenlet
+import torch
+from torch import nn
+
+from ..undo import interrupt
+from ..undo.thread_state import ThreadState, other_state
+from .calls import CalibrationError, Call, run_call
+from .hooks import Hooks
+from .inputs import copy_inputs
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the model that is calibrated and quantized as one."""
+
+    name: str
+    module: nn.Module
+
+
+class Stop:
+    """A batch that waits at the entry of a block, with the very arguments of that call."""
+
+    def __init__(self, worker: _Worker, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._worker = worker
+        self.block = block
+        self.call = worker.call
+        self._args = args
+        self._kwargs = kwargs
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of that call."""
+        return self._args, self._kwargs
+
+    def run_on_copies(self) -> Any:
+        """Run the block on copies of its arguments, in the state of this batch's forward; returns the block's output.
+
+        Hooks on the block itself do not run (its submodules' do), and the forward stays where it is.
+        """
+
+        def run() -> Any:
+            args, kwargs = copy_inputs((self._args, self._kwargs))
+            return self.block.module.forward(*args, **kwargs)
+
+        return self._worker.do(run)
+
+    def advance(self) -> None:
+        """Let the forward run on, to the next block or to its end."""
+        # whoever still holds this stop must not keep the hidden states that the forward is about to leave behind
+        self._args, self._kwargs = (), {}
+        self._worker.advance()
+
+
+class _Worker(greenlet.greenlet):
+    """One batch's forward. Talks to its caller (the greenlet that made it) by switching values back and forth."""
+
+    def __init__(self, model: nn.Module, index: int, call: Call, home: ThreadState) -> None:
+        super().__init__(self._forward)
+        # greenlets start with empty context variables; the forward must see those of the caller
+        self.gr_context = contextvars.copy_context()
+        self._model = model
+        self._index = index
+        self._home = home
+        self.call = call
+        self.stop: Stop | None = None
+        self._result: Any = None
+
+    def _forward(self) -> None:
+        try:
+            with torch.no_grad():
+                run_call(self._model, self.call, self._index)
+        finally:
+            self.stop = None  # the stop knows its worker: a cycle, which would keep the hidden states alive
+
+    def pause(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called from inside the forward: wait here, doing what the caller requests, until that is to go on (None)."""
+        self.stop = Stop(self, block, args, kwargs)
+        while True:
+            with other_state(self._home):
+                request = self.parent.switch()
+            if request is None:
+                break
+            # not passed through switch(): this frame would hold it while it waits
+            self._result = request()
+        self.stop = None
+
+    def advance(self) -> None:
+        interrupt.check()
+        self.switch() if not self else self.switch(None)
+
+    def end(self) -> None:
+        """Cut the forward off. The stop hooks are gone, so one that catches the exit runs to its end and stays there."""
+        if self:
+            # what a model makes of being cut off is no error of the calibration
+            with suppress(Exception):
+                self.throw(greenlet.GreenletExit)
+
+    def do(self, request: Callable[[], T]) -> T:
+        interrupt.check()
+        self.switch(request)
+        result, self._result = self._result, None
+        return result
+
+
+@contextmanager
+def lockstep(
+    model: nn.Module, blocks: Sequence[Block], calls: Sequence[Call]
+) -> Iterator[Iterator[tuple[Block, list[Stop]]]]:
+    """Iterate over ``blocks`` (in calling order) with the batches that wait at each one's entry.
+
+    The body of the loop may run blocks on copies and advance stops; those that it left are advanced before the next block. Leaving
+    the context ends all forwards where they are (what follows the last block never runs) and removes every hook.
+    """
+    home = ThreadState.capture()
+    workers = [_Worker(model, i, call, home) for i, call in enumerate(calls)]
+    on = Hooks()
+    try:
+        for block in blocks:
+            on.input(block.module, partial(_stop_at, block))
+        yield _visits(blocks, workers)
+    finally:
+        on.close()
+        for worker in workers:
+            worker.end()
+        home.apply()
+
+
+def _stop_at(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    worker = greenlet.getcurrent()
+    if isinstance(worker, _Worker):
+        worker.pause(block, args, kwargs)
+
+
+def _visits(blocks: Sequence[Block], workers: Sequence[_Worker]) -> Iterator[tuple[Block, list[Stop]]]:
+    for worker in workers:
+        worker.advance()
+    for position, block in enumerate(blocks):
+        _refuse_returns(blocks[:position], workers)
+        stops = [worker.stop for worker in workers if worker.stop is not None and worker.stop.block is block]
+        yield block, stops
+        for stop in stops:
+            if stop._worker.stop is stop and block is not blocks[-1]:
+                stop.advance()
+
+
+def _refuse_returns(done: Sequence[Block], workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        if worker.stop is not None and worker.stop.block in done:
+            raise CalibrationError(
+                f"calibration batch {worker._index} came back to block {worker.stop.block.name!r}, which was finished "
+                "before: blocks are not called in one order by all batches; pass blocks=[] to calibrate the model as a whole"
+            )

@@ -1,0 +1,111 @@
+"""Trying a block on one calibration batch under other parameters, without touching the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .hooks import Hooks
+from .inputs import linear_input
+from .outputs import distance_of, norm_of
+
+# Parameters by (module, name) that a block sees on trial instead of the real ones.
+Substitutes = Mapping[tuple[nn.Module, str], Tensor]
+
+
+@contextmanager
+def substituted(substitutes: Substitutes) -> Iterator[None]:
+    """Let modules see other parameters while the body runs. The real Parameter objects are set aside, never written."""
+    real = {(module, name): module._parameters[name] for module, name in substitutes}
+    try:
+        for (module, name), tensor in substitutes.items():
+            module._parameters[name] = tensor
+        yield
+    finally:
+        for (module, name), parameter in real.items():
+            module._parameters[name] = parameter
+
+
+class Probe:
+    """A block's output on one calibration batch, under substituted parameters.
+
+    run: runs the block on copies of its arguments; output: what it returned with its own parameters; row_mask: the bool mask of
+    the rows of a tensor that count, or None for all (``Call.row_mask``).
+    """
+
+    def __init__(
+        self, run: Callable[[], Any], output: Any, row_mask: Callable[[Tensor], Tensor | None] = lambda _: None
+    ) -> None:
+        self._run = run
+        self._row_mask = row_mask
+        self.reference = self._rows(output)
+
+    def output(self, substitutes: Substitutes) -> list[Tensor]:
+        """The floating-point tensors that the block returns."""
+        return self.watch(substitutes, [])[0]
+
+    def inputs(self, linears: Sequence[nn.Linear], substitutes: Substitutes) -> list[Tensor]:
+        """What each of ``linears`` is first called with: [rows, in_features], rows that do not count left out.
+
+        [0, in_features] for one that is not called.
+        """
+        return self.watch(substitutes, linears)[1]
+
+    def watch(self, substitutes: Substitutes, linears: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
+        """Both :meth:`output` and :meth:`inputs`, of one run."""
+        seen: dict[nn.Linear, Tensor] = {}
+
+        def see(linear: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = linear_input(args, kwargs)
+            seen.setdefault(linear, self._counted(x).reshape(-1, x.shape[-1]))
+
+        with Hooks() as on, substituted(substitutes):
+            for linear in linears:
+                on.input(linear, partial(see, linear))
+            output = self._rows(self._run())
+        return output, [seen.get(linear, torch.empty(0, linear.in_features)) for linear in linears]
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        mask = self._row_mask(tensor)
+        return tensor if mask is None else tensor.flatten(0, -2)[mask.flatten()]
+
+    def _rows(self, output: Any) -> list[Tensor]:
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return [self._counted(tensor) for tensor in tensors]
+
+    def distance(self, substitutes: Substitutes) -> float:
+        """||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
+        return distance_of(self.output(substitutes), self.reference)
+
+    @property
+    def norm(self) -> float:
+        """||float output||."""
+        return norm_of(self.reference)
+
+
+@contextmanager
+def output_dtypes(modules: Sequence[nn.Module]) -> Iterator[set[torch.dtype]]:
+    """The floating-point dtypes that ``modules`` return while the body runs."""
+    seen: set[torch.dtype] = set()
+
+    with Hooks() as on:
+        for module in modules:
+            on.output(module, lambda output: seen.add(output.dtype) if output.dtype.is_floating_point else None)
+        yield seen
+
+
+def combined(
+    changes: Sequence[tuple[nn.Module, str, Callable[[Tensor], Tensor]]],
+) -> dict[tuple[nn.Module, str], Tensor]:
+    """Substitutes from changes of parameters, those of one parameter applied one after another in fp32, in its dtype."""
+    values: dict[tuple[nn.Module, str], Tensor] = {}
+    for module, name, change in changes:
+        value = values.get((module, name))
+        values[module, name] = change(module._parameters[name].detach().float() if value is None else value)
+    return {(module, name): value.to(module._parameters[name].dtype) for (module, name), value in values.items()}

@@ -1,0 +1,115 @@
+"""Waiting layers: what holds a quantized layer's place in a model while transformers reads its files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.fill import fitting_bias, run_time_scales
+from ..checkpoints.formats import CheckpointError, PackedLinear
+from ..checkpoints.renaming import Renamed
+from ..layers.quant_linear import QuantLinear
+from ..layers.quantized_weight import QuantizedWeight
+
+
+class Waiting(nn.Module):
+    """``linear`` is what it stands for; ``name``: of the layer in the model; ``files``: what it is made from."""
+
+    def __init__(self, linear: nn.Linear, name: str, files: Renamed) -> None:
+        super().__init__()
+        self.name = name
+        self.files = files
+        self._replaces = (linear,)  # in a tuple, else its weight would be expected in the files
+
+    @property
+    def linear(self) -> nn.Linear:
+        """Of the model: on the meta device."""
+        return self._replaces[0]
+
+    def layer(self) -> nn.Module:
+        """What takes its place. CheckpointError if the tensors did not come, are damaged, or do not fit the model."""
+        raise NotImplementedError
+
+    def _have_weight(self) -> None:
+        """Some models draw the weights of their children by name; transformers draws none that is marked."""
+        if "weight" not in self._buffers:
+            self.weight = torch.empty(0)
+            self.weight._is_hf_initialized = True
+
+    def _int4_layer(self, packed: PackedLinear, device: torch.device) -> QuantLinear:
+        linear = self.linear
+        linear.bias = self._bias(packed)
+        scales = run_time_scales(packed, linear.weight.dtype, self.name)
+        parts = (part.to(device) for part in (packed.qweight, scales, packed.zeros))
+        weight = QuantizedWeight(*parts, packed.in_features, packed.group_size)
+        scale = packed.pre_quant_scale
+        return QuantLinear.from_packed(linear, weight, None if scale is None else scale.to(device)).to(device)
+
+    def _bias(self, packed: PackedLinear) -> nn.Parameter | None:
+        linear = self.linear
+        found, expected = (packed.in_features, packed.out_features), (linear.in_features, linear.out_features)
+        if found != expected:
+            raise CheckpointError(f"layer {self.name!r} is {found} in the files, {expected} in the model")
+        bias = fitting_bias(packed, linear.bias is not None, self.name)
+        return None if bias is None else nn.Parameter(bias.to(linear.weight.dtype))
+
+    def _place(self, tensors: dict[str, Tensor]) -> torch.device:
+        """Where the model wants the layer."""
+        if lacking := [leaf for leaf, tensor in tensors.items() if tensor.is_meta]:
+            raise CheckpointError(
+                f"{self.name}.{lacking[0]} was not loaded: quantized layers cannot be kept on disk (device_map)"
+            )
+        return next(iter(tensors.values())).device
+
+
+class WholeLinear(Waiting):
+    """One layer of the files: their tensors as buffers, which transformers fills."""
+
+    def __init__(self, linear: nn.Linear, name: str, files: Renamed) -> None:
+        super().__init__(linear, name, files)
+        source = files.source
+        for leaf, tensor in source.layers[files.layers[name]].items():
+            shape, dtype = source.shards.shape(tensor), source.shards.dtype(tensor)
+            self.register_buffer(leaf, torch.empty(shape, dtype=dtype, device="meta"))
+        self._have_weight()
+
+    def layer(self) -> QuantLinear:
+        """See :class:`Waiting`."""
+        tensors, source, file_name = dict(self.named_buffers()), self.files.source, self.files.layers[self.name]
+        device = self._place(tensors)
+        for leaf, name in source.layers[file_name].items():
+            # transformers 4 casts buffers to the model's dtype, which would round scales
+            same = tensors[leaf].dtype == source.shards.dtype(name)
+            tensors[leaf] = tensors[leaf].cpu() if same else source.shards.get(name)
+        try:
+            packed = source.layout.unpack(tensors, source.settings.of(file_name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.folder}: layer {file_name}: {error}") from None
+        return self._int4_layer(packed, device)
+
+
+class JoinedLinear(Waiting):
+    """Rows of several layers of the files, or of their float weights, read when transformers is done with the others.
+
+    Its one buffer is of the layer's size and nobody's: by it device maps are planned and the device is known.
+    """
+
+    def __init__(self, linear: nn.Linear, name: str, files: Renamed) -> None:
+        super().__init__(linear, name, files)
+        size = linear.weight.nbytes if name not in files.layers else (linear.weight.numel() + 1) // 2
+        self.register_buffer("room", torch.empty(size, dtype=torch.uint8, device="meta"), persistent=False)
+        self._have_weight()
+
+    def layer(self) -> nn.Module:
+        """See :class:`Waiting`; a Linear where the weight is float."""
+        device = self._place(dict(self.named_buffers()))
+        if self.name in self.files.layers:
+            return self._int4_layer(self.files.layer(self.name), device)
+        linear, old = self.linear, self.linear.weight
+        weight = self.files.float_tensor(f"{self.name}.weight")
+        if weight.shape != old.shape:
+            raise CheckpointError(
+                f"{self.name}.weight has shape {tuple(weight.shape)} in the files, {tuple(old.shape)} in the model"
+            )
+        linear.weight = nn.Parameter(weight.to(device, old.dtype), requires_grad=old.requires_grad)
+        return linear

@@ -1,0 +1,161 @@
+"""What Transformers asks of a quantizer while it loads and saves a model. Imports transformers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoints.fill import take_apart
+from ..checkpoints.formats import CheckpointError, PackedLinear
+from ..checkpoints.quantized_dir import QuantDir
+from ..checkpoints.renaming import Renamed
+from ..checkpoints.write import summarize
+from ..layers.quant_linear import QuantLinear
+from ..standins.expert_linears import ExpertLinears
+from ..standins.fused import put_back
+from ..undo.journal import Journal
+from .placeholders import JoinedLinear, Waiting, WholeLinear
+from .pretrained import ModelSource, float_linears
+
+
+class AwqExtConfig(QuantizationConfigMixin):
+    """A quantization_config with the very keys and values of config.json."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+
+class AwqExtQuantizer(HfQuantizer):
+    """Runs any layout that awq_ext reads; ``layout`` is the one that was loaded."""
+
+    requires_calibration = True  # quantizing is not done while loading
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        source = QuantDir(_folder(model, checkpoint_files))
+        self.layout = source.layout
+        with torch.device("cpu"):  # row numbers are no tensors of the model, which is being built on the meta device
+            self.files = Renamed(source, model)
+        with Journal() as journal:
+            take_apart(model, self.files, journal)
+        for name in self.files.layers:
+            self._wait(model, name)
+        for name in self.files.floats:
+            if self.files.parts(name):
+                self._wait(model, name.removesuffix(".weight"))
+        self._hide_from_loader(model)
+
+    def _wait(self, model: Any, name: str) -> None:
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear):
+            what = "no such module" if linear is None else f"a {type(linear).__name__} there"
+            raise CheckpointError(f"{self.files.folder} has a quantized layer {name!r}, the model has {what}")
+        whole = name in self.files.layers and not self.files.parts(name)
+        model.set_submodule(name, (WholeLinear if whole else JoinedLinear)(linear, name, self.files))
+
+    def _hide_from_loader(self, model: Any) -> None:
+        """Experts that are taken apart have no values to draw, and their files no tensor of the model to go to."""
+        self._ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        patterns = set()
+        for name, module in model.named_modules():
+            if isinstance(module, ExpertLinears):
+                module._is_hf_initialized = True
+                patterns.add(f"^{re.escape(name.rpartition('.')[0])}\\.")
+        if patterns:
+            kind = list if self._ignored is None else type(self._ignored)  # a set in transformers 5
+            model._keys_to_ignore_on_load_unexpected = kind([*(self._ignored or ()), *patterns])
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if getattr(model, "_keys_to_ignore_on_load_unexpected", None) != self._ignored:
+            model._keys_to_ignore_on_load_unexpected = self._ignored
+        for name, waiting in [(n, m) for n, m in model.named_modules() if isinstance(m, Waiting)]:
+            layer = waiting.layer().train(waiting.training)
+            if hook := getattr(waiting, "_hf_hook", None):  # model on several devices
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(layer, hook)
+            model.set_submodule(name, layer)
+        if hasattr(model, "_weight_conversions"):  # transformers has not seen those of layers that it did not read
+            known = {tuple(each.source_patterns) for each in model._weight_conversions}
+            model._weight_conversions += [each for each in self.files.used if tuple(each.source_patterns) not in known]
+        del self.files  # lets go of them
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: the quantized layers in ``layout``, and a config that says so."""
+        source = ModelSource(model)
+        renamed = Renamed(source, model, to_files=True)
+        summary = summarize(renamed, self.layout, renamed.linears(float_linears(model)))
+        state = _state_dict(model, source, renamed, lambda layer: self.layout.pack(layer, summary))
+        config = self.layout.quantization_config(summary)
+        self.quantization_config = model.config.quantization_config = type(self.quantization_config).from_dict(config)
+        return state, {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return hasattr(HfQuantizer, "get_state_dict_and_metadata")
+
+    def _dequantize(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]:
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear.weight, linear.bias = nn.Parameter(layer.weight.detach()), layer.bias
+            model.set_submodule(name, linear.train(layer.training))
+        with Journal() as journal:
+            put_back(model, journal)
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters: gradients reach the inputs
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _state_dict(
+    model: Any, source: ModelSource, renamed: Renamed, pack: Callable[[PackedLinear], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Tensors under the names by which transformers' own renaming gives ``renamed``'s: the model's where it only renames."""
+    written: dict[str, tuple[str, dict[str, Tensor]]] = {}  # name -> that in the file, tensors by suffix
+    own = set(source.layers)
+    for file_name, name in renamed.layers.items():
+        given = file_name if renamed.parts(file_name) else name
+        written[given] = file_name, pack(renamed.layer(file_name))
+    for tensor in renamed.floats:
+        if runs := renamed.parts(tensor):
+            name = tensor.removesuffix(".weight")
+            written[name] = name, {"weight": renamed.float_tensor(tensor)}
+            own |= {run.source.removesuffix(".weight") for run in runs}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in own}
+    for given, (file_name, tensors) in written.items():
+        for leaf, tensor in tensors.items():
+            if renamed.rename(f"{given}.{leaf}") != f"{file_name}.{leaf}":
+                raise CheckpointError(
+                    f"transformers would not write {given}.{leaf} as {file_name}.{leaf}: use awq_ext.save_pretrained"
+                )
+            state[f"{given}.{leaf}"] = tensor
+    return state
+
+
+def _folder(model: Any, checkpoint_files: Any) -> Path:
+    """Where the files of the model lie, in a Hugging Face cache too."""
+    if checkpoint_files:
+        return Path(checkpoint_files[0]).parent
+    name = getattr(model.config, "name_or_path", "")
+    if os.path.isdir(name):
+        return Path(name)
+    raise CheckpointError(
+        f"the files of {name!r} cannot be told: this version of transformers does not pass them on, give a directory"
+    )

@@ -1,0 +1,79 @@
+"""``torch.ops.awq_ext``: what a quantized layer calls; autograd, autocast, torch.compile and export see it.
+
+The schemas, the CPU kernels, the gradient and the autocast rule are registered by ``awq_ext._C``; here are the other
+devices and the shape functions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _C  # noqa: F401  (importing _C registers the operators)
+from ..kernels import reference
+
+__all__ = ["int4_linear", "int4_weight"]
+
+
+def int4_linear(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    pre_quant_scale: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    compute_dtype: str = "auto",
+) -> Tensor:
+    """x [..., K] @ W^T + bias, W [N, K] in four bits.
+
+    x fp32/fp16/bf16; tiles uint8 [T, S, 64], scales [T, G, 32] fp16/bf16 and zeros uint8 [T, G, 16] in the compute layout
+    (``reference.tile_int4``, ``tile_scales``, ``tile_zeros``); bias [N] or None; pre_quant_scale fp32 [K], which multiplies x
+    first, or None; group_size -1 or positive. Returns [..., N] in x's dtype. Sums are fp32 on the CPU; the weight is never
+    rounded, x only in bf16, where its product with pre_quant_scale is rounded to bf16 again. Under autocast x is cast as
+    a Linear's input is. Differentiable in x and bias; the weight is frozen.
+    compute_dtype "int8" rounds the activations to eight bits on the way (``reference.int8_activations``) and computes with
+    integers: faster with many rows, less accurate. Gradients are those of "auto".
+    ValueError for shapes that do not fit or an unknown compute_dtype, TypeError for a wrong dtype.
+    """
+    return torch.ops.awq_ext.int4_linear.default(
+        x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, compute_dtype
+    )
+
+
+def int4_weight(
+    tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int
+) -> Tensor:
+    """The weight that int4_linear multiplies by (without pre_quant_scale): fp32 [N, K]."""
+    return torch.ops.awq_ext.int4_weight.default(tiles, scales, zeros, in_features, out_features, group_size)
+
+
+def _linear_shape(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    pre_quant_scale: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    compute_dtype: str = "auto",
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _weight_shape(
+    tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int
+) -> Tensor:
+    return scales.new_empty((out_features, in_features), dtype=torch.float32)
+
+
+for _name, _function, _shape in (
+    ("awq_ext::int4_linear", reference.int4_linear, _linear_shape),
+    ("awq_ext::int4_weight", reference.int4_weight, _weight_shape),
+):
+    torch.library.impl(_name, "CompositeExplicitAutograd")(_function)
+    torch.library.register_fake(_name)(_shape)

@@ -1,0 +1,263 @@
+"""QuantLinear: the int4 layer that takes the place of nn.Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..kernels import reference
+from ..modules import take_hooks
+from .frozen import FrozenTensor
+from .ops import int4_linear, int4_weight
+from .quantized_weight import QuantizedWeight
+
+# These hold bit patterns that were searched for; a cast of the model must not round them again.
+_FROZEN_DTYPE = ("tile_scales", "pre_quant_scale")
+# Checkpoint tensor -> the buffer that holds it in the compute layout.
+TILED = {"qweight": "tiles", "scales": "tile_scales", "zeros": "tile_zeros"}
+COMPUTE_DTYPES = ("auto", "int8")
+
+
+def _known_compute_dtype(value: str) -> str:
+    if value not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype: expected one of {', '.join(COMPUTE_DTYPES)}, got {value!r}")
+    return value
+
+
+class QuantLinear(nn.Module):
+    """y = (x * pre_quant_scale) @ W^T + bias, W in int4: W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
+
+    Held once, in the layout the kernels read (csrc/base/layout.h): tiles uint8 [T, S, 64], tile_scales fp16 or bf16 [T, G, 32],
+    tile_zeros uint8 [T, G, 16]. ``state_dict`` and checkpoints have rows instead, converted exactly on the way in and out:
+    qweight uint8 [N, ceil(K/2)] (even channel in the low nibble), scales [N, G], zeros uint8 [N, G]; under these names
+    they can also be read (a copy) and assigned here. Beside them pre_quant_scale fp32 [K] or None (1/s where the scale s
+    could not be folded into an earlier operation).
+    Activations fp32, bf16 or fp16 of any leading shape; the output has their dtype. The weight is frozen; gradients reach
+    the input and the bias. ``compute`` says what the products are computed in (:func:`set_compute_dtype`).
+    """
+
+    _compute = "auto"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        bias: bool = True,
+        pre_quant_scale: bool = False,
+        dtype: torch.dtype = torch.float32,
+        scale_dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        self.dtype = dtype
+        groups = reference.group_count(in_features, group_size)
+        count, steps = -(-out_features // reference.TILE_OUTPUTS), reference.step_count(in_features, group_size)
+        made = {"device": device}
+        # not persistent: state_dict gets rows, not tiles
+        self.register_buffer("tiles", torch.zeros(count, steps, 64, dtype=torch.uint8, **made), False)
+        self.register_buffer("tile_scales", torch.zeros(count, groups, 32, dtype=scale_dtype, **made), False)
+        self.register_buffer("tile_zeros", torch.zeros(count, groups, 16, dtype=torch.uint8, **made), False)
+        self.register_buffer("pre_quant_scale", torch.ones(in_features, **made) if pre_quant_scale else None)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, **made)) if bias else None
+
+    @classmethod
+    def from_packed(
+        cls,
+        linear: nn.Linear,
+        weight: QuantizedWeight,
+        pre_quant_scale: Tensor | None = None,
+    ) -> QuantLinear:
+        """Build the layer that computes what ``linear`` did, with this weight of 4 bits; pre_quant_scale: fp32 [K] or None.
+
+        It shares ``linear``'s bias, and takes over its hooks and training flag.
+        """
+        layer = cls.empty_like(linear, weight.group_size, False, weight.scales.dtype, device="meta")
+        layer.qweight, layer.scales, layer.zeros = weight.qweight, weight.scales, weight.zeros
+        layer.pre_quant_scale = pre_quant_scale
+        layer.bias = linear.bias
+        take_hooks(layer, linear)
+        return layer.train(linear.training)
+
+    @classmethod
+    def empty_like(
+        cls,
+        linear: nn.Linear,
+        group_size: int,
+        pre_quant_scale: bool,
+        scale_dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> QuantLinear:
+        """A layer of ``linear``'s shape, to be filled."""
+        bias = linear.bias is not None
+        shape = (linear.in_features, linear.out_features, group_size)
+        return cls(*shape, bias, pre_quant_scale, linear.weight.dtype, scale_dtype, device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] -> [..., N]; called like nn.Linear's argument."""
+        return int4_linear(
+            input,
+            self.tiles,
+            self.tile_scales,
+            self.tile_zeros,
+            self.bias,
+            self.pre_quant_scale,
+            self.in_features,
+            self.out_features,
+            self.group_size,
+            self._compute,
+        )
+
+    @property
+    def compute(self) -> str:
+        """What the products are computed in, "auto" or "int8": see :func:`set_compute_dtype`. Can be assigned."""
+        # Not named compute_dtype: PEFT would take that for a torch.dtype.
+        return self._compute
+
+    @compute.setter
+    def compute(self, value: str) -> None:
+        self._compute = _known_compute_dtype(value)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that this layer stands for: [N, K], detached, in the dtype of the replaced layer.
+
+        Dequantized on every access, and therefore refuses to be written (RuntimeError).
+        """
+        sizes = (self.in_features, self.out_features, self.group_size)
+        weight = int4_weight(self.tiles, self.tile_scales, self.tile_zeros, *sizes)
+        if self.pre_quant_scale is not None:
+            weight = weight * self.pre_quant_scale
+        return weight.to(self.dtype).as_subclass(FrozenTensor)
+
+    def to_tiles(self, name: str, rows: Tensor) -> Tensor:
+        """The buffer ``TILED[name]`` for this qweight, scales or zeros. ValueError if the shape does not fit."""
+        sizes = {"qweight": (self.in_features + 1) // 2}
+        expected = (self.out_features, sizes.get(name, reference.group_count(self.in_features, self.group_size)))
+        if rows.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(rows.shape)}, this layer needs {expected}")
+        if name == "qweight":
+            return kernels.tile_int4(rows, self.in_features, self.group_size)
+        if name == "scales":
+            return reference.tile_scales(rows)
+        if not rows.is_meta and rows.numel() and rows.max() > 15:
+            raise ValueError(f"zeros must be below 16, got {int(rows.max())}")
+        return reference.tile_zeros(rows)
+
+    def to_rows(self, name: str) -> Tensor:
+        """qweight, scales or zeros, as a checkpoint has them: a copy."""
+        held = getattr(self, TILED[name])
+        if name == "qweight":
+            return kernels.untile_int4(held, self.out_features, self.in_features, self.group_size)
+        return (reference.untile_scales if name == "scales" else reference.untile_zeros)(held, self.out_features)
+
+    @property
+    def qweight(self) -> Tensor:
+        """uint8 [N, ceil(K/2)]."""
+        return self.to_rows("qweight")
+
+    @qweight.setter
+    def qweight(self, rows: Tensor) -> None:
+        self.tiles = self.to_tiles("qweight", rows)
+
+    @property
+    def scales(self) -> Tensor:
+        """fp16 or bf16 [N, G]."""
+        return self.to_rows("scales")
+
+    @scales.setter
+    def scales(self, rows: Tensor) -> None:
+        self.tile_scales = self.to_tiles("scales", rows)
+
+    @property
+    def zeros(self) -> Tensor:
+        """uint8 [N, G]."""
+        return self.to_rows("zeros")
+
+    @zeros.setter
+    def zeros(self, rows: Tensor) -> None:
+        self.tile_zeros = self.to_tiles("zeros", rows)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name in TILED:
+            destination[prefix + name] = self.to_rows(name)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for name, buffer in TILED.items():
+            rows = state_dict.get(prefix + name)
+            if rows is None:
+                missing_keys.extend([prefix + name] if strict else [])
+                continue
+            try:
+                tiles = self.to_tiles(name, rows)
+            except ValueError as error:
+                error_msgs.append(f"{prefix + name}: {error}")
+                continue
+            if assign:
+                setattr(self, buffer, tiles)
+            else:
+                with torch.no_grad():
+                    getattr(self, buffer).copy_(tiles)
+        rest = {name: value for name, value in state_dict.items() if name.removeprefix(prefix) not in TILED}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything held: tiles, input scale, bias."""
+        return sum(t.nbytes for t in (*self.buffers(), *self.parameters()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        before = {name: self._buffers[name] for name in _FROZEN_DTYPE}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.tiles.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        run_time = ", pre_quant_scale=True" if self.pre_quant_scale is not None else ""
+        if self.compute != "auto":
+            run_time += f", compute={self.compute!r}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits=4, group_size={self.group_size}{run_time}"
+        )
+
+
+def set_compute_dtype(model: nn.Module, compute_dtype: str) -> nn.Module:
+    """Choose what all int4 layers of ``model`` compute in; returns the model.
+
+    "auto", what every layer has unless told otherwise: fp32 sums of products that lose nothing of the activations but, with
+    bf16 ones, what bf16 loses. "int8": each row of activations is rounded to eight bits on the fly, with a scale for each
+    weight group (at most 256 channels), and multiplied as integers. That is faster with many rows (prefill, batches, encoders)
+    and costs accuracy: docs/speed.md has both measured. Saved and loaded with the model; a single layer has the attribute
+    ``compute``.
+    ValueError, before anything changes, for another value or a model without int4 layers.
+    """
+    _known_compute_dtype(compute_dtype)
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no QuantLinear: quantize it first")
+    for layer in layers:
+        layer.compute = compute_dtype
+    return model

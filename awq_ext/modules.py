@@ -1,0 +1,79 @@
+"""Questions that can be asked of any nn.Module: who owns a parameter, what may be a norm, where the embeddings are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module behind ``torch.compile(model)``, under whose names everything goes; any other module itself."""
+    return model._orig_mod if isinstance(getattr(model, "_orig_mod", None), nn.Module) else model
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> all names under which the model holds it."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{leaf}" if prefix else leaf)
+    return owners
+
+
+def norm_candidates(block: nn.Module) -> dict[str, nn.Module]:
+    """Modules below ``block`` that may be norms: no children, a 1-D weight, at most a bias of the same length beside it."""
+    found = {}
+    for name, module in block.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        weight = parameters.get("weight")
+        if weight is None or weight.dim() != 1 or any(module.children()):
+            continue
+        if set(parameters) <= {"weight", "bias"} and all(p.shape == weight.shape for p in parameters.values()):
+            found[name] = module
+    return found
+
+
+def foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Norm candidates whose parameters belong to them alone, by name."""
+    owners = parameter_owners(model)
+    return {
+        name: module
+        for name, module in norm_candidates(model).items()
+        if all(len(owners[id(p)]) == 1 for p in module.parameters())
+    }
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The layer that a model of transformers names as its head, whatever it is called; None for other models."""
+    return _named_by(model, "get_output_embeddings")
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Likewise, the layer that turns its input into vectors."""
+    return _named_by(model, "get_input_embeddings")
+
+
+def _named_by(model: nn.Module, method: str) -> nn.Module | None:
+    getter = getattr(model, method, None)
+    try:
+        return getter() if callable(getter) else None
+    except (AttributeError, NotImplementedError):  # classes without such a layer may inherit the method
+        return None
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def take_hooks(module: nn.Module, old: nn.Module) -> None:
+    """Give ``module`` the hooks of ``old``: the very dictionaries, so the handles that users hold still remove them."""
+    for name in _HOOKS:
+        setattr(module, name, getattr(old, name))
+    module._is_full_backward_hook = old._is_full_backward_hook

@@ -1,0 +1,1 @@
+"""quantize() and plan(): a model led through all storeys below, block by block."""

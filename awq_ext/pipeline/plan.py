@@ -1,0 +1,169 @@
+"""plan(): what quantize() would do to a model, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..config import AwqConfig, configured
+from ..folding.finder import FoldFinder
+from ..folding.fold import Fold, NormFold
+from ..forwards.probe import Probe
+from ..modules import foldable_norms, unwrapped
+from ..reporting.tables import aligned, format_bytes
+from ..solving.block_solver import takes_fold
+from ..survey.budget import planned_bytes
+from ..survey.survey import reasons_to_stay
+from ..undo.thread_state import restoring
+from .session import Session, session
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Linears that read one input and so share one scale, in calling order; their weights will be ``bits`` wide.
+
+    fold: what takes the scale's inverse: "norm" or "linear" (``producer`` is its name), "run time" (a division in the layer),
+    "weights" (fake-quantized weights hold both) or "" (nothing: no scale will be searched, or fold="always" has no place). What
+    the statistics show may still lead to the identity, or from a fold to a division at run time.
+    bits and group_size: of each layer.
+    """
+
+    block: str
+    layers: tuple[str, ...]
+    in_features: int
+    weights: int
+    fold: str
+    producer: str
+    method: str
+    bits: tuple[int, ...]
+    group_size: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`awq_ext.quantize` would do; ``print`` shows it as a table.
+
+    stays_float: name -> reason of every Linear that will not be quantized. parameters: all of the model's.
+    planned_memory_bytes: peak of what quantizing adds to a plain forward of one batch.
+    """
+
+    groups: list[GroupPlan]
+    stays_float: dict[str, str] = field(default_factory=dict)
+    parameters: int = 0
+    planned_memory_bytes: int = 0
+
+    @property
+    def share_quantized(self) -> float:
+        """Weights to be quantized / all parameters of the model, in [0, 1]."""
+        return sum(group.weights for group in self.groups) / max(self.parameters, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self) | {"share_quantized": self.share_quantized}
+
+    def __str__(self) -> str:
+        rows = [("block", "layers", "inputs", "method", "bits", "group", "1/s goes to")]
+        rows += [_cells(group) for group in self.groups]
+        stays = [("stays float", "why"), *self.stays_float.items()] if self.stays_float else []
+        layers = sum(len(group.layers) for group in self.groups)
+        summary = (
+            f"{layers} Linears in {len(self.groups)} scale groups to quantize ({self.share_quantized:.1%} of all "
+            f"parameters), {len(self.stays_float)} stay float; planned peak memory beside a plain forward: "
+            f"{format_bytes(self.planned_memory_bytes)}"
+        )
+        return "\n".join([*aligned(rows), "", *aligned(stays), *([""] if stays else []), summary])
+
+
+def _cells(group: GroupPlan) -> tuple[str, ...]:
+    prefix = f"{group.block}." if group.block else ""
+    place = f"{group.fold} {group.producer.removeprefix(prefix)}".strip() or "no scale"
+    return (
+        group.block or "(whole model)",
+        ", ".join(name.removeprefix(prefix) for name in group.layers),
+        str(group.in_features),
+        group.method,
+        "/".join(map(str, dict.fromkeys(group.bits))),
+        "/".join(map(str, dict.fromkeys(group.group_size))),
+        place,
+    )
+
+
+@restoring
+def plan(
+    model: nn.Module,
+    example_batch: Any,
+    config: AwqConfig | None = None,
+    *,
+    tokenizer: Callable[..., Any] | None = None,
+    inputs: str | Callable[[Any], Any] = "all",
+    blocks: Sequence[str] | None = None,
+    batches: int = 1,
+    **overrides: Any,
+) -> Plan:
+    """Find scale groups, producers and folds of ``model`` on one batch, without changing it and without any statistics.
+
+    example_batch: one sample as ``calib_loader`` of :func:`awq_ext.quantize` would give it; batches: how many of its size
+    the calibration will have, for the planned memory. All other arguments are those of ``quantize``. Takes about as long as some
+    tens of forwards of the batch. Raises what ``quantize`` would raise for the same arguments.
+    """
+    config = configured(config, overrides)
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"batches={batches!r}: a number of calibration batches, at least 1, is needed")
+    with session(unwrapped(model), [example_batch], config, tokenizer, inputs) as opened:
+        return _plan(opened, batches, blocks)
+
+
+def _plan(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan:
+    model, config = opened.model, opened.config
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[GroupPlan] = []
+    with opened.surveyed(blocks) as surveys, opened.visits(surveys, opened.calls[:1]) as visits:
+        finder = FoldFinder(foldable_norms(model))
+        for surveyed, (first, *_) in visits:
+            wanted = [takes_fold(group, config) for group in surveyed.groups]
+            folds: list[Fold | None] = [None] * len(wanted)
+            if any(wanted):
+                probe = Probe(first.run_on_copies, first.run_on_copies(), first.call.row_mask)
+                folds = finder.find(probe, surveyed.groups, surveyed.linears, wanted)
+            for group, fold in zip(surveyed.groups, folds, strict=True):
+                linears = [surveyed.linears[name] for name in group.linears]
+                found.append(_planned(surveyed.block.name, group.linears, linears, fold, config, names))
+    return Plan(
+        groups=found,
+        stays_float=reasons_to_stay(opened.eligible, surveys),
+        parameters=sum(p.numel() for p in model.parameters()),
+        planned_memory_bytes=planned_bytes(surveys, batches * len(opened.calls), config),
+    )
+
+
+def _planned(
+    block: str,
+    layers: tuple[str, ...],
+    linears: Sequence[nn.Linear],
+    fold: Fold | None,
+    config: AwqConfig,
+    names: dict[int, str],
+) -> GroupPlan:
+    settings = [config.for_layer(name) for name in layers]
+    place, producer = "", ""
+    if fold is not None:
+        place, producer = "norm" if isinstance(fold, NormFold) else "linear", names[id(fold.module)]
+    elif settings[0].searches_scale and not settings[0].packed:
+        place = "weights"
+    elif settings[0].searches_scale and config.fold != "always":
+        place = "run time"
+    return GroupPlan(
+        block=block,
+        layers=layers,
+        in_features=linears[0].in_features,
+        weights=sum(linear.weight.numel() for linear in linears),
+        fold=place,
+        producer=producer,
+        method=settings[0].method,
+        bits=tuple(one.bits for one in settings),
+        group_size=tuple(one.group_size for one in settings),
+    )

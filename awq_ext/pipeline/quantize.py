@@ -1,0 +1,255 @@
+"""quantize(): the one public verb. From a float model and calibration samples to int4 layers, in place."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from ..calibration.extra_batches import generated_calls, random_calls
+from ..calibration.importance import find_weights
+from ..calibration.padding import warnings_for
+from ..calibration.row_weights import Weights
+from ..calibration.statistics import GroupStatistics, collect
+from ..config import AwqConfig, configured
+from ..folding.finder import FoldFinder
+from ..folding.fold import Change, LinearFold
+from ..forwards.calls import Call
+from ..forwards.lockstep import Stop
+from ..forwards.memory import release_free_memory
+from ..forwards.probe import Probe, combined
+from ..modules import foldable_norms, unwrapped
+from ..reporting.report import AwqReport, LayerReport
+from ..reporting.tables import format_bytes
+from ..solving.bias import own_biases
+from ..solving.block_solver import BlockSolver
+from ..solving.solution import GroupSolution, build_layer
+from ..survey.budget import growth_of, planned_bytes
+from ..survey.survey import BlockSurvey, reasons_to_stay
+from ..undo import interrupt
+from ..undo.thread_state import restoring
+from .session import Session, session
+
+
+@restoring
+def quantize(
+    model: nn.Module,
+    calib_loader: Iterable[Any],
+    config: AwqConfig | None = None,
+    *,
+    tokenizer: Callable[..., Any] | None = None,
+    inputs: str | Callable[[Any], Any] = "all",
+    blocks: Sequence[str] | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> nn.Module:
+    """Quantize the Linears of ``model`` to int4, in place, by activation-aware weight quantization (arXiv 2306.00978).
+
+    model: any nn.Module with nn.Linear inside, float32, bfloat16 or float16. On the CPU the compiled kernels work; on another
+        device plain torch does, on that device.
+    calib_loader: iterable of samples, each a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
+        ``attention_mask`` marks 0 do not count) or, with ``tokenizer``, a str. Tensors are moved to the model's device.
+    inputs: "all"; "first" for loaders of (input, label) pairs; or a function of a sample.
+    blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
+    overrides: fields of :class:`AwqConfig`, such as ``group_size=64``.
+
+    Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done. Raises ValueError
+    or TypeError for unusable arguments, CalibrationError when the model rejects a batch, whatever the loader raises. After
+    any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C comes within a forward of a block or
+    the search of a layer; a second one comes at once. One that comes when all is done leaves the quantized model.
+    """
+    given, model = model, unwrapped(model)
+    config = configured(config, overrides)
+    started = time.perf_counter()
+    report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
+    with session(model, calib_loader, config, tokenizer, inputs, undo=False) as opened:
+        with opened.surveyed(blocks) as surveys:
+            run = _Run(opened, surveys, report, progress)
+            with run.blocks() as visited:
+                for block in visited:
+                    collected = run.collect(block)
+                    groups = run.solve(block, collected)
+                    run.swap(block, groups)
+        _finish(opened, surveys, report)
+        report.seconds = time.perf_counter() - started
+        for text in report.warnings:
+            warnings.warn(text, UserWarning, stacklevel=3)  # past restoring()
+        interrupt.check()
+        # last, so that an exception until here (a warning may be one) leaves no report behind
+        model.awq_report = report
+    return given
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block with the batches that wait at its entry; hold: whether they run through it only after it is quantized."""
+
+    surveyed: BlockSurvey
+    stops: list[Stop]
+    hold: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Collected:
+    """Statistics of a block, one for each of its scale groups, and what it returned for the first batch."""
+
+    statistics: list[GroupStatistics]
+    output: Any
+
+
+class _Run:
+    """The state of one quantize() call, and its three steps."""
+
+    def __init__(self, opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport, progress: bool) -> None:
+        self._session = opened
+        self._surveys = surveys
+        self._report = report
+        self._progress = progress
+        model, config = opened.model, opened.config
+        self._calls = opened.calls + _extra_calls(model, opened.calls, config, report, progress)
+        planned = planned_bytes(surveys, growth_of(self._calls), config)
+        report.planned_memory_bytes = opened.memory.bytes() + planned
+        self._weights = _row_weights(model, self._calls, surveys, config, report, progress)
+        self._biases = own_biases(model, opened.eligible.linears.values())
+        self._finder = FoldFinder(foldable_norms(model))
+        self._padded: list[str] = []
+
+    @contextmanager
+    def blocks(self) -> Iterator[Iterator[_Block]]:
+        """Let all batches run in lockstep: the body gets block after block."""
+        with self._session.visits(self._surveys, self._calls) as visits, self._bar() as bar:
+            yield self._each(visits, bar)
+        self._report.warnings += warnings_for(self._padded)
+
+    def _each(self, visits: Iterator[tuple[BlockSurvey, list[Stop]]], bar: tqdm) -> Iterator[_Block]:
+        for surveyed, stops in visits:
+            peak = format_bytes(self._session.memory.bytes())
+            bar.set_postfix_str(f"{surveyed.block.name or 'whole model'}, peak {peak}")
+            release_free_memory()
+            if surveyed.groups:
+                last = surveyed is self._surveys[-1]
+                yield _Block(surveyed, stops, last or self._session.config.propagate == "quantized")
+            bar.update()
+
+    def collect(self, block: _Block) -> _Collected:
+        """Stream the batches through the float block."""
+        start = time.perf_counter()
+        found, output = collect(block.surveyed, block.stops, self._session.device, block.hold, self._weights)
+        self._report.calibration_seconds += time.perf_counter() - start
+        self._padded += [name for group in found for name in group.including_padding]
+        return _Collected(found, output)
+
+    def solve(self, block: _Block, collected: _Collected) -> list[GroupSolution]:
+        """Find the scales, folds and codes of the block; the model stays as it is."""
+        start = time.perf_counter()
+        first = block.stops[0]
+        probe = Probe(first.run_on_copies, collected.output, first.call.row_mask)
+        solver = BlockSolver(
+            block.surveyed, collected.statistics, probe, self._session.config, self._finder, self._biases
+        )
+        groups, block_report = solver.solve()
+        self._report.blocks.append(block_report)
+        if block_report.note:
+            self._report.warnings.append(f"block {block_report.name or '(whole model)'}: {block_report.note}")
+        self._report.search_seconds += time.perf_counter() - start
+        return groups
+
+    def swap(self, block: _Block, groups: Sequence[GroupSolution]) -> None:
+        """Put the int4 layers in the place of the block's Linears, and the folds into its norms."""
+        if not block.hold:
+            block.stops[0].advance()  # through the float block, as the other batches did
+        journal, report = self._session.journal, self._report
+        report.warnings += _problems(groups)
+        for (module, name), values in combined(_changes(groups)).items():
+            journal.write_tensor(module._parameters[name], values)
+        for group in groups:
+            report.layers.extend(group.reports())
+            for layer in group.layers:
+                journal.set_module(self._session.model, layer.task.name, build_layer(layer, group.fold))
+                report.quantized_parameters += layer.task.linear.weight.numel()
+
+    def _bar(self) -> tqdm:
+        if self._progress:
+            planned = format_bytes(self._report.planned_memory_bytes)
+            tqdm.write(f"awq_ext: {len(self._surveys)} blocks, planned peak memory {planned}")
+        return tqdm(total=len(self._surveys), desc="quantizing", unit="block", disable=not self._progress)
+
+
+def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) -> None:
+    """Put what stood in for other layers back where it stays float, and complete the report."""
+    opened.standins.put_back(opened.model, opened.journal)
+    report.peak_memory_bytes = opened.memory.bytes()
+    for name, reason in reasons_to_stay(opened.eligible, surveys).items():
+        report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
+    report.notes += opened.standins.notes()
+    report.warnings += opened.standins.warnings(report.parameters)
+
+
+def _extra_calls(
+    model: nn.Module, calls: Sequence[Call], config: AwqConfig, report: AwqReport, progress: bool
+) -> list[Call]:
+    """Make batches beside those given: random tokens, and text that the model writes where it can."""
+    drawn = random_calls(model, calls, config.random_share)
+    try:
+        written = generated_calls(model, calls, config.generated_share, progress)
+    except Exception as error:  # the calls that were given will show whether the model works
+        written = []
+        report.notes.append(f"the model could not write text to calibrate on: {type(error).__name__}: {error}")
+    kinds = [(drawn, "of random tokens"), (written, "that the model wrote")]
+    added = " and ".join(f"{len(made)} {kind}" for made, kind in kinds if made)
+    if added:
+        report.notes.append(f"calibrated on {len(calls)} batches, and on {added}")
+    return drawn + written
+
+
+def _row_weights(
+    model: nn.Module,
+    calls: Sequence[Call],
+    surveys: Sequence[BlockSurvey],
+    config: AwqConfig,
+    report: AwqReport,
+    progress: bool,
+) -> Weights | None:
+    """Weigh the calibration rows by how strongly the model reacts to errors there; None where all count alike."""
+    if not config.weighs_rows:
+        return None
+    asked = config.objective is not None
+    try:
+        return find_weights(model, calls, surveys, config.weighed_batches, progress, of_tokens=not asked)
+    except Exception as error:  # a model need not have gradients to be quantized
+        if asked:
+            raise
+        report.notes.append(f"all calibration rows count alike: {type(error).__name__}: {error}")
+        return None
+
+
+def _changes(groups: Sequence[GroupSolution]) -> list[Change]:
+    """What becomes of biases and norms. Corrections first: a fold divides the bias as it is with them."""
+    changes = [change for group in groups for layer in group.layers for change in layer.changes()]
+    for group in groups:
+        if group.fold is not None:
+            # a Linear's divided rows are in its codes
+            rows = (group.fold.module, "weight") if isinstance(group.fold, LinearFold) else None
+            changes += [one for one in group.fold.changes(group.choice.scale) if one[:2] != rows]
+    return changes
+
+
+def _problems(groups: Sequence[GroupSolution]) -> list[str]:
+    """One warning for each group and problem, but one for all experts that saw too few rows."""
+    named: dict[Any, list[str]] = {}
+    for group in groups:
+        for layer in group.layers:
+            few = layer.seldom_called and layer.task.name in group.task.group.experts
+            key = "" if few else (group.task.group.linears, layer.task.problem)
+            if layer.task.problem:
+                named.setdefault(key, []).append(
+                    f"{layer.task.name} ({layer.task.input.rows})" if few else layer.task.name
+                )
+    texts = {key: key[1] if key else "experts that fewer than min_tokens calibration rows reached" for key in named}
+    return [f"{', '.join(names)}: {texts[key]}; rounded to nearest instead" for key, names in named.items()]

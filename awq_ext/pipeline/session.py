@@ -1,0 +1,79 @@
+"""A session: a model taken apart, in calibration mode and surveyed, with everything undone where that is wanted or must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import AwqConfig
+from ..forwards.calls import Call, read_calls
+from ..forwards.lockstep import Stop, lockstep
+from ..forwards.memory import PeakMemory
+from ..forwards.mode import calibration_mode
+from ..standins.standins import StandIns
+from ..survey.selection import Eligible, check_layers, select_linears
+from ..survey.survey import BlockSurvey, survey_model
+from ..undo import interrupt
+from ..undo.journal import Journal
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What quantize(), plan() and salience() work with. calls: the calibration batches, on the model's device."""
+
+    model: nn.Module
+    config: AwqConfig
+    device: torch.device
+    calls: list[Call]
+    journal: Journal
+    eligible: Eligible
+    standins: StandIns
+    memory: PeakMemory
+
+    @contextmanager
+    def surveyed(self, blocks: Sequence[str] | None) -> Iterator[list[BlockSurvey]]:
+        """Survey the blocks (None: find them) by the first batch; the model is in calibration mode while the body runs."""
+        with calibration_mode(self.model):
+            yield survey_model(self.model, self.calls[0], self.eligible, blocks, self.config)
+
+    @contextmanager
+    def visits(
+        self, surveys: Sequence[BlockSurvey], calls: Sequence[Call]
+    ) -> Iterator[Iterator[tuple[BlockSurvey, list[Stop]]]]:
+        """Run all ``calls`` in lockstep: the body sees each block with the batches that wait at its entry."""
+        with lockstep(self.model, [one.block for one in surveys], calls) as visits:
+            yield ((one, stops) for one, (_, stops) in zip(surveys, visits, strict=True))
+
+
+@contextmanager
+def session(
+    model: nn.Module,
+    samples: Iterable[Any],
+    config: AwqConfig,
+    tokenizer: Callable[..., Any] | None = None,
+    inputs: str | Callable[[Any], Any] = "all",
+    *,
+    undo: bool = True,
+) -> Iterator[Session]:
+    """Read the calibration samples, and find the Linears to quantize.
+
+    Whatever the body, or what stands in for other layers, changes through the journal is taken back after an exception, and with
+    ``undo`` always. Raises what ``check_layers``, ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for
+    :func:`awq_ext.undo.interrupt.check`.
+    """
+    device = check_layers(model, config)
+    calls = read_calls(samples, device, tokenizer, inputs, config.seq_len)
+    # tensors made in inference mode could never be trained around
+    with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
+        memory = PeakMemory(device)
+        try:
+            eligible, standins = select_linears(model, calls[0], config, journal)
+            yield Session(model, config, device, calls, journal, eligible, standins, memory)
+        finally:
+            if undo:
+                journal.rollback()

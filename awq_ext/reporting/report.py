@@ -1,0 +1,151 @@
+"""AwqReport: what was done to each layer, and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .tables import aligned, format_bytes
+
+
+@dataclass
+class LayerReport:
+    """One nn.Linear. Losses are mean squared output errors per calibration row, summed over outputs; None if not measured.
+
+    Rows count as ``AwqConfig.objective`` says: losses of methods with error feedback and of others do not compare.
+
+    status: "int4", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
+    scale: "identity", "plain" or "duo"; alpha its exponent; power: of that scale, which error feedback was given (otherwise 1).
+    applied: "norm" or "linear" (folded into one), "run time", "weights" (fake-quantized weights hold both) or "" (nothing to
+    apply). group: the first Linear of the scale group, which shares the scale.
+    bias_corrected: whether its bias takes over the mean of its error; ``loss`` is what is left then, ``loss_rtn`` RTN's as it is.
+    tail, top_share: of the group's input, for its first Linear: ranked salience (``channels.tail``), and the part of the top 1 %.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    status: str
+    method: str = ""
+    bits: int = 0
+    group_size: int = 0
+    group: str = ""
+    scale: str = ""
+    alpha: float | None = None
+    power: float = 1.0
+    applied: str = ""
+    clipped: bool = False
+    loss_rtn: float | None = None
+    loss: float | None = None
+    tokens: int = 0
+    bias_corrected: bool = False
+    note: str = ""
+    tail: list[float] = field(default_factory=list)
+    top_share: float | None = None
+
+
+@dataclass
+class BlockReport:
+    """One block: relative error of its float output once folds were applied, of its quantized output, on the first batch.
+
+    note: why its folds were given up, if they were.
+    """
+
+    name: str
+    fold_error: float | None = None
+    output_error: float | None = None
+    note: str = ""
+
+
+@dataclass
+class AwqReport:
+    """The record of one :func:`awq_ext.quantize` call; ``print(model.awq_report)`` shows it as a table.
+
+    calibration_seconds: forwards of all batches and streaming statistics, which grow with the calibration set;
+    search_seconds: scales, folds, clips, rounding, which do not.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
+    parameters: int = 0
+    quantized_parameters: int = 0
+    seconds: float = 0.0
+    calibration_seconds: float = 0.0
+    search_seconds: float = 0.0
+    planned_memory_bytes: int = 0
+    peak_memory_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def share_quantized(self) -> float:
+        """Weights quantized / all parameters of the model, in [0, 1]."""
+        return self.quantized_parameters / max(self.parameters, 1)
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """The row of the layer called ``name``; KeyError if there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AwqReport:
+        """Inverse of :meth:`to_dict`."""
+        parts = dict(values)
+        parts["layers"] = [LayerReport(**row) for row in parts.get("layers", [])]
+        parts["blocks"] = [BlockReport(**row) for row in parts.get("blocks", [])]
+        return cls(**parts)
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one self-contained page, with plots; returns its path. Needs the extra ``report``."""
+        from .html import render
+
+        text = render(self)
+        target = Path(path)
+        target.write_text(text, encoding="utf-8")
+        return target
+
+    def summary(self) -> str:
+        """One line: what became of the model."""
+        done = [layer for layer in self.layers if layer.status != "float"]
+        improved = sum(1 for r in done if r.loss is not None and r.loss_rtn is not None and r.loss < r.loss_rtn)
+        return (
+            f"{len(done)} of {len(self.layers)} Linears quantized ({self.share_quantized:.1%} of all parameters), "
+            f"{improved} with less output error than RTN, in {self.seconds:.1f} s, "
+            f"peak memory {format_bytes(self.peak_memory_bytes)} (planned {format_bytes(self.planned_memory_bytes)})"
+        )
+
+    def __str__(self) -> str:
+        header = ("layer", "status", "scale", "alpha", "applied", "clip", "loss / RTN's", "tokens", "note")
+        rows = [header, *(_cells(layer) for layer in self.layers)]
+        return "\n".join(
+            [
+                *aligned(rows),
+                self.summary(),
+                *(f"note: {text}" for text in self.notes),
+                *(f"warning: {text}" for text in self.warnings),
+            ]
+        )
+
+
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    alpha = "" if layer.alpha is None else f"{layer.alpha:.2f}"
+    ratio = ""
+    if layer.loss is not None and layer.loss_rtn is not None:
+        ratio = f"{layer.loss / layer.loss_rtn:.3f}" if layer.loss_rtn > 0 else "0 / 0"
+    clip = "yes" if layer.clipped else ""
+    tokens = str(layer.tokens) if layer.tokens else ""
+    return (layer.name, layer.status, layer.scale, alpha, layer.applied, clip, ratio, tokens, layer.note)
+
+
+# Places in a ranking from the largest to the smallest at which tail() reads it; closer together where few channels hold much.
+TAIL_PLACES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)

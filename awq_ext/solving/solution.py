@@ -1,0 +1,176 @@
+"""Solutions: what solving found for a Linear and for a scale group, and the module that takes the Linear's place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.centred import KEPT
+from ..calibration.channels import channel_salience, tail, top_share
+from ..folding.fold import Change, Fold, NormFold
+from ..layers.quant_linear import QuantLinear
+from ..layers.quantized_weight import QuantizedWeight
+from ..modules import take_hooks
+from ..reporting.report import LayerReport
+from .bias import corrected, mean_error
+from .scales import ScaleChoice
+from .tasks import NO_ROWS, GroupTask, LayerTask
+
+# Searching around the mean saves about this share of what is left after the correction (docs/quality.md, "Linears with a bias").
+COARSE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSolution:
+    """The codes that replace a Linear's weight, and what they lose (mean squared output error a calibration row).
+
+    scale: fp32 [K], by which columns were multiplied before rounding. divisor: fp32 [N], by which rows were divided, where a later
+    group's scale is folded into this Linear. loss_rtn: of rounding to nearest; limit: of the same codes once the bias takes over
+    their mean error, which ``loss`` never exceeds. None, all three, for a task with a problem.
+    gptq: whether errors were fed back. corrects_bias: whether the bias takes over the mean of the error; bias_shift: what is added
+    to it, fp64 [N], once the codes are final. unclipped: the solution of the full ranges, where clipped ones were taken.
+    """
+
+    task: LayerTask
+    found: QuantizedWeight
+    scale: Tensor | None = None
+    divisor: Tensor | None = None
+    loss: float | None = None
+    limit: float | None = None
+    loss_rtn: float | None = None
+    gptq: bool = False
+    corrects_bias: bool = False
+    unclipped: LayerSolution | None = None
+    bias_shift: Tensor | None = None
+
+    @property
+    def method(self) -> str:
+        """What was really done: the wanted method, without the error feedback where that did not lower the loss."""
+        settings = self.task.settings
+        if self.task.problem:
+            return "rtn"
+        if settings.uses_gptq and not self.gptq:
+            return "awq" if settings.searches_scale else "rtn"
+        return settings.method
+
+    @property
+    def worse_than_rtn(self) -> bool:
+        """Whether it loses more than rounding to nearest."""
+        return self.loss is not None and self.loss > self.limit
+
+    @property
+    def seldom_called(self) -> bool:
+        """Whether its problem is that few calibration rows reached it, or none."""
+        return self.task.problem == NO_ROWS or "min_tokens" in self.task.problem
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the codes come from clipped ranges."""
+        return self.unclipped is not None
+
+    def weight(self) -> Tensor:
+        """What the codes stand for in the original space (scales undone, so no fold is needed): fp32 [N, K]."""
+        return self.found.dequantize(self.scale, self.divisor)
+
+    def substitutes(self) -> dict[tuple[nn.Module, str], Tensor]:
+        """The parameters that the Linear would have with these codes, before any fold, in its dtypes."""
+        linear, weight = self.task.linear, self.weight()
+        found: dict[tuple[nn.Module, str], Tensor] = {(linear, "weight"): weight.to(linear.weight.dtype)}
+        if self.corrects_bias:
+            bias = linear.bias.detach()
+            shift, _ = corrected(bias, self._mean_error(weight))
+            found[linear, "bias"] = (bias.double() + shift).to(bias.dtype)
+        return found
+
+    def _mean_error(self, weight: Tensor) -> Tensor:
+        return mean_error(self.task.weight, weight, self.task.input.mean)
+
+    @property
+    def bias_too_coarse(self) -> bool:
+        """Whether the bias cannot hold the mean error that a search around the mean left to it."""
+        if not (self.corrects_bias and self.task.centred):
+            return False
+        error = self._mean_error(self.weight())
+        _, rest = corrected(self.task.linear.bias.detach(), error)
+        given, left = float(error.square().sum()), float(rest.square().sum())
+        return self.loss + left > self.loss_rtn or left > COARSE * max(self.loss, given)
+
+    def with_bias_shift(self) -> LayerSolution:
+        """Fix what the bias takes over, now that the codes are final, and the loss that this really leaves."""
+        if not self.corrects_bias:
+            return self
+        error = self._mean_error(self.weight())
+        shift, left = corrected(self.task.linear.bias.detach(), error)
+        counted = float(error.square().sum()) * (KEPT if self.task.centred else 1.0)
+        return replace(self, bias_shift=shift, loss=max(0.0, self.loss - counted) + float(left.square().sum()))
+
+    def changes(self) -> list[Change]:
+        """The correction of the bias, to be made before a fold divides it."""
+        if self.bias_shift is None:
+            return []
+        return [(self.task.linear, "bias", lambda bias: bias + self.bias_shift.float())]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupSolution:
+    """A solved scale group: its scale, and what takes 1/s (None: division at run time, or in fake-quantized weights)."""
+
+    task: GroupTask
+    choice: ScaleChoice = field(default_factory=lambda: ScaleChoice(None))
+    fold: Fold | None = None
+    layers: tuple[LayerSolution, ...] = ()
+
+    def reports(self) -> list[LayerReport]:
+        """The rows of the report."""
+        rows = [self._report(layer) for layer in self.layers]
+        x_mean = self.task.statistics.x_mean()
+        if self.task.statistics.rows and bool(x_mean.isfinite().all()):
+            salience = channel_salience(x_mean, [task.weight for task in self.task.layers])
+            rows[0].tail, rows[0].top_share = tail(salience), top_share(salience)
+        return rows
+
+    @property
+    def _applied(self) -> str:
+        if self.fold is not None:
+            return "norm" if isinstance(self.fold, NormFold) else "linear"
+        return "run time" if self.task.settings.packed else "weights"
+
+    def _report(self, layer: LayerSolution) -> LayerReport:
+        task, scaled = layer.task, layer.scale is not None
+        return LayerReport(
+            name=task.name,
+            in_features=task.linear.in_features,
+            out_features=task.linear.out_features,
+            status="int4" if task.settings.packed else "fake",
+            bits=task.settings.bits,
+            group_size=task.settings.group_size,
+            method=layer.method,
+            group=self.task.layers[0].name,
+            scale=self.choice.kind if scaled else "identity",
+            alpha=self.choice.alpha if scaled else None,
+            power=self.choice.power if scaled else 1.0,
+            applied=self._applied if scaled and self.choice.scale is not None else "",
+            clipped=layer.clipped,
+            loss_rtn=layer.loss_rtn,
+            loss=layer.loss,
+            tokens=task.input.rows,
+            bias_corrected=layer.corrects_bias,
+            note=task.problem,
+        )
+
+
+@torch.no_grad()
+def build_layer(layer: LayerSolution, fold: Fold | None) -> nn.Module:
+    """Build the module that takes the Linear's place: a QuantLinear, or for ``packed=False`` a plain Linear."""
+    old = layer.task.linear
+    if layer.task.settings.packed:
+        pre_quant_scale = 1 / layer.scale if layer.scale is not None and fold is None else None
+        return QuantLinear.from_packed(old, layer.found, pre_quant_scale)
+    linear = nn.Linear(old.in_features, old.out_features, device="meta")
+    weight = layer.found.dequantize(layer.scale).to(old.weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+    linear.bias = old.bias
+    take_hooks(linear, old)
+    return linear.train(old.training)

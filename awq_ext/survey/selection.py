@@ -1,0 +1,145 @@
+"""Which Linears are quantized: what the settings select, what can be quantized, and why the others stay float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import NoReturn
+
+import torch
+from torch import nn
+
+from ..config import OUTPUT_EMBEDDINGS, AwqConfig, Selector
+from ..forwards.calls import Call
+from ..forwards.mode import calibration_mode
+from ..layers.quant_linear import QuantLinear
+from ..modules import output_embeddings, parameter_owners
+from ..standins.expert_linears import ROUTER
+from ..standins.fused import find_fused, routers_beside
+from ..standins.standins import StandIns, stand_in, transposed_layers
+from ..standins.transposed import computes_linear, multiplies_transposed
+from ..undo.journal import Journal
+
+
+@dataclass
+class Eligible:
+    """The Linears of a model that can be quantized, and why the others stay as they are."""
+
+    linears: dict[str, nn.Linear] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def check_layers(model: nn.Module, config: AwqConfig) -> torch.device:
+    """The device of the weights to quantize. ValueError if ``config`` leaves none, before a single sample is read."""
+    if type(model) is nn.Linear:
+        raise ValueError(
+            "model is a bare Linear, which has no place to put another layer: wrap it, nn.Sequential(linear)"
+        )
+    excluded = reason_to_skip(model, config)
+    eligible = eligible_linears(model, excluded)
+    weights = [linear.weight for linear in eligible.linears.values()]
+    weights += [fused.original for fused in find_fused(model, excluded) if not fused.reason]
+    weights += [module.weight for name, module in transposed_layers(model).items() if not excluded(name, module)]
+    if not weights:
+        _refuse(model, eligible)
+    return weights[0].device
+
+
+def _refuse(model: nn.Module, eligible: Eligible) -> NoReturn:
+    if not eligible.reasons:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear: there is nothing to quantize")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in eligible.reasons.items())
+    raise ValueError(f"no Linear is left to quantize: {reasons}")
+
+
+def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Journal) -> tuple[Eligible, StandIns]:
+    """The Linears that ``config`` wants quantized, and what some of them stand in for.
+
+    ValueError if there is none, or a ``per_layer`` pattern fits none.
+    """
+    excluded = reason_to_skip(model, config)
+    standins = stand_in(model, call, excluded, journal, calibration_mode)
+    eligible = eligible_linears(model, excluded)
+    eligible.reasons |= standins.unfused.reasons
+    for name in routers_beside(model) & eligible.linears.keys():
+        del eligible.linears[name]
+        eligible.reasons[name] = ROUTER
+    if not eligible.linears:
+        _refuse(model, eligible)
+    for pattern in config.per_layer:
+        if not any(fnmatchcase(name, pattern) for name in eligible.linears):
+            raise ValueError(
+                f"AwqConfig.per_layer[{pattern!r}] fits none of the {len(eligible.linears)} Linears to quantize, "
+                f"such as {next(iter(eligible.linears))}"
+            )
+    return eligible, standins
+
+
+def eligible_linears(model: nn.Module, excluded: Callable[[str, nn.Linear], str | None]) -> Eligible:
+    """Sort the Linears of ``model``. Left out: those ``excluded`` gives a reason for, forwards of their own, shared weights.
+
+    Layers that do a Linear's work without being one (Conv1D of transformers) are named among the reasons.
+    Raises ValueError, naming the layer, for a model that is quantized already, integer or meta weights.
+    """
+    owners = parameter_owners(model)
+    found = Eligible()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantLinear):
+            raise ValueError(
+                f"{name} is a QuantLinear already: quantize the float model, a quantized one cannot be again"
+            )
+        if not isinstance(module, nn.Linear):
+            if multiplies_transposed(module):
+                found.reasons[name] = f"{type(module).__name__} is no nn.Linear (its weight is transposed)"
+            continue
+        if reason := _reason_to_leave(name, module, owners, excluded):
+            found.reasons[name] = reason
+        else:
+            found.linears[name] = module
+    return found
+
+
+def _reason_to_leave(
+    name: str, module: nn.Linear, owners: Mapping[int, list[str]], excluded: Callable[[str, nn.Linear], str | None]
+) -> str | None:
+    if reason := excluded(name, module):
+        return reason
+    if not computes_linear(module):
+        return f"{type(module).__name__} has a forward of its own"
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or torch.nn.utils.parametrize.is_parametrized(module, "weight"):
+        return "its weight is computed by a parametrization"
+    if others := [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]:
+        return f"its weight is shared with {', '.join(others)}"
+    if weight.is_meta:
+        raise ValueError(f"{name}.weight is on the meta device: load the weights before quantizing")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name}.weight is {weight.dtype}: float32, bfloat16 or float16 is needed")
+    # a sum is finite only if all terms are (fp32 holds the sum of any weight that can be quantized), and needs no copy
+    if not torch.isfinite(weight.detach().sum(dtype=torch.float32)):
+        return "its weight holds NaN or Inf"
+    return None
+
+
+def reason_to_skip(model: nn.Module, config: AwqConfig) -> Callable[[str, nn.Module], str | None]:
+    """A function of a layer's name and module: why ``config`` leaves it as it is, or None."""
+    head = output_embeddings(model) if OUTPUT_EMBEDDINGS in config.skip else None
+
+    def reason(name: str, module: nn.Module) -> str | None:
+        if module is head:
+            return "the model's output embeddings"
+        if any(_selects(selector, name, module) for selector in config.skip):
+            return "skipped by pattern"
+        if config.only and not any(_selects(selector, name, module) for selector in config.only):
+            return "not among `only`"
+        count = module.weight.numel() if config.min_weights else 0
+        if count < config.min_weights:
+            return f"has {count} weights, fewer than min_weights={config.min_weights}"
+        return None
+
+    return reason
+
+
+def _selects(selector: Selector, name: str, module: nn.Module) -> bool:
+    return fnmatchcase(name, selector) if isinstance(selector, str) else bool(selector(name, module))

@@ -1,0 +1,216 @@
+"""convert: from every layout to every other and back, the same bits, without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import architectures
+import models
+import pytest
+import torch
+from checks import same_bits
+from safetensors.torch import load_file, save_file
+from test_formats import random_layer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
+
+import awq_ext
+from awq_ext import CheckpointError
+from awq_ext.checkpoints.formats import LAYOUTS, Facts, PackedLinear, Summary
+from awq_ext.checkpoints.quantized_dir import QuantDir
+from awq_ext.cli import app
+
+NAMES = ("layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.1.self_attn.q_proj")
+
+
+def make_directory(folder: Path, format: str = "native", **options: Any) -> dict[str, PackedLinear]:
+    """A checkpoint of a few layers and floats of several dtypes, as some other tool would have written it."""
+    settings = {"n": 64, "k": 128, "g": 32, "symmetric": True} | options
+    layers = {name: random_layer(**settings, bias="q_proj" in name) for name in NAMES}
+    summary = Summary({name: Facts.of(layer) for name, layer in layers.items()}, ["lm_head"])
+    tensors: dict[str, Tensor] = {
+        "embed.weight": torch.randn(10, 128, dtype=torch.bfloat16),
+        "norm.weight": torch.randn(128),
+        "lm_head.weight": torch.randn(10, 128, dtype=torch.float16),
+        "position_ids": torch.arange(7),
+    }
+    for name, layer in layers.items():
+        tensors |= {
+            f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in LAYOUTS[format].pack(layer, summary).items()
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    config = {
+        "model_type": "none",
+        "hidden_size": 128,
+        "quantization_config": LAYOUTS[format].quantization_config(summary),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("tokens")
+    return layers
+
+
+def assert_holds(folder: Path, layers: dict[str, PackedLinear]) -> None:
+    found = QuantDir(folder)
+    assert set(found.layers) == set(layers)
+    for name, layer in layers.items():
+        other = found.layer(name)
+        for attribute in ("qweight", "zeros", "bias"):
+            a, b = getattr(layer, attribute), getattr(other, attribute)
+            assert (a is None and b is None) or same_bits(a, b), (name, attribute)
+        assert torch.equal(layer.scales.double(), other.scales.double())
+        assert (layer.in_features, layer.groups) == (other.in_features, other.groups)
+
+
+@pytest.mark.parametrize("target", list(LAYOUTS))
+@pytest.mark.parametrize("source", list(LAYOUTS))
+def test_every_layout_to_every_other(source: str, target: str, tmp_path: Path) -> None:
+    layers = make_directory(tmp_path / "a", source)
+    assert awq_ext.convert(tmp_path / "a", tmp_path / "b", format=target) == tmp_path / "b"
+    assert_holds(tmp_path / "b", layers)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (config["model_type"], config["hidden_size"]) == ("none", 128)
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "tokens"
+    before, after = load_file(tmp_path / "a" / "model.safetensors"), load_file(tmp_path / "b" / "model.safetensors")
+    for name in ("embed.weight", "norm.weight", "lm_head.weight", "position_ids"):
+        assert same_bits(before[name], after[name])
+    if source == target:
+        assert before.keys() == after.keys()
+        assert all(same_bits(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_zero_points_and_their_problems(tmp_path: Path) -> None:
+    layers = make_directory(tmp_path / "a", "awq", symmetric=False)
+    awq_ext.convert(tmp_path / "a", tmp_path / "b", format="compressed-tensors")
+    assert_holds(tmp_path / "b", layers)
+    with pytest.raises(CheckpointError, match="which this format lacks"):
+        awq_ext.convert(tmp_path / "a", tmp_path / "c", format="modelopt")
+    assert not (tmp_path / "c").exists()
+
+
+def test_float_modules_are_left_alone_by_readers(tmp_path: Path) -> None:
+    make_directory(tmp_path / "a")
+    for format, path in (
+        ("awq", ("quantization_config", "modules_to_not_convert")),
+        ("compressed-tensors", ("quantization_config", "ignore")),
+    ):
+        awq_ext.convert(tmp_path / "a", tmp_path / format, format=format)
+        config = json.loads((tmp_path / format / "config.json").read_text())
+        assert set(config[path[0]][path[1]]) == {"embed", "lm_head"}
+    awq_ext.convert(tmp_path / "a", tmp_path / "m", format="modelopt")
+    quantization = json.loads((tmp_path / "m" / "hf_quant_config.json").read_text())["quantization"]
+    assert quantization["exclude_modules"] == ["embed", "lm_head"]
+    assert quantization["quant_algo"] == "W4A16_AWQ"
+    # and is gone when the directory becomes another layout
+    awq_ext.convert(tmp_path / "a", tmp_path / "m", format="awq")
+    assert not (tmp_path / "m" / "hf_quant_config.json").exists()
+
+
+def test_a_layer_spread_over_two_files(tmp_path: Path) -> None:
+    layers = make_directory(tmp_path / "a", "awq")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    halves = [dict(list(tensors.items())[i::2]) for i in range(2)]
+    weights = {}
+    for i, half in enumerate(halves):
+        save_file(half, tmp_path / "a" / f"model-{i + 1:05}-of-00002.safetensors")
+        weights |= dict.fromkeys(half, f"model-{i + 1:05}-of-00002.safetensors")
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    assert_holds(tmp_path / "a", layers)
+    awq_ext.convert(tmp_path / "a", tmp_path / "b", format="gptq", max_shard_size=10_000)
+    assert_holds(tmp_path / "b", layers)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
+
+
+def test_a_cache_of_the_hugging_face_hub(tmp_path: Path) -> None:
+    """There the files of a snapshot are links into a store beside it."""
+    repository = tmp_path / "models--x--y"
+    layers = make_directory(repository / "blobs", "awq")
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    for file in (repository / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    assert_holds(snapshot, layers)
+    awq_ext.convert(snapshot, tmp_path / "b", format="gemv")
+    assert_holds(tmp_path / "b", layers)
+    assert not any(file.is_symlink() for file in (tmp_path / "b").iterdir())
+
+
+def test_from_awq_ext_save(tmp_path: Path) -> None:
+    case = models.make("llama")
+    model = awq_ext.quantize(case.model, case.batches, group_size=16, n_grid=2, fold="never", progress=False)
+    awq_ext.save(model, tmp_path / "a")
+    awq_ext.convert(tmp_path / "a", tmp_path / "b", format="native")
+    loaded = awq_ext.load(models.make("llama").model, tmp_path / "b")
+    with torch.no_grad():
+        assert torch.equal(models.logits(loaded(case.batches[0])), models.logits(model(case.batches[0])))
+    with pytest.raises(CheckpointError, match="nothing was written") as caught:
+        awq_ext.convert(tmp_path / "a", tmp_path / "c", format="awq")
+    assert 'fold="always"' in str(caught.value)
+    assert "is not a multiple of group_size" in str(caught.value)
+    assert not (tmp_path / "c").exists()
+
+
+def test_experts_of_awq_ext_save_need_their_model(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="for a mixture of experts")
+    case = architectures.make("Mixtral")
+    model = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False)
+    awq_ext.save(model, tmp_path / "a")
+    if not json.loads((tmp_path / "a" / "awq_ext.json").read_text())["experts"]:
+        pytest.skip("transformers before release 5 has experts as Linears")
+    with pytest.raises(CheckpointError, match="which only that model can tell"):
+        awq_ext.convert(tmp_path / "a", tmp_path / "b", format="native")
+    assert not (tmp_path / "b").exists()
+
+
+class OnlyIntegers(TorchDispatchMode):
+    """Fails on a float tensor with as many elements as a weight."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            assert result.numel() < 64 * 128, f"{func} made a float weight"
+        return result
+
+
+def test_nothing_is_dequantized_and_no_module_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a module was built")
+
+    layers = make_directory(tmp_path / "a", "awq")
+    monkeypatch.setattr(nn.Module, "__init__", refuse)
+    with OnlyIntegers():
+        awq_ext.convert(tmp_path / "a", tmp_path / "b", format="gemv_fast")
+    monkeypatch.undo()
+    assert_holds(tmp_path / "b", layers)
+
+
+def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
+    layers = make_directory(tmp_path / "a")
+    (tmp_path / "alias").symlink_to(tmp_path / "a")
+    for target in (tmp_path / "a", tmp_path / "alias", tmp_path / "b" / ".." / "a"):
+        with pytest.raises(CheckpointError, match="is the source"):
+            awq_ext.convert(tmp_path / "a", target)
+    assert_holds(tmp_path / "a", layers)
+
+
+def test_command(tmp_path: Path) -> None:
+    layers = make_directory(tmp_path / "a", symmetric=False)
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--format", "gemv"])
+    assert result.exit_code == 0, result.output
+    assert_holds(tmp_path / "b", layers)
+    for arguments, code, text in (
+        (["--format", "marlin"], 2, "is not one of awq"),
+        (["--format", "modelopt"], 1, "symmetric=True"),
+        (["--max-shard-size", "much"], 1, "max_shard_size"),
+    ):
+        result = CliRunner().invoke(app, ["convert", str(tmp_path / "a"), str(tmp_path / "c"), *arguments])
+        assert result.exit_code == code, result.output
+        assert text in " ".join(result.output.split())
+        assert not (tmp_path / "c").exists()
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "nowhere"), str(tmp_path / "c")])
+    assert result.exit_code == 1
+    assert "is not a directory" in " ".join(result.output.split())

@@ -1,0 +1,211 @@
+"""The command line: what it teaches, what it refuses, what it returns."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from programs import run_python
+from typer.testing import CliRunner
+
+import awq_ext
+from awq_ext import _C, cli
+from awq_ext.cli.options import parse_setting
+from awq_ext.demo import run
+from awq_ext.layers import quant_linear as qlinear
+
+runner = CliRunner()
+
+
+def test_help_teaches() -> None:
+    shown = runner.invoke(cli.app, ["--help"])
+    assert shown.exit_code == 0
+    for word in ("demo", "doctor", "quantize(model, calib_loader)"):
+        assert word in shown.output
+
+
+def test_no_command_shows_help() -> None:
+    shown = runner.invoke(cli.app, [])
+    assert shown.exit_code == 2 and "Commands" in shown.output
+
+
+@pytest.mark.parametrize("command", ["quantize", "compare", "eval", "report", "inspect", "bench", "demo", "doctor"])
+def test_each_command_has_help(command: str) -> None:
+    shown = runner.invoke(cli.app, [command, "--help"])
+    assert shown.exit_code == 0 and len(shown.output) > 200
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["demo", "--nonsense"],
+        ["demo", "--tokens", "many"],
+        ["demo", "--tokens", "10"],
+        ["demo", "--group-size", "5"],
+        ["demo", "--threads", "0"],
+        ["demo", "--json", "/no such folder/figures.json"],
+        ["doctor", "extra"],
+        ["bench", "--shape", "4096"],
+        ["bench", "--dtype", "int8"],
+    ],
+)
+def test_a_bad_option_is_a_usage_error(arguments: list[str]) -> None:
+    shown = runner.invoke(cli.app, arguments)
+    assert shown.exit_code == 2
+
+
+def test_a_bad_group_size_names_the_choices() -> None:
+    shown = runner.invoke(cli.app, ["demo", "--group-size", "5"], env={"COLUMNS": "200"})
+    assert "-1, 16, 32, 64, 128, 256" in shown.output
+
+
+def test_json_into_a_folder_is_refused(tmp_path) -> None:
+    assert runner.invoke(cli.app, ["demo", "--json", str(tmp_path)]).exit_code == 2
+
+
+def test_defaults_are_those_of_the_demo() -> None:
+    parameters = inspect.signature(cli.demo.demo).parameters
+    assert parameters["tokens"].default == run.TOKENS
+    assert parameters["group_size"].default == run.GROUP_SIZE
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    from awq_ext.demo import display
+
+    class Result:
+        def to_dict(self) -> dict[str, float]:
+            return {"perplexity": 2.5, "unknown": float("nan")}
+
+    def shown_result(*arguments: object) -> Result:
+        seen.append(arguments[:2])
+        return Result()
+
+    seen: list[object] = []
+    monkeypatch.setattr(display, "run_and_show", shown_result)
+    threads = torch.get_num_threads()
+    try:
+        path = tmp_path / "f.json"
+        options = ["--tokens", "512", "--group-size", "64", "--json", str(path), "--threads", "1"]
+        shown = runner.invoke(cli.app, ["demo", *options])
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert shown.exit_code == 0 and seen == [(512, 64)]
+    assert json.loads(path.read_text()) == {"perplexity": 2.5, "unknown": None}
+    piped = runner.invoke(cli.app, ["demo", "--json", "-"])
+    assert json.loads(piped.stdout)["perplexity"] == 2.5 and not (Path.cwd() / "-").exists()
+
+
+def test_demo_without_text_fails_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from awq_ext.demo import data, display
+
+    def no_text(*_: object) -> None:
+        raise data.NoSourceError("no Python source files under /nowhere")
+
+    monkeypatch.setattr(display, "run_and_show", no_text)
+    shown = runner.invoke(cli.app, ["demo"])
+    assert shown.exit_code == 1
+    assert "no Python source files under /nowhere" in shown.output and "Traceback" not in shown.output
+
+
+def test_doctor() -> None:
+    shown = runner.invoke(cli.app, ["doctor"])
+    assert shown.exit_code == 0, shown.output
+    for fact in (
+        awq_ext.__version__,
+        torch.__version__,
+        _C.isa(),
+        "scalar",
+        f"threads              {torch.get_num_threads()}",
+    ):
+        assert fact in shown.output
+
+
+def test_doctor_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One level of kernels that is off by a thousandth is named, and the level in use stays what it was."""
+    right, before = qlinear.int4_linear, _C.isa()
+    monkeypatch.setattr(qlinear, "int4_linear", lambda *a: right(*a) * (1.001 if _C.isa() == "scalar" else 1))
+    shown = runner.invoke(cli.app, ["doctor"])
+    assert shown.exit_code == 1
+    assert "the scalar kernels are off by 0.001" in shown.output and shown.output.count("are off by") == 1
+    assert _C.isa() == before
+
+
+def test_module_can_be_run() -> None:
+    done = run_python("-m", "awq_ext", "--help")
+    assert done.returncode == 0 and "demo" in done.stdout
+
+
+def test_bench(tmp_path) -> None:
+    options = ["--shape", "64x96", "--rows", "1", "--rows", "3", "--group-size", "32", "--seconds", "0.05"]
+    shown = runner.invoke(cli.app, ["bench", *options, "--json", str(tmp_path / "b.json")])
+    assert shown.exit_code == 0, shown.output
+    layers = json.loads((tmp_path / "b.json").read_text())["layers"]
+    assert [layer["rows"] for layer in layers] == [1, 3] and "64 x 96" in shown.output
+    for layer in layers:
+        assert layer["ratio"] == layer["seconds"]["float"] / layer["seconds"]["int4"] > 0
+
+
+def test_doctor_as_json_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from awq_ext.cli import doctor
+
+    real = doctor.find_spec
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "jinja2" else real(name))
+    shown = runner.invoke(cli.app, ["doctor", "--json", "-"])
+    figures = json.loads(shown.stdout)
+    assert figures["extras"]["report"] == "missing jinja2: pip install 'awq-ext[report]'"
+    assert figures["facts"]["memory read at"].endswith(" GB/s") and figures["problems"] == []
+
+
+def test_help_is_broken_where_the_terminal_ends() -> None:
+    """Docstrings have lines of their own, which would leave ragged ends in any other width."""
+    shown = runner.invoke(cli.app, ["quantize", "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
+    lines = [line.strip() for line in shown.output.splitlines()]
+    (line,) = (line for line in lines if line.startswith("The calibration text decides"))
+    assert line.endswith("awq-ext compare tells which method suits it best.")
+
+
+@pytest.mark.parametrize("command", ["quantize", "compare", "eval", "report", "inspect", "convert", "bench"])
+def test_help_shows_an_example(command: str) -> None:
+    assert f"Example: awq-ext {command} " in runner.invoke(cli.app, [command, "--help"]).output
+
+
+def test_settings_are_json_or_words() -> None:
+    texts = (
+        "clip=false",
+        "symmetric=True",
+        "n_grid=4",
+        "damping=0.5",
+        "propagate=quantized",
+        'only=["*.mlp.*"]',
+        "a=b=c",
+    )
+    assert dict(map(parse_setting, texts)) == {
+        "clip": False,
+        "symmetric": True,
+        "n_grid": 4,
+        "damping": 0.5,
+        "propagate": "quantized",
+        "only": ["*.mlp.*"],
+        "a": "b=c",
+    }
+
+
+def test_an_interrupt_is_one_line_and_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("awq_ext.demo.display.run_and_show", interrupted)
+    shown = runner.invoke(cli.app, ["demo"])
+    assert shown.exit_code == 130 and shown.stderr.startswith("interrupted") and "Traceback" not in shown.output
+
+
+def test_bugs_keep_their_traceback() -> None:
+    from awq_ext.cli.options import one_line_errors
+
+    with pytest.raises(KeyError):
+        one_line_errors(lambda: {}["x"])()

@@ -1,0 +1,77 @@
+"""Which instruction set runs: default, environment variable, set_isa; and that every level's file compiles."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from programs import run_python
+
+from awq_ext import _C
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+def run(isa: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-c", "import torch, awq_ext._C as c; print(c.isa())", AWQ_EXT_ISA=isa)
+
+
+def test_default_is_the_best() -> None:
+    names = _C.available_isas()
+    assert names[0] == "scalar"
+    if not os.environ.get("AWQ_EXT_ISA"):
+        assert _C.isa() == names[-1]
+
+
+@pytest.mark.parametrize("isa", ["scalar", ""])
+def test_environment_variable(isa: str) -> None:
+    result = run(isa)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == (isa or _C.available_isas()[-1])
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2"])
+def test_unknown_value_is_an_error_that_lists_the_choices(isa: str) -> None:
+    result = run(isa)
+    assert result.returncode == 1  # an exception, not a signal
+    last = result.stderr.strip().splitlines()[-1]
+    assert "AWQ_EXT_ISA" in last
+    assert f"got '{isa}'" in last
+    assert ", ".join(_C.available_isas()) in last
+
+
+def test_set_isa() -> None:
+    before = _C.isa()
+    try:
+        for name in _C.available_isas():
+            _C.set_isa(name)
+            assert _C.isa() == name
+    finally:
+        _C.set_isa(before)
+    with pytest.raises(ValueError, match=r"expected one of scalar.*got 'sse9'"):
+        _C.set_isa("sse9")
+    assert _C.isa() == before
+
+
+def test_neon_compiles(tmp_path: Path) -> None:
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no aarch64-linux-gnu-g++ (Debian: apt-get install g++-aarch64-linux-gnu): NEON left uncompiled")
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fopenmp-simd", "-c"]
+    source, target = str(CSRC / "kernels" / "neon.cpp"), str(tmp_path / "neon.o")
+    subprocess.run([compiler, *flags, source, "-o", target], check=True)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_levels_share_no_inline_function() -> None:
+    """A weak symbol in a level's file could be the copy the linker keeps, with instructions older processors lack."""
+    objects = sorted((CSRC.parent / "build").glob("**/awq_kernels.dir/**/*.cpp.o"))
+    if not objects:
+        pytest.skip("no object files of a build beside the source")
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+        weak = [line for line in symbols.splitlines() if line[17:18] in "WVu"]
+        assert not weak, f"{path.name}: {weak}"
