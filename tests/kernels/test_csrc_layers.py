@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LAYERS = ["adapters", "drivers", "kernels", "base"]  # from the top down
 TENSOR_HEADERS = ("torch", "ATen", "c10", "pybind11", "Python.h")
 # In a level's file an inline function would be compiled for one processor and perhaps linked for all: no standard library.

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq_ext import _C, reference
+from awq_ext import _C
+from awq_ext.kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 2.0**-24  # relative error of one fp32 operation

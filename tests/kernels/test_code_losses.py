@@ -10,7 +10,8 @@ import torch
 from checks import moment
 from torch import Tensor
 
-from awq_ext import _C, reference
+from awq_ext import _C
+from awq_ext.kernels import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (7, 13), (3, 300), (20, 1), (33, 64), (130, 700)]
