@@ -1,4 +1,4 @@
-"""Types of the compiled extension. The functions mirror ``awq_ext.reference`` for tensors on the CPU; see there."""
+"""Types of the compiled extension. The functions mirror ``awq_ext.kernels.reference`` for tensors on the CPU; see there."""
 
 import torch
 from torch import Tensor

@@ -59,17 +59,34 @@ _SMALLEST = {
 class AwqConfig:
     """Settings of :func:`awq_ext.quantize`. Frozen; a bad value raises TypeError or ValueError naming field, value and choices.
 
+    What most models need:
+
     method: "awq" searches scales and clips; "gptq" rounds with error feedback (arXiv 2210.17323), each channel making up for
         the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
     bits: 4, or 2 to 8 with ``packed=False``.
     group_size: input channels that share one scale and zero, -1 for the whole row; a short last group is fine.
+    skip: what stays as it is: fnmatch patterns of layer names, or functions of (name, module) that return a bool. By default
+        the output layer of language models.
+    only: likewise, what alone is quantized; empty for all.
+    per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
+        ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8, "packed": False}}``.
+    fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
+        elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
+        that have no place for a run-time scale.
+    seq_len: window length in tokens when calibration samples are texts.
+    min_tokens: experts that see fewer calibration rows are rounded to nearest, with a warning.
+
+    For formats that ask for it, and for experiments:
+
     symmetric: zero fixed at the middle code instead of one zero per group.
     scale_dtype: storage type of the scales, "float16" or "bfloat16".
+    packed: True makes QuantLinear modules (int4); False leaves nn.Linear with fake-quantized weights, for experiments.
+    propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
+    clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
+        block's output (scores of queries and keys suffer from it).
     n_grid: steps of alpha in [0, 1] (AWQ, arXiv 2306.00978, equation 5).
     search_rows: output rows per scale group on which the candidates are ranked (for up to 4096 input channels, in
         proportion fewer beyond), 0 for all. RTN's and the final loss always use every row.
-    clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
-        block's output (scores of queries and keys suffer from it).
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
     damping: what error feedback and refining add to each channel's second moment, as a share of it. With more, the correlations of
         the calibration inputs count for less: errors on them grow, errors on other inputs fall (docs/quality.md).
@@ -77,12 +94,8 @@ class AwqConfig:
         otherwise one round, on the scales alone. 0 for none.
     bias_correction: Linears with a bias let it take over the mean of their error (arXiv 1906.04721, section 4.2), and everything is
         searched by the error left then; not with "rtn". False leaves biases alone, to compare or where something else reads them.
-    fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
-        elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
-        that have no place for a run-time scale.
-    propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
     objective: what the error of a Linear on a calibration row counts: with "layer" its square; with "model" the square times how
-        strongly the model's output reacts to errors there (``awq_ext.importance``), which a backward of the whole model tells.
+        strongly the model's output reacts to errors there (``calibration/importance.py``), told by a backward of the whole model.
         None: "model" with error feedback in models that return logits for every token id and can be differentiated, otherwise
         "layer".
     weighed_batches: batches that get this backward, or one window of each where they are token ids; rows of all batches then count
@@ -93,15 +106,7 @@ class AwqConfig:
         needs (docs/quality.md). None: 0.25 with error feedback, otherwise 0.
     generated_tokens: likewise, batches of text that the model writes itself, for decoders that can be called as those of
         transformers are (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, otherwise 0.
-    packed: True makes QuantLinear modules (int4); False leaves nn.Linear with fake-quantized weights, for experiments.
-    skip: what stays as it is: fnmatch patterns of layer names, or functions of (name, module) that return a bool. By default
-        the output layer of language models.
-    only: likewise, what alone is quantized; empty for all.
-    min_tokens: experts that see fewer calibration rows are rounded to nearest, with a warning.
     min_weights: Linears with fewer weights stay as they are.
-    per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
-        ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8, "packed": False}}``.
-    seq_len: window length in tokens when calibration samples are texts.
     """
 
     method: str = "awq"

@@ -28,7 +28,7 @@ def test_every_folder_has_a_storey_and_is_small() -> None:
     "file, line, complaint",
     [
         ("survey/groups.py", "from ..solving.codes import Codes", "solving is not below survey"),
-        ("kernels/reference.py", "def late():\n    from ..undo import interrupt", "undo is not below kernels"),
+        ("kernels/tiles.py", "def late():\n    from ..undo import interrupt", "undo is not below kernels"),
         ("folding/fold.py", "import awq_ext.calibration.statistics", "calibration is not below folding"),
         ("checkpoints/write.py", "import transformers", "only integrations, checkpoints.conversions may"),
         ("drawer/things.py", "from ..config import AwqConfig", "drawer has no storey"),

@@ -18,7 +18,7 @@ def convert(
 ) -> Path:
     """Write the quantized checkpoint in directory ``src`` to directory ``dst`` in another layout; returns ``dst``.
 
-    src: any layout that :func:`awq_ext.load` reads. format: a name of ``awq_ext.formats.LAYOUTS``.
+    src: any layout that :func:`awq_ext.load` reads. format: a name of ``awq_ext.checkpoints.formats.LAYOUTS``.
     No model is built, and no weight is dequantized: codes, scales and zeros stay what they are. All other files (tokenizer,
     generation_config.json) are copied.
     Raises CheckpointError, before anything is written, for a damaged source and for one that the format cannot hold;

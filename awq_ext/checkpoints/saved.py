@@ -62,7 +62,7 @@ def _config(model: nn.Module, folder: Path) -> dict[str, Any]:
 def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLike[str]) -> nn.Module:
     """Give ``model`` the quantized layers and all tensors of a checkpoint; returns it.
 
-    directory: what :func:`save` wrote, or a checkpoint of any layout in ``awq_ext.formats.LAYOUTS`` whose tensors have the names
+    directory: what :func:`save` wrote, or a checkpoint of any layout of ``checkpoints/formats`` whose tensors have the names
         that ``model`` has for them.
     model: the float model's structure (its values do not matter; ``torch.device("meta")`` is fine), or a function that builds
         it. Tensors land on the device of what they replace (meta: the CPU), with the bits and dtypes that were saved.

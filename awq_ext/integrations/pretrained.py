@@ -28,7 +28,7 @@ def save_pretrained(
 ) -> Path:
     """Write a quantized ``model`` to ``directory`` in a layout that other tools read; returns the directory.
 
-    format: a name of ``awq_ext.formats.LAYOUTS``; docs/formats.md tells who reads which and what each can hold.
+    format: a name of ``awq_ext.checkpoints.formats.LAYOUTS``; docs/formats.md tells who reads which and what each can hold.
     max_shard_size: bytes, or a text such as "5GB"; beyond it there are several files and an index.
     tokenizer: anything with ``save_pretrained(directory)``, also a list of such; None takes the tokenizer and processor files of
         the directory the model came from.

@@ -1,4 +1,4 @@
-// The Python module: its parts, the choice of the instruction set, errors. awq_ext/reference.py says what each function
+// The Python module: its parts, the choice of the instruction set, errors. awq_ext/kernels/reference says what each function
 // computes.
 #include "adapters/bindings.h"
 
@@ -38,7 +38,7 @@ void translate_errors(std::exception_ptr error) {
 }  // namespace awq
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "C++ kernels of awq_ext. The functions mirror awq_ext.reference, for tensors on the CPU.";
+  m.doc() = "C++ kernels of awq_ext. The functions mirror awq_ext.kernels.reference, for tensors on the CPU.";
   py::register_local_exception_translator(&awq::translate_errors);
   awq::current_isa();  // an AWQ_EXT_ISA that cannot be had is an error at import, not in the middle of a run
   awq::bind_isa(m);

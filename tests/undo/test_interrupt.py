@@ -26,18 +26,21 @@ from awq_ext.undo.journal import Journal
 FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
 # Files that put something in place and take it away again: of their lines more are tried than of all others.
 DENSE = (
-    "blocks.py",
-    "calibrate.py",
     "contextlib.py",
     "groups.py",
     "hooks.py",
     "interrupt.py",
     "journal.py",
+    "lockstep.py",
+    "mode.py",
     "probe.py",
+    "session.py",
+    "statistics.py",
+    "survey.py",
 )
 Line = tuple[str, int, str]  # file, number, function
 # After these an interrupted call has done all it should.
-AT_THE_END = ("contextlib.py", "interrupt.py", "journal.py", "quantize.py", "threadstate.py")
+AT_THE_END = ("contextlib.py", "interrupt.py", "journal.py", "quantize.py", "session.py", "thread_state.py")
 
 
 @pytest.fixture(autouse=True)

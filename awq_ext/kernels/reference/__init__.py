@@ -1,0 +1,29 @@
+"""Every kernel again in plain torch: the executable specification, the test oracle, and what runs where no C++ kernel does.
+
+The functions here and those of the compiled ``awq_ext._C`` have the same names, arguments and results, so a caller holds
+one or the other. The files are named after those of ``csrc/drivers``. Symbols: N = out_features, K = in_features, g = group
+length along K, G = ceil(K / g) groups a row (the last may be short). ``group_size = -1`` means one group a row.
+
+Sources: AWQ, arXiv 2306.00978, section 3.2 (scales, clip); the quantizer is the usual group-wise affine one.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: F401  (called by the name of this package)
+from .gptq import gptq_factor, gptq_quantize
+from .linear import RUN_CHANNELS, int4_linear, int4_weight, int8_activations
+from .quantize import SCALE_RANGE, dequantize_weight, pack_int4, quantize_weight, unpack_int4
+from .refine import refine_quantized
+from .search import code_losses, quadratic_loss, scale_losses, search_clip
+from .sizes import expand_groups, group_count, group_length
+from .stats import ActivationStats
+from .tiles import (
+    TILE_OUTPUTS,
+    step_count,
+    tile_int4,
+    tile_scales,
+    tile_zeros,
+    untile_int4,
+    untile_scales,
+    untile_zeros,
+)

@@ -1,0 +1,64 @@
+"""The int4 Linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .quantize import dequantize_weight, unpack_int4
+from .sizes import group_length
+from .tiles import untile_int4, untile_scales, untile_zeros
+
+
+def int4_weight(
+    tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int
+) -> Tensor:
+    """(code - zero) * scale of a tiled weight, in fp32: [N, K]."""
+    codes = unpack_int4(untile_int4(tiles, out_features, in_features, group_size), in_features)
+    groups = untile_scales(scales, out_features), untile_zeros(zeros, out_features)
+    return dequantize_weight(codes, *groups, group_size)
+
+
+RUN_CHANNELS = 256  # the most that one scale of int8 activations covers
+
+
+def int8_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """x fp32 [..., K] as x ~ q * scale: int8 [..., K] and fp32 [..., K], each run of channels with one scale.
+
+    A run is a group, or up to 256 channels of a longer one. scale = max |x| / 127 (at least 2^-126), q = round(x / scale),
+    half to even. Where x is not finite neither is the run's scale, and q is 0.
+    """
+    k = x.shape[-1]
+    run = torch.arange(k, device=x.device)
+    g = group_length(k, group_size)
+    run = run // g * -(-g // RUN_CHANNELS) + run % g // RUN_CHANNELS
+    largest = torch.zeros((*x.shape[:-1], int(run[-1]) + 1), device=x.device)
+    largest = largest.scatter_reduce(-1, run.expand_as(x), x.abs(), "amax")
+    scale = (largest / 127).clamp(min=2.0**-126)[..., run]
+    q = torch.where(scale.isfinite(), torch.round(x * (1 / scale)), 0)
+    return q.to(torch.int8), scale
+
+
+def int4_linear(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    pre_quant_scale: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    compute_dtype: str = "auto",
+) -> Tensor:
+    """x [..., K] @ W^T + bias with W int4: tiles uint8 [T, S, 64], scales [T, G, 32], zeros uint8 [T, G, 16] -> [..., N].
+
+    pre_quant_scale fp32 [K] multiplies x first (1/s where the scale could not be folded). compute_dtype "int8" rounds x
+    to ``int8_activations`` then. Computed in fp32, returned in x's dtype.
+    """
+    x32 = x.float() if pre_quant_scale is None else x.float() * pre_quant_scale
+    if compute_dtype == "int8":
+        q, scale = int8_activations(x32, group_size)
+        x32 = q * scale
+    weight = int4_weight(tiles, scales, zeros, in_features, out_features, group_size)
+    return torch.nn.functional.linear(x32, weight, None if bias is None else bias.float()).to(x.dtype)

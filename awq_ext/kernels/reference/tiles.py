@@ -1,0 +1,68 @@
+"""The layout that the int4 kernels read (``csrc/base/layout.h``), and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .quantize import pack_int4, unpack_int4
+from .sizes import group_length, in_groups
+
+TILE_OUTPUTS, STEP_CHANNELS = 32, 4  # of the compute layout, csrc/base/layout.h
+
+
+def step_count(in_features: int, group_size: int) -> int:
+    """Steps of four channels in a row, every group beginning with a new one."""
+    g = group_length(in_features, group_size)
+    return in_features // g * -(-g // STEP_CHANNELS) + -(-(in_features % g) // STEP_CHANNELS)
+
+
+def _tiled_rows(values: Tensor) -> Tensor:
+    """[N, ...] -> [T, 32, ...], filled with zeros."""
+    padded = torch.nn.functional.pad(values, (0, 0) * (values.dim() - 1) + (0, -len(values) % TILE_OUTPUTS))
+    return padded.view(-1, TILE_OUTPUTS, *values.shape[1:])
+
+
+def tile_int4(packed: Tensor, in_features: int, group_size: int) -> Tensor:
+    """Packed rows uint8 [N, ceil(K/2)] -> uint8 [T, S, 64]: tiles of 32 outputs, steps of 4 channels.
+
+    Byte 4j + 2r + q of a step holds channel 2q + r of outputs j (low nibble) and 16 + j (high) of its tile.
+    """
+    steps = step_count(in_features, group_size)
+    grouped = in_groups(unpack_int4(packed, in_features), group_size)
+    codes = torch.nn.functional.pad(grouped, (0, -grouped.shape[2] % STEP_CHANNELS)).flatten(1)
+    tiles = _tiled_rows(codes[:, : steps * STEP_CHANNELS])
+    low, high = tiles.view(-1, 2, 16, steps, 2, 2).permute(1, 0, 3, 2, 5, 4)  # v, [t, s, j, r, q]
+    return (low | high << 4).reshape(-1, steps, 64)
+
+
+def untile_int4(tiles: Tensor, out_features: int, in_features: int, group_size: int) -> Tensor:
+    """Inverse of tile_int4."""
+    g, steps = group_length(in_features, group_size), tiles.shape[1]
+    bytes_ = tiles.view(-1, steps, 16, 2, 2)
+    codes = torch.stack((bytes_ & 15, bytes_ >> 4), dim=1).permute(0, 1, 3, 2, 5, 4)  # t, v, j, s, q, r
+    rows = codes.reshape(-1, steps * STEP_CHANNELS)[:out_features]
+    step = torch.arange(in_features, device=tiles.device)
+    place = step // g * -(-g // STEP_CHANNELS) * STEP_CHANNELS + step % g
+    return pack_int4(rows[:, place])
+
+
+def tile_scales(scales: Tensor) -> Tensor:
+    """[N, G] -> [T, G, 32]."""
+    return _tiled_rows(scales).transpose(1, 2).contiguous()
+
+
+def untile_scales(tiles: Tensor, out_features: int) -> Tensor:
+    """Inverse of tile_scales."""
+    return tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:out_features].contiguous()
+
+
+def tile_zeros(zeros: Tensor) -> Tensor:
+    """uint8 [N, G], all below 16 -> uint8 [T, G, 16]: byte j holds output j (low nibble) and 16 + j of the tile."""
+    low, high = tile_scales(zeros).chunk(2, dim=2)
+    return low | high << 4
+
+
+def untile_zeros(tiles: Tensor, out_features: int) -> Tensor:
+    """Inverse of tile_zeros."""
+    return untile_scales(torch.cat((tiles & 15, tiles >> 4), dim=2), out_features)
