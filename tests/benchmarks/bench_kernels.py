@@ -84,6 +84,19 @@ def bench_quadratic(n: int, k: int, repeat: int) -> tuple[dict[str, float], floa
     return interleaved(functions, repeat), n * k * k
 
 
+def bench_losses(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    weight, g = torch.randn(n, k).bfloat16(), moment(k)
+    codes, scales, zeros = _C.quantize_weight(weight, GROUP)
+    packed = _C.pack_int4(codes)
+
+    def torch_alone() -> torch.Tensor:
+        error = ((codes.float() - zeros.repeat_interleave(GROUP, 1)) * scales.repeat_interleave(GROUP, 1)) - weight
+        return ((error @ g) * error).double().sum(1)
+
+    functions = {"ours": lambda: _C.code_losses(weight, packed, scales, zeros, g, GROUP), "torch": torch_alone}
+    return interleaved(functions, repeat), n * k * k
+
+
 def bench_scales(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
     weight, g, candidates = torch.randn(n, k).bfloat16(), moment(k), torch.rand(41, k) + 0.5
     error = torch.randn(512, k)
@@ -179,6 +192,7 @@ def bench_fit(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
 KERNELS = {
     "stats": bench_stats,
     "quadratic": bench_quadratic,
+    "losses": bench_losses,
     "scales": bench_scales,
     "clip": bench_clip,
     "quantize": bench_quantize,
