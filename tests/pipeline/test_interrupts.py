@@ -119,7 +119,7 @@ def changed_model(name: str) -> models.Case:
 def reached_by(stage: tuple[str, str | None, str, int]) -> tuple[str, str]:
     """The model and the objective of which a run gets to ``stage``."""
     file, _, name, _ = stage
-    return "offset" if name == "prove_norm_fold" else "cache", "model" if file == "importance" else "layer"
+    return "offset" if name == "prove_norm_fold" else "cache", "model" if file == "calibration.importance" else "layer"
 
 
 @each_propagate
