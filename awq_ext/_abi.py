@@ -1,7 +1,7 @@
-"""Refuses, in one sentence, to load the compiled extension where it cannot work.
+"""The check that the compiled extension exists and fits the running torch, made before ``awq_ext._C`` is imported.
 
-torch's C++ interface changes with every release, so ``awq_ext._C`` fits only the torch it was compiled against. Loaded
-beside another one it fails with an undefined symbol, or worse, does not fail. ``check()`` runs before ``_C`` is imported.
+torch's C++ interface changes with every release, so ``_C`` works only with the torch it was compiled against. With another one it
+fails with an undefined symbol or, worse, does not fail.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def public_version(version: str) -> str:
-    """``2.13.0+cpu`` -> ``2.13.0``: builds of one release for different devices share the interface."""
+    """Cut ``2.13.0+cpu`` to ``2.13.0``: builds of one release for different devices share the interface."""
     return version.partition("+")[0]
 
 
 def built_version() -> str | None:
-    """The torch that the extension was compiled against; None where nothing was built (a bare source tree)."""
+    """Return the torch version that the extension was compiled against; None where nothing was built (a bare source tree)."""
     try:
         from ._build import TORCH_VERSION  # type: ignore[import-not-found]
     except ModuleNotFoundError:

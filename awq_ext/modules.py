@@ -44,12 +44,12 @@ def foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the layer that a model of transformers names as its head, whatever it is called; None for other models."""
+    """Return the layer that a model of transformers names as its head, whatever its attribute is called; else None."""
     return _named_by(model, "get_output_embeddings")
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the layer that turns token ids into vectors, likewise."""
+    """Return the layer that turns token ids into vectors, where the model names one as transformers does; else None."""
     return _named_by(model, "get_input_embeddings")
 
 

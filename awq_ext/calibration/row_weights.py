@@ -1,4 +1,4 @@
-"""Weights of calibration rows (``importance.py`` finds them): their own, or those of their position in a window."""
+"""Weights of calibration rows (``importance.py`` finds them): one for each row, or one for its position in a window."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..forwards.calls import Call
 
 
 class Weights(Protocol):
-    """Where the rows of a block's inputs get their weights from while batches run through it."""
+    """Source of the weights of a block's input rows while batches run through the block."""
 
     def begin(self, call: Call) -> None:
-        """Before a batch runs through a block, which reads few of all names."""
+        """Start over for a batch that is about to run through a block."""
 
     def following(self, name: str, x: Tensor) -> Tensor | None:
-        """Those of the next input x [..., K] of a Linear: fp32 [rows]; None where they are not known: all count alike then."""
+        """Return the weights of the next input x [..., K] of a Linear: fp32 [rows]; None if unknown: all rows count alike then."""
 
 
 class RowWeights:
-    """The weights of the rows that come to some Linears, batch by batch: 1 on average over those that count."""
+    """Weights of the rows that reach some Linears, batch by batch: 1 on average over the rows that count."""
 
     def __init__(self, rows: Sequence[Mapping[str, list[Tensor]]], calls: Sequence[Call]) -> None:
         self._rows = {id(call): mine for call, mine in zip(calls, rows, strict=True)}
-        self._calls = calls  # keeps the ids theirs
+        self._calls = calls  # kept alive, so that no other object gets one of their ids
         self._now: Mapping[str, list[Tensor]] = {}
         self._left: dict[str, Iterator[Tensor]] = {}
 
@@ -35,7 +35,7 @@ class RowWeights:
         self._now, self._left = self._rows[id(call)], {}
 
     def following(self, name: str, x: Tensor) -> Tensor | None:
-        """As :class:`Weights` says: None where other rows came than when they were found."""
+        """As :class:`Weights` says: None where x has another number of rows than when its weights were found."""
         if name not in self._left:
             self._left[name] = iter(self._now.get(name, ()))
         found = next(self._left[name], None)
@@ -43,7 +43,7 @@ class RowWeights:
 
 
 class PositionWeights:
-    """Weights of rows by their position in a window (dimension -2 of an input): one to a stretch, 1 on average over rows."""
+    """Weights of rows by position in a window (dimension -2 of an input): one for each stretch, 1 on average over rows."""
 
     def __init__(self, stretches: Mapping[str, Tensor]) -> None:
         self._stretches = stretches  # fp32 [stretches], by name of the first Linear that reads an input
@@ -60,14 +60,15 @@ class PositionWeights:
             return None
         mask = self._call.row_mask(x)
         kept = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
-        # windows longer than those weighed end as these do
+        # positions past the weighed windows get the weight of their last stretch
         return weights[stretches_of(kept).clamp_max(len(weights) - 1)].flatten()
 
 
 def stretches_of(kept: Tensor) -> Tensor:
-    """Numbers of the stretches that rows lie in: int64 like ``kept`` [..., T], of which False do not count as positions.
+    """Number the stretch of positions that each row lies in: int64 like ``kept`` [..., T]; rows not kept take no position.
 
-    Position 0, 1 and 2, 3 to 6, 7 to 14 and so on: the first tokens of a window, which all later ones read, differ most.
+    Stretches are position 0, 1 and 2, 3 to 6, 7 to 14 and so on: short at the beginning of a window, whose tokens differ most
+    because all later ones read them.
     """
     positions = (kept.long().cumsum(-1) - 1).clamp_min(0)
     return torch.frexp((positions + 1).double()).exponent.long() - 1

@@ -30,21 +30,21 @@ class Accumulator(Protocol):
         """Rows that counted."""
 
     def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Add the rows of x [..., K], but for those where ``mask`` is False; weights fp32 [rows], None: all 1."""
+        """Add the rows of x [..., K], except those where ``mask`` is False; weights fp32 [rows], None: all 1."""
 
     def sum(self) -> Tensor:
-        """Sum over rows of x: fp64 [K]."""
+        """Return the sum over rows of x: fp64 [K]."""
 
     def abs_sum(self) -> Tensor:
-        """Sum over rows of |x|: fp64 [K]."""
+        """Return the sum over rows of |x|: fp64 [K]."""
 
     def second_moment(self) -> Tensor:
-        """Sum over rows of x x^T: fp32 [K, K]."""
+        """Return the sum over rows of x x^T: fp32 [K, K]."""
 
 
 @dataclass
 class InputStatistics:
-    """What one input was over all batches; rows_seen: rows that came, masked out or not."""
+    """Statistics of one input over all batches. rows_seen: rows that arrived, masked out or not."""
 
     stats: Accumulator
     rows_seen: int = 0
@@ -66,20 +66,20 @@ class InputStatistics:
 
     @cached_property
     def around_mean(self) -> Tensor:
-        """X^T X around the mean (``centred``): fp32 [K, K], made when first asked for."""
+        """X^T X around the mean (``centred``): fp32 [K, K], computed on first access."""
         return centred(self.stats.second_moment(), self.stats.sum(), self.rows)
 
     @property
     def finite(self) -> bool:
-        """Whether no NaN or Inf was among them, nor a number whose square is none."""
+        """Whether all values were finite numbers with finite squares."""
         return bool(torch.isfinite(self.stats.second_moment().diagonal()).all())
 
 
 @dataclass
 class GroupStatistics:
-    """What the inputs of a group's Linears were, by name of the Linear: one object for those that read the same tensor.
+    """Statistics of the inputs of a group's Linears, by name; Linears that read the same tensor share one object.
 
-    including_padding: those whose rows include padding, because no mask fits them.
+    including_padding: names of the Linears whose rows include padding, because no mask fits them.
     """
 
     inputs: dict[str, InputStatistics]
@@ -96,7 +96,7 @@ class GroupStatistics:
         return sum(one.rows for one in self._distinct(self.inputs))
 
     def x_mean(self, names: Iterable[str] | None = None) -> Tensor:
-        """Mean of |x| per channel over all rows that came to the Linears called ``names`` (None: all): fp32 [K]."""
+        """Compute the mean of |x| per channel over all rows that reached the Linears ``names`` (None: all): fp32 [K]."""
         inputs = self._distinct(self.inputs if names is None else names)
         return (sum(one.stats.abs_sum() for one in inputs) / max(sum(one.rows for one in inputs), 1)).float()
 
@@ -112,11 +112,11 @@ def collect(
     weights: Weights | None = None,
     accumulator: Callable[[int, torch.device], Accumulator] = kernels.activation_stats,
 ) -> tuple[list[GroupStatistics], Any]:
-    """Stream every batch through the block into statistics, one for each of its groups; and the first batch's output.
+    """Stream every batch through the block; return the statistics of each of its groups, and the first batch's output.
 
-    The first batch stays at the block's entry for later probes; with ``hold`` all of them do (they run the block on copies, and
-    again later, on other weights), otherwise they move on to the next block, and the block runs once. weights: by which rows
-    count (None: all alike).
+    The first batch stays at the block's entry for later probes. With ``hold`` all batches do: they run the block on copies now, and
+    again later, on other weights. Otherwise they move on to the next block, and the block runs once. weights: of the calibration
+    rows (None: all count alike).
     """
     statistics = []
     padding = ExpertPadding(surveyed.mixtures)
@@ -124,7 +124,7 @@ def collect(
     def feed(into: InputStatistics, name: str, expert: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = linear_input(args, kwargs)
         mask = padding.row_mask(name, x)
-        # an expert that only padding chose is one that no token chose
+        # padding that reaches an expert does not count as seen: no token chose this expert
         into.rows_seen += int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
         into.stats.update(x, mask, None if weights is None else weights.following(name, x))
 
@@ -145,7 +145,7 @@ def collect(
             statistics.append(GroupStatistics(inputs))
         begin(stops[0])
         output = stops[0].run_on_copies()
-        free = FreeMemory()  # the sums have their pages by now
+        free = FreeMemory()  # made once the sums are in memory, which is no growth to release
         for stop in stops[1:]:
             begin(stop)
             if hold:

@@ -1,8 +1,8 @@
 """Kernels, chosen by the device of the tensor: compiled C++ (``awq_ext._C``) on the CPU, plain torch (``reference``) elsewhere.
 
 Both hold the same functions and the same ``ActivationStats``. ``AWQ_EXT_BACKEND=reference`` in the environment selects the
-reference everywhere (to test that path without such a device, or to rule the C++ out); ``compiled``, empty or unset is the
-normal choice. The variable is read at every call.
+reference everywhere (to test it without another device, or to see whether a problem comes from the C++); ``compiled``, empty or
+unset is the normal choice. The variable is read at every call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def kernels_for(device: torch.device | str) -> ModuleType:
 
 
 def _by_device(specification: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel of this name, run where its first argument lies."""
+    """Make a function that runs the kernel of this name on the device of its first argument."""
 
     @functools.wraps(specification)
     def dispatched(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -56,5 +56,5 @@ untile_int4 = _by_device(reference.untile_int4)
 
 
 def activation_stats(in_features: int, device: torch.device | str = "cpu") -> Any:
-    """An empty ``ActivationStats`` for inputs [..., in_features] on ``device``."""
+    """Make an empty ``ActivationStats`` for inputs [..., in_features] on ``device``."""
     return kernels_for(device).ActivationStats(in_features, device=device)

@@ -1,4 +1,4 @@
-"""FrozenTensor: a tensor that is computed when asked for, so that whatever is written to it would be lost."""
+"""FrozenTensor: a tensor that is computed on every access, and refuses writes because they would be lost."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
-# Named like what works in place, without changing a value.
+# Their names look like those of in-place operations, but they change no value.
 _HARMLESS = {"requires_grad_", "detach_", "share_memory_", "__init__", "__invert__", "__int__", "__index__", "__iter__"}
 
 
 class FrozenTensor(Tensor):
-    """Reads like any Tensor (results are plain ones), refuses to be written: in place, by ``.data`` or as ``out=``.
+    """Tensor that reads like any other (results are plain Tensors), but cannot be written: in place, by ``.data`` or as ``out=``.
 
-    RuntimeError says so. What is written to a weight that is dequantized on every access would otherwise vanish without a word:
+    A write raises RuntimeError. Otherwise what is written to a weight that is dequantized on every access would vanish silently:
     PEFT, for one, merges an adapter by ``layer.weight.data += delta``.
     """
 
@@ -27,7 +27,7 @@ class FrozenTensor(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Every operation on such a tensor passes here."""
+        """Run an operation on such a tensor, unless it writes to it."""
         named = dict(kwargs or {})
         if _writes(func, args, named):
             raise RuntimeError(
@@ -45,13 +45,13 @@ class FrozenTensor(Tensor):
         return self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Saved as the plain tensor, which any ``torch.load`` takes."""
+        """Pickle as a plain Tensor, which any ``torch.load`` reads."""
         return self.clone().__reduce_ex__(protocol)
 
 
 def _writes(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> bool:
     """Whether ``func`` would change a FrozenTensor among its arguments."""
-    # the functions of torch.nn.init name their tensor
+    # the functions of torch.nn.init pass their tensor by keyword
     target = args[0] if args else named.get("tensor")
     if isinstance(named.get("out"), FrozenTensor):
         return True

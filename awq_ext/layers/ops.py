@@ -1,7 +1,7 @@
-"""``torch.ops.awq_ext``: what a quantized layer calls; autograd, autocast, torch.compile and export see it.
+"""The operators of ``torch.ops.awq_ext`` that a quantized layer calls: autograd, autocast, torch.compile and export see them.
 
-The schemas, the CPU kernels, the gradient and the autocast rule are registered by ``awq_ext._C``; here are the other
-devices and the shape functions.
+``awq_ext._C`` registers the schemas, the CPU kernels, the gradient and the autocast rule; this file registers the kernels of all
+other devices, and the shape functions.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def int4_linear(
     group_size: int,
     compute_dtype: str = "auto",
 ) -> Tensor:
-    """x [..., K] @ W^T + bias, W [N, K] in four bits.
+    """Compute x [..., K] @ W^T + bias, W [N, K] in four bits.
 
     x fp32/fp16/bf16; tiles uint8 [T, S, 64], scales [T, G, 32] fp16/bf16 and zeros uint8 [T, G, 16] in the compute layout
     (``reference.tile_int4``, ``tile_scales``, ``tile_zeros``); bias [N] or None; pre_quant_scale fp32 [K], which multiplies x
-    first, or None; group_size -1 or positive. Returns [..., N] in x's dtype. Sums are fp32 on the CPU; the weight is never
-    rounded, x only in bf16, where its product with pre_quant_scale is rounded to bf16 again. Under autocast x is cast as
-    a Linear's input is. Differentiable in x and bias; the weight is frozen.
-    compute_dtype "int8" rounds the activations to eight bits on the way (``reference.int8_activations``) and computes with
+    first, or None; group_size -1 or positive. Returns [..., N] in x's dtype. Sums are fp32 on the CPU. The weight is never
+    rounded; x is rounded only if it is bf16, when its product with pre_quant_scale becomes bf16 again. Under autocast x is cast
+    as a Linear's input is. Differentiable in x and bias; the weight is frozen.
+    compute_dtype "int8" rounds the activations to eight bits on the fly (``reference.int8_activations``) and computes with
     integers: faster with many rows, less accurate. Gradients are those of "auto".
     ValueError for shapes that do not fit or an unknown compute_dtype, TypeError for a wrong dtype.
     """
@@ -46,7 +46,7 @@ def int4_linear(
 def int4_weight(
     tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int
 ) -> Tensor:
-    """The weight that int4_linear multiplies by (without pre_quant_scale): fp32 [N, K]."""
+    """Dequantize the weight that int4_linear multiplies by (without pre_quant_scale): fp32 [N, K]."""
     return torch.ops.awq_ext.int4_weight.default(tiles, scales, zeros, in_features, out_features, group_size)
 
 

@@ -15,7 +15,7 @@ from .frozen import FrozenTensor
 from .ops import int4_linear, int4_weight
 from .quantized_weight import QuantizedWeight
 
-# These hold bit patterns that were searched for; a cast of the model must not round them again.
+# These hold values that a search has chosen; a cast of the model must not round them again.
 _FROZEN_DTYPE = ("tile_scales", "pre_quant_scale")
 # Checkpoint tensor -> the buffer that holds it in the compute layout.
 TILED = {"qweight": "tiles", "scales": "tile_scales", "zeros": "tile_zeros"}
@@ -31,11 +31,11 @@ def _known_compute_dtype(value: str) -> str:
 class QuantLinear(nn.Module):
     """y = (x * pre_quant_scale) @ W^T + bias, W in int4: W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
 
-    Held once, in the layout the kernels read (csrc/base/layout.h): tiles uint8 [T, S, 64], tile_scales fp16 or bf16 [T, G, 32],
-    tile_zeros uint8 [T, G, 16]. ``state_dict`` and checkpoints have rows instead, converted exactly on the way in and out:
-    qweight uint8 [N, ceil(K/2)] (even channel in the low nibble), scales [N, G], zeros uint8 [N, G]; under these names
-    they can also be read (a copy) and assigned here. Beside them pre_quant_scale fp32 [K] or None (1/s where the scale s
-    could not be folded into an earlier operation).
+    The weight is held once, in the layout that the kernels read (csrc/base/layout.h): tiles uint8 [T, S, 64], tile_scales fp16 or
+    bf16 [T, G, 32], tile_zeros uint8 [T, G, 16]. ``state_dict`` and checkpoints have rows instead, converted exactly on the way in
+    and out: qweight uint8 [N, ceil(K/2)] (even channel in the low nibble), scales [N, G], zeros uint8 [N, G]. The attributes of
+    these names return a copy, and can be assigned. pre_quant_scale is fp32 [K] or None: 1/s, where the scale s could not be folded
+    into an earlier operation.
     Activations fp32, bf16 or fp16 of any leading shape; the output has their dtype. The weight is frozen; gradients reach
     the input and the bias. ``compute`` says what the products are computed in (:func:`set_compute_dtype`).
     """
@@ -95,13 +95,13 @@ class QuantLinear(nn.Module):
         scale_dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> QuantLinear:
-        """A layer of ``linear``'s shape, to be filled."""
+        """Make a layer of ``linear``'s shape, to be filled."""
         bias = linear.bias is not None
         shape = (linear.in_features, linear.out_features, group_size)
         return cls(*shape, bias, pre_quant_scale, linear.weight.dtype, scale_dtype, device)
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [..., K] -> [..., N]; called like nn.Linear's argument."""
+        """Map input [..., K] to [..., N]; the argument is named as nn.Linear's is."""
         return int4_linear(
             input,
             self.tiles,
@@ -129,7 +129,7 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """The weight that this layer stands for: [N, K], detached, in the dtype of the replaced layer.
 
-        Dequantized on every access, and therefore refuses to be written (RuntimeError).
+        It is dequantized on every access, so a write to it would be lost, and raises RuntimeError.
         """
         sizes = (self.in_features, self.out_features, self.group_size)
         weight = int4_weight(self.tiles, self.tile_scales, self.tile_zeros, *sizes)
@@ -138,7 +138,7 @@ class QuantLinear(nn.Module):
         return weight.to(self.dtype).as_subclass(FrozenTensor)
 
     def to_tiles(self, name: str, rows: Tensor) -> Tensor:
-        """The buffer ``TILED[name]`` for this qweight, scales or zeros. ValueError if the shape does not fit."""
+        """Convert qweight, scales or zeros to the buffer ``TILED[name]``. ValueError if the shape or a zero does not fit."""
         sizes = {"qweight": (self.in_features + 1) // 2}
         expected = (self.out_features, sizes.get(name, reference.group_count(self.in_features, self.group_size)))
         if rows.shape != expected:
@@ -152,7 +152,7 @@ class QuantLinear(nn.Module):
         return reference.tile_zeros(rows)
 
     def to_rows(self, name: str) -> Tensor:
-        """qweight, scales or zeros, as a checkpoint has them: a copy."""
+        """Return a copy of qweight, scales or zeros as a checkpoint has them."""
         held = getattr(self, TILED[name])
         if name == "qweight":
             return kernels.untile_int4(held, self.out_features, self.in_features, self.group_size)
@@ -160,7 +160,7 @@ class QuantLinear(nn.Module):
 
     @property
     def qweight(self) -> Tensor:
-        """uint8 [N, ceil(K/2)]."""
+        """Packed codes, uint8 [N, ceil(K/2)]."""
         return self.to_rows("qweight")
 
     @qweight.setter
@@ -169,7 +169,7 @@ class QuantLinear(nn.Module):
 
     @property
     def scales(self) -> Tensor:
-        """fp16 or bf16 [N, G]."""
+        """Scales of the weight groups, fp16 or bf16 [N, G]."""
         return self.to_rows("scales")
 
     @scales.setter
@@ -178,7 +178,7 @@ class QuantLinear(nn.Module):
 
     @property
     def zeros(self) -> Tensor:
-        """uint8 [N, G]."""
+        """Zeros of the weight groups, uint8 [N, G]."""
         return self.to_rows("zeros")
 
     @zeros.setter
@@ -245,13 +245,12 @@ class QuantLinear(nn.Module):
 
 
 def set_compute_dtype(model: nn.Module, compute_dtype: str) -> nn.Module:
-    """Choose what all int4 layers of ``model`` compute in; returns the model.
+    """Choose what all int4 layers of ``model`` compute in; return the model.
 
-    "auto", what every layer has unless told otherwise: fp32 sums of products that lose nothing of the activations but, with
-    bf16 ones, what bf16 loses. "int8": each row of activations is rounded to eight bits on the fly, with a scale for each
-    weight group (at most 256 channels), and multiplied as integers. That is faster with many rows (prefill, batches, encoders)
-    and costs accuracy: docs/speed.md has both measured. Saved and loaded with the model; a single layer has the attribute
-    ``compute``.
+    "auto", the default: products are summed in fp32; activations are not rounded, except that bf16 ones stay bf16 after the input
+    scale. "int8": each row of activations is rounded to eight bits on the fly, with a scale for each weight group (at most 256
+    channels), and multiplied as integers. That is faster with many rows (prefill, batches, encoders) and costs accuracy:
+    docs/speed.md has both measured. The choice is saved and loaded with the model; for a single layer assign ``compute``.
     ValueError, before anything changes, for another value or a model without int4 layers.
     """
     _known_compute_dtype(compute_dtype)

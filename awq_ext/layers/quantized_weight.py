@@ -34,12 +34,12 @@ class QuantizedWeight:
 
     @property
     def out_features(self) -> int:
-        """N."""
+        """Output rows of the weight, N."""
         return self.qweight.shape[0]
 
     @property
     def groups(self) -> int:
-        """G, the short last group included."""
+        """Groups per row, G, the short last one included."""
         return group_count(self.in_features, self.group_size)
 
     def codes(self) -> Tensor:
@@ -47,13 +47,13 @@ class QuantizedWeight:
         return kernels.unpack_int4(self.qweight, self.in_features) if self.bits == 4 else self.qweight
 
     def dequantize(self, channel_scale: Tensor | None = None, divisor: Tensor | None = None) -> Tensor:
-        """The weight: fp32 [N, K], columns divided by ``channel_scale`` [K], rows multiplied by ``divisor`` [N]."""
+        """Dequantize to fp32 [N, K], then divide columns by ``channel_scale`` [K] and multiply rows by ``divisor`` [N]."""
         weight = kernels.dequantize_weight(self.codes(), self.scales.float(), self.zeros, self.group_size)
         if channel_scale is not None:
             weight.div_(channel_scale)
         return weight if divisor is None else weight.mul_(divisor[:, None])
 
     def rows(self, index: Any) -> QuantizedWeight:
-        """The codes of some output rows: a slice or a Tensor of their numbers."""
+        """Select some output rows, by a slice or a Tensor of their numbers."""
         parts = (self.qweight[index], self.scales[index], self.zeros[index])
         return QuantizedWeight(*parts, self.in_features, self.group_size, bits=self.bits)

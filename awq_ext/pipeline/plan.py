@@ -24,12 +24,12 @@ from .session import Session, session
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """Linears that read one input and so share one scale, in calling order; their weights will be ``bits`` wide.
+    """Linears that read one input and so share one scale, in calling order.
 
-    fold: what takes the scale's inverse: "norm" or "linear" (``producer`` is its name), "run time" (a division in the layer),
-    "weights" (fake-quantized weights hold both) or "" (nothing: no scale will be searched, or fold="always" has no place). What
-    the statistics show may still lead to the identity, or from a fold to a division at run time.
-    bits and group_size: of each layer.
+    fold: what takes over 1/s of the scale s: "norm" or "linear" (``producer`` is its name), "run time" (a division in the layer),
+    "weights" (fake-quantized weights hold both) or "" (no scale is searched, or fold="always" finds nothing to fold into). Once
+    quantize() has statistics it may still choose the identity, or a division at run time in place of a fold.
+    weights: how many the group has. bits and group_size: of each layer.
     """
 
     block: str
@@ -47,7 +47,7 @@ class GroupPlan:
 class Plan:
     """What :func:`awq_ext.quantize` would do; ``print`` shows it as a table.
 
-    stays_float: name -> reason of every Linear that will not be quantized. parameters: all of the model's.
+    stays_float: name -> reason of every Linear that will not be quantized. parameters: number of all in the model.
     planned_memory_bytes: peak of what quantizing adds to a plain forward of one batch.
     """
 
@@ -62,7 +62,7 @@ class Plan:
         return sum(group.weights for group in self.groups) / max(self.parameters, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return dataclasses.asdict(self) | {"share_quantized": self.share_quantized}
 
     def __str__(self) -> str:
@@ -104,11 +104,11 @@ def plan(
     batches: int = 1,
     **overrides: Any,
 ) -> Plan:
-    """Find scale groups, producers and folds of ``model`` on one batch, without changing it and without any statistics.
+    """Find the scale groups and folds of ``model`` with one batch, without changing the model and without statistics.
 
-    example_batch: one sample as ``calib_loader`` of :func:`awq_ext.quantize` would give it; batches: how many of its size
-    the calibration will have, for the planned memory. All other arguments are those of ``quantize``. Takes about as long as some
-    tens of forwards of the batch. Raises what ``quantize`` would raise for the same arguments.
+    example_batch: one sample as ``calib_loader`` of :func:`awq_ext.quantize` would give it. batches: how many batches of this size
+    the calibration will have; the planned memory depends on it. All other arguments are those of ``quantize``. Takes about as long
+    as some tens of forwards of the batch. Raises what ``quantize`` would raise for the same arguments.
     """
     config = configured(config, overrides)
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:

@@ -1,4 +1,4 @@
-"""quantize(): the one public verb. From a float model and calibration samples to int4 layers, in place."""
+"""quantize(): from a float model and calibration samples to int4 layers, in place."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def quantize(
 ) -> nn.Module:
     """Quantize the Linears of ``model`` to int4, in place, by activation-aware weight quantization (arXiv 2306.00978).
 
-    model: any nn.Module with nn.Linear inside, float32, bfloat16 or float16. On the CPU the compiled kernels work; on another
-        device plain torch does, on that device.
+    model: any nn.Module with nn.Linear inside, float32, bfloat16 or float16. Compiled kernels run on the CPU, plain torch on any
+        other device.
     calib_loader: iterable of samples, each a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
         ``attention_mask`` marks 0 do not count) or, with ``tokenizer``, a str. Tensors are moved to the model's device.
-    inputs: "all"; "first" for loaders of (input, label) pairs; or a function of a sample.
+    inputs: what of a sample the model is called with: "all"; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
     overrides: fields of :class:`AwqConfig`, such as ``group_size=64``.
 
     Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done. Raises ValueError
-    or TypeError for unusable arguments, CalibrationError when the model rejects a batch, whatever the loader raises. After
-    any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C comes within a forward of a block or
-    the search of a layer; a second one comes at once. One that comes when all is done leaves the quantized model.
+    or TypeError for unusable arguments, CalibrationError when the model rejects a batch, and whatever the loader raises. After
+    any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C takes effect after the current forward
+    of a block or search of a layer; a second one takes effect at once. One that comes when all is done leaves the quantized model.
     """
     given, model = model, unwrapped(model)
     config = configured(config, overrides)
@@ -88,7 +88,7 @@ def quantize(
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """A block with the batches that wait at its entry; hold: whether they run through it only after it is quantized."""
+    """A block with the batches that wait at its entry. hold: whether they move on only once it is quantized."""
 
     surveyed: BlockSurvey
     stops: list[Stop]
@@ -97,7 +97,7 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _Collected:
-    """Statistics of a block, one for each of its scale groups, and what it returned for the first batch."""
+    """Statistics of a block's inputs, one for each scale group, and the block's output for the first batch."""
 
     statistics: list[GroupStatistics]
     output: Any
@@ -122,7 +122,7 @@ class _Run:
 
     @contextmanager
     def blocks(self) -> Iterator[Iterator[_Block]]:
-        """Let all batches run in lockstep: the body gets block after block."""
+        """Run all batches in lockstep: the body gets block after block."""
         with self._session.visits(self._surveys, self._calls) as visits, self._bar() as bar:
             yield self._each(visits, bar)
         self._report.warnings += warnings_for(self._padded)
@@ -138,7 +138,7 @@ class _Run:
             bar.update()
 
     def collect(self, block: _Block) -> _Collected:
-        """Stream the batches through the float block."""
+        """Collect statistics while the batches stream through the float block."""
         start = time.perf_counter()
         found, output = collect(block.surveyed, block.stops, self._session.device, block.hold, self._weights)
         self._report.calibration_seconds += time.perf_counter() - start
@@ -161,7 +161,7 @@ class _Run:
         return groups
 
     def swap(self, block: _Block, groups: Sequence[GroupSolution]) -> None:
-        """Put the int4 layers in the place of the block's Linears, and the folds into its norms."""
+        """Put int4 layers in place of the block's Linears, and apply the folds."""
         if not block.hold:
             block.stops[0].advance()  # through the float block, as the other batches did
         journal, report = self._session.journal, self._report
@@ -182,7 +182,7 @@ class _Run:
 
 
 def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) -> None:
-    """Put what stood in for other layers back where it stays float, and complete the report."""
+    """Put the original layers back where their stand-ins stay float, and complete the report."""
     opened.standins.put_back(opened.model, opened.journal)
     report.peak_memory_bytes = opened.memory.bytes()
     for name, reason in reasons_to_stay(opened.eligible, surveys).items():
@@ -194,7 +194,7 @@ def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) 
 def _extra_calls(
     model: nn.Module, calls: Sequence[Call], config: AwqConfig, report: AwqReport, progress: bool
 ) -> list[Call]:
-    """Make batches beside those given: random tokens, and text that the model writes where it can."""
+    """Make batches in addition to those given: of random tokens, and of text that the model generates if it can."""
     drawn = random_calls(model, calls, config.random_share)
     try:
         written = generated_calls(model, calls, config.generated_share, progress)
@@ -216,7 +216,7 @@ def _row_weights(
     report: AwqReport,
     progress: bool,
 ) -> Weights | None:
-    """Weigh the calibration rows by how strongly the model reacts to errors there; None where all count alike."""
+    """Weigh the calibration rows by how strongly the model's output reacts to errors in them; None if all count alike."""
     if not config.weighs_rows:
         return None
     asked = config.objective is not None
@@ -230,18 +230,18 @@ def _row_weights(
 
 
 def _changes(groups: Sequence[GroupSolution]) -> list[Change]:
-    """What becomes of biases and norms. Corrections first: a fold divides the bias as it is with them."""
+    """List the changes to biases and norms. Corrections of biases come first, because a fold divides the corrected bias."""
     changes = [change for group in groups for layer in group.layers for change in layer.changes()]
     for group in groups:
         if group.fold is not None:
-            # a Linear's divided rows are in its codes
+            # not the rows of a Linear: its codes were made of the divided rows
             rows = (group.fold.module, "weight") if isinstance(group.fold, LinearFold) else None
             changes += [one for one in group.fold.changes(group.choice.scale) if one[:2] != rows]
     return changes
 
 
 def _problems(groups: Sequence[GroupSolution]) -> list[str]:
-    """One warning for each group and problem, but one for all experts that saw too few rows."""
+    """Write one warning for each group and problem, but a single one for all experts that saw too few rows."""
     named: dict[Any, list[str]] = {}
     for group in groups:
         for layer in group.layers:

@@ -1,4 +1,4 @@
-"""A session: a model taken apart, in calibration mode and surveyed, with everything undone where that is wanted or must be."""
+"""What quantize(), plan() and salience() begin with: samples read, Linears selected, and every change ready to be undone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..undo.journal import Journal
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """What quantize(), plan() and salience() work with. calls: the calibration batches, on the model's device."""
+    """The model, its calibration batches (``calls``, on the model's device), and the Linears that can be quantized."""
 
     model: nn.Module
     config: AwqConfig
@@ -37,7 +37,7 @@ class Session:
 
     @contextmanager
     def surveyed(self, blocks: Sequence[str] | None) -> Iterator[list[BlockSurvey]]:
-        """Survey the blocks (None: find them) by the first batch; the model is in calibration mode while the body runs."""
+        """Survey the blocks (None: find them) with the first batch; the model is in calibration mode while the body runs."""
         with calibration_mode(self.model):
             yield survey_model(self.model, self.calls[0], self.eligible, blocks, self.config)
 
@@ -60,15 +60,14 @@ def session(
     *,
     undo: bool = True,
 ) -> Iterator[Session]:
-    """Read the calibration samples, and find the Linears to quantize.
+    """Read the calibration samples, and find the Linears that can be quantized.
 
-    Whatever the body, or what stands in for other layers, changes through the journal is taken back after an exception, and with
-    ``undo`` always. Raises what ``check_layers``, ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for
-    :func:`awq_ext.undo.interrupt.check`.
+    What the body or the stand-ins change through the journal is undone after an exception, with ``undo`` always. Raises what
+    ``check_layers``, ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for :func:`awq_ext.undo.interrupt.check`.
     """
     device = check_layers(model, config)
     calls = read_calls(samples, device, tokenizer, inputs, config.seq_len)
-    # tensors made in inference mode could never be trained around
+    # tensors made in inference mode could not be used in training later
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         memory = PeakMemory(device)
         try:

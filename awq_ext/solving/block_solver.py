@@ -1,4 +1,4 @@
-"""One block, from statistics to quantized layers: scales, folds, clips, codes. Reads the model, never writes it."""
+"""The solver of one block: from statistics to scales, folds, clips and codes. It reads the model and never writes it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from .scales import STRENGTHS, ScaleChoice, rows_to_judge_by, search_scale
 from .solution import GroupSolution
 from .tasks import GroupTask, LayerTask, problem_of
 
-# What the rows of Linears are divided by, because a later group's scale is folded into them: fp32 [N].
+# For each Linear with a later group's scale folded into its rows, what these are divided by: fp32 [N].
 Divisors = dict[nn.Linear, Tensor]
 
 
 class BlockSolver:
-    """Solves the scale groups of one block. ``probe`` gives the block's output under substituted parameters.
+    """Solver of the scale groups of one block.
 
-    biases: the Linears whose bias may take over the mean of their error (``bias.own_biases``).
+    probe: gives the block's output under substituted parameters. biases: the Linears whose bias may take over the mean of their
+    error (``bias.own_biases``).
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class BlockSolver:
     ) -> tuple[list[GroupSolution], Set[nn.Linear]]:
         """Solve all groups, giving up folds that leave a Linear with more error than RTN.
 
-        coarse: Linears whose bias could not hold what a search around the mean left to it; returned with those found on the way.
+        coarse: Linears that are searched by the plain second moment, because their bias is too coarse to hold the mean error that
+        a search around the mean leaves to it. They are returned together with those found here.
         """
         while True:
             groups = self._solve_groups(folds, coarse)
@@ -84,24 +86,24 @@ class BlockSolver:
             worse = {layer.task.linear for layer in layers if layer.worse_than_rtn}
             if not worse:
                 return groups, coarse
-            # Dividing a row changes how its group scales are rounded: nothing but that can be left. Without the fold the
-            # Linear falls back to RTN's codes.
+            # The only cause left is a fold into the Linear's rows: dividing a row changes how its group scales are rounded.
+            # Without the fold the Linear falls back to RTN's codes.
             kept = [None if isinstance(fold, LinearFold) and fold.module in worse else fold for fold in folds]
             assert kept != folds, "only a fold into its rows can leave a Linear worse than RTN"
             folds = kept
 
     def _fold_error(self, groups: Sequence[GroupSolution]) -> tuple[float, float]:
-        """Relative change of the block's float output once the folds are applied, with the scales chosen; and what may be.
+        """Measure the relative change of the block's float output once all folds are applied; also return the bound on it.
 
-        Each folded parameter is rounded once more, at most eps / 2 of it, and so are the columns that make up for it.
-        A path through a block meets four folds (norm, values, norm, up), so 4 eps, and as much again for what sums cancel. The
-        folds themselves were proven exactly; this catches scales that leave the range of the dtype.
+        Each folded parameter is rounded once more, by at most eps / 2, and so are the columns that make up for it. A path through
+        a block meets four folds (norm, values, norm, up), which gives 4 eps; the bound is twice that, because terms of a sum may
+        cancel. The folds were proven exact already; this catches chosen scales that leave the range of the dtype.
         """
         folded = _folded_float(groups)
         if not folded:
             return 0.0, 0.0
         linears = list(self._surveyed.linears.values())
-        # autocast computes in less than the weights' precision
+        # autocast computes in a lower precision than that of the weights
         with output_dtypes(linears) as dtypes:
             error = self._probe.distance(folded) / (self._probe.norm or 1.0)
         return error, 8 * max(torch.finfo(dtype).eps for dtype in {linear.weight.dtype for linear in linears} | dtypes)
@@ -139,7 +141,7 @@ class BlockSolver:
         return {name for group in self._surveyed.groups for name in group.experts}
 
     def _choose(self, task: GroupTask, fold: Fold | None) -> ScaleChoice:
-        """Search the group's scale: the identity where none is wanted, or where it would have no place."""
+        """Search the group's scale; return the identity where none is wanted, or where nothing may take over 1/s."""
         usable = task.usable
         if not usable or not usable[0].settings.searches_scale:
             return ScaleChoice(None)
@@ -166,7 +168,7 @@ class BlockSolver:
         if choice.scale is None and self._could_divide(task, fold):
             fold, choice = None, self._choose(task, None)
         solution = _scaled(task, choice, fold, divisors)
-        # Ranking saw a sample of the rows, this loss all of them: what fails here keeps the identity
+        # Ranking saw a sample of the rows, this loss sees all of them: a group that fails here keeps the identity
         if not any(layer.worse_than_rtn for layer in solution.layers):
             return solution
         if _each_alone(task, solution.fold):
@@ -176,12 +178,12 @@ class BlockSolver:
         return _scaled(task, ScaleChoice(None), None, divisors)
 
     def _could_divide(self, task: GroupTask, fold: Fold | None) -> bool:
-        """Whether experts of which some gain nothing from a scale in the norm may divide their rows at run time, each or not."""
+        """Whether the group has experts that may divide their own rows at run time, each or not, in place of a fold for all."""
         return fold is not None and len(task.group.inputs) > 1 and self._config.fold == "auto"
 
 
 def takes_fold(group: ScaleGroup, config: AwqConfig) -> bool:
-    """Whether the group will have a scale that something can take over; fake-quantized weights hold 1/s themselves."""
+    """Whether the group will have a scale that may be folded; fake-quantized weights hold 1/s themselves."""
     settings = config.for_layer(group.linears[0])
     return settings.searches_scale and settings.packed and config.fold != "never"
 
@@ -195,14 +197,14 @@ def _refuse_masked(task: GroupTask) -> None:
 
 
 def _scaled(task: GroupTask, choice: ScaleChoice, fold: Fold | None, divisors: Divisors) -> GroupSolution:
-    """Quantize the group's Linears by the scale chosen, as far as ``fold`` can take it over exactly."""
+    """Quantize the group's Linears under the chosen scale, or the nearest one that ``fold`` takes over exactly."""
     scale = choice.scale if fold is None or choice.scale is None else fold.effective_scale(choice.scale)
     fold = None if scale is None else fold
     layers = []
     for one, quantizer in zip(task.layers, _quantizers(task.layers, scale), strict=True):
         divisor = divisors.get(one.linear)
         if one.problem:
-            # a norm that holds 1/s holds it for all that read it
+            # a norm that holds 1/s divides the input of all Linears that read it, this one too
             layers.append(rounded(one, None if fold is None else scale, divisor))
         else:
             layers.append(searched(one, quantizer, divisor))
@@ -220,7 +222,7 @@ def _without_scale_where_worse(group: GroupSolution, divisors: Divisors) -> Grou
 
 
 def _weakened(choice: ScaleChoice, tasks: Sequence[LayerTask]) -> ScaleChoice:
-    """The power of the scale by which the Linears lose least once errors are fed back."""
+    """Raise the scale to the power (of ``STRENGTHS``) under which the Linears lose least with error feedback."""
     counts = rows_to_judge_by([task.weight for task in tasks], tasks[0].settings.search_rows)
     trials = [choice.weakened(power) for power in STRENGTHS]
     losses = [0.0] * len(trials)
@@ -232,7 +234,7 @@ def _weakened(choice: ScaleChoice, tasks: Sequence[LayerTask]) -> ScaleChoice:
 
 
 def _quantizers(tasks: Sequence[LayerTask], scale: Tensor | None = None) -> Iterator[Quantizer]:
-    """One for each Linear; those of one input share one, or two: around its mean or not, each factored once."""
+    """Yield a quantizer for each Linear. Linears that read one input and use the same moment of it share one, factored once."""
     last, made = None, {}
     for task in tasks:
         if task.input is not last:
@@ -243,12 +245,12 @@ def _quantizers(tasks: Sequence[LayerTask], scale: Tensor | None = None) -> Iter
 
 
 def _each_alone(task: GroupTask, fold: Fold | None) -> bool:
-    """Whether a Linear can do without the group's scale: experts that divide their own rows at run time."""
+    """Whether each Linear can do without the group's scale, as experts can that divide their own rows at run time."""
     return fold is None and len(task.group.inputs) > 1
 
 
 def _folded_float(groups: Sequence[GroupSolution]) -> Substitutes:
-    """Substitutes for the float block with every fold applied: divided producers, multiplied columns."""
+    """Build the parameters of the float block with every fold applied: divided producers, multiplied columns."""
     changes: list[Change] = []
     for group in groups:
         if group.fold is None:

@@ -1,4 +1,4 @@
-"""Clips: which of those that lower their own Linear's error also serve the block."""
+"""The choice of clips: of those that lower their own Linear's error, the ones that do not raise the block's."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .solution import GroupSolution, LayerSolution
 
 
 def keep_clips_that_serve(probe: Probe, groups: Sequence[GroupSolution]) -> tuple[list[GroupSolution], float]:
-    """Take back the clips that raise the error of the block's output; also returns its distance from the float output.
+    """Take back the clips that raise the error of the block's output; also return its distance from the float output.
 
-    Only with clip="auto": a clip lowers its own Linear's error, but may raise what the block makes of it (scores of
-    queries and keys). Each layer in turn is tried without its clip, all others as they stand; experts of one kind together.
+    Only with clip="auto". A clip lowers its own Linear's error, but may raise that of the block (through the attention scores,
+    for example). Each layer in turn is tried without its clip while the others stay; experts of one kind are tried together.
     """
     kept = {layer.task.name: layer for group in groups for layer in group.layers}
     substitutes: dict[tuple[nn.Module, str], Tensor] = {}
@@ -34,7 +34,7 @@ def keep_clips_that_serve(probe: Probe, groups: Sequence[GroupSolution]) -> tupl
 
 
 def _clip_units(groups: Sequence[GroupSolution]) -> list[list[LayerSolution]]:
-    """Clipped layers with clip="auto" to be tried together: a layer alone, but experts by the dozen."""
+    """List the clipped layers with clip="auto" in units that are tried together: all experts of one kind, or a single layer."""
     units: dict[Hashable, list[LayerSolution]] = {}
     for group in groups:
         family = group.task.group.family or group.task.group.linears

@@ -1,4 +1,4 @@
-"""Quantized weights while a block is solved: rounding to nearest, the search of clipped ranges, and squared output errors."""
+"""Codes while a block is solved: rounding to nearest, the search for clipped ranges, and squared output errors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CLIP_RATIOS = tuple(1.0 - 0.05 * step for step in range(11))
 
 @dataclass(frozen=True, eq=False)
 class RowLosses:
-    """Squared output errors of rows: fp64 [N], ``plain`` and as they are with the moment's diagonal raised by ``damping``."""
+    """Squared output errors of output rows, fp64 [N] each; in ``damped`` the diagonal of the second moment is raised."""
 
     plain: Tensor
     damped: Tensor
 
     def at(self, rows: Tensor) -> RowLosses:
-        """Those of some rows, by number."""
+        """Select the errors of some rows, by number."""
         return RowLosses(self.plain[rows], self.damped[rows])
 
 
@@ -38,7 +38,7 @@ def round_to_nearest(
 
 
 def search_clip(weight: Tensor, second_moment: Tensor, settings: AwqConfig, scale: Tensor | None) -> Tensor:
-    """Search the range ratio of every weight group: fp32 [N, G]."""
+    """Search for the best range ratio of every weight group: fp32 [N, G]."""
     interrupt.check()
     ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
     return kernels.search_clip(weight, second_moment, ratios, channel_scale=scale, **settings.quantizer)
@@ -52,9 +52,9 @@ def row_losses(
     divisor: Tensor | None = None,
     damping: float = 0.0,
 ) -> RowLosses:
-    """Sum the squared output errors of each row over the calibration rows: e G e^T of every row e of E, in the original space.
+    """Sum each output row's squared error over the calibration rows: e G e^T of its weight error e, in the original space.
 
-    scale fp32 [K] and divisor fp32 [N]: what the columns were multiplied and the rows divided by before rounding.
+    scale fp32 [K]: what the columns were multiplied by before rounding; divisor fp32 [N]: what the rows were divided by.
     """
     parts = (found.qweight, found.scales, found.zeros)
     return RowLosses(
@@ -65,6 +65,6 @@ def row_losses(
 
 
 def spread_rows(count: int, wanted: int, device: torch.device) -> Tensor:
-    """Number ``wanted`` evenly spaced rows below ``count``; all of them for 0 or where there are no more."""
+    """Return the numbers of ``wanted`` evenly spaced rows out of ``count``; of all rows for 0 or where there are no more."""
     wanted = count if wanted == 0 else min(wanted, count)
     return torch.arange(wanted, device=device) * count // wanted

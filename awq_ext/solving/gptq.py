@@ -1,4 +1,4 @@
-"""Quantizer: rounds the Linears that read one input, to nearest or with error feedback (GPTQ, arXiv 2210.17323)."""
+"""Rounding of all Linears that read one input: to nearest, or with error feedback (GPTQ, arXiv 2210.17323)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..undo import interrupt
 
 
 class Quantizer:
-    """Rounds weights by the second moment of their input, under one scale.
+    """Quantizer of the weights that read one input, under one scale.
 
-    second_moment fp32 [K, K]; scale fp32 [K], by which columns are multiplied before rounding, or None. The moment is factored
-    when GPTQ first asks for it, once for all Linears.
+    second_moment: of the input, fp32 [K, K]. scale: fp32 [K], by which columns are multiplied before rounding, or None. The moment
+    is factored when GPTQ first needs it, once for all Linears.
     """
 
     def __init__(self, second_moment: Tensor, scale: Tensor | None = None) -> None:
@@ -24,7 +24,7 @@ class Quantizer:
         self._factors: dict[tuple[bool, float], tuple[Tensor, Tensor]] = {}
 
     def under(self, scale: Tensor | None) -> Quantizer:
-        """Make a quantizer of the same input under another scale; what is factored serves both."""
+        """Make a quantizer of the same input under another scale; both share the factors."""
         other = Quantizer(self.second_moment, scale)
         other._factors = self._factors
         return other
@@ -34,7 +34,7 @@ class Quantizer:
     ) -> QuantizedWeight:
         """Round ``weight`` [N, K] with error feedback, ranges shrunk by ``clip`` fp32 [N, G].
 
-        Each channel makes up for the errors of those before it; ``refined``: codes and scales are then refined together.
+        Each channel makes up for the errors of those before it. With ``refined``, codes and scales are then refined together.
         """
         interrupt.check()
         factor, order = self._factor(settings.act_order, settings.damping)
@@ -44,10 +44,10 @@ class Quantizer:
     def nearest(
         self, weight: Tensor, settings: AwqConfig, clip: Tensor | None = None, fitted: bool = True
     ) -> QuantizedWeight:
-        """Round ``weight`` to nearest; ``fitted``: the scales of its groups are then refined, the codes stay."""
+        """Round ``weight`` to nearest. With ``fitted``, the scales of its groups are then refined while the codes stay."""
         interrupt.check()
         parts = kernels.quantize_weight(weight, channel_scale=self.scale, clip=clip, **settings.quantizer)
-        # once: a further round lowers the loss by 0.1 %, for another pass over the second moment
+        # one round: a second lowers the loss by only 0.1 %, and costs another pass over the second moment
         return self._refined(weight, parts, settings, min(settings.refine, 1) if fitted else 0, scales_only=True)
 
     def _refined(
@@ -66,7 +66,7 @@ class Quantizer:
         return QuantizedWeight.of_codes(*parts, settings.group_size, settings.bits)
 
     def damped(self, damping: float) -> Tensor:
-        """Copy the second moment fp32 [K, K], the diagonal raised by the share ``damping`` of itself."""
+        """Copy the second moment fp32 [K, K], with its diagonal multiplied by 1 + ``damping``."""
         moment = self.second_moment.clone()
         moment.diagonal().mul_(1 + damping)
         return moment
@@ -76,7 +76,7 @@ class Quantizer:
             diagonal = self.second_moment.diagonal()
             order = torch.arange(len(diagonal), device=diagonal.device)
             if act_order:
-                # by their size before scaling: as good as after it (docs/quality.md), and one factor serves every scale
+                # ordered before scaling: as good as ordered after it (docs/quality.md), and one factor serves every scale
                 order = diagonal.argsort(descending=True, stable=True)
             factor = kernels.gptq_factor(self.second_moment, order, damping)
             self._factors[act_order, damping] = factor, order

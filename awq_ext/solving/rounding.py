@@ -1,4 +1,4 @@
-"""Rounding one Linear: to nearest, or with error feedback and clipped ranges where they lower its loss."""
+"""Rounding of one Linear: to nearest, or with error feedback and clipped ranges where they lower its loss."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .tasks import LayerTask
 
 
 def rounded(task: LayerTask, scale: Tensor | None = None, divisor: Tensor | None = None) -> LayerSolution:
-    """Round to nearest by the given scale and divisor. A task with a problem has no losses."""
+    """Round to nearest under the given scale and divisor. A task with a problem gets no losses."""
     found = round_to_nearest(divided(task.weight, divisor), task.settings, scale)
     solution = LayerSolution(task, found, scale, divisor)
     if task.problem:
         return solution
-    # its bias stays as it is, so the second moment is the plain one
+    # the bias takes nothing over here, so the plain second moment counts
     losses = row_losses(task.weight, found, task.input.second_moment, scale, divisor)
     loss = _mean(task, losses)
     return replace(solution, loss=loss, limit=loss, loss_rtn=loss)
 
 
 def searched(task: LayerTask, quantizer: Quantizer, divisor: Tensor | None = None) -> LayerSolution:
-    """Round by the scale of ``quantizer``, with error feedback and clips as the settings want and the losses allow."""
+    """Round under the scale of ``quantizer``, with the error feedback and clips that are set, where these lower the loss."""
     job = _Job(task, quantizer, divisor)
     rtn = round_to_nearest(task.weight, task.settings)
     plain = row_losses(task.weight, rtn, task.second_moment, damping=job.damping)
     nearest = _Trial(rtn, plain, _mean(task, plain))
     limit = loss_rtn = nearest.loss
     if task.centred:
-        # what the moment around the mean leaves out: RTN's bias stays as it is
+        # RTN leaves the bias as it is, so its loss includes the mean error, which the moment around the mean leaves out
         mean = mean_error(task.weight, rtn.dequantize(), task.input.mean)
         loss_rtn += float(mean.square().sum()) * (1 - KEPT)
     best = job.nearest(nearest)
@@ -52,9 +52,9 @@ def searched(task: LayerTask, quantizer: Quantizer, divisor: Tensor | None = Non
 
 
 def loss_after_gptq(task: LayerTask, rows: Tensor, quantizer: Quantizer) -> float:
-    """Estimate, on some output ``rows``, the squared output error over the calibration rows that error feedback would leave.
+    """Estimate from some output ``rows`` the squared output error that error feedback leaves, summed over the calibration rows.
 
-    Before refining, which ranks scales no better (docs/quality.md) and would take as long again.
+    Codes are not refined: that ranks scales no better (docs/quality.md) and would take as long again.
     """
     weight = task.weight[rows]
     found = quantizer.gptq(weight, task.settings, refined=False)
@@ -64,7 +64,7 @@ def loss_after_gptq(task: LayerTask, rows: Tensor, quantizer: Quantizer) -> floa
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """Codes that may be taken, and what they lose."""
+    """Candidate codes and their losses."""
 
     found: QuantizedWeight
     losses: RowLosses
@@ -74,7 +74,7 @@ class _Trial:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """One Linear under one scale and divisor."""
+    """A Linear to be rounded under one scale and divisor."""
 
     task: LayerTask
     quantizer: Quantizer
@@ -82,16 +82,16 @@ class _Job:
 
     @property
     def weight(self) -> Tensor:
-        """What is rounded: [N, K]."""
+        """The weight as it is rounded: [N, K]."""
         return divided(self.task.weight, self.divisor)
 
     @property
     def damping(self) -> float:
-        """Of the losses that decide on clips; 0 where no errors are fed back."""
+        """Damping of the losses that decide on clips; 0 without error feedback."""
         return self.task.settings.damping if self.task.settings.uses_gptq else 0.0
 
     def losses(self, found: QuantizedWeight, rows: Tensor | None = None) -> RowLosses:
-        """Squared output errors in the space of the original weight, of all output rows or of some."""
+        """Compute squared output errors in the space of the original weight, of all output rows or of some."""
         weight, divisor = self.task.weight, self.divisor
         if rows is not None:
             weight, found = weight[rows], found.rows(rows)
@@ -103,9 +103,10 @@ class _Job:
         return _Trial(found, losses, _mean(self.task, losses), gptq)
 
     def nearest(self, rtn: _Trial) -> _Trial:
-        """Round to nearest by the scale, the scales of the weight groups fitted.
+        """Round to nearest under the scale, then fit the scales of the weight groups.
 
-        The fit is damped, so that undamped it may lose to ``rtn``: then without. Nor where GPTQ will refine them anyway.
+        The fit minimizes a damped loss; where it loses to ``rtn`` without damping, it is not used. Nor are the scales fitted
+        where GPTQ refines them later.
         """
         settings = self.task.settings
         scaled = self.quantizer.scale is not None or self.divisor is not None
@@ -121,10 +122,10 @@ class _Job:
         return trial if trial.loss < min(best.loss, limit) else best
 
     def clipped(self, best: _Trial, limit: float) -> _Trial | None:
-        """Round to clipped ranges; None where these lose more than the full ranges of ``best`` (on the search's rows).
+        """Round to clipped ranges; None unless they lose less than ``best`` on ``search_rows`` rows, and no more than ``limit``.
 
-        The ranges are searched on diagonal blocks of the second moment; here all of it counts. With error feedback both are
-        damped like the feedback itself.
+        The ranges are searched on diagonal blocks of the second moment, while this comparison uses all of it. With error feedback
+        both are damped like the feedback itself.
         """
         settings, weight = self.task.settings, self.weight
         second_moment = self.quantizer.damped(settings.damping) if best.gptq else self.task.second_moment
@@ -143,16 +144,16 @@ class _Job:
         return _Trial(found, losses, loss, best.gptq) if loss <= limit else None
 
     def _judged(self, losses: RowLosses, rows: Tensor, damped: bool) -> float:
-        """Sum the losses of ``rows`` in the space in which they are rounded: what decides on a clip."""
+        """Sum the losses of ``rows`` in the space in which these are rounded; this sum decides on a clip."""
         values = losses.damped if damped else losses.plain
         return float((values if self.divisor is None else values / self.divisor[rows].double().square()).sum())
 
 
 def divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
-    """The weight [N, K] as it is rounded where ``divisor`` fp32 [N] is taken out of its rows."""
+    """Divide the rows of ``weight`` [N, K] by ``divisor`` fp32 [N]; None leaves them as they are."""
     return weight if divisor is None else weight.float() / divisor[:, None]
 
 
 def _mean(task: LayerTask, losses: RowLosses) -> float:
-    """Mean squared output error a calibration row, over all output rows."""
+    """Compute the mean squared output error per calibration row, summed over all output rows."""
     return float(losses.plain.sum()) / task.input.rows

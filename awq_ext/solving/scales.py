@@ -1,4 +1,4 @@
-"""Search of the input scale of a group of Linears, on second moments (AWQ, arXiv 2306.00978, equation 4, rewritten).
+"""The search for a scale group's input scale, from second moments alone (AWQ, arXiv 2306.00978, equation 4, rewritten).
 
 No activation and no forward is needed: with G = X^T X the squared output error of a Linear is tr(E G E^T), whatever the
 number of calibration rows.
@@ -20,19 +20,19 @@ from ..undo import interrupt
 _ROWS_AT_ONCE = 2048
 _SMALLEST_SCALE = 1e-4
 _FEWEST_ROWS = 64
-# Every third alpha is tried, then those between it and the next around the best four. On the 152 groups of two Llamas on which
-# this was chosen that finds the best of all each time; around the single best it missed one in six: the two families have a
-# minimum each.
+# Every third alpha is tried first, then those on either side of the best four, up to the next that was tried. On the 152 groups
+# of two Llamas for which this was chosen, that always finds the best of all alphas. Looking around the single best only missed it
+# in one group of six, because each of the two families has a minimum of its own.
 _STRIDE = 3
 _PROMISING = 4
-# Powers of a chosen scale that error feedback may get in its place. Scales are chosen for rounding to nearest; feedback makes up
-# for part of what they protect from, while what they cost the other channels of a weight group stays (docs/quality.md).
+# Powers of the chosen scale that are tried with error feedback. Scales are chosen for rounding to nearest. Feedback makes up for
+# part of the error that they prevent, but not for what they cost the other channels of a weight group (docs/quality.md).
 STRENGTHS = (1.0, 0.75, 0.5)
 
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """The scale of a group: s fp32 [K], or None for the identity; its family and alpha, and the power of that which s is."""
+    """The scale s of a group, fp32 [K] (None: the identity), its family (``kind``) and alpha, and the power it was raised to."""
 
     scale: Tensor | None
     kind: str = "identity"
@@ -40,12 +40,12 @@ class ScaleChoice:
     power: float = 1.0
 
     def weakened(self, power: float) -> ScaleChoice:
-        """s to the power of ``power``."""
+        """Raise s to ``power``."""
         return self if self.scale is None else replace(self, scale=self.scale**power, power=power)
 
 
 def weight_mean(weights: Sequence[Tensor], group_sizes: Sequence[int]) -> Tensor:
-    """w_mean fp32 [K]: mean over all rows of |W[:, k]| / (largest |W| of its weight group)."""
+    """Compute w_mean fp32 [K]: the mean over all rows of |W[:, k]| / (largest |W| of its weight group)."""
     total = torch.zeros(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
     for weight, group_size in zip(weights, group_sizes, strict=True):
         for rows in weight.split(_ROWS_AT_ONCE):
@@ -58,7 +58,7 @@ def weight_mean(weights: Sequence[Tensor], group_sizes: Sequence[int]) -> Tensor
 
 
 def candidate_scales(x_mean: Tensor, w_mean: Tensor, n_grid: int) -> tuple[Tensor, list[ScaleChoice]]:
-    """All scales to try: fp32 [C, K] and their labels (``scale`` unset); the identity first.
+    """List all scales to try: fp32 [C, K], and their labels (``scale`` unset). The identity comes first.
 
     plain: s = x_mean^alpha; duo: s = x_mean^alpha / (w_mean^(1 - alpha) + 1e-4); alpha on a grid of n_grid steps in [0, 1].
     Each is clamped to >= 1e-4 and divided by sqrt(max s * min s); dead channels (x_mean = 0) and non-finite values get 1.
@@ -93,12 +93,12 @@ def search_scale(
     tie: Callable[[Tensor], Tensor] | None = None,
     alone: bool = False,
 ) -> ScaleChoice:
-    """The candidate with the least output error summed over the group's Linears that makes no single one worse than RTN.
+    """Find the scale with the least output error, summed over the group's Linears, that makes none of them worse than RTN.
 
-    weights: each [N_i, K], with the second moment fp32 [K, K] of its input and the settings it will be rounded by; x_mean fp32
-    [K]. Ranked on evenly spaced rows (``ranking_rows``).
-    tie: turns candidates [C, K] into the nearest ones that can be folded. alone: a Linear that a candidate makes worse will do
-    without, so that it only counts as RTN does.
+    weights: each [N_i, K], with the second moment fp32 [K, K] of its input and the settings it will be rounded with; x_mean fp32
+    [K]. Candidates are ranked on evenly spaced rows (``ranking_rows``).
+    tie: turns candidates [C, K] into the nearest ones that can be folded. alone: a Linear that a candidate makes worse than RTN
+    will do without it, so its loss then counts as RTN's.
     """
     interrupt.check()
     group_sizes = [config.group_size for config in settings]
@@ -124,7 +124,7 @@ def _ranking_losses(
     second_moments: Sequence[Tensor],
     settings: Sequence[AwqConfig],
 ) -> Tensor:
-    """What each Linear would lose by each candidate [C, K], estimated on evenly spaced rows: fp64 [Linears, C]."""
+    """Estimate on evenly spaced rows what each Linear loses under each candidate [C, K]: fp64 [Linears, C]."""
     losses = []
     counts = rows_to_judge_by(weights, settings[0].search_rows)
     for weight, second_moment, config, rows in zip(weights, second_moments, settings, counts, strict=True):
@@ -134,35 +134,35 @@ def _ranking_losses(
 
 
 def _total(losses: Tensor, rtn: Tensor, alone: bool) -> Tensor:
-    """Losses [Linears, C] over the Linears, with RTN's [Linears, 1]; inf where one is worse off than by RTN: fp64 [C]."""
+    """Sum losses [Linears, C] over the Linears: fp64 [C], inf where any exceeds RTN's [Linears, 1] (``alone``: RTN's counts)."""
     if alone:
         return losses.minimum(rtn).sum(0)
     return losses.sum(0).masked_fill((losses > rtn).any(0), torch.inf)
 
 
 def _spaced(count: int) -> list[int]:
-    """The candidates to try first: number 2 * step + family, of every third step and the last; 0 is the identity."""
+    """List the candidates to try first: 0 (the identity) and, as 2 * step + family, every third step down from the last."""
     last = count // 2 - 1
     return [0, *(i for i in range(1, count) if (last - i // 2) % _STRIDE == 0)]
 
 
 def _around(totals: Tensor) -> list[int]:
-    """Candidates of the same family on either side of the best ones, up to the next that was tried."""
+    """List the candidates of the same family on either side of the best ones, up to the next that was tried."""
     best = totals.argsort(stable=True)[:_PROMISING].tolist()
     steps = [2 * step for step in range(1 - _STRIDE, _STRIDE)]
     return sorted({i + step for i in best for step in steps if 0 <= i + step < len(totals)})
 
 
 def rows_to_judge_by(weights: Sequence[Tensor], search_rows: int) -> list[int]:
-    """How many rows of each Linear of a group stand for all: in proportion to its height, but enough to judge a thin one by."""
+    """Share out the rows to rank on among a group's Linears, in proportion to their own rows, but enough for the smallest."""
     wanted = ranking_rows(search_rows, weights[0].shape[1])
     total = sum(len(weight) for weight in weights)
     return [min(len(w), max(_FEWEST_ROWS, wanted * len(w) // total)) if wanted else len(w) for w in weights]
 
 
 def ranking_rows(search_rows: int, in_features: int) -> int:
-    """Output rows of a group to rank on: ``search_rows`` up to 4096 channels, fewer in proportion beyond; 0 means all.
+    """Count the output rows of a group to rank on: ``search_rows`` up to 4096 channels, fewer in proportion beyond; 0: all.
 
-    A row's loss adds up one rounding error a channel, so the sampling noise of the mean falls with rows * channels.
+    A row's loss adds up one rounding error per channel, so the sampling noise of the mean falls with rows * channels.
     """
     return max(1, search_rows * min(4096, in_features) // in_features) if search_rows else 0

@@ -1,4 +1,4 @@
-"""Solutions: what solving found for a Linear and for a scale group, and the module that takes the Linear's place."""
+"""What solving found for a Linear and for a scale group, and the module that takes the Linear's place."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ COARSE = 0.1
 
 @dataclass(frozen=True, eq=False)
 class LayerSolution:
-    """The codes that replace a Linear's weight, and what they lose (mean squared output error a calibration row).
+    """The codes that replace a Linear's weight, and their loss (mean squared output error per calibration row).
 
     scale: fp32 [K], by which columns were multiplied before rounding. divisor: fp32 [N], by which rows were divided, where a later
-    group's scale is folded into this Linear. loss_rtn: of rounding to nearest; limit: of the same codes once the bias takes over
-    their mean error, which ``loss`` never exceeds. None, all three, for a task with a problem.
-    gptq: whether errors were fed back. corrects_bias: whether the bias takes over the mean of the error; bias_shift: what is added
-    to it, fp64 [N], once the codes are final. unclipped: the solution of the full ranges, where clipped ones were taken.
+    group's scale is folded into this Linear. loss_rtn: the loss of rounding to nearest. limit: the same once the bias takes over
+    RTN's mean error; ``loss`` must not exceed it. All three losses are None for a task with a problem.
+    gptq: whether the codes come from error feedback. corrects_bias: whether the bias takes over the mean error. bias_shift: what
+    is added to the bias, fp64 [N], once the codes are final. unclipped: where ranges are clipped, the solution with full ranges.
     """
 
     task: LayerTask
@@ -47,7 +47,7 @@ class LayerSolution:
 
     @property
     def method(self) -> str:
-        """What was really done: the wanted method, without the error feedback where that did not lower the loss."""
+        """The method in effect: the one in the settings, but without error feedback where that did not lower the loss."""
         settings = self.task.settings
         if self.task.problem:
             return "rtn"
@@ -71,11 +71,11 @@ class LayerSolution:
         return self.unclipped is not None
 
     def weight(self) -> Tensor:
-        """What the codes stand for in the original space (scales undone, so no fold is needed): fp32 [N, K]."""
+        """Dequantize the codes to the original space (scales undone, so no fold is needed): fp32 [N, K]."""
         return self.found.dequantize(self.scale, self.divisor)
 
     def substitutes(self) -> dict[tuple[nn.Module, str], Tensor]:
-        """The parameters that the Linear would have with these codes, before any fold, in its dtypes."""
+        """Compute the parameters that the Linear has with these codes, before any fold, in its dtypes."""
         linear, weight = self.task.linear, self.weight()
         found: dict[tuple[nn.Module, str], Tensor] = {(linear, "weight"): weight.to(linear.weight.dtype)}
         if self.corrects_bias:
@@ -98,7 +98,7 @@ class LayerSolution:
         return self.loss + left > self.loss_rtn or left > COARSE * max(self.loss, given)
 
     def with_bias_shift(self) -> LayerSolution:
-        """Fix what the bias takes over, now that the codes are final, and the loss that this really leaves."""
+        """Compute what the bias takes over, now that the codes are final, and the loss that is then left."""
         if not self.corrects_bias:
             return self
         error = self._mean_error(self.weight())
@@ -107,7 +107,7 @@ class LayerSolution:
         return replace(self, bias_shift=shift, loss=max(0.0, self.loss - counted) + float(left.square().sum()))
 
     def changes(self) -> list[Change]:
-        """The correction of the bias, to be made before a fold divides it."""
+        """Return the correction of the bias, to be made before a fold divides it."""
         if self.bias_shift is None:
             return []
         return [(self.task.linear, "bias", lambda bias: bias + self.bias_shift.float())]
@@ -115,7 +115,7 @@ class LayerSolution:
 
 @dataclass(frozen=True, eq=False)
 class GroupSolution:
-    """A solved scale group: its scale, and what takes 1/s (None: division at run time, or in fake-quantized weights)."""
+    """A solved scale group: its scale, and the fold of 1/s (None: a division at run time, or in fake-quantized weights)."""
 
     task: GroupTask
     choice: ScaleChoice = field(default_factory=lambda: ScaleChoice(None))
@@ -123,7 +123,7 @@ class GroupSolution:
     layers: tuple[LayerSolution, ...] = ()
 
     def reports(self) -> list[LayerReport]:
-        """The rows of the report."""
+        """Make the group's rows of the report."""
         rows = [self._report(layer) for layer in self.layers]
         x_mean = self.task.statistics.x_mean()
         if self.task.statistics.rows and bool(x_mean.isfinite().all()):

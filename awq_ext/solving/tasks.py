@@ -1,4 +1,4 @@
-"""Tasks: what is known of a Linear, and of a scale group, before it is solved."""
+"""What is known of a Linear, and of a scale group, before it is solved."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NO_ROWS = "no calibration row reached it"
 class LayerTask:
     """A Linear to quantize: its settings and the statistics of its input.
 
-    problem: why these statistics cannot guide a search, or "". corrects_bias: whether its bias may take over the mean of its
-    error; centred: whether the search then goes by the second moment around the mean (not where the bias is too coarse for it).
+    problem: why these statistics cannot guide a search, or "". corrects_bias: whether its bias may take over its mean error.
+    centred: whether the search then uses the second moment around the mean; not where the bias is too coarse for that.
     """
 
     name: str
@@ -31,12 +31,12 @@ class LayerTask:
 
     @property
     def weight(self) -> Tensor:
-        """[N, K], detached."""
+        """The Linear's weight [N, K], detached."""
         return self.linear.weight.detach()
 
     @property
     def second_moment(self) -> Tensor:
-        """What the search goes by: fp32 [K, K]."""
+        """The second moment that the search uses: fp32 [K, K]."""
         return self.input.around_mean if self.centred else self.input.second_moment
 
 
@@ -50,7 +50,7 @@ class GroupTask:
 
     @property
     def settings(self) -> AwqConfig:
-        """Those of the first Linear: a group has one method, and is packed as a whole or not."""
+        """Settings of the first Linear: all Linears of a group have its method, and are packed as it is."""
         return self.layers[0].settings
 
     @property

@@ -1,4 +1,4 @@
-// Between tensors and the drivers' views of them: checks, contiguous copies where needed, pointers.
+// From tensors to the drivers' views of them: checks, contiguous copies where needed, pointers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,11 +13,11 @@ namespace awq {
 WeightView view_weight(const char* function, const at::Tensor& weight, at::Tensor& holder);
 QuantSpec make_spec(const char* function, int64_t in_features, int64_t group_size, int64_t bits, bool symmetric,
                     at::ScalarType scale_dtype);
-// fp32 of that shape, contiguous. Undefined if the argument is absent.
+// The argument as a contiguous fp32 tensor of that shape; undefined if it is absent.
 at::Tensor float_argument(const char* function, const char* argument, const at::Tensor& t, at::IntArrayRef shape);
 at::Tensor float_argument(const char* function, const char* argument, const std::optional<at::Tensor>& t,
                           at::IntArrayRef shape);
-// What rounding a weight starts from and fills: arguments checked, results empty.
+// The checked arguments of rounding a weight, and the empty results to fill.
 struct Rounding {
   at::Tensor holder;
   WeightView weight;

@@ -17,7 +17,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// int64 [K], every channel once.
+// Checks for int64 [K] that names every channel once.
 Tensor order_argument(const char* function, const Tensor& order, int64_t in_features) {
   check_shape(function, "order", order, {in_features});
   check_dtype(function, "order", order, at::kLong);

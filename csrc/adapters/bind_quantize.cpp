@@ -1,4 +1,4 @@
-// Weights to codes and back, and codes in rows.
+// Rounding to nearest, dequantizing, and packing of codes.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -61,7 +61,7 @@ Tensor py_pack_int4(const Tensor& codes) {
     fit = pack_int4(kernels(), c.const_data_ptr<uint8_t>(), n, k, packed.mutable_data_ptr<uint8_t>(),
                     at::get_num_threads());
   }
-  // the codes are read once, and again only to say what was wrong
+  // codes are read a second time only to say what was wrong
   if (!fit) AWQ_CHECK(false, kName, "codes", "codes below 16", codes.max().item<int64_t>());
   return packed;
 }

@@ -1,4 +1,4 @@
-// Refining what a rounding gave.
+// Refining of scales and codes after rounding.
 #include <ATen/Parallel.h>
 
 #include <cmath>
@@ -16,7 +16,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Codes, scales and zeros that quantize_weight or gptq_quantize made of the same weight.
+// codes, scales and zeros: what quantize_weight or gptq_quantize returned for the same weight.
 py::tuple py_refine_quantized(const Tensor& weight, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
                               const Tensor& second_moment, int64_t group_size, int64_t bits, double damping,
                               int64_t rounds, const OptionalTensor& channel_scale, bool scales_only) {

@@ -31,7 +31,7 @@ Tensor one_a_row(const char* argument, const Tensor& values, at::ScalarType dtyp
   return values.detach().cpu().reshape({-1});
 }
 
-// Added one by one: the result does not depend on the number of threads.
+// Weights are added one by one, so that the result does not depend on the number of threads.
 double total_weight(const Tensor& weights) {
   double total = 0.0;
   for (int64_t r = 0; r < weights.numel(); ++r) {
@@ -42,7 +42,7 @@ double total_weight(const Tensor& weights) {
   return total;
 }
 
-// Methods that take long are called without the GIL; a mutex then keeps two threads from adding to the same sums.
+// Methods that take long run without the GIL; a mutex keeps two threads from adding to the same sums.
 class ActivationStats {
  public:
   explicit ActivationStats(int64_t in_features)
@@ -79,7 +79,7 @@ class ActivationStats {
   Tensor sum() const { return weighted_ ? sum_.mul(share()) : sum_; }
   Tensor abs_sum() const { return weighted_ ? abs_sum_.mul(std::sqrt(share())) : abs_sum_; }
 
-  // Only one triangle is accumulated; the other is filled in when somebody looks.
+  // Only one triangle is accumulated; the other is filled in when the moment is read.
   Tensor second_moment() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!mirrored_) mirror_upper(second_moment_.mutable_data_ptr<float>(), in_features_, at::get_num_threads());
@@ -100,11 +100,11 @@ class ActivationStats {
     return x.reshape({-1, in_features_});
   }
 
-  // By which the sums are multiplied for weights that are 1 on average.
+  // What the sums are multiplied by, so that weights are 1 on average.
   double share() const { return weighted_ && total_ > 0.0 ? static_cast<double>(rows_) / total_ : 1.0; }
 
-  // The second moment, the largest thing here, is multiplied in its place when somebody looks, and back before more
-  // rows are added.
+  // The second moment is large, so it is multiplied in place when it is read, and divided again before more rows are
+  // added.
   void set_applied(double share) const {
     if (share == applied_) return;
     scale_moment(second_moment_.mutable_data_ptr<float>(), in_features_, static_cast<float>(share / applied_),
@@ -114,16 +114,16 @@ class ActivationStats {
 
   int64_t in_features_;
   int64_t rows_ = 0;
-  double total_ = 0.0;  // weight of all rows
+  double total_ = 0.0;  // sum of the weights of all rows
   bool weighted_ = false;
-  mutable double applied_ = 1.0;  // the share in second_moment_
+  mutable double applied_ = 1.0;  // the share that second_moment_ is already multiplied by
   mutable bool mirrored_ = true;
   mutable std::mutex mutex_;
   Tensor sum_, abs_sum_;
   mutable Tensor second_moment_;
 };
 
-// `device` is there for the sake of one constructor for both implementations: only the CPU is served here.
+// `device` gives this constructor the arguments of the reference's; only the CPU is accepted here.
 std::unique_ptr<ActivationStats> make_stats(int64_t in_features, const py::object& device) {
   const std::string name = py::str(device);
   AWQ_CHECK(at::Device(name).is_cpu(), kInit, "device", "cpu", name);

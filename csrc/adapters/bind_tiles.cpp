@@ -1,4 +1,4 @@
-// Rows to the tiles that int4_linear reads, and back.
+// Conversion of rows to the tiles that int4_linear reads, and back.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>

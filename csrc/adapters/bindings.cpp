@@ -1,5 +1,5 @@
-// The Python module: its parts, the choice of the instruction set, errors. awq_ext/kernels/reference says what each function
-// computes.
+// The Python module: its parts, the choice of the instruction set, and the translation of errors. What each function
+// computes is said in awq_ext/kernels/reference.
 #include "adapters/bindings.h"
 
 #include <vector>
@@ -23,7 +23,7 @@ void bind_isa(py::module_& m) {
       "Names of the instruction sets that this build and this processor have, the least first.");
 }
 
-// c10's errors carry the C++ stack; Python gets the sentence.
+// c10's errors carry the C++ stack; Python gets only the message.
 void translate_errors(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -40,7 +40,7 @@ void translate_errors(std::exception_ptr error) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++ kernels of awq_ext. The functions mirror awq_ext.kernels.reference, for tensors on the CPU.";
   py::register_local_exception_translator(&awq::translate_errors);
-  awq::current_isa();  // an AWQ_EXT_ISA that cannot be had is an error at import, not in the middle of a run
+  awq::current_isa();  // an AWQ_EXT_ISA that is not available raises at import, not in the middle of a run
   awq::bind_isa(m);
   awq::bind_quantize(m);
   awq::bind_tiles(m);

@@ -1,4 +1,5 @@
-// Parts of the module, each in the file of its name: checks, tensors to pointers, the GIL.
+// Parts of the module, each in the file of its name: they check arguments, turn tensors into pointers and release the
+// GIL.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>  // not torch/extension.h, which takes twice as long to compile

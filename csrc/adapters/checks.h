@@ -1,4 +1,5 @@
-// Argument checks of everything that Python can call. One form of message: function, argument, expected, got.
+// Argument checks of everything that Python can call. All messages name the function, the argument, what was expected
+// and what was given.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -36,7 +37,7 @@ template <class Got>
     if (!(condition)) ::awq::fail_type(function, argument, expected, got); \
   } while (false)
 
-// A tensor on the CPU of the given shape (-1: any length).
+// Checks for a dense tensor of the given shape (-1: any length) on the CPU.
 inline void check_shape(const char* function, const char* argument, const at::Tensor& t, at::IntArrayRef shape) {
   AWQ_CHECK(t.device().is_cpu() && t.layout() == at::kStrided, function, argument, "a dense tensor on the CPU",
             t.layout() == at::kStrided ? t.device().str() : "a sparse one");

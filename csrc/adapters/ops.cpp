@@ -1,8 +1,8 @@
-// Registered operators: what runs inside forward, so that torch.compile, export, autocast and autograd see it. Other
-// devices and the shape functions are registered in awq_ext/ops.py.
+// Operators that run inside forward, registered so that torch.compile, export, autocast and autograd see them. Other
+// devices and the shape functions are registered in awq_ext/layers/ops.py.
 //
-// Autograd is registered here and not in Python because a small layer computes for less time than a Python autograd
-// function takes to be called.
+// Autograd is registered here and not in Python because calling a Python autograd function takes longer than computing
+// a small layer.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
@@ -53,7 +53,7 @@ TiledTensors view_tiles(const char* name, const Tensor& tiles, const Tensor& sca
   return t;
 }
 
-// fp32 of that length on the CPU, or undefined. Other dtypes are converted: a bias has that of its model.
+// The argument as fp32 of that length on the CPU; undefined if absent. It is converted: a bias has its model's dtype.
 Tensor float_vector(const char* argument, const OptionalTensor& t, int64_t length) {
   if (!t.has_value()) return {};
   check_shape(kLinear, argument, *t, {length});
@@ -104,8 +104,8 @@ Tensor call_weight(const Tensor& tiles, const Tensor& scales, const Tensor& zero
   return op.call(tiles, scales, zeros, in_features, out_features, group_size);
 }
 
-// Gradients reach x, through the dequantized weight in the gradient's dtype, and the bias. The rounding of activations
-// to int8 counts as the identity.
+// Gradients reach x, through the dequantized weight in the gradient's dtype, and the bias. Rounding activations to int8
+// is differentiated as the identity.
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   using Context = torch::autograd::AutogradContext;
   using List = torch::autograd::variable_list;
@@ -152,7 +152,7 @@ Tensor int4_linear_autograd(const Tensor& x, const Tensor& tiles, const Tensor& 
                      compute_dtype);
 }
 
-// As nn.Linear under autocast: the input is cast, the output has its dtype.
+// Like nn.Linear under autocast: the input is cast, and the output has the dtype that it is cast to.
 Tensor int4_linear_autocast(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                             const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
                             int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
@@ -181,7 +181,7 @@ TORCH_LIBRARY_IMPL(awq_ext, CPU, m) {
 
 TORCH_LIBRARY_IMPL(awq_ext, Autograd, m) {
   m.impl("int4_linear", &awq::int4_linear_autograd);
-  m.impl("int4_weight", torch::CppFunction::makeFallthrough());  // of integers: nothing to differentiate
+  m.impl("int4_weight", torch::CppFunction::makeFallthrough());  // its inputs need no gradients
 }
 
 TORCH_LIBRARY_IMPL(awq_ext, AutocastCPU, m) { m.impl("int4_linear", &awq::int4_linear_autocast); }

@@ -13,7 +13,7 @@ void* allocate_large(int64_t bytes) {
   void* data = nullptr;
   if (bytes < kLargePage || posix_memalign(&data, kLargePage, static_cast<size_t>(bytes)) != 0) return nullptr;
 #if defined(__linux__)
-  // Only advice: a system that refuses leaves everything as it was.
+  // Only advice: the memory works as well where the system refuses.
   (void)madvise(data, static_cast<size_t>(bytes / kLargePage * kLargePage), MADV_HUGEPAGE);
 #endif
   return data;

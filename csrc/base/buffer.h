@@ -1,5 +1,5 @@
-// Memory: uninitialized scratch on cache-line boundaries, and large pages. std::vector would first write zeros over
-// hundreds of megabytes.
+// Memory: uninitialized scratch on cache-line boundaries (std::vector would first write zeros over hundreds of
+// megabytes), and large pages.
 #pragma once
 
 #include <cstddef>
@@ -31,8 +31,8 @@ class Buffer {
   T* data_ = nullptr;
 };
 
-// A buffer for the duration of a call that its thread keeps for the next one, up to a limit: fresh pages from the
-// system at every call cost a sixth of a product of 16 rows. One at a time for each Tag.
+// A buffer for the duration of a call. Up to a limit (kMostKept) the thread keeps the memory for the next call: fresh
+// pages from the system at every call cost a sixth of a product of 16 rows. Only one at a time for each Tag.
 template <class Tag, class T>
 class Scratch {
  public:
@@ -60,9 +60,9 @@ class Scratch {
   T* data_;
 };
 
-// Memory for what will be streamed for long, in large pages where the system has them: a product with one row then
-// misses no address translations, a tenth of its time. Begins with such a page, so that few bytes at its end are
-// outside. Null if it is too small for one, or there is no memory. To be released by free_large.
+// Memory for data that is streamed often, in large pages where the system has them: a product with one row then spends
+// no time on address translation, which would be a tenth of it. It begins on a page boundary, so only a few bytes at
+// its end lie outside large pages. Null if it is smaller than one page, or there is no memory. Released by free_large.
 void* allocate_large(int64_t bytes);
 void free_large(void* data);
 

@@ -1,11 +1,10 @@
-// Sizes and layouts, described once. N = out_features, K = in_features, g = channels in a full group, G = groups in a
-// row.
+// Sizes and layouts. N = out_features, K = in_features, g = channels in a full group, G = groups in a row.
 //
 // A weight row is cut into groups along K; the last may be short:
 //
 //     |<-- g -->|<-- g -->|<- K % g ->|        G = ceil(K / g), one scale and one zero each
 //
-// Packed codes: two a byte, the even channel in the low nibble, rows padded to whole bytes with 0:
+// Packed codes: two per byte, the even channel in the low nibble, rows padded to whole bytes with 0:
 //
 //     byte            0               1                    ceil(K/2) - 1
 //     bits        7..4 3..0       7..4 3..0         ...    7..4    3..0
@@ -13,7 +12,7 @@
 //
 // Compute layout, which the kernels of drivers/linear.h read and a QuantLinear holds. Outputs are cut into tiles of 32,
 // channels into steps of 4; a step of a tile is 64 bytes, one cache line and one wide load. Every group begins with a
-// new step, tiles follow each other, so a product with few activation rows reads three arrays from one end to the
+// new step, and tiles follow each other, so a product with few activation rows reads three arrays from one end to the
 // other:
 //
 //     codes  [T][S][64]   T = ceil(N / 32) tiles, S = steps in a row: sum over groups of ceil(channels / 4)
@@ -26,9 +25,9 @@
 //     output       16 + j      j           16 + j     j
 //     channel      2 + r       2 + r       r          r
 //
-// so that a mask leaves sixteen outputs of two channel pairs in the bytes of a register, each pair in the order in
-// which bf16 dot products take it, and a shift by 4 b leaves, in each 32-bit lane, one channel of sixteen outputs. What
-// fills a last step or tile is 0, and meets activations that are 0.
+// A mask then leaves sixteen outputs of two channel pairs in the bytes of a register, each pair in the order in which
+// bf16 dot products take it. A shift by 4 b leaves one channel of sixteen outputs, one in each 32-bit lane. The padding
+// of a last step or tile is 0, and is multiplied by activations that are 0.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +38,7 @@ namespace awq {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// group_size = -1 means one group a row, and a group is never longer than the row.
+// group_size = -1 means one group per row, and a group is never longer than the row.
 constexpr int64_t group_length(int64_t in_features, int64_t group_size) {
   return group_size == -1 ? in_features : std::min(group_size, in_features);
 }
@@ -59,7 +58,8 @@ constexpr int64_t step_count(int64_t in_features, int64_t length) {
   return in_features / length * ceil_div(length, kStepChannels) + ceil_div(in_features % length, kStepChannels);
 }
 
-// Runs in the first `steps` of a row: every group is cut into runs of at most `run_steps`. steps end where a run does.
+// Runs in the first `steps` of a row, which must end where a run does: each group is cut into runs of up to
+// `run_steps`.
 constexpr int64_t run_count(int64_t steps, int64_t length, int64_t run_steps) {
   const int64_t group_steps = ceil_div(length, kStepChannels);
   return steps / group_steps * ceil_div(group_steps, run_steps) + ceil_div(steps % group_steps, run_steps);

@@ -7,14 +7,14 @@
 namespace awq {
 namespace {
 
-// Below this many numbers packing is shorter than waking the threads.
+// Packing fewer numbers than this takes less time than waking the threads.
 constexpr int64_t kSerialNumbers = 1 << 16;
 
 int64_t elements_of_step(Element element) {
   return element == Element::f32 ? kStepChannels : element == Element::bf16_pair ? kStepChannels / 2 : 1;
 }
 
-// Whether numbers of this type are such elements as they lie in memory.
+// Whether numbers of this type already are elements of this kind in memory.
 bool same(Dtype dtype, Element element) {
   return (element == Element::f32 && dtype == Dtype::f32) || (element == Element::bf16_pair && dtype == Dtype::bf16);
 }

@@ -15,10 +15,11 @@ namespace {
 // triangular solve, which is not done by tiles, stays a small share.
 constexpr int64_t kBlock = 64;
 static_assert(kBlock % kMaxTileCols == 0);
-// What every channel gets beside its own damping, as a share of the mean: enough for channels that nothing ever
-// entered.
+// What every channel gets in addition to its own damping, as a share of the mean: enough for channels that no input
+// enters.
 constexpr double kFloor = 1e-6;
-// Ten times the damping until the factor is sound. Once is enough but for moments that fp32 cannot tell from singular.
+// The damping is multiplied by ten until the factorization succeeds, up to this. Only moments that fp32 cannot tell
+// from singular ones need that.
 constexpr double kMostDamping = 1e30;
 
 // H = R R^T in place, a block of columns at a time, from the last to the first:
@@ -36,7 +37,7 @@ class Factorization {
         row_panels_(threads * table.tile_rows * k),
         col_panels_(kBlock * k) {}
 
-  // Whether every pivot came out as large as exact arithmetic makes it, but for some rounding.
+  // Returns whether every pivot is as large as exact arithmetic makes it, up to some rounding.
   bool run() {
     for (int64_t block = ceil_div(k_, kBlock) - 1; block >= 0; --block) {
       const int64_t begin = block * kBlock, end = std::min(k_, begin + kBlock);
@@ -90,7 +91,7 @@ class Factorization {
       for (int64_t j = i; j < size; ++j) r[j * kBlock + i] = h_[(begin + i) * k_ + begin + j];
     for (int64_t j = size - 1; j >= 0; --j) {
       double* column = r + j * kBlock;
-      // exact arithmetic has no pivot below what was added to the diagonal
+      // in exact arithmetic no pivot is below what was added to the diagonal
       if (!(column[j] >= added_[begin + j] / 2.0)) return false;
       const double pivot = std::sqrt(column[j]);
       for (int64_t i = 0; i < j; ++i) column[i] /= pivot;
@@ -146,7 +147,7 @@ class FactorPanels {
   }
 
   int64_t count() const { return count_; }
-  // Rows of panel j above its diagonal block; and that block.
+  // The rows of panel j above its diagonal block; below, that block itself.
   const float* above(int64_t j) const { return data_.get() + offset(j); }
   const float* diagonal(int64_t j) const { return above(j) + j * width_ * width_; }
 
@@ -158,7 +159,7 @@ class FactorPanels {
   Buffer<float> data_;
 };
 
-// What a panel of tile_cols weight rows needs, channels outermost: [K][tile_cols] unless said otherwise.
+// Buffers of a panel of tile_cols weight rows, channels outermost: [K][tile_cols] unless said otherwise.
 class RowPanel {
  public:
   RowPanel(const KernelTable& table, const QuantSpec& spec, int64_t k)
@@ -173,11 +174,11 @@ class RowPanel {
         codes_(k * table.tile_cols),
         row_(k) {}
 
-  // Rows first .. first + count of the weight, scaled; their grids, which are also written to scales and zeros [N, G].
+  // Loads rows first .. first + count of the weight, scaled, and their grids, which also go to scales and zeros [N, G].
   void load(const WeightView& weight, int64_t first, int64_t count, const float* channel_scale, const float* clip,
             const int64_t* position, uint16_t* scales, uint8_t* zeros) {
     const int64_t width = table_.tile_cols;
-    if (count < width) {  // rows that are not there: weights of 0 on a grid of step 1
+    if (count < width) {  // missing rows: weights of 0 on a grid of step 1
       std::fill_n(weights_.get(), k_ * width, 0.0f);
       std::fill_n(steps_.get(), groups_ * width, 1.0f);
       std::fill_n(zeros_.get(), groups_ * width, 0.0f);
@@ -243,7 +244,7 @@ void gptq_factor(const KernelTable& table, const float* moment, int64_t in_featu
   const int64_t k = in_features;
   double total = 0.0;
   for (int64_t i = 0; i < k; ++i) total += moment[i * k + i];
-  // nothing ever came in: any positive number gives plain rounding
+  // without any input every positive number gives plain rounding
   const double floor = kFloor * (total > 0.0 ? total / static_cast<double>(k) : 1.0);
   std::vector<double> added(static_cast<size_t>(k));
   bool done = false;
@@ -271,7 +272,7 @@ void gptq_quantize(const KernelTable& table, const WeightView& weight, const Qua
     group_of[static_cast<size_t>(i)] = order[i] / spec.group_length;
   }
   const FactorPanels panels(table, factor, k, order, channel_scale, threads);
-  // Row panels of a task share each factor panel; but every thread should have several tasks.
+  // Row panels of a task share each factor panel, but every thread should have several tasks.
   const int64_t total = ceil_div(n, width);
   const int64_t share = std::clamp<int64_t>(kErrorFloats / (k * width), 1, ceil_div(total, int64_t{4} * threads));
   std::vector<RowPanel> rows;

@@ -11,14 +11,15 @@
 namespace awq {
 namespace {
 
-// How a product is computed depends on its rows:
+// How a product is computed depends on its number of rows:
 //
 //   stream   the weight is read once, from one end to the other, and decoded in registers for all rows at once
-//   decode   blocks of rows take turns on a part of the weight that stays in the cache, each decoding it in registers
+//   decode   blocks of rows take turns on a part of the weight that stays in the cache; each decodes it in registers
 //   panel    such a part is decoded once, into a panel that all blocks of rows read
 //
-// With 8 rows or more, decoding hides behind the products (0.97 of their peak rate in bf16, 0.9 in fp32), and a panel,
-// which is larger, only costs. With 16 registers a block has 4 rows, and a panel wins above three blocks of them.
+// From 8 rows in a block on, decoding hides behind the products (0.97 of their peak rate in bf16, 0.9 in fp32), and a
+// panel, which is larger than the codes, only costs. With 16 registers a block has 4 rows, and a panel wins above three
+// such blocks.
 struct Way {
   int64_t stream_rows;  // at most, else decode or panel
   int64_t block_rows;
@@ -26,7 +27,7 @@ struct Way {
 };
 
 Way choose_way(const KernelTable& table, Element element, int64_t rows) {
-  // Of bf16: a block's activations and weights fit the first cache; twelve rows measured slower.
+  // kBf16Rows: the activations and weights of a block fit the first-level cache; twelve rows were slower when measured.
   constexpr int64_t kBf16Rows = 9, kManyRows = 8, kPanelRows = 12;
   if (element == Element::bf16_pair) return {table.dot_rows, kBf16Rows, false};
   if (element == Element::int8_step) return {table.dot_rows, table.dot_rows, false};
@@ -34,10 +35,10 @@ Way choose_way(const KernelTable& table, Element element, int64_t rows) {
   return {table.dot_rows, table.tile_rows, true};
 }
 
-constexpr int64_t kTaskBytes = 1 << 15;  // codes that a task reads at least
-constexpr int64_t kStreamTasks = 2;      // a thread: every task begins by waiting for memory
-// Part of the weight that rows take turns on: with the activations of a block it fits the first cache, kPartTiles of
-// them the second. A panel is eight times as large as its codes.
+constexpr int64_t kTaskBytes = 1 << 15;  // of codes that a task reads, at least
+constexpr int64_t kStreamTasks = 2;      // at most, per thread: every task begins by waiting for memory
+// Steps of the part of a weight that rows take turns on: with the activations of a block it fits the first-level cache,
+// kPartTiles of them fit the second. A panel is eight times as large as its codes.
 constexpr int64_t kDecodeSteps = 256, kPanelSteps = 128, kPartTiles = 4;
 static_assert(kDecodeSteps % kRunSteps == 0);  // a part of a group holds whole runs
 
@@ -78,7 +79,7 @@ Int4Block block_at(const Call& c, int64_t tile, int64_t first, int64_t count) {
   return block;
 }
 
-// Bias, rounding and the way out for `rows` rows of some tiles.
+// Adds the bias to the sums of `rows` rows of some tiles, rounds them and writes them to y.
 void finish(const Call& c, float* sums, int64_t lds, int64_t first_row, int64_t rows, int64_t tile, int64_t tiles) {
   const int64_t n = tile * kTileOutputs, count = std::min(tiles * kTileOutputs, c.weight.out_features - n);
   const int64_t bytes = dtype_bytes(c.dtype);
@@ -115,7 +116,7 @@ void stream(const Call& c, int threads) {
   });
 }
 
-// Some tiles of the weight, all rows.
+// Some tiles of the weight, multiplied with all rows.
 struct Part {
   int64_t tile, tiles;
   int64_t tile_values;  // of a panel
@@ -145,7 +146,7 @@ void add_steps(const Call& c, const Part& part, int64_t first, int64_t count) {
 
 void take_turns(const Call& c, int threads) {
   const int64_t tiles = tile_count(c.weight.out_features);
-  // As many tasks as keep all threads busy to the end, each of at most kPartTiles tiles.
+  // As many tasks as keep all threads busy to the end, each with at most kPartTiles tiles.
   const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, kPartTiles), threads));
   const int64_t bundle = ceil_div(tiles, tasks), lds = bundle * kTileOutputs;
   const int64_t most = c.way.panel ? kPanelSteps : kDecodeSteps;
@@ -168,9 +169,9 @@ void take_turns(const Call& c, int threads) {
   });
 }
 
-// A small weight and many rows: threads divide the rows, so that each packs what it reads and writes what it summed.
-// What one core has just written is slow to read for another: a tenth to a third of such a product. The number of
-// chunks changes no result: from five rows on all block sizes sum in the same order.
+// With a small weight and many rows, threads divide the rows, so that each packs what it reads and writes what it
+// summed. Otherwise cores would read what another core has just written, which is slow: a tenth to a third of such a
+// product. The number of chunks changes no result, because from five rows on all block sizes sum in the same order.
 int64_t row_chunks(const TiledWeight& weight, int64_t rows, int threads) {
   constexpr int64_t kWeightBytes = 1 << 19, kChunkRows = 72, kLeastRows = 16;
   const int64_t bytes =

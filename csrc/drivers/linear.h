@@ -20,9 +20,9 @@ struct TiledWeight {
 enum class Compute { automatic, int8 };
 
 // x [rows, K] of `dtype`, contiguous; y [rows, N] of the same dtype. input_scale fp32 [K] multiplies x first, bias fp32
-// [N] is added in fp32; either may be null. Sums are fp32; fp32 and fp16 activations enter without rounding, bf16 ones
-// are rounded to bf16 again after input_scale where the level has products of bf16. Compute::int8 rounds all
-// activations to eight bits, run by run (kernels.h).
+// [N] is added in fp32; either may be null. Sums are fp32. fp32 and fp16 activations are not rounded; bf16 ones are
+// rounded to bf16 again after input_scale where the level has products of bf16. Compute::int8 rounds all activations to
+// eight bits, run by run (kernels.h).
 void int4_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
                  const float* input_scale, const float* bias, Compute compute, void* y, int threads);
 

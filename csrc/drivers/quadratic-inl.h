@@ -1,4 +1,4 @@
-// Body of quadratic_losses: rows are made, packed and multiplied a slab at a time, so memory stays bounded.
+// The body of quadratic_losses. Rows are made, packed and multiplied in slabs, so that memory stays bounded.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace awq {
 
 template <class MakeRow>
 void quadratic_losses(const MomentPanels& g, int64_t count, int threads, const MakeRow& make_row, double* losses) {
-  constexpr int64_t kSlabFloats = 4 << 20;  // 16 MiB of rows, and as much again of panels
+  constexpr int64_t kSlabFloats = 4 << 20;  // 16 MiB of rows, and as much for their panels
   constexpr int64_t kPanelsPerTask = 18;    // with a block of k about a quarter of a second-level cache
   const int64_t mr = g.table().tile_rows, stride = g.row_stride(), blocks = g.block_count();
   const int64_t panel_bytes = row_panel_bytes(g);

@@ -33,7 +33,7 @@ int64_t MomentPanels::block_count() const { return ceil_div(padded_, block_chann
 void MomentPanels::fill(int64_t panel, const float* g, int64_t ld) {
   const int64_t width = table_->tile_cols, first = panel * width, cols = std::min(width, channels_ - first);
   const int64_t length = first + width;
-  // A strip of rows at a time: doubled, rounded, packed while in the cache.
+  // One strip of rows at a time is doubled, rounded and packed while it is in the cache.
   float strip[kMaxTileCols * kMaxTileCols];
   for (int64_t row = 0; row < length; row += width) {
     const float factor = row < first ? 2.0f : 1.0f;

@@ -4,9 +4,9 @@
 //
 //     e G e^T = sum over J of (2 sum over I < J of e_I G_IJ + e_J G_JJ) e_J^T,
 //
-// so each panel is kept down to its diagonal block only, what lies above it doubled (exact): half the work of the full
-// product. A bilinear form is a sum over any partition of the first factor's channels, so panels are read in blocks of
-// k that fit the first-level cache, and each block's product goes straight into the sum.
+// so each panel is kept only down to its diagonal block, with everything above that doubled (which is exact): half the
+// work of the full product. A bilinear form is a sum over any partition of the first factor's channels, so panels are
+// read in blocks of k that fit the first-level cache, and each block's product goes straight into the sum.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +21,12 @@ enum class Precision { f32, bf16 };
 
 constexpr int64_t value_bytes(Precision precision) { return precision == Precision::bf16 ? 2 : 4; }
 
-// The one to rank candidates with: bf16 where the level has it. Rounding changes an entry by at most u = 2^-9
-// relatively, rms at most u / sqrt(3), with random sign. Let L = e G e^T and A = sum of e_i^2 G_ii, the loss that
-// independent errors would have. As |G_ij| <= sqrt(G_ii G_jj), the rounding of G moves L by at most sqrt(2/3) u A rms;
-// as |(G e)_i| <= sqrt(G_ii L), that of e by at most 2/sqrt(3) u sqrt(A L). Together about 0.3 % of a row's loss where
-// L is near A, before it averages out over the rows, and the part due to G is much the same for every candidate. The
-// losses that are reported are in fp32.
+// The precision to rank candidates in: bf16 where the level has it. Rounding changes an entry by a relative error of at
+// most u = 2^-9, rms at most u / sqrt(3), with random sign. Let L = e G e^T and A = sum of e_i^2 G_ii, the loss that
+// independent errors would have. Because |G_ij| <= sqrt(G_ii G_jj), rounding G moves L by at most sqrt(2/3) u A rms;
+// because |(G e)_i| <= sqrt(G_ii L), rounding e moves it by at most 2/sqrt(3) u sqrt(A L). Together that is about 0.3 %
+// of a row's loss where L is near A. It averages out over the rows, and the part due to G is much the same for every
+// candidate. Losses in reports are computed in fp32.
 Precision ranking_precision(const KernelTable& table);
 
 // G, k x k with row stride ld, as upper-triangular panels.
@@ -40,14 +40,14 @@ class MomentPanels {
 
   int64_t channels() const { return channels_; }
   int64_t padded_channels() const { return padded_; }  // a multiple of tile_cols
-  // Between the rows of e: one tile more than they need, since at a stride of a power of two the rows of a tile would
-  // compete for the same few places in the first-level cache.
+  // Floats from one row of e to the next: one tile more than needed, because at a stride of a power of two the rows of
+  // a tile would compete for the same few places in the first-level cache.
   int64_t row_stride() const { return padded_ + table_->tile_cols; }
   Precision precision() const { return precision_; }
   const KernelTable& table() const { return *table_; }
 
-  // out[r] += the part of e_r G e_r^T whose first factor has its channels in block `block`, for `panels` packed row
-  // panels. rows: fp32, row_stride() apart, the values that the panels hold; columns past channels() are 0.
+  // out[r] += the part of e_r G e_r^T in which the channels of the first factor are those of block `block`, for
+  // `panels` packed row panels. rows: the same values in fp32, row_stride() apart; columns past channels() are 0.
   void add_block(int64_t block, const void* row_panels, const float* rows, int64_t panels, double* out) const;
   int64_t block_count() const;
 
@@ -61,21 +61,21 @@ class MomentPanels {
   Buffer<char> data_;
 };
 
-// tile_cols rows of tile_cols values, contiguous, as that part of a column panel.
+// Packs tile_cols contiguous rows of tile_cols values as a part of a column panel.
 void pack_column_square(const KernelTable& table, Precision precision, const float* square, void* out);
-// out[m] += a[m] b e[m]^T for a packed row panel a and a column panel b, k channels of both; e: fp32 at row stride lde.
+// out[m] += a[m] b e[m]^T for k channels of a packed row panel a and a column panel b; e: fp32 at row stride lde.
 void add_form(const KernelTable& table, Precision precision, const void* a, const void* b, int64_t k, const float* e,
               int64_t lde, double* out);
 // Packs tile_rows rows of k values, `stride` apart, as one row panel (bf16: k even); bf16 rounds the rows first, in
 // place, so that both factors of a form e G e^T are the same numbers.
 void pack_row_panel(const KernelTable& table, Precision precision, float* rows, int64_t stride, int64_t k, void* panel);
-// Of rows as MomentPanels are multiplied with: row_stride() apart, columns past the end 0.
+// The same for rows that are multiplied with MomentPanels: row_stride() apart, columns past the end 0.
 void pack_row_panel(const MomentPanels& g, float* rows, void* panel);
 // Bytes of one row panel.
 int64_t row_panel_bytes(const MomentPanels& g);
 
-// losses[r] = e_r G e_r^T for r < count. make_row(r, row, thread) writes row r: row_stride() floats, 0 past channels.
-// It is called from several threads.
+// losses[r] = e_r G e_r^T for r < count. make_row(r, row, thread), called from several threads, writes row r:
+// row_stride() floats, 0 past channels.
 template <class MakeRow>
 void quadratic_losses(const MomentPanels& g, int64_t count, int threads, const MakeRow& make_row, double* losses);
 

@@ -11,10 +11,10 @@
 namespace awq {
 namespace {
 
-// The positive numbers that a scale may be: never 0, never infinite.
+// Bounds of a scale: never 0, never infinite.
 constexpr float kHalfMin = 0x1p-24f, kHalfMax = 65504.0f, kBf16Min = 0x1p-126f, kBf16Max = 0x1.fep127f;
 
-// Rows are handed out in bundles of about this many channels: enough to outweigh the scheduling, few enough to balance.
+// Rows go to threads in bundles of about this many channels: enough to outweigh the scheduling, few enough to balance.
 constexpr int64_t kChannelsPerTask = 1 << 15;
 
 int64_t rows_per_task(int64_t in_features) { return std::max<int64_t>(1, kChannelsPerTask / in_features); }
@@ -44,8 +44,8 @@ Grid make_grid(const KernelTable& table, const Range& range, float ratio, const 
   } else if (range.constant) {
     grid.zero = range.first < 0.0f ? 1.0f : 0.0f;
   } else {
-    // nearbyint: half to even, the mode every thread starts with. Bounded in fp32, before any conversion to an integer;
-    // a NaN (from a NaN clip) becomes 0.
+    // nearbyint rounds half to even, the mode that every thread starts with. The result is clamped in fp32, before it
+    // is converted to an integer; a NaN (from a NaN clip) becomes 0.
     const float zero = std::nearbyint(-lo / grid.step);
     grid.zero = zero > 0.0f ? std::min(zero, grid.top) : 0.0f;
   }

@@ -37,8 +37,8 @@ struct QuantSpec {
   Dtype scale_dtype;  // f16 or bf16
 };
 
-// The grid of a group whose range is shrunk by `ratio`. The step is rounded to scale_dtype first, the zero point and
-// the codes follow from the rounded one, so what a search measures is what runs.
+// The grid of a group whose range is shrunk by `ratio`. The step is rounded to scale_dtype first; the zero point and
+// the codes follow from the rounded step, so that a search measures the values that later run.
 Grid make_grid(const KernelTable& table, const Range& range, float ratio, const QuantSpec& spec);
 
 // channel_scale [K] and clip [N, G] may be null. codes [N, K], scales [N, G] (bit patterns of scale_dtype), zeros [N,
@@ -52,7 +52,7 @@ void dequantize_weight(const KernelTable& table, const uint8_t* codes, const voi
                        const uint8_t* zeros, int64_t out_features, int64_t in_features, int64_t group_length,
                        float* out, int threads);
 
-// Rows of K codes <-> rows of ceil(K / 2) bytes. Packing returns whether all codes are below 16.
+// Rows of K codes <-> rows of ceil(K / 2) bytes. Packing returns true if all codes are below 16.
 bool pack_int4(const KernelTable& table, const uint8_t* codes, int64_t out_features, int64_t in_features,
                uint8_t* packed, int threads);
 void unpack_int4(const KernelTable& table, const uint8_t* packed, int64_t out_features, int64_t in_features,

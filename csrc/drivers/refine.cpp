@@ -56,7 +56,7 @@ class RefinedRows {
 
   void load(const WeightView& weight, int64_t first, int64_t count, const float* channel_scale, const uint8_t* zeros,
             const uint8_t* codes, const uint16_t* scales) {
-    std::fill_n(weights_.get(), k_ * width_, 0.0f);  // rows that are not there: weights of 0 on a grid of step 1
+    std::fill_n(weights_.get(), k_ * width_, 0.0f);  // missing rows: weights of 0 on a grid of step 1
     std::fill_n(codes_.get(), k_ * width_, uint8_t{0});
     std::fill_n(steps_.get(), groups_ * width_, 1.0f);
     std::fill_n(zeros_.get(), groups_ * width_, 0.0f);
@@ -74,8 +74,8 @@ class RefinedRows {
     measure();
   }
 
-  // The best step of group g, all else as it stands: with a = code - zero and e the errors, the error along a is
-  // (e H a) / (a H a) steps.
+  // Sets the step of group g to its best value while all else stays: with a = code - zero and e the errors, it grows by
+  // (e H a) / (a H a).
   void refine_step(const FullPanels& h, int64_t g) {
     const int64_t begin = g * spec_.group_length, end = std::min(k_, begin + spec_.group_length), mr = h.width();
     double along[kMaxTileCols] = {}, size[kMaxTileCols] = {};
@@ -92,13 +92,13 @@ class RefinedRows {
     }
     for (int64_t r = 0; r < width_; ++r) {
       float& step = steps_.get()[g * width_ + r];
-      // no number where size is 0
+      // NaN where size is 0
       step = moved_step(table_, spec_.scale_dtype, step, static_cast<float>(step + along[r] / size[r]));
     }
     measure(g);
   }
 
-  // The best code of each channel of panel j in turn.
+  // Sets the code of each channel of panel j in turn to its best value.
   void refine_codes(const FullPanels& h, int64_t j, const int64_t* order, const int64_t* group_of) {
     const int64_t mr = h.width(), begin = j * mr, end = std::min(k_, begin + mr);
     float sums[kMaxTile] = {};
@@ -116,7 +116,7 @@ class RefinedRows {
     table_.gptq_panel(&panel, sums, errors_.get() + begin * width_, codes_.get());
   }
 
-  // Levels and errors as codes and steps stand. After codes have changed the next round's steps need them.
+  // Computes levels and errors from the current codes and steps, which the steps of the next round need.
   void measure() {
     for (int64_t g = 0; g < groups_; ++g) measure(g);
   }

@@ -1,8 +1,8 @@
-// Coordinate descent on quantized weights: what a rounding left, scale by scale and code by code.
+// Coordinate descent on the scales and codes of quantized weights.
 //
 // Lowers e H e^T of every row, e = weight * channel_scale - value and H = diag(1/s) moment diag(1/s) + damping * its
-// diagonal (refine_objective.h). A scale or a code is set to its best value with all others as they stand. A scale is
-// rounded to its storage type, and kept if its best value is far off. codes [N, K], zeros [N, G], scales [N, G] (bit
+// diagonal (refine_objective.h). A scale or a code is set to its best value while all others stay. A scale is rounded
+// to its storage type, and left as it was if its best value is far off. codes [N, K], zeros [N, G], scales [N, G] (bit
 // patterns of spec.scale_dtype).
 #pragma once
 

@@ -13,8 +13,8 @@ struct DampedMoment {
   int64_t k;
   const float* channel_scale;  // s [k], or null for 1
   double damping;
-  // A channel that nothing entered has no best code: any positive number leaves its code what rounding makes it. So
-  // small that the step of its group goes by the other channels, whatever the size of the inputs.
+  // The diagonal entry of a channel that no input enters. It has no best code, and any positive number leaves it the
+  // code that rounding gives; this one is so small that the other channels decide on the group's step.
   float unseen = 1.0f;
 
   DampedMoment(const float* second_moment, int64_t channels, const float* s, double share)
@@ -42,8 +42,8 @@ struct DampedMoment {
   }
 };
 
-// The step of a group whose best one is `best`: that one rounded to its storage type, or still `step` where the best is
-// not within a factor of 2 (or no number) or cannot be stored.
+// The next step of a group: `best` rounded to the storage type, or `step` as before where `best` is not within a factor
+// of 2 of it, is NaN, or cannot be stored.
 inline float moved_step(const KernelTable& table, Dtype scale_dtype, float step, float best) {
   constexpr float kLargest = 0x1.fep127f;  // of bfloat16; what rounds to infinity in fp16 is larger
   if (!(best > 0.5f * step && best < 2.0f * step)) return step;

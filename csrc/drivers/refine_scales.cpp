@@ -1,13 +1,13 @@
-// With a = code - zero of a group's channels and e the errors of the whole row, the group's best step is its own plus
-// (e H a) / (a H a), both bilinear forms of one panel of H's columns. That is the whole work, 2 K^2 flops a row, and it
-// runs in bf16 where the level has it: levels are integers up to 255, which bf16 holds; H and the errors are rounded,
-// H alike in both forms. The errors themselves are made in fp32 after every step.
+// With the levels a = code - zero of a group's channels and the errors e of the whole row, the group's best step is its
+// own plus (e H a) / (a H a), two bilinear forms of one panel of H's columns. They are nearly all of the work, 2 K^2
+// flops per row, and run in bf16 where the level has it. Levels are integers up to 255, which bf16 holds; H and the
+// errors are rounded, H in the same way in both forms. The errors themselves are computed in fp32 after every step.
 //
 // What that costs: let u = 2^-9, A(x) = sum of x_i^2 H_ii, d the damping and D = (1 + d) / d, so that A(x) is at most
-// D times x H x^T. Rounding has random sign. It moves the zero of the derivative, e H a = 0 with the errors e that the
-// step leaves, by at most sqrt(2/3) u sqrt(A(e) A(a)) rms through H (whose entries count twice within the group), and
-// by at most u / sqrt(3) sqrt(A(e) a H a) through the errors. A step off by t loses t^2 a H a: together a group costs
-// at most u^2 / 3 (2 D^2 + D) of the row's loss, 1.3e-5 at d = 1. Later groups answer to it, by changes of random sign.
+// D times x H x^T. Rounding has random sign. The best step leaves errors e with e H a = 0. Rounding moves this zero of
+// the derivative by at most sqrt(2/3) u sqrt(A(e) A(a)) rms through H (whose entries count twice within the group), and
+// by at most u / sqrt(3) sqrt(A(e) a H a) through the errors. A step that is off by t loses t^2 a H a, so a group costs
+// at most u^2 / 3 (2 D^2 + D) of the row's loss, 1.3e-5 at d = 1. Later groups respond with changes of random sign.
 #include "drivers/refine.h"
 
 #include <algorithm>
@@ -22,18 +22,18 @@
 namespace awq {
 namespace {
 
-constexpr int64_t kPanelsPerTask = 18;  // a block of k of all of them: about a third of a second-level cache of 1 MiB
+constexpr int64_t kPanelsPerTask = 18;       // a block of k of all these takes a third of a second-level cache of 1 MiB
 constexpr int64_t kScratchBytes = 16 << 20;  // of a task
-constexpr int64_t kBlockBytes = 1536;        // of each row: a block of k, long enough that a tile's end costs little
-constexpr double kLeastDamping = 0.1;        // for bf16: a group costs at most 3e-4 of the loss there, but 3e-2 at 0.01
+constexpr int64_t kBlockBytes = 1536;        // of a block of k in each row: so long that a tile's end costs little
+constexpr double kLeastDamping = 0.1;        // for bf16: a group then costs at most 3e-4 of the loss; at 0.01, 3e-2
 constexpr int64_t kStrip = 256;              // channels that are packed at a time
 
-// A few cache lines of each of many rows, far apart: what no processor fetches ahead by itself.
+// For a few cache lines of each of many rows, far apart, which no processor prefetches by itself.
 void prefetch(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
 }
 
-// H as panels of tile_cols columns, all rows of each; 0 where there is no channel.
+// H as panels of tile_cols columns, all rows of each; 0 past the last channel.
 class ColumnPanels {
  public:
   ColumnPanels(const KernelTable& table, Precision precision, const DampedMoment& h, int threads)
@@ -42,7 +42,7 @@ class ColumnPanels {
         width_(table.tile_cols),
         padded_(round_up(h.k, width_)),
         data_(padded_ * padded_ * value_bytes(precision)) {
-    // By rows: a strip of them is read as it lies in memory.
+    // By strips of rows, each of which is read as it lies in memory.
     parallel_for(padded_ / width_, threads, [&](int64_t strip, int) {
       for (int64_t j = 0; j < padded_ / width_; ++j) fill(h, strip * width_, j);
     });
@@ -57,7 +57,7 @@ class ColumnPanels {
   }
 
  private:
-  // The square of panel j in the rows from `row` on.
+  // Fills the square of panel j that begins at row `row`.
   void fill(const DampedMoment& h, int64_t row, int64_t j) {
     const int64_t first = j * width_, rows = std::min(width_, h.k - row), cols = std::min(width_, h.k - first);
     float square[kMaxTileCols * kMaxTileCols];
@@ -88,8 +88,8 @@ struct Quantized {
   uint16_t* scales;
 };
 
-// Up to max_panels row panels (of tile_rows weight rows) whose scales are refined side by side, so that they share what
-// is read of H; with the scratch memory that takes.
+// Up to max_panels row panels (of tile_rows weight rows) whose scales are refined side by side, so that they share the
+// parts of H that are read; with the scratch memory for that.
 class RefinedScales {
  public:
   RefinedScales(const KernelTable& table, const ColumnPanels& h, const Quantized& q, int64_t max_panels)
@@ -100,7 +100,7 @@ class RefinedScales {
         groups_(ceil_div(k_, q.spec.group_length)),
         bytes_(value_bytes(h.precision())),
         max_rows_(max_panels * table.tile_rows),
-        // A group may begin and end within a panel of H. One tile more: see MomentPanels::row_stride.
+        // One tile more because a group may begin and end within a panel of H, one as in MomentPanels::row_stride.
         stride_(round_up(q.spec.group_length, table.tile_cols) + 2 * table.tile_cols),
         steps_(max_rows_ * groups_),
         levels_(max_rows_ * stride_),
@@ -111,7 +111,7 @@ class RefinedScales {
         along_(max_rows_),
         size_(max_rows_) {}
 
-  // Weight rows first .. first + rows.
+  // Refines weight rows first .. first + rows.
   void refine(int64_t first, int64_t rows, int64_t rounds) {
     first_ = first;
     rows_ = rows;
@@ -138,13 +138,13 @@ class RefinedScales {
     add_forms(packed_levels_.get(), from, to, first_panel, panels, size_.get());
     for (int64_t r = 0; r < rows_; ++r) {
       float& step = steps_.get()[r * groups_ + g];
-      // no number where size is 0
+      // NaN where size is 0
       step = moved_step(table_, q_.spec.scale_dtype, step, static_cast<float>(step + along_.get()[r] / size_.get()[r]));
     }
     pack_errors(from, to);
   }
 
-  // levels [rows][count], from channel `origin` on: 0 outside the group.
+  // Writes levels [rows][count] from channel `origin` on, 0 outside the group.
   void load_levels(int64_t g, int64_t begin, int64_t end, int64_t origin, int64_t count) {
     for (int64_t r = 0; r < panels_ * table_.tile_rows; ++r) {
       float* out = levels_.get() + r * stride_;
@@ -159,8 +159,8 @@ class RefinedScales {
 
   float* panel_levels(int64_t p) { return levels_.get() + p * table_.tile_rows * stride_; }
 
-  // out[r] = a_r H[from : to, panels of the group] level_r^T, a packed; in blocks of k of about one length, in which
-  // all row panels stream past one panel of H.
+  // out[r] = a_r H[from : to, panels of the group] level_r^T, a packed; in blocks of k of about equal length, in each
+  // of which all row panels stream past one panel of H.
   void add_forms(const char* a, int64_t from, int64_t to, int64_t first_panel, int64_t panels, double* out) {
     const int64_t mr = table_.tile_rows, size = kBlockBytes / bytes_;
     const int64_t blocks = std::max<int64_t>(1, (to - from + size / 2) / size);
@@ -173,7 +173,7 @@ class RefinedScales {
                       panel_levels(p) + j * table_.tile_cols, stride_, out + p * mr);
   }
 
-  // The errors of channels from .. to (both even) as the steps stand.
+  // Packs the errors of channels from .. to (both even) under the current steps.
   void pack_errors(int64_t from, int64_t to) {
     const int64_t mr = table_.tile_rows;
     for (int64_t at = from; at < to; at += kStrip) {
@@ -236,10 +236,10 @@ void refine_scales(const KernelTable& table, const WeightView& weight, const Qua
   const ColumnPanels h(table, precision, {moment, weight.in_features, channel_scale, damping}, threads);
   const Quantized quantized{weight, spec, channel_scale, zeros, codes, scales};
   const int64_t mr = table.tile_rows, total = ceil_div(weight.out_features, mr);
-  // In RefinedScales: errors, levels as they are and packed.
+  // In RefinedScales: packed errors, and levels both packed and not.
   const int64_t panel_bytes = mr * (weight.in_features + 2 * spec.group_length) * int64_t{sizeof(float)};
   const int64_t most = std::clamp<int64_t>(kScratchBytes / panel_bytes, 1, kPanelsPerTask);
-  // As many tasks for every thread, all of about one size.
+  // Equally many tasks for every thread, all of about the same size.
   const int64_t tasks = std::min(total, round_up(ceil_div(total, most), threads));
   std::vector<RefinedScales> rows;
   for (int64_t t = 0; t < threads; ++t) rows.emplace_back(table, h, quantized, ceil_div(total, tasks));

@@ -192,7 +192,7 @@ void code_losses(const KernelTable& table, const WeightView& weight, const Codes
   };
   quadratic_losses(g, weight.out_features, threads, make_row, plain);
   for (int64_t n = 0; n < weight.out_features; ++n) {
-    // where nothing is lost, or inputs hardly vary
+    // a rounding error, where nothing is lost or inputs hardly vary
     if (plain[n] < 0.0) plain[n] = 0.0;
     if (damped != nullptr) damped[n] += plain[n];
   }

@@ -45,7 +45,7 @@ struct Chunk {
         moment[(i + m) * in_features + j + n] += tile[m * nr + n];
   }
 
-  // Tiles of the task's panels that hold anything at or above the diagonal.
+  // Adds the tiles of the task's panels that reach the diagonal or lie above it.
   void add_block(int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end, float* moment) const {
     const int64_t mr = table.tile_rows, nr = table.tile_cols;
     for (int64_t j = col_begin; j < col_end; ++j)
@@ -71,7 +71,7 @@ void pack_panel(const Chunk& chunk, const void* x, int64_t rows, int64_t first, 
   }
 }
 
-// Both packings of `rows` rows, in one parallel region.
+// Packs `rows` rows both ways, in one parallel region.
 void pack_chunk(const Chunk& chunk, const void* x, int64_t rows, char* row_panels, char* col_panels, int threads) {
   const int64_t mr = chunk.table.tile_rows, nr = chunk.table.tile_cols;
   const int64_t row_count = ceil_div(chunk.in_features, mr), col_count = ceil_div(chunk.in_features, nr);
@@ -93,7 +93,7 @@ void add_chunk(const Chunk& chunk, float* moment, int threads) {
   });
 }
 
-// Rows [first, first + count) as they are packed: themselves, or a copy in fp32, times the roots of their weights.
+// Rows [first, first + count) ready to be packed: x itself, or a copy in fp32 times the roots of their weights.
 const void* packable(const KernelTable& table, const CalibrationRows& x, bool copy, int64_t first, int64_t count,
                      float* copied, int threads) {
   if (!copy) return x.row(first);

@@ -1,4 +1,4 @@
-// Statistics of calibration rows: sums of x and of |x|, and X^T X, added to as the rows stream by.
+// Streaming statistics of calibration rows: sums of x and of |x|, and X^T X.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct CalibrationRows {
   int64_t rows;
   int64_t in_features;
   const float* weights;  // [rows], finite and >= 0; null: every row counts 1
-  const float* roots;    // [rows], of the weights, within one unit in the last place; null without weights
+  const float* roots;    // [rows], roots of the weights to one unit in the last place; null without weights
 
   const void* row(int64_t r) const { return at(r, 0); }
   const void* at(int64_t r, int64_t channel) const {
@@ -21,21 +21,21 @@ struct CalibrationRows {
   }
 };
 
-// sum[k] += sum over rows of w x[r, k] and abs_sum[k] += that of |root x[r, k]|, in fp64, row after row. w x is exact,
-// root x is rounded to fp32.
+// sum[k] += sum over rows of w x[r, k] and abs_sum[k] += sum over rows of |root x[r, k]|, in fp64, row after row. w x
+// is exact, root x is rounded to fp32.
 void add_sums(const KernelTable& table, const CalibrationRows& x, double* sum, double* abs_sum, int threads);
 
-// moment += sum over rows of w x x^T in fp32, at least where column >= row; what is below is left in any state until
-// mirror_upper. Without weights bf16 rows use bf16 products where the level has them: the products are exact, so
-// nothing is lost against fp32. With weights the rows that are packed are root x, rounded to fp32. Error of an entry:
-// gamma * sum of |w x_i x_j| with gamma = (rows of a chunk + number of chunks) * 2^-24; with weights 6 * 2^-24 more, 3
-// for each factor: 2 of the root, 1 of its product.
+// moment += sum over rows of w x x^T in fp32, at least where column >= row; below the diagonal anything may be left
+// until mirror_upper. Without weights, bf16 rows use bf16 products where the level has them: these are exact, so
+// nothing is lost against fp32. With weights, rows of root x are packed, rounded to fp32. Error of an entry: gamma *
+// sum of |w x_i x_j| with gamma = (rows of a chunk + number of chunks) * 2^-24; with weights 6 * 2^-24 more, 3 for each
+// factor: 2 from the root, 1 from its product with x.
 void add_second_moment(const KernelTable& table, const CalibrationRows& x, float* moment, int threads);
 
 // moment[j, i] = moment[i, j] for j > i.
 void mirror_upper(float* moment, int64_t in_features, int threads);
 
-// The whole moment times factor.
+// Multiplies the whole moment by factor.
 void scale_moment(float* moment, int64_t in_features, float factor, int threads);
 
 }  // namespace awq

@@ -9,7 +9,7 @@
 namespace awq {
 namespace {
 
-// body(channel, step, place of the channel in its step) for a run of channels: group by group.
+// Calls body(channel, step, place of the channel in its step) for all channels, group by group.
 template <class Body>
 void for_channels(int64_t in_features, int64_t group_length, const Body& body) {
   int64_t step = 0;
@@ -36,7 +36,7 @@ inline uint32_t join(uint32_t low, uint32_t high) {
 inline uint16_t low_of(uint32_t word) { return static_cast<uint16_t>((word & 0x0f0f) | (word >> 12 & 0xf0f0)); }
 inline uint16_t high_of(uint32_t word) { return static_cast<uint16_t>((word >> 4 & 0x0f0f) | (word >> 16 & 0xf0f0)); }
 
-// Steps of a tile's rows that are turned over together: rows lie at strides that would share few sets of a cache.
+// Steps of a tile's rows that are transposed together: rows lie at strides that would share few sets of a cache.
 constexpr int64_t kTurnSteps = 64;
 using Turn = uint16_t[kTileOutputs][kTurnSteps];
 

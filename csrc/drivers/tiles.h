@@ -1,4 +1,4 @@
-// Between the rows of a checkpoint and the tiles of the compute layout (base/layout.h), exactly, both ways.
+// Exact conversion between the rows of a checkpoint and the tiles of the compute layout (base/layout.h).
 #pragma once
 
 #include <cstdint>

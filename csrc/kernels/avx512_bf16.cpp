@@ -1,4 +1,4 @@
-// AVX-512, its products of bytes and of bf16 pairs: the avx512_vnni level with three more kernels.
+// AVX-512 with its products of bytes and of bf16 pairs: the avx512_vnni level with three more kernels.
 #include "kernels.h"
 
 #include <immintrin.h>

@@ -1,9 +1,8 @@
-// Matrix products on packed panels: one register tile with two endings (add to C, or multiply into a bilinear form),
-// used for X^T X (contraction over rows) and for E G E^T (contraction over channels). See kernels.h for the panels'
-// layout.
+// Matrix products on packed panels: one register tile that is either added to C (X^T X, contracted over rows) or
+// multiplied into a bilinear form (E G E^T, contracted over channels). See kernels.h for the panels' layout.
 //
-// The tile takes nearly all registers: kRows * kCols accumulators, kCols vectors of b, one broadcast of a. Per step of
-// k that is kRows * kCols FMAs for kRows + kCols loads, enough for both FMA pipes at two loads a cycle.
+// The tile takes nearly all registers: kRows * kCols accumulators, kCols vectors of b, one broadcast of a. Each step of
+// k has kRows * kCols FMAs for kRows + kCols loads, enough for both FMA pipes at two loads per cycle.
 
 #if defined(AWQ_LEVEL_AVX512)
 constexpr int kRows = 14, kCols = 2;  // 32 registers

@@ -1,4 +1,4 @@
-// The sequential part of rounding with error feedback: the channels of one panel, many weight rows at a time in lanes.
+// The sequential part of rounding with error feedback: the channels of one panel in turn, weight rows along the lanes.
 
 void gptq_panel(const GptqPanel* panel, float* sums, float* errors, uint8_t* codes) {
   for (int c = 0; c < panel->channels; ++c) {

@@ -1,4 +1,4 @@
-// Four-bit codes, two a byte, in the rows of a checkpoint (base/layout.h).
+// Packing of four-bit codes, two per byte, as the rows of a checkpoint have them (base/layout.h).
 
 uint8_t pack_int4(const uint8_t* codes, int64_t n, uint8_t* packed) {
   uint8_t seen = 0;

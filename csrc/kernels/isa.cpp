@@ -30,7 +30,7 @@ constexpr Level kLevels[] = {
     {Isa::avx512, "avx512", &kAvx512Kernels, runs_avx512},
     {Isa::avx512_vnni, "avx512_vnni", &kAvx512VnniKernels,
      [] { return runs_avx512() && __builtin_cpu_supports("avx512vnni") != 0; }},
-    // No processor has the products of bf16 without those of bytes.
+    // Every processor that has the products of bf16 has those of bytes too.
     {Isa::avx512_bf16, "avx512_bf16", &kAvx512Bf16Kernels,
      [] {
        return runs_avx512() && __builtin_cpu_supports("avx512vnni") != 0 && __builtin_cpu_supports("avx512bf16") != 0;

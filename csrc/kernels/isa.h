@@ -1,8 +1,8 @@
 // Which set of kernels runs.
 //
-// The choice is made once, at first use, by asking the processor, and is one pointer from then on: a call through a
-// table costs nothing beside the loops behind it, every level can be tested in one process (set_isa), and the build
-// needs no -march. The alternative, target_clones, would leave the choice to the loader, out of the tests' reach. The
+// The processor is asked once, at first use; from then on the choice is one pointer. A call through a table costs
+// nothing beside the loops behind it, every level can be tested in one process (set_isa), and the build needs no
+// -march. The alternative, target_clones, would leave the choice to the loader, where tests cannot change it. The
 // environment variable AWQ_EXT_ISA names a level to use instead, e.g. to reproduce another machine's floats.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace awq {
 enum class Isa { scalar, avx2, avx512, avx512_vnni, avx512_bf16, neon };
 
 const char* isa_name(Isa isa);
-// Levels that this build has and this processor runs, the least first, the one chosen by default last.
+// Levels that this build has and this processor runs, from the least to the one that is chosen by default.
 std::vector<Isa> available_isas();
 // The level in use. The first call reads AWQ_EXT_ISA; std::invalid_argument if that is not an available level.
 Isa current_isa();

@@ -1,9 +1,8 @@
 // The contract between the drivers and the kernels: one table of function pointers per instruction set.
 //
 // Kernels see pointers and sizes, nothing else: no torch, no allocation, no threads, no exceptions. Unless a comment
-// says otherwise sizes count elements, buffers need only their element's alignment, and inputs and outputs do not
-// overlap. Everything that ends in an integer (codes, packed bytes, 16-bit patterns) is the same at every level, bit
-// for bit.
+// says otherwise, sizes count elements, buffers need only their element's alignment, and inputs and outputs do not
+// overlap. All integer results (codes, packed bytes, 16-bit patterns) are the same at every level, bit for bit.
 #pragma once
 
 #include <cstdint>
@@ -14,17 +13,17 @@ enum class Dtype { f32, f16, bf16 };
 
 constexpr int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// The most that a level's tile_rows, tile_cols and dot_rows may be: drivers keep tiles on the stack. table-inl.h checks
+// Limits of a level's tile_rows, tile_cols and dot_rows, because drivers keep tiles on the stack. table-inl.h checks
 // each level; tile_cols must also divide kMaxTileCols.
 constexpr int kMaxTileRows = 14, kMaxTileCols = 32, kMaxDotRows = 12;
 constexpr int kMaxTile = kMaxTileRows * kMaxTileCols;
 
-// What a group's weights span. lo <= 0 <= hi: the quantization range must hold 0. NaN is ignored.
+// The range of a group's weights. lo <= 0 <= hi, because 0 must be among the quantized values. NaN is ignored.
 struct Range {
   float lo;
   float hi;
   float first;    // the group's first weight
-  bool constant;  // all weights equal and not 0: stored exactly, as one step up or down from zero
+  bool constant;  // all weights equal and not 0: stored exactly, as the code one above or below zero's
 };
 
 // How a group is rounded: code = clamp(round(w / step) + zero, 0, top), value = (code - zero) * step.
@@ -38,8 +37,8 @@ struct Grid {
 // Whole groups of one tile of 32 outputs, or a part of one group.
 struct Int4Block {
   const uint8_t* codes;
-  const uint16_t* scales;  // bit patterns of scale_dtype, 32 a group
-  const uint8_t* zeros;    // 16 bytes a group
+  const uint16_t* scales;  // bit patterns of scale_dtype, 32 per group
+  const uint8_t* zeros;    // 16 bytes per group
   Dtype scale_dtype;       // f16 or bf16
   int64_t groups;
   int64_t group_steps;  // of 4 channels, in every group but the last
@@ -52,24 +51,24 @@ struct Int8Run {
   int32_t sum;  // of q
 };
 
-// A run is a group or a part of one, of at most so many steps of 4 channels. 256 channels keep the sums of a run below
+// The most steps of 4 channels in a run, which is a group or a part of one. 256 channels keep the sums of a run below
 // 2^24, exact in fp32, whatever the group size.
 constexpr int64_t kRunSteps = 64;
 // Rows that add_sums reads at a time: sums are loaded and stored once for all of them.
 constexpr int kSumRows = 8;
 
-// One panel of at most tile_rows channels of a rounding with error feedback, tile_cols weight rows at a time: arrays of
-// channels, or of groups, hold one value for each of these rows.
+// One panel of at most tile_rows channels, to be rounded with error feedback, tile_cols weight rows at a time: for each
+// channel or group the arrays hold one value for each of these rows.
 struct GptqPanel {
   int channels;
   const float* factor;    // [channels][tile_rows], the panel's diagonal block: entry [c][later]
   const float* weights;   // [channels][tile_cols]
   const float* steps;     // [groups][tile_cols]
   const float* zeros;     // [groups][tile_cols]
-  const int64_t* order;   // [channels], where in the row a channel comes from
+  const int64_t* order;   // [channels], the channel's place in the weight row
   const int64_t* groups;  // [channels], its group there
   float top;
-  bool again;  // the channels have errors from an earlier round: those of later channels count for the ones before
+  bool again;  // channels have errors from an earlier round: those of later channels are fed back to earlier ones
 };
 
 struct KernelTable {
@@ -85,19 +84,20 @@ struct KernelTable {
   void (*quantize_group)(const float* w, int64_t n, const Grid* grid, uint8_t* codes);
   // out = (code - zero) * step.
   void (*dequantize_group)(const uint8_t* codes, int64_t n, float step, float zero, float* out);
-  // error = value(round(scaled)) / channel_scale - w: in the space of the weights before scaling. channel_scale may be
-  // null.
+  // error = dequantized(round(scaled)) / channel_scale - w, in the space of the weights before scaling. channel_scale
+  // may be null.
   void (*group_error)(const float* scaled, const float* w, const float* channel_scale, int64_t n, const Grid* grid,
                       float* error);
-  // Channel c is rounded at weights[c] + sums[c] / factor[c][c]; its error, weights[c] - value, goes to errors[c] and,
-  // times factor[c][later], into sums[later]. With `again`, what errors[later] held goes into sums[c] first. sums,
-  // errors [channels][tile_cols]; codes [all channels][tile_cols], in the row's own order.
+  // Channel c is rounded from weights[c] + sums[c] / factor[c][c]. Its error, weights[c] - value, is written to
+  // errors[c] and, times factor[c][later], added to sums[later]. With `again`, the old errors[later], times
+  // factor[c][later], are added to sums[c] first. sums, errors [channels][tile_cols]; codes [all channels][tile_cols],
+  // in the weight row's order.
   void (*gptq_panel)(const GptqPanel* panel, float* sums, float* errors, uint8_t* codes);
-  // x[i] rounded to bf16, half to even, and kept in fp32. Finite values only become infinite above bf16's range.
+  // Rounds x[i] to bf16, half to even, stored in fp32. A finite value becomes infinite only above bf16's range.
   void (*round_to_bf16)(float* x, int64_t n);
 
-  // codes < 16. n codes <-> ceil(n / 2) bytes: see base/layout.h. Packing returns the bitwise or of all codes: above 15
-  // one did not fit.
+  // n codes below 16 <-> ceil(n / 2) bytes: see base/layout.h. Packing returns the bitwise or of all codes: if that is
+  // above 15, a code did not fit.
   uint8_t (*pack_int4)(const uint8_t* codes, int64_t n, uint8_t* packed);
   void (*unpack_int4)(const uint8_t* packed, int64_t n, uint8_t* codes);
 
@@ -107,28 +107,30 @@ struct KernelTable {
   //   y[m][n] += scale * sum over the group's channels of (code - zero) * a.
   // code - zero is exact in bf16; products of bf16 are exact in fp32, sums are fp32.
   //
-  // Codes decoded in registers, rows <= dot_rows. int4_dot_bf16 is null where the level has no such instruction; it
-  // counts subnormal inputs and results as 0.
+  // Two that decode codes in registers, rows <= dot_rows. int4_dot_bf16 is null where the level has no such
+  // instruction; it treats subnormal inputs and results as 0.
   int dot_rows;
   void (*int4_dot)(const Int4Block* block, const float* a, int rows, float* y, int64_t ldy);
   void (*int4_dot_bf16)(const Int4Block* block, const uint16_t* a, int rows, float* y, int64_t ldy);
-  // The same with activations in eight bits and 32-bit sums, exact: y[m][n] += weight scale * activation scale * sum,
-  // run by run. quantize_int8: n <= 4 * kRunSteps numbers as q = round(x / scale), scale = max(max |x| / 127, 2^-126),
-  // four a step in the order 0, 2, 1, 3, filled with 0. An infinite or NaN x gives such a scale, and q of 0.
-  // Of a row's run int4_dot_int8 reads 2 elements, -sum and scale, and then its steps, interleaved as above.
+  // The same with activations in eight bits and exact 32-bit sums: y[m][n] += weight scale * activation scale * sum,
+  // run by run. quantize_int8 rounds n <= 4 * kRunSteps numbers, q = round(x / scale), scale = max(max |x| / 127,
+  // 2^-126), and writes four per step in the order 0, 2, 1, 3, padded with 0. If any x is infinite or NaN, so is the
+  // scale, and q is 0. For each run of a row int4_dot_int8 reads 2 elements, -sum and scale, and then the run's steps,
+  // interleaved as above.
   Int8Run (*quantize_int8)(const float* x, int64_t n, uint32_t* steps);
   void (*int4_dot_int8)(const Int4Block* block, const uint32_t* a, int rows, float* y, int64_t ldy);
-  // code - zero as fp32 [channels][32], and the products from such values, rows <= tile_rows. Of the block int4_panel
-  // reads only scales and group sizes.
+  // int4_values decodes code - zero to fp32 [channels][32]; int4_panel computes the products from such values, rows <=
+  // tile_rows. Of the block it reads only scales and group sizes.
   void (*int4_values)(const Int4Block* block, float* values);
   void (*int4_panel)(const Int4Block* block, const float* values, const float* a, int rows, float* y, int64_t ldy);
-  // out[i * rows + m] = x[m * ldx + i], elements of 4 bytes; x needs the alignment of 2 bytes only.
+  // out[i * rows + m] = x[m * ldx + i], elements of 4 bytes; x need only be aligned to 2 bytes.
   void (*interleave)(const void* x, int64_t ldx, int64_t n, int rows, void* out);
 
   // sum[i] += x[r][i] and abs_sum[i] += |x[r][i]| for r < kSumRows, one row after another; x: [kSumRows][n].
   void (*add_sums)(const float* x, int64_t n, double* sum, double* abs_sum);
-  // The same of weighted rows: sum[i] += weights[r] * x[r][i], whose products are exact in fp64, and abs_sum[i] +=
-  // |roots[r] * x[r][i]|, rounded to fp32 first; weights, roots: [kSumRows].
+  // The same for weighted rows: sum[i] += weights[r] * x[r][i], with exact products in fp64, and abs_sum[i] +=
+  // |roots[r]
+  // * x[r][i]|, with products rounded to fp32; weights, roots: [kSumRows].
   void (*add_weighted_sums)(const float* x, const float* weights, const float* roots, int64_t n, double* sum,
                             double* abs_sum);
 
@@ -136,13 +138,13 @@ struct KernelTable {
   //   a: [k][tile_rows], b: [k][tile_cols]; the bf16 forms hold pairs, [k / 2][tile_rows][2], k even.
   int tile_rows;
   int tile_cols;  // even
-  // C[m * ldc + n] += sum over k of a[k][m] * b[k][n], fp32 FMA (scalar: product and sum).
+  // C[m * ldc + n] += sum over k of a[k][m] * b[k][n], by fp32 FMA (scalar level: product, then sum).
   void (*gemm_tile)(const float* a, const float* b, int64_t k, float* c, int64_t ldc);
   // out[m] += sum over n of (sum over k of a[k][m] * b[k][n]) * e[m * lde + n]: a bilinear form, the product never
   // stored.
   void (*quadratic_tile)(const float* a, const float* b, int64_t k, const float* e, int64_t lde, double* out);
   // The same with bf16 factors, whose products are exact in fp32, and fp32 sums. Null where the level has no such
-  // instruction. Subnormal inputs and results count as 0.
+  // instruction. Subnormal inputs and results are treated as 0.
   void (*gemm_tile_bf16)(const uint16_t* a, const uint16_t* b, int64_t k, float* c, int64_t ldc);
   void (*quadratic_tile_bf16)(const uint16_t* a, const uint16_t* b, int64_t k, const float* e, int64_t lde,
                               double* out);
@@ -151,13 +153,13 @@ struct KernelTable {
   //   pack_columns: out [rows][width]; pack_column_pairs: bf16, out [ceil(rows / 2)][width][2].
   void (*pack_columns)(const float* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width, float* out);
   void (*pack_column_pairs)(const uint16_t* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width, uint16_t* out);
-  // `tile_rows` rows of x, k each, as a panel [k][tile_rows]; or, keeping the upper half of each fp32 (the caller has
-  // rounded), as bf16 pairs [k / 2][tile_rows][2], k even.
+  // `tile_rows` rows of x, k values each, as a panel [k][tile_rows]; or as bf16 pairs [k / 2][tile_rows][2], k even,
+  // from the upper half of each fp32 (the caller has rounded it).
   void (*pack_rows)(const float* x, int64_t ldx, int64_t k, float* out);
   void (*pack_row_pairs)(const float* x, int64_t ldx, int64_t k, uint16_t* out);
 };
 
-// One per file of this directory; isa.cpp chooses. Those that the build's architecture lacks are not defined.
+// One for each level, defined in its file of this directory where the build's architecture has it; isa.cpp chooses.
 extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;

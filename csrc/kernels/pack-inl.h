@@ -1,4 +1,4 @@
-// Copies into the panels that gemm-inl.h reads, and the column sums that run over the same data.
+// Copies into the panels that gemm-inl.h reads, and the column sums over the same data.
 
 void pack_columns(const float* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width, float* out) {
   for (int64_t r = 0; r < rows; ++r, x += ldx, out += width) {

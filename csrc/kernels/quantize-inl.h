@@ -34,9 +34,9 @@ Range group_range(const float* w, int64_t n) {
   return {lo, hi, w[0], !differs && w[0] != 0.0f};
 }
 
-// The code of one weight, as a float. Half to even: adding 1.5 * 2^23 leaves no fraction bits, and the sum is rounded
-// by the hardware. That holds below 2^22, so the quotient is first clamped to +-2^20, far outside every range of codes;
-// the comparisons send NaN to the lower end.
+// The code of one weight, as a float. Adding 1.5 * 2^23 leaves no fraction bits, so the hardware rounds the sum to an
+// integer, half to even. That holds below 2^22, so the quotient is first clamped to +-2^20, far outside every range of
+// codes; the comparisons turn NaN into the lower end.
 inline float code_of(float w, const Grid& grid) {
   constexpr float kBound = 0x1p20f, kMagic = 0x1.8p23f;
   float t = w / grid.step;

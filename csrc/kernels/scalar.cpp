@@ -1,4 +1,4 @@
-// The level every processor of the architecture runs: no flags beyond the baseline (SSE2 on x86-64).
+// The level that every processor of the architecture runs: no flags beyond the baseline (SSE2 on x86-64).
 #include "kernels.h"
 
 #include <cstddef>

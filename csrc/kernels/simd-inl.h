@@ -19,8 +19,7 @@ inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(
 inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }  // -0 stays -0: x - (+0)
 
-// kLanes bytes, widened. Intrinsics, because GCC 12 takes a general vector conversion of unequal widths apart into
-// scalars.
+// kLanes bytes, widened. By intrinsics, because GCC 12 splits a vector conversion between unequal widths into scalars.
 inline VecInt load_bytes(const uint8_t* p) {
 #if defined(AWQ_LEVEL_AVX512)
   return (VecInt)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -1,5 +1,5 @@
 // Every body once, inside the anonymous namespace of the level's file, and the table that names them. Nothing here may
-// have external linkage: of two copies of an inline function the linker keeps one, perhaps the one older processors
+// have external linkage: of two copies of an inline function the linker keeps one, perhaps one that older processors
 // cannot run.
 
 namespace awq {

@@ -1,5 +1,5 @@
-// The products of tile-inl.h on pairs of bf16. code - zero is one of 31 integers, so a table of bf16 in one register
-// and a permutation by words decode a whole register of codes: index = code + 15 - zero.
+// The products of tile-inl.h on pairs of bf16. code - zero is one of 31 integers, so one permutation of words, from a
+// table of bf16 in one register, decodes a whole register of codes: index = code + 15 - zero.
 
 #if defined(AWQ_LEVEL_BF16)
 
@@ -37,8 +37,8 @@ struct CodesBf16 {
   }
 };
 
-// With few rows a sum would wait for its predecessor, so each pair of a step, and for one row each of two steps, has
-// sums of its own.
+// With few rows a sum would have to wait for the one before it. Each pair of a step therefore has its own sums; with a
+// single row, each pair of two steps.
 template <int R>
 constexpr int kChains = R == 1   ? 4
                         : R <= 4 ? 2

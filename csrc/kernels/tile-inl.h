@@ -1,21 +1,21 @@
 // Products with four-bit weights in the compute layout (base/layout.h): outputs along the lanes, activations broadcast.
 //
-// One loop serves all: per group, sums of (code - zero) * a stay in registers; at its end they are multiplied by the
-// scale and added to y. The weights come from a source: decoded from the codes on the way (few rows), or loaded from a
-// panel that was decoded before (many rows share it). A source yields vectors of one chunk of the tile: 2 * kLanes
-// outputs, j and 16 + j for consecutive j.
+// One loop serves all kernels: within a group, sums of (code - zero) * a stay in registers; at its end they are
+// multiplied by the scale and added to y. A source supplies the weights: it decodes codes on the fly (few rows), or
+// loads them from a panel that was decoded before (and many rows share). It yields vectors of one chunk of the tile:
+// 2 * kLanes outputs, j and 16 + j for consecutive j.
 
 constexpr int kChunks = 16 / kLanes;  // of a tile
 #if defined(AWQ_LEVEL_AVX512)
-constexpr int kDotRows = 12;  // 24 sums, 4 constants, what is being decoded
+constexpr int kDotRows = 12;  // 24 sums, 4 constants, and the weights being decoded
 #elif defined(AWQ_LEVEL_NEON)
 constexpr int kDotRows = 8;
 #else
 constexpr int kDotRows = 4;  // of 16 registers
 #endif
 
-// How far ahead memory is asked for: the processor's own prefetching stops at every page. Reading on past the end of
-// the array is harmless, a prefetch does not fault.
+// How far ahead memory is prefetched: the processor's own prefetching stops at every page. Past the end of the array
+// it is harmless, because a prefetch does not fault.
 constexpr int64_t kAheadBytes = 10240, kAheadGroups = 4;
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
@@ -51,17 +51,17 @@ __attribute__((always_inline)) inline void add_scaled(const Vec (&sum)[R][2], co
   }
 }
 
-// A lane's nibble as a float: bits 0..3 count, or bits above them are masked away.
+// The lowest nibble of each lane as a float; higher bits are ignored.
 inline Vec nibble_values(VecInt bits) {
 #if defined(AWQ_LEVEL_AVX512)
   const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_permutexvar_ps((__m512i)bits, table);  // looks at four bits of each index
+  return _mm512_permutexvar_ps((__m512i)bits, table);  // reads only four bits of each index
 #else
   return __builtin_convertvector(bits & 15, Vec);
 #endif
 }
 
-// fp32 from the codes: zero points as floats, nibbles one by one.
+// Decodes fp32 from the codes: zeros as floats, nibbles one by one.
 struct Codes {
   const uint8_t* codes;
   Vec zero[2];
@@ -147,7 +147,7 @@ void int4_values(const Int4Block* block, float* values) {
   }
 }
 
-// rows is a compile-time number in the loops, so that the sums are registers: the first of 1..R that is equal runs.
+// Runs body<r> for the r in 1..R that equals rows: with a compile-time number of rows the sums stay in registers.
 template <int R>
 struct Rows {
   static constexpr int count = R;
@@ -168,7 +168,7 @@ void int4_panel(const Int4Block* block, const float* values, const float* a, int
   for_rows<kRows>(rows, [&](auto r) { panel_f32<r.count>(block, values, a, y, ldy); });
 }
 
-// One element of every row after the other: the rows are read, the result is written in order.
+// Element by element, for all rows: every row is read, and the result written, in order.
 void interleave(const void* x, int64_t ldx, int64_t n, int rows, void* out) {
   const char* from = static_cast<const char*>(x);
   char* to = static_cast<char*>(out);

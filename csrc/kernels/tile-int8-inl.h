@@ -1,6 +1,6 @@
-// The products of tile-inl.h with activations in eight bits. In a 32-bit lane of a step's codes lie four channels of
-// one output, in the order 0, 2, 1, 3, so a mask and a shift decode a whole register, and one instruction of four byte
-// products a lane does the rest. The zero point enters once a run, as the value that the sums start from.
+// The products of tile-inl.h with activations in eight bits. Each 32-bit lane of a step's codes holds four channels of
+// one output, in the order 0, 2, 1, 3, so a mask and a shift decode a whole register, and one instruction computes four
+// byte products per lane. The zero point enters once per run, in the value that the sums start from.
 
 #if !defined(AWQ_LEVEL_AVX512) && !defined(AWQ_LEVEL_AVX2)
 typedef int16_t VecShort __attribute__((vector_size(4 * kLanes)));
@@ -8,7 +8,7 @@ typedef int16_t VecShort __attribute__((vector_size(4 * kLanes)));
 
 inline VecInt splat_int(int32_t x) { return x + VecInt{}; }
 
-// sum + four products a lane: bytes of w below 16, bytes of a from -127 to 127. Two products fit 16 bits.
+// sum + four products per lane: bytes of w below 16, bytes of a from -127 to 127. The sum of two products fits 16 bits.
 inline VecInt dot_bytes(VecInt sum, VecInt w, VecInt a) {
 #if defined(AWQ_LEVEL_VNNI)
   return (VecInt)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)a);
@@ -84,7 +84,7 @@ constexpr float kRounder = 12582912.0f;
 
 inline VecInt round_to_ints(Vec v) { return (VecInt)(v + splat(kRounder)) - (VecInt)splat(kRounder); }
 
-// kLanes integers from -127 to 127 as bytes, those of a step in the order 0, 2, 1, 3.
+// kLanes integers from -127 to 127 as bytes, within each step in the order 0, 2, 1, 3.
 inline void store_bytes(VecInt q, uint32_t* steps) {
 #if defined(AWQ_LEVEL_AVX512)
   const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);

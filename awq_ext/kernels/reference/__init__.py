@@ -1,15 +1,15 @@
 """Every kernel again in plain torch: the executable specification, the test oracle, and what runs where no C++ kernel does.
 
-The functions here and those of the compiled ``awq_ext._C`` have the same names, arguments and results, so a caller holds
-one or the other. The files are named after those of ``csrc/drivers``. Symbols: N = out_features, K = in_features, g = group
-length along K, G = ceil(K / g) groups a row (the last may be short). ``group_size = -1`` means one group a row.
+The functions here and those of the compiled ``awq_ext._C`` have the same names, arguments and results, so a caller can use either.
+The files are named after those of ``csrc/drivers``. Symbols: N = out_features, K = in_features, g = group length along K,
+G = ceil(K / g) groups per row (the last may be short). ``group_size = -1`` means one group per row.
 
 Sources: AWQ, arXiv 2306.00978, section 3.2 (scales, clip); the quantizer is the usual group-wise affine one.
 """
 
 from __future__ import annotations
 
-# ruff: noqa: F401  (called by the name of this package)
+# ruff: noqa: F401  (imported for callers: reference.NAME)
 from .gptq import gptq_factor, gptq_quantize
 from .linear import RUN_CHANNELS, int4_linear, int4_weight, int8_activations
 from .quantize import SCALE_RANGE, dequantize_weight, pack_int4, quantize_weight, unpack_int4

@@ -10,18 +10,18 @@ from .sizes import expand_groups
 
 
 def gptq_factor(second_moment: Tensor, order: Tensor, damping: float = 1.0) -> Tensor:
-    """R, upper triangular, that :func:`gptq_quantize` feeds errors on with: fp32 [K, K], R R^T = H + damping * diag(H) + 1e-6 mean.
+    """Compute the R with which :func:`gptq_quantize` feeds errors back: upper triangular, fp32 [K, K].
 
-    H: second_moment fp32 [K, K], both axes reordered by ``order`` int64 [K]; the mean is that of H's diagonal. It must be finite
-    (ValueError otherwise); singular ones and channels that nothing ever entered are fine: where rounding leaves the sum not
-    positive definite, ten times as much is added.
+    R R^T = H + damping * diag(H) + 1e-6 mean, where H is second_moment fp32 [K, K] with both axes reordered by ``order`` int64 [K],
+    and mean that of H's diagonal. H must be finite (ValueError otherwise), but may be singular or have channels that no input
+    enters: where rounding leaves the sum not positive definite, ten times as much is added.
     """
     if not torch.isfinite(second_moment).all():
         raise ValueError("gptq_factor: argument 'second_moment': expected finite numbers, got NaN or infinity")
     h = second_moment.double()[order][:, order]
     added = damping * h.diagonal().clamp_min(0) + 1e-6 * (float(h.diagonal().mean()) or 1.0)
     for more in range(30):
-        # The last channel first: the factor of the flipped matrix, flipped back, is upper triangular.
+        # The factor of the flipped matrix (last channel first) is lower triangular; flipped back it is upper triangular.
         factor, failed = torch.linalg.cholesky_ex((h + (added * 10**more).diag()).flip(0, 1))
         if not failed:
             break
@@ -39,12 +39,13 @@ def gptq_quantize(
     channel_scale: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`quantize_weight` with error feedback: channels are rounded in ``order``, each making up for those before it.
+    """Quantize with error feedback: channels are rounded in ``order``, each making up for the errors of those before it.
 
-    GPTQ (arXiv 2210.17323) as nearest plane (arXiv 2507.18553): with e the errors so far, the output error is the sum over
-    channels j of (e_j R_jj + sum over i < j of e_i R_ij)^2, so channel j is rounded at w_j + (sum over i < j of e_i R_ij) / R_jj.
-    factor R fp32 [K, K] from :func:`gptq_factor` with the same order; inputs divided by channel_scale s have diag(1/s) R for their
-    factor, so one serves every s. Scales and zeros are those of quantize_weight, whatever the order: groups stay contiguous.
+    GPTQ (arXiv 2210.17323), seen as the nearest plane algorithm (arXiv 2507.18553): with e the errors, the output error is the sum
+    over channels j of (e_j R_jj + sum over i < j of e_i R_ij)^2, so channel j rounds w_j + (sum over i < j of e_i R_ij) / R_jj.
+    factor: R fp32 [K, K] from :func:`gptq_factor` with the same order. Inputs divided by channel_scale s have the factor
+    diag(1/s) R, so one R serves every s. Scales and zeros are those of :func:`quantize_weight` whatever the order, because groups
+    stay contiguous.
     """
     if channel_scale is not None:
         factor = factor / channel_scale[order][:, None]

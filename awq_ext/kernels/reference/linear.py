@@ -13,20 +13,20 @@ from .tiles import untile_int4, untile_scales, untile_zeros
 def int4_weight(
     tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int
 ) -> Tensor:
-    """(code - zero) * scale of a tiled weight, in fp32: [N, K]."""
+    """Dequantize a tiled weight, (code - zero) * scale: fp32 [N, K]."""
     codes = unpack_int4(untile_int4(tiles, out_features, in_features, group_size), in_features)
     groups = untile_scales(scales, out_features), untile_zeros(zeros, out_features)
     return dequantize_weight(codes, *groups, group_size)
 
 
-RUN_CHANNELS = 256  # the most that one scale of int8 activations covers
+RUN_CHANNELS = 256  # the most channels that share a scale of int8 activations
 
 
 def int8_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """x fp32 [..., K] as x ~ q * scale: int8 [..., K] and fp32 [..., K], each run of channels with one scale.
+    """Round x fp32 [..., K] to q * scale: q int8 [..., K], scale fp32 [..., K] with one value for each run of channels.
 
     A run is a group, or up to 256 channels of a longer one. scale = max |x| / 127 (at least 2^-126), q = round(x / scale),
-    half to even. Where x is not finite neither is the run's scale, and q is 0.
+    half to even. In a run with a non-finite x the scale is not finite either, and q is 0.
     """
     k = x.shape[-1]
     run = torch.arange(k, device=x.device)
@@ -51,10 +51,10 @@ def int4_linear(
     group_size: int,
     compute_dtype: str = "auto",
 ) -> Tensor:
-    """x [..., K] @ W^T + bias with W int4: tiles uint8 [T, S, 64], scales [T, G, 32], zeros uint8 [T, G, 16] -> [..., N].
+    """Compute x [..., K] @ W^T + bias: [..., N], W int4 as tiles uint8 [T, S, 64], scales [T, G, 32] and zeros uint8 [T, G, 16].
 
-    pre_quant_scale fp32 [K] multiplies x first (1/s where the scale could not be folded). compute_dtype "int8" rounds x
-    to ``int8_activations`` then. Computed in fp32, returned in x's dtype.
+    pre_quant_scale fp32 [K] multiplies x first (1/s, where the scale s could not be folded). compute_dtype "int8" then rounds x
+    to ``int8_activations``. Computed in fp32, returned in x's dtype.
     """
     x32 = x.float() if pre_quant_scale is None else x.float() * pre_quant_scale
     if compute_dtype == "int8":

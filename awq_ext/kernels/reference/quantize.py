@@ -1,4 +1,4 @@
-"""Rounding to nearest, and codes two to a byte (``csrc/drivers/quantize.h``)."""
+"""Rounding to nearest, and the packing of two codes in a byte (``csrc/drivers/quantize.h``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .sizes import expand_groups, in_groups
 
-# The smallest positive number each storage type of a scale can hold, and the largest: a scale is kept inside.
+# The smallest and the largest scale of each storage type.
 SCALE_RANGE = {
     torch.float16: (2.0**-24, 65504.0),
     torch.bfloat16: (2.0**-126, torch.finfo(torch.bfloat16).max),
@@ -23,14 +23,14 @@ def quantize_weight(
     channel_scale: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and zeros of a weight, group by group: ``w ~ (code - zero) * scale``.
+    """Round a weight to nearest, group by group: ``w ~ (code - zero) * scale``.
 
     weight [N, K] fp32/bf16/fp16; channel_scale [K] fp32 multiplies the columns first (in fp32); clip [N, G] fp32 in
     (0, 1] shrinks the range of each group. Returns codes uint8 [N, K], scales ``scale_dtype`` [N, G], zeros uint8 [N, G].
 
     asymmetric: lo = clip*min(0, min w), hi = clip*max(0, max w), scale = (hi - lo) / (2^bits - 1),
     zero = clamp(round(-lo / scale)); symmetric: scale = clip*max|w| / (2^bits - 1) * 2, zero = 2^(bits - 1).
-    The scale is rounded to its storage type *before* codes are computed, so what is searched is what runs; rounding is
+    The scale is rounded to its storage type *before* codes are computed, so a search sees the values that later run. Rounding is
     half to even. A group whose weights are all equal is stored exactly (up to the storage type): scale = |w|, code = zero +- 1.
     """
     w = weight.float()
@@ -62,17 +62,17 @@ def quantize_weight(
 
 
 def dequantize_weight(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
-    """(code - zero) * scale in fp32: [N, K]."""
+    """Compute (code - zero) * scale in fp32: [N, K]."""
     k = codes.shape[1]
     return (codes.float() - expand_groups(zeros.float(), k, group_size)) * expand_groups(scales.float(), k, group_size)
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """uint8 [N, K] codes below 16 -> uint8 [N, ceil(K / 2)]: even channel in the low nibble, odd in the high one, padded with 0."""
+    """Pack codes below 16, uint8 [N, K] -> [N, ceil(K / 2)]: even channel in the low nibble, odd in the high one, padded with 0."""
     codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
 def unpack_int4(packed: Tensor, in_features: int) -> Tensor:
-    """Inverse of pack_int4: uint8 [N, ceil(K / 2)] -> uint8 [N, K]."""
+    """Undo pack_int4: uint8 [N, ceil(K / 2)] -> uint8 [N, K]."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :in_features].contiguous()

@@ -1,4 +1,4 @@
-"""Coordinate descent on the scales and codes of what was rounded."""
+"""The refining of scales and codes by coordinate descent, after rounding."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ def refine_quantized(
     channel_scale: Tensor | None = None,
     scales_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes and scales that lower e H e^T of every row further, e = weight * s - value, by coordinate descent.
+    """Lower e H e^T of every row, e = weight * s - dequantized value, by coordinate descent on scales and codes.
 
     Takes what :func:`quantize_weight` or :func:`gptq_quantize` returned for the same weight [N, K] and channel_scale s [K];
     H = diag(1/s) second_moment diag(1/s) + damping * its diagonal. In each round every group's scale, then (unless
-    ``scales_only``) every channel's code, is set to its best value with all others as they stand; scales are rounded to their
-    storage type and kept where the best is not within a factor of 2. Zeros stay. Channels that nothing ever entered keep the
-    nearest code.
+    ``scales_only``) every channel's code, is set to its best value while all others stay. Scales are rounded to their storage
+    type; one whose best value is not within a factor of 2 stays. Zeros stay. Channels that no input enters keep the nearest code.
     """
     k, g, top = weight.shape[1], group_length(weight.shape[1], group_size), 2**bits - 1
     w = weight.float() if channel_scale is None else weight.float() * channel_scale
     s = torch.ones(k, device=w.device) if channel_scale is None else channel_scale
     h = second_moment / (s[:, None] * s)
     own = h.diagonal()
-    # so little for a channel that nothing entered that the scale of its group goes by the others
+    # a channel that no input enters gets so little that the others decide on the scale of its group
     unseen = 1e-6 * float(own.double().mean()) or 1.0
     own.copy_(torch.where(own > 0, own * (1 + damping), unseen))
     steps, offsets, codes = scales.float(), zeros.float(), codes.float()

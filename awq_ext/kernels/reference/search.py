@@ -1,4 +1,4 @@
-"""Squared output errors, of a weight, of codes and of candidate scales; and the search of clipped ranges."""
+"""Squared output errors of a weight, of codes and of candidate scales; and the search for clipped ranges."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _ROWS_AT_ONCE = 2048  # of a weight, so that little memory is needed
 
 
 def quadratic_loss(error: Tensor, second_moment: Tensor) -> Tensor:
-    """e G e^T of every row: error fp32 [N, K], second_moment fp32 [K, K] symmetric -> fp64 [N].
+    """Compute e G e^T of every row: error fp32 [N, K], second_moment G fp32 [K, K] symmetric -> fp64 [N].
 
-    With G = X^T X this is the squared output error summed over the calibration rows (algorithm: objective from second moments).
+    With G = X^T X this is the squared output error, summed over the calibration rows.
     """
     # autocast would round both factors of a product to 16 bits
     with torch.autocast(error.device.type, enabled=False):
@@ -32,11 +32,12 @@ def code_losses(
     divisor: Tensor | None = None,
     damping: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Squared output errors of the rows of a quantized weight, and those with G's diagonal raised: fp64 [N] each.
+    """Compute the squared output errors of a quantized weight's rows, plain and with G's diagonal raised: fp64 [N] each.
 
-    With e = (code - zero) * scale / channel_scale * divisor - weight: e G e^T, or 0 where rounding makes that negative; and to it
-    damping * sum of e_k^2 G_kk. weight [N, K]; codes uint8 [N, K], or packed [N, ceil(K/2)] as by :func:`pack_int4`; channel_scale
-    fp32 [K] and divisor fp32 [N]: what columns were multiplied and rows divided by before rounding.
+    e = (code - zero) * scale / channel_scale * divisor - weight. The plain error is e G e^T, or 0 where rounding makes that
+    negative; the other adds damping * sum of e_k^2 G_kk to it. weight [N, K]; codes uint8 [N, K], or [N, ceil(K/2)] packed by
+    :func:`pack_int4`; channel_scale fp32 [K]: what columns were multiplied by before rounding; divisor fp32 [N]: what rows were
+    divided by.
     """
     k, plain, own = weight.shape[1], [], []
     diagonal = second_moment.diagonal().double()
@@ -66,7 +67,7 @@ def scale_losses(
     scale_dtype: torch.dtype = torch.float16,
     max_rows: int = 0,
 ) -> Tensor:
-    """Output error of a Linear for each candidate of its input scale: ||(Q(W diag s) diag(1/s) - W) X^T||^2.
+    """Compute a Linear's output error for each candidate s of its input scale: ||(Q(W diag s) diag(1/s) - W) X^T||^2.
 
     weight [N, K]; candidates fp32 [C, K], all > 0; second_moment fp32 [K, K] = X^T X. Returns fp64 [C].
     max_rows > 0 evaluates that many evenly spaced rows (n = floor(i * N / max_rows)) instead of all N.
@@ -91,7 +92,7 @@ def search_clip(
     scale_dtype: torch.dtype = torch.float16,
     channel_scale: Tensor | None = None,
 ) -> Tensor:
-    """The range ratio of each group with the least e_g G_gg e_g^T, e_g the error in the group: fp32 [N, G].
+    """Find the range ratio of each group with the least e_g G_gg e_g^T, e_g the error in the group: fp32 [N, G].
 
     G_gg is the diagonal block of second_moment that belongs to the group. Errors are taken in the original space: (Q(W diag s)
     diag(1/s) - W). ratios fp32 [R], tried in order; the first of equal losses wins, so put 1.0 first.

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of a Linear, streamed."""
+"""Streaming statistics of the inputs of a Linear."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ class ActivationStats:
     """Streaming statistics of the rows that enter a Linear: sums of x and |x|, X^T X, row count.
 
     sum, abs_sum fp64 [K]; second_moment fp32 [K, K], un-normalized; rows int. Rows where ``mask`` is False do not count. With
-    weights w: sums of w x, sqrt(w) |x| and w x x^T, all divided by the mean weight when they are read (rows stay a count).
+    weights w the sums are of w x, sqrt(w) |x| and w x x^T, where w is divided by its mean when they are read; rows stays a count.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
         self.rows = 0
-        self._total = 0.0  # weight of all rows
+        self._total = 0.0  # sum of the weights of all rows
         self._weighted = False
-        self._applied = 1.0  # the share in _second_moment
+        self._applied = 1.0  # the share that _second_moment is already multiplied by
         self._sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._abs_sum = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._second_moment = torch.zeros(in_features, in_features, device=device)
 
     def update(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Add the rows of x [..., K] (fp32/bf16/fp16, any strides); mask bool with one element a row.
+        """Add the rows of x [..., K] (fp32/bf16/fp16, any strides); mask bool with one element per row.
 
-        weights fp32, one a row, >= 0, by which the rows count; None: all 1. Rows are multiplied by sqrt(w) in fp32.
+        weights: of the rows, fp32, one per row, >= 0; None: all 1. Rows are multiplied by sqrt(w) in fp32.
         """
         flat = x.detach().reshape(-1, self.in_features)
         if weights is not None:
@@ -55,21 +55,21 @@ class ActivationStats:
         return self.rows / self._total if self._weighted and self._total > 0 else 1.0
 
     def _set_applied(self, share: float) -> None:
-        """Multiply the second moment in its place: it is the largest thing here."""
+        """Scale the second moment by ``share``, in place because a copy would take as much memory again."""
         if share != self._applied:
             self._second_moment *= share / self._applied
             self._applied = share
 
     def sum(self) -> Tensor:
-        """Sum over rows of w x: fp64 [K]."""
+        """Return the sum over rows of w x: fp64 [K]."""
         return self._sum * self._share if self._weighted else self._sum
 
     def abs_sum(self) -> Tensor:
-        """Sum over rows of sqrt(w) |x|: fp64 [K]."""
+        """Return the sum over rows of sqrt(w) |x|: fp64 [K]."""
         return self._abs_sum * self._share**0.5 if self._weighted else self._abs_sum
 
     def second_moment(self) -> Tensor:
-        """Sum over rows of w x x^T, full and symmetric: fp32 [K, K]."""
+        """Return the sum over rows of w x x^T, full and symmetric: fp32 [K, K]."""
         self._set_applied(self._share)
         return self._second_moment
 

@@ -1,4 +1,4 @@
-"""The layout that the int4 kernels read (``csrc/base/layout.h``), and back."""
+"""Conversion to the layout that the int4 kernels read (``csrc/base/layout.h``), and back."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ TILE_OUTPUTS, STEP_CHANNELS = 32, 4  # of the compute layout, csrc/base/layout.h
 
 
 def step_count(in_features: int, group_size: int) -> int:
-    """Steps of four channels in a row, every group beginning with a new one."""
+    """Count the steps of four channels in a row; every group begins a new step."""
     g = group_length(in_features, group_size)
     return in_features // g * -(-g // STEP_CHANNELS) + -(-(in_features % g) // STEP_CHANNELS)
 
 
 def _tiled_rows(values: Tensor) -> Tensor:
-    """[N, ...] -> [T, 32, ...], filled with zeros."""
+    """Cut rows into tiles: [N, ...] -> [T, 32, ...], padded with zeros."""
     padded = torch.nn.functional.pad(values, (0, 0) * (values.dim() - 1) + (0, -len(values) % TILE_OUTPUTS))
     return padded.view(-1, TILE_OUTPUTS, *values.shape[1:])
 
 
 def tile_int4(packed: Tensor, in_features: int, group_size: int) -> Tensor:
-    """Packed rows uint8 [N, ceil(K/2)] -> uint8 [T, S, 64]: tiles of 32 outputs, steps of 4 channels.
+    """Convert packed rows uint8 [N, ceil(K/2)] to uint8 [T, S, 64]: tiles of 32 outputs, steps of 4 channels.
 
     Byte 4j + 2r + q of a step holds channel 2q + r of outputs j (low nibble) and 16 + j (high) of its tile.
     """
@@ -37,7 +37,7 @@ def tile_int4(packed: Tensor, in_features: int, group_size: int) -> Tensor:
 
 
 def untile_int4(tiles: Tensor, out_features: int, in_features: int, group_size: int) -> Tensor:
-    """Inverse of tile_int4."""
+    """Undo tile_int4."""
     g, steps = group_length(in_features, group_size), tiles.shape[1]
     bytes_ = tiles.view(-1, steps, 16, 2, 2)
     codes = torch.stack((bytes_ & 15, bytes_ >> 4), dim=1).permute(0, 1, 3, 2, 5, 4)  # t, v, j, s, q, r
@@ -48,21 +48,21 @@ def untile_int4(tiles: Tensor, out_features: int, in_features: int, group_size: 
 
 
 def tile_scales(scales: Tensor) -> Tensor:
-    """[N, G] -> [T, G, 32]."""
+    """Convert scales [N, G] to [T, G, 32]."""
     return _tiled_rows(scales).transpose(1, 2).contiguous()
 
 
 def untile_scales(tiles: Tensor, out_features: int) -> Tensor:
-    """Inverse of tile_scales."""
+    """Undo tile_scales."""
     return tiles.transpose(1, 2).reshape(-1, tiles.shape[1])[:out_features].contiguous()
 
 
 def tile_zeros(zeros: Tensor) -> Tensor:
-    """uint8 [N, G], all below 16 -> uint8 [T, G, 16]: byte j holds output j (low nibble) and 16 + j of the tile."""
+    """Convert zeros uint8 [N, G], all below 16, to uint8 [T, G, 16]: byte j holds outputs j (low nibble) and 16 + j of the tile."""
     low, high = tile_scales(zeros).chunk(2, dim=2)
     return low | high << 4
 
 
 def untile_zeros(tiles: Tensor, out_features: int) -> Tensor:
-    """Inverse of tile_zeros."""
+    """Undo tile_zeros."""
     return untile_scales(torch.cat((tiles & 15, tiles >> 4), dim=2), out_features)
