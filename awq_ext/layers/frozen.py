@@ -50,7 +50,7 @@ class FrozenTensor(Tensor):
 
 
 def _writes(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> bool:
-    """Whether ``func`` would change a FrozenTensor among its arguments."""
+    """Tell whether ``func`` would change a FrozenTensor among its arguments."""
     # the functions of torch.nn.init pass their tensor by keyword
     target = args[0] if args else named.get("tensor")
     if isinstance(named.get("out"), FrozenTensor):

@@ -29,7 +29,7 @@ def _known_compute_dtype(value: str) -> str:
 
 
 class QuantLinear(nn.Module):
-    """y = (x * pre_quant_scale) @ W^T + bias, W in int4: W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
+    """The int4 Linear y = (x * pre_quant_scale) @ W^T + bias, W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
 
     The weight is held once, in the layout that the kernels read (csrc/base/layout.h): tiles uint8 [T, S, 64], tile_scales fp16 or
     bf16 [T, G, 32], tile_zeros uint8 [T, G, 16]. ``state_dict`` and checkpoints have rows instead, converted exactly on the way in

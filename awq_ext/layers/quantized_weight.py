@@ -13,7 +13,9 @@ from ..kernels.reference import group_count
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """W[n, k] = (code[n, k] - zeros[n, k // g]) * scales[n, k // g], in rows, as ``QuantLinear`` has them in its state_dict.
+    """Codes, scales and zeros of a weight, in rows as in the state_dict of ``QuantLinear``.
+
+    W[n, k] = (code[n, k] - zeros[n, k // g]) * scales[n, k // g].
 
     qweight uint8: for 4 bits two codes a byte, [N, ceil(K/2)], the even channel in the low nibble; for other widths one code a
     byte, [N, K]. scales fp16, bf16 or fp32 [N, G]; zeros uint8 [N, G]; group_size -1 for one group a row.

@@ -141,7 +141,7 @@ class BlockSolver:
         return {name for group in self._surveyed.groups for name in group.experts}
 
     def _choose(self, task: GroupTask, fold: Fold | None) -> ScaleChoice:
-        """Search the group's scale; return the identity where none is wanted, or where nothing may take over 1/s."""
+        """Search for the group's scale; return the identity where none is wanted, or where nothing may take over 1/s."""
         usable = task.usable
         if not usable or not usable[0].settings.searches_scale:
             return ScaleChoice(None)
@@ -178,12 +178,12 @@ class BlockSolver:
         return _scaled(task, ScaleChoice(None), None, divisors)
 
     def _could_divide(self, task: GroupTask, fold: Fold | None) -> bool:
-        """Whether the group has experts that may divide their own rows at run time, each or not, in place of a fold for all."""
+        """Tell whether a fold for all experts may be replaced by divisions at run time, which each expert uses or not."""
         return fold is not None and len(task.group.inputs) > 1 and self._config.fold == "auto"
 
 
 def takes_fold(group: ScaleGroup, config: AwqConfig) -> bool:
-    """Whether the group will have a scale that may be folded; fake-quantized weights hold 1/s themselves."""
+    """Tell whether the group will have a scale that may be folded; fake-quantized weights hold 1/s themselves."""
     settings = config.for_layer(group.linears[0])
     return settings.searches_scale and settings.packed and config.fold != "never"
 
@@ -245,7 +245,7 @@ def _quantizers(tasks: Sequence[LayerTask], scale: Tensor | None = None) -> Iter
 
 
 def _each_alone(task: GroupTask, fold: Fold | None) -> bool:
-    """Whether each Linear can do without the group's scale, as experts can that divide their own rows at run time."""
+    """Tell whether each Linear can do without the group's scale: experts that divide their own rows at run time can."""
     return fold is None and len(task.group.inputs) > 1
 
 

@@ -134,7 +134,10 @@ def _ranking_losses(
 
 
 def _total(losses: Tensor, rtn: Tensor, alone: bool) -> Tensor:
-    """Sum losses [Linears, C] over the Linears: fp64 [C], inf where any exceeds RTN's [Linears, 1] (``alone``: RTN's counts)."""
+    """Sum losses [Linears, C] over the Linears: fp64 [C].
+
+    Where a Linear loses more than by ``rtn`` [Linears, 1] the sum is inf, or with ``alone`` counts RTN's loss instead.
+    """
     if alone:
         return losses.minimum(rtn).sum(0)
     return losses.sum(0).masked_fill((losses > rtn).any(0), torch.inf)
@@ -154,7 +157,7 @@ def _around(totals: Tensor) -> list[int]:
 
 
 def rows_to_judge_by(weights: Sequence[Tensor], search_rows: int) -> list[int]:
-    """Share out the rows to rank on among a group's Linears, in proportion to their own rows, but enough for the smallest."""
+    """Share out the rows to rank on among a group's Linears in proportion to their rows, at least ``_FEWEST_ROWS`` each."""
     wanted = ranking_rows(search_rows, weights[0].shape[1])
     total = sum(len(weight) for weight in weights)
     return [min(len(w), max(_FEWEST_ROWS, wanted * len(w) // total)) if wanted else len(w) for w in weights]
