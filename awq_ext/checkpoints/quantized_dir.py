@@ -58,8 +58,15 @@ class QuantDir:
         for leaf, stored in self.layers[name].items():
             as_stored = leaf in read and read[leaf].dtype == self.shards.dtype(stored)
             tensors[leaf] = read[leaf].cpu() if as_stored else self.shards.get(stored)
+        settings = self._settings_of(name)
         try:
-            return self.layout.unpack(tensors, self.settings.of(name))
+            return self.layout.unpack(tensors, settings)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
+
+    def _settings_of(self, name: str) -> Settings:
+        try:
+            return self.settings.of(name)
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
 
@@ -162,9 +169,12 @@ class QuantDir:
                 raise CheckpointError(
                     f"{self.folder}: layer {odd[0]!r} has tensors but no entry in the config, or the reverse"
                 )
+        for name in self.layers:
+            self._settings_of(name)
         own = {*self.layout.suffixes, *self.layout.optional} - COMMON_LEAVES
         for name in self.floats:
             if name.rpartition(".")[2] in own:
+                self._settings_of(name.rpartition(".")[0])
                 raise CheckpointError(
                     f"{self.folder}: {name} ({self.shards.dtype(name)}) belongs to no layer of the {self.layout.name} "
                     "layout: other tensors of the layer are missing or of a wrong dtype"
