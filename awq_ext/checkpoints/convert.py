@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .formats import CheckpointError, layout
-from .quantized_dir import QuantDir
+from .quantized_dir import QuantDir, without_settings
 from .shards import PICKLES
 from .write import REPORT, is_checkpoint_file, parse_size, summarize, write
 
@@ -35,8 +35,15 @@ def convert(
             "of files: load it and use awq_ext.save_pretrained"
         )
     summary = summarize(source, target, float_modules(source))
-    config = {key: value for key, value in source.config.items() if key not in ("compression_config",)}
-    write(folder, source, target, summary, config, limit, lambda to: _copy_rest(source_folder, to))
+    write(
+        folder,
+        source,
+        target,
+        summary,
+        without_settings(source.config),
+        limit,
+        lambda to: _copy_rest(source_folder, to),
+    )
     return folder
 
 

@@ -15,6 +15,7 @@ from ..layers.quant_linear import TILED, QuantLinear
 from ..standins.expert_linears import ExpertLinears
 from .conversions import is_transformers_model
 from .formats import CheckpointError, InMemory, PackedLinear
+from .quantized_dir import without_settings
 
 _ROWS = {buffer: leaf for leaf, buffer in TILED.items()}
 
@@ -133,8 +134,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """Make config.json without quantization_config; the model's own config stays as it is."""
     if not is_transformers_model(model):
         return {"architectures": [type(model).__name__]}
-    config = json.loads(model.config.to_json_string())
-    config.pop("quantization_config", None)
+    config = without_settings(json.loads(model.config.to_json_string()))
     config.pop("_attn_implementation_autoset", None)  # with it transformers 4 would skip its own choice
     config["architectures"] = [type(model).__name__]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

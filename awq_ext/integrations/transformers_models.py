@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..checkpoints.conversions import is_transformers_model, transformers
 from ..checkpoints.formats import CheckpointError
-from ..checkpoints.quantized_dir import CONFIG
+from ..checkpoints.quantized_dir import CONFIG, QUANTIZATION
 
 GENERATION = "generation_config.json"
 # what a tokenizer or processor consists of
@@ -89,9 +89,7 @@ def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, A
         config = package.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model that transformers knows: {error}") from None
-    for holder in (config, getattr(config, "text_config", None)):
-        if getattr(holder, "quantization_config", None) is not None:
-            del holder.quantization_config  # the model in memory is ours
+    _drop_settings(config)  # the model in memory is ours
     if getattr(config, "_attn_implementation_autoset", False):
         config._attn_implementation_autoset = False  # transformers 4 saves that it chose, but not what
     names = getattr(config, "architectures", None) or []
@@ -105,6 +103,16 @@ def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, A
         return package.AutoModelForCausalLM.from_config(
             config, trust_remote_code=options.get("trust_remote_code", False)
         )
+
+
+def _drop_settings(config: Any) -> None:
+    """Remove quantization settings from a config and the configs of its parts, objects and dictionaries."""
+    values = config if isinstance(config, dict) else vars(config)
+    for key in QUANTIZATION:
+        values.pop(key, None)
+    for value in list(values.values()):
+        if isinstance(value, dict) or hasattr(value, "to_json_string"):
+            _drop_settings(value)
 
 
 def finish(model: nn.Module, folder: Path) -> None:
