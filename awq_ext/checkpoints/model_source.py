@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +94,7 @@ def _float_tensors(model: nn.Module, whole: bool) -> dict[str, Tensor]:
 
     Not from ``state_dict``, which would turn every int4 layer into rows.
     """
-    dropped = _dropped_ties(model)
+    dropped = dropped_ties(model)
     found: dict[int, tuple[str, Tensor]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, tensor in () if isinstance(module, QuantLinear) else _tensors(module, whole):
@@ -117,10 +117,20 @@ def _ties(model: nn.Module, floats: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-def _dropped_ties(model: nn.Module) -> Callable[[str], bool]:
+def dropped_ties(model: nn.Module) -> Callable[[str], bool]:
     """Tell by name whether transformers leaves a tensor out of files if it is tied to another."""
     patterns = list(getattr(model, "_tied_weights_keys", None) or [])
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def keep_apart(model: nn.Module, names: Collection[str]) -> None:
+    """Take parameters that came apart from transformers' own list of ties, as it does itself.
+
+    The config goes on saying that they are tied: some models (T5's family) scale by what it says.
+    """
+    ties = getattr(model, "all_tied_weights_keys", None)
+    for name in names if isinstance(ties, dict) else ():
+        ties.pop(name, None)
 
 
 def float_linears(model: nn.Module) -> list[str]:

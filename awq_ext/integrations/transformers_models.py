@@ -122,6 +122,16 @@ def finish(model: nn.Module, folder: Path) -> None:
 
 
 def ignored(model: nn.Module) -> Callable[[str], bool]:
-    """Tell by name which tensors of files the model's class does not need."""
-    patterns = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
-    return lambda name: any(re.search(pattern, name) for pattern in patterns)
+    """Tell by name which tensors of files nobody misses: what the class says so of, in modules that it builds.
+
+    Whole parts that it does not build (blocks that predict more tokens) are worth a word, whatever it says of them.
+    """
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+
+    def passed_over(name: str) -> bool:
+        if re.search(r"rotary_emb\.inv_freq$", name):
+            return True
+        return name.rpartition(".")[0] in modules and any(re.search(pattern, name) for pattern in patterns)
+
+    return passed_over
