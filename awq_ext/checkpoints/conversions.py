@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.quant_linear import QuantLinear
+from ..standins.expert_linears import ExpertLinears
+
 
 def transformers() -> Any:
     """Import transformers; ImportError with one clear sentence without it."""
@@ -26,15 +29,31 @@ def is_transformers_model(model: nn.Module) -> bool:
     return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__) and hasattr(model, "config")
 
 
+def tensor_names(model: nn.Module) -> set[str]:
+    """Name all parameters and buffers; weights that are quantized and experts that were taken apart by the names they had."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantLinear):
+            names.add(f"{name}.weight")
+        elif isinstance(module, ExpertLinears):
+            names.add(name)
+    return names
+
+
 class Conversions:
     """Translate names and tensors as transformers does, from files to a model or (to_files) back; None: not at all.
 
-    A name is renamed, or fits a pattern of a converter, which makes one tensor or several of all that fit its patterns.
+    A name is renamed, or fits a pattern of a converter, which makes one tensor or several of all that fit its patterns. From
+    files, the prefix of the base model ("model.") is added or taken away where only that finds the tensor.
     """
 
     def __init__(self, model: nn.Module | None, to_files: bool) -> None:
         renamings, converters = ([], []) if model is None else _weight_conversions(model, to_files)
         self._renamings, self._converters, self._to_files = renamings, converters, to_files
+        from_files = model is not None and is_transformers_model(model) and not to_files
+        self._known = tensor_names(model) if from_files else None
+        self._prefix = getattr(model, "base_model_prefix", "") if from_files else ""
 
     def rename(self, name: str) -> str:
         """Apply the renamings alone."""
@@ -44,13 +63,34 @@ class Conversions:
 
     def find(self, name: str) -> tuple[str, str | None]:
         """Give the new name, and the pattern of the converter that it fits. To files, renaming comes last, after conversion."""
-        if not self._to_files:
-            name = self.rename(name)
+        if self._to_files:
+            new, pattern = self._converted(name)
+            return (self.rename(new) if pattern is None else new), pattern
+        new, pattern = self._converted(self.rename(name))
+        new = self._prefixed(new)
+        if self._known is not None and new not in self._known and name in self._known:
+            return self._prefixed(name), None
+        return new, pattern
+
+    def lacks(self, name: str) -> bool:
+        """Tell whether the model has no tensor of this name, given by :meth:`find`."""
+        return self._known is not None and name not in self._known
+
+    def _converted(self, name: str) -> tuple[str, str | None]:
         for converter in self._converters:
             new, pattern = converter.rename_source_key(name)
             if pattern is not None:
                 return new, pattern
-        return (self.rename(name) if self._to_files else name), None
+        return name, None
+
+    def _prefixed(self, name: str) -> str:
+        """Add or take away the base model's prefix, as transformers does for files of a base model, or for one."""
+        if not self._prefix or self._known is None:
+            return name
+        without, longer = name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}"
+        if without != name and without in self._known:
+            return without
+        return longer if longer in self._known else name
 
     def convert(self, group: str, tensors: Sequence[tuple[str, str, Tensor]], model: nn.Module) -> dict[str, Tensor]:
         """Let the converter of one group make what it makes of its tensors: (name, pattern that it fits, values)."""

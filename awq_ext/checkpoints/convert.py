@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .formats import CheckpointError, layout
-from .quantized_dir import QuantDir
+from .quantized_dir import CONFIG, QuantDir, without_settings
 from .shards import PICKLES
 from .write import REPORT, is_checkpoint_file, parse_size, summarize, write
+
+# in whatever form, and what a torch.save or a joblib.dump may have written
+_WEIGHTS = (
+    ".safetensors", *PICKLES, ".pickle", ".joblib", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".onnx.data",
+    ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".engine", ".plan", ".pdparams", ".nemo",
+)  # fmt: skip
 
 
 def convert(
@@ -20,7 +26,7 @@ def convert(
 
     src: any layout that :func:`awq_ext.load` reads. format: a name of ``awq_ext.checkpoints.formats.LAYOUTS``.
     No model is built, and no weight is dequantized: codes, scales and zeros stay what they are. All other files (tokenizer,
-    generation_config.json) are copied.
+    generation_config.json, code of the model) are copied, but no pickles.
     Raises CheckpointError, before anything is written, for a damaged source and for one that the format cannot hold;
     ValueError for an unknown format or size.
     """
@@ -35,8 +41,13 @@ def convert(
             "of files: load it and use awq_ext.save_pretrained"
         )
     summary = summarize(source, target, float_modules(source))
-    config = {key: value for key, value in source.config.items() if key not in ("compression_config",)}
-    write(folder, source, target, summary, config, limit, lambda to: _copy_rest(source_folder, to))
+
+    def extra(to: Path) -> None:
+        carry(source_folder, to)
+        if (source_folder / REPORT).is_file():
+            shutil.copy2(source_folder / REPORT, to / REPORT)
+
+    write(folder, source, target, summary, without_settings(source.config), limit, extra)
     return folder
 
 
@@ -53,11 +64,35 @@ def float_modules(source: QuantDir) -> Iterable[str]:
     return names if "lm_head" in (*names, *source.layers) else [*names, "lm_head"]
 
 
-def _copy_rest(source: Path, folder: Path) -> None:
-    """Copy whatever lies beside the checkpoint and is no checkpoint itself, and the report."""
-    for file in source.iterdir():
-        weights = (
-            is_checkpoint_file(file.name) or file.suffix in (".safetensors", *PICKLES) or "index.json" in file.name
-        )
-        if file.is_file() and (not weights or file.name == REPORT) and not file.name.startswith("."):
-            shutil.copy2(file, folder / file.name)
+def carry(source: Path, folder: Path, passed_over: Callable[[str], bool] = lambda name: False) -> None:
+    """Copy to ``folder`` what lies beside the weights in ``source``: tokenizers, code of the model, licences, folders of such.
+
+    passed_over: tells by name which of the files to leave. Never copied are parts of a checkpoint, weights of any kind, what may be
+    a pickle, hidden files, links out of the directory, and folders with weights and a config.json: other checkpoints.
+    """
+    for here, folders, names in os.walk(source):
+        place = Path(here)
+        top = place == source
+        if not top and CONFIG in names and any(name.lower().endswith(_WEIGHTS) for name in names):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+        for name in names:
+            ours = top and (is_checkpoint_file(name) or passed_over(name))
+            if not ours and not name.startswith(".") and _may_be_copied(place / name, source):
+                to = folder / place.relative_to(source) / name
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(place / name, to)
+
+
+def _may_be_copied(file: Path, source: Path) -> bool:
+    """Tell whether a file is no weights, no pickle by its name or first bytes, and lies where it says."""
+    if file.name.lower().endswith((*_WEIGHTS, ".index.json")) or not file.is_file():
+        return False
+    root, real = source.resolve(), file.resolve()
+    cached = root.parent.name == "snapshots" and real.is_relative_to(root.parent.parent / "blobs")
+    if not real.is_relative_to(root) and not cached:
+        return False
+    with file.open("rb") as opened:
+        start = opened.read(4)
+    return not (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")) and start != b"PK\x03\x04"

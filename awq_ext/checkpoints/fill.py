@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from ..standins.transposed import has_transposed_form
 from ..undo import interrupt
 from ..undo.journal import Journal
 from .formats import CheckpointError, PackedLinear
-from .formats.packed import exactly
+from .formats.packed import exactly, fitting_bias
+from .model_source import dropped_ties, keep_apart
 from .quantized_dir import QuantDir
 from .renaming import Renamed
 
@@ -31,19 +32,22 @@ def place(
     """Replace the Linears of ``model`` that ``source`` holds quantized by QuantLinear, and all other tensors; returns it.
 
     dtype: of float parameters; None keeps those of the files.
-    ignore: whether to pass over a tensor of this name, which the model lacks, in silence; others are warned about. None makes any
-        such tensor an error.
+    ignore: whether to pass over a tensor of this name, which the model lacks, in silence; other tensors and layers that it lacks
+        are left out with one warning. None makes any such tensor or layer an error.
+    Tensors that are one in the model, but differ in the files, come apart, as transformers has it.
     CheckpointError, before anything is changed, when a tensor is missing or does not fit.
     """
     with Journal() as journal:
         take_apart(model, source, journal)
         plan = _Plan(model, source, dtype)
         plan.match(ignore)
-        layers = {name: plan.layer(name) for name in source.layers}
+        layers = {name: plan.layer(name) for name in plan.layers}
         values = plan.values()
+        plan.tell()  # here still nothing happens where a warning is made an error
         for name, layer in layers.items():
             journal.set_module(model, name, layer)
         _assign(model, values, plan.tied)
+    keep_apart(model, [name for name, _ in plan.untied])
     return model
 
 
@@ -89,6 +93,9 @@ class _Plan:
     source: QuantDir | Renamed
     dtype: torch.dtype | None
     tensors: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # what the files have and the model has no place for
+    untied: list[tuple[str, str]] = field(default_factory=list)  # names of one tensor in the model, of two in the files
 
     @property
     def tied(self) -> Mapping[str, str]:
@@ -96,20 +103,38 @@ class _Plan:
         return {} if self.source.in_memory is None else self.source.in_memory.tied
 
     def match(self, ignore: Callable[[str], bool] | None) -> None:
-        """Decide which ``tensors`` to take; everything that the headers tell is checked."""
+        """Decide which ``layers`` and ``tensors`` to take; everything that the headers tell is checked."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for name in self.source.layers:
-            self._linear(name)
+            if ignore is None or name in modules:
+                self._linear(name)
+                self.layers.append(name)
+            else:
+                self.left_out.append(name)
+        self.left_out += getattr(self.source, "left_out", ())
         wanted = dict(self._wanted())
-        extra = []
         for name in self.source.floats:
             if name in wanted:
                 self._check(name, wanted[name])
                 self.tensors.append(name)
             elif ignore is None or not ignore(name):
-                extra.append(name)
-        self._refuse_extra(extra, fatal=ignore is None)
+                self.left_out.append(name)
+        if ignore is None and self.left_out:
+            count = len(self.left_out)
+            raise CheckpointError(
+                f"{self.source.folder} has {count} tensors that the model lacks, among them {self.left_out[0]}"
+            )
         self._check_ties(wanted)
         self._refuse_missing(wanted)
+
+    def tell(self) -> None:
+        """Warn of what did not go into the model as the files or the model had it."""
+        tell_left_out(self.model, self.left_out, self.source.folder)
+        for name, other in self.untied:
+            warn(
+                f"{self.source.folder} has {name} and {other} with different values, though the config says that they are one "
+                "tensor (tie_word_embeddings): both are used as they are"
+            )
 
     def _check_ties(self, wanted: dict[str, Tensor]) -> None:
         """Require both ends of each tie: in a layer of the files, whose tensors are checked with it, or in ``wanted``."""
@@ -119,14 +144,6 @@ class _Plan:
                     raise CheckpointError(f"{self.source.folder} has {end}, which the model lacks")
             if name in wanted:
                 self._check(name, wanted[name])
-
-    def _refuse_extra(self, extra: list[str], fatal: bool) -> None:
-        if not extra:
-            return
-        text = f"{self.source.folder} has {len(extra)} tensors that the model lacks, among them {extra[0]}"
-        if fatal:
-            raise CheckpointError(text)
-        warn(text)
 
     def _refuse_missing(self, wanted: dict[str, Tensor]) -> None:
         """Require each parameter and buffer to come from the files, share an object that does, or be a buffer with values."""
@@ -180,15 +197,33 @@ class _Plan:
         """Make the object to put at each name; shared tensors stay shared."""
         made: dict[int | str, Tensor] = {}
         wanted = {name: (self._object(name, old), old) for name, old in self._wanted()}
-        for name in self.tensors:
+        first: dict[int | str, str] = {}
+        # the embedding before a head that is tied to it: what is not in the files shares with the first
+        dropped = dropped_ties(self.model)
+        for name in sorted(self.tensors, key=dropped):
             key, old = wanted[name]
-            if key not in made:
-                interrupt.check()
-                trained = isinstance(old, nn.Parameter)
-                tensor = self.source.float_tensor(name)
-                tensor = self._cast(tensor, old) if trained else tensor.to("cpu" if old.is_meta else old.device)
-                made[key] = nn.Parameter(tensor, requires_grad=old.requires_grad) if trained else tensor
+            if key in first:
+                if torch.equal(self.source.float_tensor(name), self.source.float_tensor(first[key])):
+                    continue
+                self.untied.append((name, first[key]))
+                key, wanted[name] = name, (name, old)
+            first[key] = name
+            interrupt.check()
+            made[key] = self._value(name, old)
         return {name: made[key] for name, (key, _) in wanted.items() if key in made}
+
+    def _value(self, name: str, old: Tensor) -> Tensor:
+        """Make what takes the place of one parameter or buffer."""
+        tensor = self.source.float_tensor(name)
+        if not isinstance(old, nn.Parameter):
+            return tensor.to("cpu" if old.is_meta else old.device)
+        if name in self._dequantized:
+            tensor = tensor.to(self.dtype or self._float_dtype(old.dtype))
+        return nn.Parameter(self._cast(tensor, old), requires_grad=old.requires_grad)
+
+    @property
+    def _dequantized(self) -> Mapping[str, str]:
+        return getattr(self.source, "dequantized", {})
 
     def layer(self, name: str) -> QuantLinear:
         """Make the QuantLinear for one quantized layer of the files."""
@@ -201,7 +236,9 @@ class _Plan:
             )
         near = old.tiles if isinstance(old, QuantLinear) else old.weight
         saved, compute = (None, "auto") if self.source.in_memory is None else self.source.in_memory.layers[name]
-        dtype = self.dtype or saved or self._float_dtype(old)
+        dtype = (
+            self.dtype or saved or self._float_dtype(old.dtype if isinstance(old, QuantLinear) else old.weight.dtype)
+        )
         scales = run_time_scales(packed, dtype, name)
         layer = QuantLinear(
             packed.in_features, packed.out_features, packed.group_size, False, False, dtype, device="meta"
@@ -219,23 +256,31 @@ class _Plan:
         bias = fitting_bias(packed, old.bias is not None, name)
         return None if bias is None else nn.Parameter(self._cast(bias, old.bias), requires_grad=old.bias.requires_grad)
 
-    def _float_dtype(self, old: nn.Linear | QuantLinear) -> torch.dtype:
-        """Guess the dtype that the weights had before: that of the files' largest float tensor."""
+    def _float_dtype(self, own: torch.dtype) -> torch.dtype:
+        """Guess the dtype that weights had before: that of the files' largest float tensor, else their ``own`` in the model."""
         if not hasattr(self, "_common"):
-            kinds = {n: self.source.dtype(n) for n in self.source.floats}
+            kinds = {n: self.source.dtype(n) for n in self.source.floats if n not in self._dequantized}
             floats = [n for n, kind in kinds.items() if kind.is_floating_point]
             largest = max(floats, key=lambda n: torch.Size(self.source.shape(n)).numel(), default=None)
             self._common = None if largest is None else kinds[largest]
-        return self._common or (old.dtype if isinstance(old, QuantLinear) else old.weight.dtype)
+        return self._common or own
 
 
-def fitting_bias(packed: PackedLinear, wanted: bool, name: str) -> Tensor | None:
-    """Take the bias of the files for a layer that has one in the model; CheckpointError where only one of both has it."""
-    # some GPTQ writers give every layer one, of zeros
-    there = packed.bias is not None and (wanted or bool(packed.bias.any()))
-    if there != wanted:
-        raise CheckpointError(f"layer {name!r} has a bias in {'the files' if there else 'the model'} only")
-    return packed.bias if there else None
+def tell_left_out(model: nn.Module, names: Collection[str], folder: Any) -> None:
+    """Warn once of what the files have and the model has no place for: the largest parts of it."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+
+    def absent(name: str) -> str:
+        pieces = name.split(".")
+        ways = (".".join(pieces[: count + 1]) for count in range(len(pieces)))
+        return next((way for way in ways if way not in modules), name)
+
+    if parts := list(dict.fromkeys(map(absent, names))):
+        more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
+        warn(
+            f"{folder} has tensors for which {type(model).__name__} has no place; they were left out: "
+            f"{', '.join(parts[:8])}{more}"
+        )
 
 
 def run_time_scales(packed: PackedLinear, dtype: torch.dtype, name: str) -> Tensor:

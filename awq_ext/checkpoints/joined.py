@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,3 +138,21 @@ def _difference(one: PackedLinear, other: PackedLinear) -> str:
     if (scales[0] is None) != (scales[1] is None) or (scales[0] is not None and not torch.equal(*scales)):
         return "run-time scales (pre_quant_scale)"
     return "biases: only one has any" if (one.bias is None) != (other.bias is None) else ""
+
+
+def checked_runs(source: Any, name: str, runs: tuple[Run, ...] | None, parts: Sequence[Part]) -> tuple[Run, ...]:
+    """Return the rows that ``name`` is made of, if all are quantized or all alike. CheckpointError where they are not."""
+    if runs is None:
+        raise CheckpointError(
+            f"{parts[0].name} is quantized, and {name} is not made of its rows, so that its groups cannot be kept"
+        )
+    quantized = [run.source for run in runs if run.source in source.layers]
+    left = [run.source for run in runs if run.source not in source.layers]
+    if quantized and left:
+        raise CheckpointError(
+            f"{quantized[0]} is quantized, {left[0]} is not, and both are one layer on the other side: {name}"
+        )
+    kinds = {(source.shape(each)[1:], source.dtype(each)) for each in left}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{left[0]} and {left[-1]} are one layer, but differ in input channels or dtype: {name}")
+    return runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..layers.quant_linear import TILED, QuantLinear
 from ..standins.expert_linears import ExpertLinears
 from .conversions import is_transformers_model
 from .formats import CheckpointError, InMemory, PackedLinear
+from .quantized_dir import without_settings
 
 _ROWS = {buffer: leaf for leaf, buffer in TILED.items()}
 
@@ -93,7 +94,7 @@ def _float_tensors(model: nn.Module, whole: bool) -> dict[str, Tensor]:
 
     Not from ``state_dict``, which would turn every int4 layer into rows.
     """
-    dropped = _dropped_ties(model)
+    dropped = dropped_ties(model)
     found: dict[int, tuple[str, Tensor]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, tensor in () if isinstance(module, QuantLinear) else _tensors(module, whole):
@@ -116,10 +117,20 @@ def _ties(model: nn.Module, floats: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-def _dropped_ties(model: nn.Module) -> Callable[[str], bool]:
+def dropped_ties(model: nn.Module) -> Callable[[str], bool]:
     """Tell by name whether transformers leaves a tensor out of files if it is tied to another."""
     patterns = list(getattr(model, "_tied_weights_keys", None) or [])
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
+
+
+def keep_apart(model: nn.Module, names: Collection[str]) -> None:
+    """Take parameters that came apart from transformers' own list of ties, as it does itself.
+
+    The config goes on saying that they are tied: some models (T5's family) scale by what it says.
+    """
+    ties = getattr(model, "all_tied_weights_keys", None)
+    for name in names if isinstance(ties, dict) else ():
+        ties.pop(name, None)
 
 
 def float_linears(model: nn.Module) -> list[str]:
@@ -133,8 +144,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """Make config.json without quantization_config; the model's own config stays as it is."""
     if not is_transformers_model(model):
         return {"architectures": [type(model).__name__]}
-    config = json.loads(model.config.to_json_string())
-    config.pop("quantization_config", None)
+    config = without_settings(json.loads(model.config.to_json_string()))
     config.pop("_attn_implementation_autoset", None)  # with it transformers 4 would skip its own choice
     config["architectures"] = [type(model).__name__]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from .version_1 import read_version_1
 CONFIG = "config.json"
 # older homes of what is quantization_config in config.json now
 OTHER_CONFIGS = ("quant_config.json", "quantize_config.json", "hf_quant_config.json")
+QUANTIZATION = ("quantization_config", "compression_config")
 # leaves that float modules have too
 COMMON_LEAVES = {"weight", "bias"}
 
@@ -58,8 +59,15 @@ class QuantDir:
         for leaf, stored in self.layers[name].items():
             as_stored = leaf in read and read[leaf].dtype == self.shards.dtype(stored)
             tensors[leaf] = read[leaf].cpu() if as_stored else self.shards.get(stored)
+        settings = self._settings_of(name)
         try:
-            return self.layout.unpack(tensors, self.settings.of(name))
+            return self.layout.unpack(tensors, settings)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
+
+    def _settings_of(self, name: str) -> Settings:
+        try:
+            return self.settings.of(name)
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
 
@@ -97,14 +105,20 @@ class QuantDir:
         """Find what the directory says of its quantization, wherever that is written; None if nowhere."""
         if self._version_1 is not None:
             return self._version_1.config
-        text = self.config.get("text_config")
-        for config in (self.config, text if isinstance(text, dict) else {}):
-            for key in ("quantization_config", "compression_config"):
-                if (found := config.get(key)) is not None:
-                    if not isinstance(found, dict):
-                        raise CheckpointError(f"{self.folder / CONFIG} is damaged: {key} is no object")
-                    return found
-        return first_json(self.folder, *OTHER_CONFIGS)
+        found = list(nested_settings(self.config))
+        for place, value in found:
+            if not isinstance(value, dict):
+                raise CheckpointError(f"{self.folder / CONFIG} is damaged: {place} is no object")
+        if not found:
+            return first_json(self.folder, *OTHER_CONFIGS)
+        if found[0][0] not in QUANTIZATION:  # of parts of the model only
+            for place, value in found:
+                if value != found[0][1]:
+                    raise CheckpointError(
+                        f"{self.folder / CONFIG}: {found[0][0]} and {place} differ; parts quantized in different ways "
+                        "cannot be read"
+                    )
+        return found[0][1]
 
     def _dtypes(self, modules: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, torch.dtype]]:
         """Tell the dtypes of the tensors of each module, by suffix."""
@@ -162,10 +176,32 @@ class QuantDir:
                 raise CheckpointError(
                     f"{self.folder}: layer {odd[0]!r} has tensors but no entry in the config, or the reverse"
                 )
+        for name in self.layers:
+            self._settings_of(name)
         own = {*self.layout.suffixes, *self.layout.optional} - COMMON_LEAVES
         for name in self.floats:
             if name.rpartition(".")[2] in own:
+                self._settings_of(name.rpartition(".")[0])
                 raise CheckpointError(
                     f"{self.folder}: {name} ({self.shards.dtype(name)}) belongs to no layer of the {self.layout.name} "
                     "layout: other tensors of the layer are missing or of a wrong dtype"
                 )
+
+
+def nested_settings(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Find quantization settings in a config and the configs of its parts (text_config, llm_config, ...): place, value."""
+    for key in QUANTIZATION:
+        if config.get(key) is not None:
+            yield f"{place}{key}", config[key]
+    for key, value in config.items():
+        if key not in QUANTIZATION and isinstance(value, dict):
+            yield from nested_settings(value, f"{place}{key}.")
+
+
+def without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a config without quantization settings, those of its parts included."""
+    return {
+        key: without_settings(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in QUANTIZATION
+    }

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ..layers.quant_linear import QuantLinear
 from ..standins.expert_linears import ExpertLinears, expert_count
+from ..standins.transposed import has_transposed_form, replaceable_by_linear
 from .conversions import Conversions
 from .formats import CheckpointError, InMemory, PackedLinear
-from .joined import Part, RowNumbers, Run, absent_experts, cut_layer, join_layers, natural_order
+from .formats.packed import fitting_bias
+from .joined import Part, RowNumbers, Run, absent_experts, checked_runs, cut_layer, join_layers, natural_order
 
 
 class Renamed:
@@ -23,6 +25,8 @@ class Renamed:
     go where, transformers' own converters show on row numbers. Float tensors go through the converters themselves, when they
     are asked for. ``experts``: parameters whose experts are layers of their own under the names of the model, and how the model
     uses them. CheckpointError for other quantized layers that cannot be cut or joined this way, and for missing experts.
+    ``dequantized``: float tensors among ``floats`` -> the quantized layer they are made of, where the model has no Linear but
+    something else with a weight (a router). ``left_out``: names of what converters would make, but the model has not.
     """
 
     def __init__(self, source: Any, model: nn.Module, to_files: bool = False) -> None:
@@ -44,6 +48,7 @@ class Renamed:
         self._made: tuple[str, dict[str, Tensor]] = ("", {})
         self._read: tuple[str, PackedLinear | None] = ("", None)
         self._apart: set[str] = set()
+        self.left_out: list[str] = []
         if to_files:
             self._add_experts()
         for name, use in getattr(source, "experts", {}).items():
@@ -59,7 +64,8 @@ class Renamed:
             # files list expert 10 before expert 2, and converters join in the order they are given
             parts.sort(key=lambda part: natural_order(part.name))
             self._resolve(group, parts)
-        self.floats: Iterable[str] = [*self._homes, *self._cuts]
+        self.dequantized = {} if to_files or self.in_memory is not None else self._dequantized()
+        self.floats: Iterable[str] = [*self._homes, *self._cuts, *self.dequantized]
 
     def linears(self, modules: Iterable[str]) -> list[str]:
         """List the new names of these float Linears, and of those that float experts become one by one."""
@@ -105,6 +111,8 @@ class Renamed:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one of ``floats``, or a tensor that is tied to one."""
+        if name in self.dequantized:
+            return tuple(self.float_tensor(name).shape)
         if name in self._cuts:
             runs = self._cuts[name]
             return (sum(run.stop - run.start for run in runs), *self.source.shape(runs[0].source)[1:])
@@ -112,12 +120,16 @@ class Renamed:
 
     def dtype(self, name: str) -> torch.dtype:
         """Of one of ``floats``, or a tensor that is tied to one."""
+        if name in self.dequantized:
+            return torch.float32
         if name in self._cuts:
             return self.source.dtype(self._cuts[name][0].source)
         return self._meta[name].dtype if self._homes.get(name) else self.source.dtype(self._old.get(name, name))
 
     def float_tensor(self, name: str) -> Tensor:
         """Read, or make, one of ``floats``."""
+        if name in self.dequantized:
+            return self._dequantize(name)
         if name in self._cuts:
             return torch.cat([self.source.float_tensor(r.source)[r.start : r.stop] for r in self._cuts[name]])
         if (group := self._homes[name]) is None:
@@ -125,6 +137,31 @@ class Renamed:
         if self._made[0] != group:
             self._made = (group, self._convert(group, lambda part: self.source.float_tensor(part.name)))
         return self._made[1][name]
+
+    def _dequantized(self) -> dict[str, str]:
+        """Take from ``layers`` those whose place in the model no Linear could fill, but something with a weight [N, K]."""
+        found, known = {}, {}
+        for name, module in self._model.named_modules():
+            weight = module._parameters.get("weight")
+            if name not in self.layers or weight is None or weight.dim() != 2 or has_transposed_form(module):
+                continue
+            kind = type(module)
+            if kind not in known:
+                known[kind] = replaceable_by_linear(module)
+            if not known[kind]:
+                del self.layers[name]
+                found |= {
+                    f"{name}.{leaf}": name for leaf in ("weight", "bias") if module._parameters.get(leaf) is not None
+                }
+        return found
+
+    def _dequantize(self, name: str) -> Tensor:
+        layer = self.layer(self.dequantized[name])
+        bias = fitting_bias(layer, f"{self.dequantized[name]}.bias" in self.dequantized, self.dequantized[name])
+        if name.endswith(".bias"):
+            return bias
+        weight = layer.dequantize()
+        return weight if layer.pre_quant_scale is None else weight * layer.pre_quant_scale
 
     def _assemble(self, name: str, read: Callable[[str], PackedLinear]) -> PackedLinear:
         runs = self._rows[name]
@@ -184,6 +221,9 @@ class Renamed:
 
     def _resolve(self, group: str, parts: list[Part]) -> None:
         """Find what the converter makes of one group."""
+        if self._conversions.lacks(group):
+            self.left_out.append(group)
+            return
         if not self._to_files and (absent := absent_experts(parts)):
             raise CheckpointError(f"{self.folder} lacks {absent[0]}: {group} is made of all of them")
         if not any(part.sources for part in parts):
@@ -222,7 +262,7 @@ class Renamed:
 
         made = self._try_convert(group, read)
         return {
-            name: self._checked(name, numbers.runs(weight), parts)
+            name: checked_runs(self.source, name, numbers.runs(weight), parts)
             for new in sorted(made, key=natural_order)
             for name, weight in self._weights(new, made[new], parts).items()
         }
@@ -242,24 +282,6 @@ class Renamed:
             raise CheckpointError(f"{self.folder} {what}: {new} has {count} experts in the model, {len(made)} there")
         self.experts[new] = "linear"
         return {f"{new}.{e}": weight for e, weight in enumerate(made)}
-
-    def _checked(self, name: str, runs: tuple[Run, ...] | None, parts: list[Part]) -> tuple[Run, ...]:
-        if runs is None:
-            raise CheckpointError(
-                f"{parts[0].name} is quantized, and {name} is not made of its rows, so that its groups cannot be kept"
-            )
-        quantized = [run.source for run in runs if run.source in self.source.layers]
-        left = [run.source for run in runs if run.source not in self.source.layers]
-        if quantized and left:
-            raise CheckpointError(
-                f"{quantized[0]} is quantized, {left[0]} is not, and both are one layer on the other side: {name}"
-            )
-        kinds = {(self.source.shape(source)[1:], self.source.dtype(source)) for source in left}
-        if len(kinds) > 1:
-            raise CheckpointError(
-                f"{left[0]} and {left[-1]} are one layer, but differ in input channels or dtype: {name}"
-            )
-        return runs
 
     def _try_convert(self, group: str, read: Callable[[Part], Tensor]) -> dict[str, Tensor]:
         """Convert one group; CheckpointError where transformers' own code, on what may be anything, fails."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.fill import fitting_bias, run_time_scales
+from ..checkpoints.fill import run_time_scales
 from ..checkpoints.formats import CheckpointError, PackedLinear
+from ..checkpoints.formats.packed import fitting_bias
 from ..checkpoints.renaming import Renamed
 from ..layers.quant_linear import QuantLinear
 from ..layers.quantized_weight import QuantizedWeight

@@ -31,7 +31,8 @@ def save_pretrained(
     format: a name of ``awq_ext.checkpoints.formats.LAYOUTS``; docs/formats.md tells who reads which and what each can hold.
     max_shard_size: bytes, or a text such as "5GB"; beyond it there are several files and an index.
     tokenizer: anything with ``save_pretrained(directory)``, also a list of such; None takes the tokenizer and processor files of
-        the directory the model came from.
+        the directory the model came from. All other files there are copied too (code of the model, licences), but no weights and
+        no pickles.
     A Transformers model gets its config.json and generation_config.json, any other a config.json with nothing but its class
     and quantization_config. The directory appears whole or stays as it was, a kill at any moment included; files in it that are
     no part of a checkpoint stay.
@@ -46,7 +47,8 @@ def save_pretrained(
     def extra(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
 
-    write(Path(directory), source, target, summary, config_of(model), limit, extra)
+    config = huggingface.with_local_code(config_of(model), huggingface.origin(model))
+    write(Path(directory), source, target, summary, config, limit, extra)
     return Path(directory)
 
 

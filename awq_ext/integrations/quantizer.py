@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoints.fill import take_apart, tie
+from ..checkpoints.fill import take_apart, tell_left_out, tie
 from ..checkpoints.formats import CheckpointError, PackedLinear
 from ..checkpoints.model_source import ModelSource, float_linears
 from ..checkpoints.quantized_dir import QuantDir
@@ -24,6 +24,8 @@ from ..standins.expert_linears import ExpertLinears
 from ..standins.fused import put_back
 from ..undo.journal import Journal
 from .placeholders import JoinedLinear, Placeholder, WholeLinear
+
+_IGNORED = ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing")
 
 
 class AwqExtConfig(QuantizationConfigMixin):
@@ -45,8 +47,12 @@ class AwqExtQuantizer(HfQuantizer):
             self.files = Renamed(source, model)
         with Journal() as journal:
             take_apart(model, self.files, journal)
+        modules = dict(model.named_modules(remove_duplicate=False))
         for name in self.files.layers:
-            self._hold_place(model, name)
+            if name in modules:
+                self._hold_place(model, name)
+        absent = [name for name in self.files.layers if name not in modules]
+        tell_left_out(model, [*absent, *self.files.left_out], self.files.folder)
         for name in self.files.floats:
             if self.files.runs(name):
                 self._hold_place(model, name.removesuffix(".weight"))
@@ -65,15 +71,19 @@ class AwqExtQuantizer(HfQuantizer):
 
     def _hide_from_loader(self, model: Any) -> None:
         """Spare the loader what is not its own: parts of experts that are taken apart, buffers that the model computes."""
-        self._ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+        self._ignored = {key: getattr(model, key, None) for key in _IGNORED}
         patterns = {f"^{re.escape(name)}$" for name in self._beyond_state_dict(model)}
+        patterns |= {f"^{re.escape(name)}\\." for name in self.files.dequantized.values()}
         for name, module in model.named_modules():
             if isinstance(module, ExpertLinears):
                 module._is_hf_initialized = True
                 patterns.add(f"^{re.escape(name.rpartition('.')[0])}\\.")
-        if patterns:
-            kind = list if self._ignored is None else type(self._ignored)  # a set in transformers 5
-            model._keys_to_ignore_on_load_unexpected = kind([*(self._ignored or ()), *patterns])
+        absent = {f"^{re.escape(name)}$" for name in self.files.dequantized}
+        for key, more in zip(_IGNORED, (patterns, absent), strict=True):
+            if more:
+                known = self._ignored[key]
+                kind = list if known is None else type(known)  # a set in transformers 5
+                setattr(model, key, kind([*(known or ()), *more]))
 
     def _beyond_state_dict(self, model: Any) -> set[str]:
         """Name the buffers that awq_ext.save stores and transformers computes."""
@@ -82,8 +92,10 @@ class AwqExtQuantizer(HfQuantizer):
         )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if getattr(model, "_keys_to_ignore_on_load_unexpected", None) != self._ignored:
-            model._keys_to_ignore_on_load_unexpected = self._ignored
+        for key, known in self._ignored.items():
+            if getattr(model, key, None) != known:
+                setattr(model, key, known)
+        self._dequantize_weights(model)
         for name, placeholder in [(n, m) for n, m in model.named_modules() if isinstance(m, Placeholder)]:
             layer = placeholder.layer().train(placeholder.training)
             if hook := getattr(placeholder, "_hf_hook", None):  # model on several devices
@@ -98,6 +110,17 @@ class AwqExtQuantizer(HfQuantizer):
             model._weight_conversions += [each for each in self.files.used if tuple(each.source_patterns) not in known]
         del self.files  # lets go of them
         return model
+
+    @torch.no_grad()
+    def _dequantize_weights(self, model: Any) -> None:
+        """Fill what has a weight in the model and is a quantized layer in the files, but no Linear: routers."""
+        for name in self.files.dequantized:
+            held, value = model.get_parameter(name), self.files.float_tensor(name)
+            if value.shape != held.shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(value.shape)} in the files, {tuple(held.shape)} in the model"
+                )
+            held.copy_(value)
 
     def get_state_dict_and_metadata(
         self, model: Any, *args: Any, **kwargs: Any

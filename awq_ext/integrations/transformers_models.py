@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints.conversions import is_transformers_model, transformers
+from ..checkpoints.convert import carry
 from ..checkpoints.formats import CheckpointError
-from ..checkpoints.quantized_dir import CONFIG
+from ..checkpoints.quantized_dir import CONFIG, QUANTIZATION
 
 GENERATION = "generation_config.json"
 # what a tokenizer or processor consists of
@@ -27,22 +27,36 @@ _COMPANIONS = re.compile(
 
 
 def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    """Write generation_config.json, and the tokenizer's and processor's files."""
+    """Write generation_config.json, the tokenizer's files, and what else lies beside the weights where the model came from."""
+    if (source := origin(model)) is not None and (source / CONFIG).is_file():
+        carry(source, folder, lambda name: tokenizer is not None and _COMPANIONS.fullmatch(name) is not None)
     generation = getattr(model, "generation_config", None)
     if is_transformers_model(model) and generation is not None:
         (folder / GENERATION).write_text(generation.to_json_string(), encoding="utf-8")
-    if tokenizer is not None:
-        for each in tokenizer if isinstance(tokenizer, (list, tuple)) else [tokenizer]:
+    for each in tokenizer if isinstance(tokenizer, (list, tuple)) else [tokenizer]:
+        if each is not None:
             each.save_pretrained(folder)
-        return
-    origin = _origin(model) if is_transformers_model(model) else None
-    for file in origin.iterdir() if origin else ():
-        if file.is_file() and _COMPANIONS.fullmatch(file.name):
-            shutil.copy2(file, folder / file.name)
 
 
-def _origin(model: nn.Module) -> Path | None:
+def with_local_code(config: dict[str, Any], source: Path | None) -> dict[str, Any]:
+    """Let auto_map name code that is carried along as a file beside it: of hub models it names the repository."""
+    mapped = config.get("auto_map")
+    if source is None or not isinstance(mapped, dict):
+        return config
+
+    def local(name: Any) -> Any:
+        if isinstance(name, list):
+            return [local(each) for each in name]
+        rest = name.rpartition("--")[2] if isinstance(name, str) else ""
+        return rest if rest and (source / f"{rest.partition('.')[0]}.py").is_file() else name
+
+    return config | {"auto_map": {kind: local(name) for kind, name in mapped.items()}}
+
+
+def origin(model: nn.Module) -> Path | None:
     """Find the directory that a model was loaded from, in the Hugging Face cache if it came from the hub."""
+    if not is_transformers_model(model):
+        return None
     name = getattr(model.config, "_name_or_path", "")
     if not isinstance(name, str) or not name:
         return None
@@ -86,25 +100,43 @@ def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, A
             f"{folder} has no {CONFIG}: build the model yourself and use awq_ext.load(model, directory)"
         )
     try:
+        # None would ask on a terminal
+        options = {"trust_remote_code": False} | dict(options)
         config = package.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model that transformers knows: {error}") from None
-    for holder in (config, getattr(config, "text_config", None)):
-        if getattr(holder, "quantization_config", None) is not None:
-            del holder.quantization_config  # the model in memory is ours
+    _drop_settings(config)  # the model in memory is ours
     if getattr(config, "_attn_implementation_autoset", False):
         config._attn_implementation_autoset = False  # transformers 4 saves that it chose, but not what
     names = getattr(config, "architectures", None) or []
     kind = next((found for name in names if (found := getattr(package, name, None)) is not None), None)
+    auto = _own_code(config) if options["trust_remote_code"] else None
     wanted = dtype or getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     if isinstance(wanted, str):
         wanted = getattr(torch, wanted)
     with _default_dtype(wanted), _EmptyOnMeta(), torch.no_grad():
-        if kind is not None:
+        if kind is not None and auto is None:
             return kind(config)
-        return package.AutoModelForCausalLM.from_config(
-            config, trust_remote_code=options.get("trust_remote_code", False)
+        return getattr(package, auto or "AutoModelForCausalLM").from_config(
+            config, trust_remote_code=options["trust_remote_code"]
         )
+
+
+def _own_code(config: Any) -> str | None:
+    """Name the AutoModel class by which code beside the weights has the model that config.json names; None without such code."""
+    classes = {name: code for name, code in (getattr(config, "auto_map", None) or {}).items() if "AutoModel" in name}
+    named = [name for name, code in classes.items() if str(code).rpartition(".")[2] in (config.architectures or [])]
+    return next(iter([*named, *(name for name in ("AutoModelForCausalLM",) if name in classes), *classes]), None)
+
+
+def _drop_settings(config: Any) -> None:
+    """Remove quantization settings from a config and the configs of its parts, objects and dictionaries."""
+    values = config if isinstance(config, dict) else vars(config)
+    for key in QUANTIZATION:
+        values.pop(key, None)
+    for value in list(values.values()):
+        if isinstance(value, dict) or hasattr(value, "to_json_string"):
+            _drop_settings(value)
 
 
 def finish(model: nn.Module, folder: Path) -> None:
@@ -114,6 +146,16 @@ def finish(model: nn.Module, folder: Path) -> None:
 
 
 def ignored(model: nn.Module) -> Callable[[str], bool]:
-    """Tell by name which tensors of files the model's class does not need."""
-    patterns = [r"rotary_emb\.inv_freq$", *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])]
-    return lambda name: any(re.search(pattern, name) for pattern in patterns)
+    """Tell by name which tensors of files nobody misses: what the class says so of, in modules that it builds.
+
+    Whole parts that it does not build (blocks that predict more tokens) are worth a word, whatever it says of them.
+    """
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+
+    def passed_over(name: str) -> bool:
+        if re.search(r"rotary_emb\.inv_freq$", name):
+            return True
+        return name.rpartition(".")[0] in modules and any(re.search(pattern, name) for pattern in patterns)
+
+    return passed_over

@@ -42,6 +42,21 @@ def computes_linear(module: nn.Linear) -> bool:
     return _returns(module, weight, module.bias)
 
 
+def replaceable_by_linear(module: nn.Module) -> bool:
+    """Find out whether a Linear can take the place of ``module``, whose weight may be on the meta device.
+
+    By its class; a Linear with a forward of its own (some routers are such) is tried on random weights.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    trial = copy.copy(module)
+    trial._parameters = {
+        leaf: value if value is None else nn.Parameter(torch.randn(value.shape), requires_grad=False)
+        for leaf, value in module._parameters.items()
+    }
+    return computes_linear(trial)
+
+
 def _returns(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
     """Try whether ``module`` returns x @ weight^T + bias for random x."""
     rows, k = 7, weight.shape[1]

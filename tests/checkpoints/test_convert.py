@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,55 @@ def test_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["convert", str(tmp_path / "nowhere"), str(tmp_path / "c")])
     assert result.exit_code == 1
     assert "is not a directory" in " ".join(result.output.split())
+
+
+CARRIED = (
+    "modeling_mine.py",
+    "code/parts.py",
+    "1_Pooling/config.json",
+    "LICENSE",
+    "notes.txt",
+    "merges.txt",
+    "words.model",
+)
+LEFT = (
+    "pytorch_model.bin",
+    "training_args.bin",
+    "model.gguf",
+    "tf_model.h5",
+    "model.ONNX",
+    "old.safetensors.index.json",
+    "original/consolidated.pth",
+    "checkpoint-500/config.json",
+    "checkpoint-500/model.safetensors",
+    "code/weights.npz",
+    "code/__pycache__/parts.pyc",
+    ".git/config",
+    ".hidden",
+)
+
+
+def test_what_lies_beside_the_weights_is_carried_along_but_never_weights_or_pickles(tmp_path: Path) -> None:
+    source = tmp_path / "a"
+    make_directory(source)
+    for name in (*CARRIED, *LEFT):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    (source / "optimizer").write_bytes(pickle.dumps({}, protocol=4))
+    torch.save({}, source / "state")
+    (tmp_path / "secret.txt").write_text("secret")
+    (source / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (source / "own.txt").symlink_to("notes.txt")
+    awq_ext.convert(source, tmp_path / "b", format="awq")
+    found = {str(file.relative_to(tmp_path / "b")) for file in (tmp_path / "b").rglob("*") if file.is_file()}
+    assert found == {*CARRIED, "own.txt", "config.json", "model.safetensors", "tokenizer.json"}
+    assert all((tmp_path / "b" / name).read_text() == name for name in CARRIED)
+
+
+def test_a_checkpoint_inside_the_source_is_not_copied_into_itself(tmp_path: Path) -> None:
+    make_directory(tmp_path)
+    for _ in range(2):
+        awq_ext.convert(tmp_path, tmp_path / "awq", format="awq")
+    assert sorted(file.name for file in (tmp_path / "awq").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip

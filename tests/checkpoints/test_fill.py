@@ -214,7 +214,7 @@ def test_a_buffer_on_the_meta_device_must_come_from_the_files() -> None:
 
 def test_tensors_that_the_model_lacks_are_warned_about_at_the_callers_line_or_passed_over() -> None:
     source = MemorySource(layers(), floats(more=torch.ones(1), known=torch.ones(1)))
-    with pytest.warns(UserWarning, match="has 1 tensors that the model lacks, among them more") as caught:
+    with pytest.warns(UserWarning, match="tensors for which Model has no place; they were left out: more") as caught:
         place(Model(), source, ignore=lambda name: name == "known")
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():

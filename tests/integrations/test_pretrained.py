@@ -288,7 +288,7 @@ def test_generation_settings_travel(tmp_path: Path) -> None:
     assert tokens.shape[1] <= BATCH.shape[1] + 5
 
 
-def test_tokenizer_files_are_carried_over(tmp_path: Path) -> None:
+def test_files_beside_the_weights_are_carried_over(tmp_path: Path) -> None:
     origin = tmp_path / "origin"
     float_model().save_pretrained(origin)
     for name in (
@@ -300,6 +300,7 @@ def test_tokenizer_files_are_carried_over(tmp_path: Path) -> None:
     ):
         (origin / name).write_text(f"{{}} {name}")
     (origin / "notes.txt").write_text("not a tokenizer's")
+    (origin / "training_args.bin").write_bytes(b"a pickle")
     model = transformers.AutoModelForCausalLM.from_pretrained(origin)
     awq_ext.quantize(model, [BATCH], group_size=32, method="rtn", fold="always", progress=False)
     folder = awq_ext.save_pretrained(model, tmp_path / "x")
@@ -313,6 +314,7 @@ def test_tokenizer_files_are_carried_over(tmp_path: Path) -> None:
         "merges.txt",
         "chat_template.jinja",
         "preprocessor_config.json",
+        "notes.txt",
     }
     # into the directory the model came from: its float weights make way, its other files stay
     awq_ext.save_pretrained(model, origin)

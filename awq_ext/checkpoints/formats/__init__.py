@@ -8,10 +8,11 @@ from .gemv import Gemv
 from .gemv_fast import GemvFast, LlmAwq
 from .gptq import Gptq
 from .in_memory import InMemory
-from .layout import Facts, Layout, Settings, Summary
+from .layout import Facts, Layout, Summary
 from .modelopt import ModelOpt
 from .native import Native
 from .packed import CheckpointError, PackedLinear
+from .settings import Settings
 
 __all__ = [
     "LAYOUTS",

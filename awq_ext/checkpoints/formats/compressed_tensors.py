@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import FLOATS, Layout, Settings, Summary, checked_group_size, int_setting, require_bits
+from .layout import FLOATS, Layout, Summary
 from .packed import SYMMETRIC_ZERO, CheckpointError, PackedLinear, expect
+from .settings import (
+    Rule,
+    Settings,
+    anything,
+    checked_group_size,
+    int_setting,
+    one_of,
+    regex,
+    require_known,
+)
 from .words import pack_words, rows_of, unpack_words, words_of
+
+_KNOWN = {
+    **dict.fromkeys(("quant_method", "format", "quantization_status", "global_compression_ratio", "version"), anything),
+    **dict.fromkeys(("config_groups", "ignore", "transform_config", "provider"), anything),
+    # how transformers shall run it
+    **dict.fromkeys(("run_compressed", "dequantize", "use_optimized_inference"), anything),
+    "sparsity_config": lambda value: isinstance(value, dict) and value.get("format", "dense") == "dense",
+}
+_KNOWN_OF_GROUP = dict.fromkeys(("targets", "weights", "format"), anything)
+_KNOWN_OF_WEIGHTS = {
+    **dict.fromkeys(("num_bits", "type", "strategy", "group_size"), anything),  # checked below
+    # the tensors tell these
+    **dict.fromkeys(("symmetric", "actorder", "scale_dtype", "zp_dtype"), anything),
+    **dict.fromkeys(("observer", "observer_kwargs"), anything),
+    "dynamic": one_of(False),
+}
+_OFFLINE = ("weight_input", "weight_output")  # transforms that the stored weights have been through
 
 
 class CompressedTensors(Layout):
@@ -97,22 +125,110 @@ class CompressedTensors(Layout):
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()) or not groups:
             raise CheckpointError("quantization_config: config_groups is missing or damaged")
-        formats = {config.get("format"), *(group.get("format") for group in groups.values())} - {None}
-        if formats != {"pack-quantized"}:
-            raise CheckpointError(
-                f"quantization_config: format {sorted(map(str, formats))}; pack-quantized can be read"
+        require_known(config, _KNOWN)
+        _refuse_transforms(config.get("transform_config"))
+        _refuse_rounded_activations(groups)
+        rules = [_rule_of(name, group, config.get("format")) for name, group in groups.items()]
+        readable = [rule for rule in rules if not rule.problem]
+        if not readable:
+            raise CheckpointError(f"quantization_config: {rules[0].problem}")
+        sizes = tuple(dict.fromkeys(rule.group_size for rule in readable))
+        left = [
+            Rule(
+                _fits(target),
+                problem=f"the config leaves it float (ignore: {target!r}), but the files hold it quantized",
             )
-        return Settings(tuple(dict.fromkeys(_group_size(group) for group in groups.values())))
+            for target in _strings(config.get("ignore"), "ignore")
+        ]
+        several = _by_target(groups.values(), rules) if len(rules) > 1 else []
+        return Settings(sizes, rules=(*left, *several))
 
 
-def _group_size(group: Mapping[str, Any]) -> int:
-    weights = group.get("weights")
+def _by_target(groups: Iterable[Mapping[str, Any]], rules: Iterable[Rule]) -> list[Rule]:
+    """Make a rule of each target, in the order in which compressed-tensors looks: names, patterns, classes of modules.
+
+    Which class a layer had is not told: it is taken for a Linear where no other class is spoken of.
+    """
+    targets = [
+        (target, rule)
+        for group, rule in zip(groups, rules, strict=True)
+        for target in _strings(group.get("targets"), "targets")
+    ]
+    patterns = [(target, rule) for target, rule in targets if target.startswith("re:")]
+    names = [(target, rule) for target, rule in targets if not target.startswith("re:")]
+    classes = [(target, rule) for target, rule in names if "." not in target and target[:1].isupper()]
+    found = [replace(rule, fits=_fits(target)) for target, rule in (*names, *patterns)]
+    if len(classes) == 1 and classes[0][0] == "Linear":
+        found.append(replace(classes[0][1], fits=lambda name: True))
+    return found
+
+
+def _fits(target: str) -> Any:
+    return regex(target[3:], f"{target!r}") if target.startswith("re:") else lambda name: name == target
+
+
+def _strings(value: Any, place: str) -> list[str]:
+    """Check a list of names and patterns; CheckpointError for anything else."""
+    value = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise CheckpointError(f"quantization_config: {place}={value!r} is no list of names")
+    return value
+
+
+def _refuse_transforms(config: Any) -> None:
+    """Raise CheckpointError for transforms at run time, and for what tells no place; those of weights are in the weights."""
+    if not config:
+        return
+    place = "quantization_config: transform_config"
+    try:
+        applied = [
+            (name, scheme.get("type"), each["location"])
+            for name, scheme in config["config_groups"].items()
+            for each in scheme["apply"]
+        ]
+    except (TypeError, KeyError, AttributeError):
+        raise CheckpointError(f"{place}={config!r} is damaged, or of another version") from None
+    for name, kind, location in applied:
+        if location not in _OFFLINE:
+            raise CheckpointError(
+                f"{place}: {name!r} applies a {kind} transform at location={location!r} while the model runs, which awq_ext "
+                "does not do"
+            )
+
+
+def _refuse_rounded_activations(groups: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for groups without weights that round activations: their modules have nothing in the files."""
+    for name, group in groups.items():
+        rounded = group.get("input_activations") or group.get("output_activations")
+        if rounded and group.get("weights") is None:
+            raise CheckpointError(
+                f"quantization_config: config_groups[{name!r}] rounds activations of {group.get('targets')} while the "
+                f"model runs ({rounded!r}), which awq_ext does not do"
+            )
+
+
+def _rule_of(name: str, group: Mapping[str, Any], format: Any) -> Rule:
+    """Read one of config_groups; what cannot be read is the problem of the layers in it."""
+    place = f"config_groups[{name!r}]"
+    try:
+        return Rule(lambda name: True, _group_size(group, format, place))
+    except CheckpointError as error:
+        return Rule(lambda name: True, problem=str(error).removeprefix("quantization_config: "))
+
+
+def _group_size(group: Mapping[str, Any], format: Any, place: str) -> int:
+    weights, format = group.get("weights"), group.get("format") or format
+    if format != "pack-quantized":
+        raise CheckpointError(f"{place}: format {format!r}; pack-quantized can be read")
     if not isinstance(weights, dict):
-        raise CheckpointError("quantization_config: a group of config_groups has no weights")
-    require_bits(weights, "num_bits")
+        raise CheckpointError(f"{place}: weights={weights!r}, an object is needed")
+    if (bits := int_setting(weights, "num_bits")) not in (None, 4):
+        raise CheckpointError(f"{place}: it has {bits} bits; awq_ext runs layers of 4 bits")
     if weights.get("type", "int") != "int" or group.get("input_activations") is not None:
-        raise CheckpointError("quantization_config: only int4 weights with float activations can be read")
+        raise CheckpointError(f"{place}: only int4 weights with float activations can be read")
+    require_known(group, _KNOWN_OF_GROUP, place)
+    require_known(weights, _KNOWN_OF_WEIGHTS, f"{place}.weights")
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
     if strategy not in ("group", "channel"):
-        raise CheckpointError(f"quantization_config: strategy={strategy!r}; group and channel can be read")
+        raise CheckpointError(f"{place}: strategy={strategy!r}; group and channel can be read")
     return -1 if strategy == "channel" else checked_group_size(int_setting(weights, "group_size"))

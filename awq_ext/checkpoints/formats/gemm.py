@@ -8,9 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Layout, Settings, Summary, checked_group_size, int_setting, require_bits
+from .layout import Layout, Summary
 from .packed import CheckpointError, PackedLinear, expect
+from .settings import (
+    HOW_IT_WAS_MADE,
+    Settings,
+    anything,
+    checked_group_size,
+    int_setting,
+    one_of,
+    require_known,
+    with_dynamic,
+)
 from .words import gathered, pack_words, rows_of, spread, transposed, unpack_words, words_of
+
+_KNOWN = HOW_IT_WAS_MADE | {
+    "method": one_of("awq"),
+    **dict.fromkeys(("quant_method", "bits", "w_bit", "group_size", "q_group_size"), anything),
+    **dict.fromkeys(("version", "format", "checkpoint_format", "dynamic"), anything),
+}
 
 
 def awq_config(summary: Summary, version: str) -> dict[str, Any]:
@@ -33,8 +49,9 @@ def awq_settings(config: Mapping[str, Any], *versions: str) -> Settings | None:
     version = config.get("version") or config.get("format") or "gemm"
     if method != "awq" or not isinstance(version, str) or version.lower() not in versions:
         return None
-    require_bits(config, "bits", "w_bit")
-    return Settings((checked_group_size(int_setting(config, "group_size", "q_group_size"), 128),))
+    require_known(config, _KNOWN)
+    size = checked_group_size(int_setting(config, "group_size", "q_group_size"), 128)
+    return with_dynamic(Settings((size,)), config, "bits", "w_bit")
 
 
 def read_through(names: list[str], quantized: Mapping[str, Any]) -> list[str]:

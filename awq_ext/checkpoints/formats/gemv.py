@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .gemm import AwqLayout
-from .layout import FLOATS, Settings, Summary
+from .layout import FLOATS, Summary
 from .packed import CheckpointError, PackedLinear, expect
+from .settings import Settings
 from .words import pack_words, rows_of, unpack_words, words_of
 
 PADDED_TO = {64: 2, 32: 4}  # words of zeros a row are a multiple of this; of 1 for groups of 128 and more

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 
 from .gemm import AwqLayout, awq_config, awq_settings
 from .gemv import group_size_problem, zero_words
-from .layout import Settings, Summary
+from .layout import Summary
 from .packed import CheckpointError, PackedLinear, expect
+from .settings import Settings
 from .words import gathered, spread
 
 ROWS, CHANNELS = 4, 64  # of a tile whose codes lie together

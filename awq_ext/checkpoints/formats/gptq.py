@@ -8,9 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import FLOATS, Layout, Settings, Summary, checked_group_size, int_setting, require_bits
+from .layout import FLOATS, Layout, Summary
 from .packed import CheckpointError, PackedLinear, expect
+from .settings import (
+    HOW_IT_WAS_MADE,
+    Settings,
+    anything,
+    checked_group_size,
+    int_setting,
+    one_of,
+    require_known,
+    with_dynamic,
+)
 from .words import pack_words, rows_of, unpack_words, words_of
+
+_KNOWN = HOW_IT_WAS_MADE | {
+    "method": one_of("gptq"),
+    **dict.fromkeys(("quant_method", "bits", "group_size", "checkpoint_format", "format", "dynamic"), anything),
+}
 
 
 class Gptq(Layout):
@@ -84,12 +99,12 @@ class Gptq(Layout):
     def reads(self, config: Mapping[str, Any]) -> Settings | None:
         if config.get("quant_method", "gptq" if "desc_act" in config else None) != "gptq":
             return None
-        require_bits(config, "bits")
-        version = config.get("checkpoint_format", "gptq")
+        version = config.get("checkpoint_format") or config.get("format") or "gptq"
         if version not in ("gptq", "gptq_v2"):
             raise CheckpointError(f"quantization_config: checkpoint_format={version!r}; gptq and gptq_v2 can be read")
+        require_known(config, _KNOWN)
         size = checked_group_size(int_setting(config, "group_size"), 128)
-        return Settings((size,), zero_offset=1 if version == "gptq" else 0)
+        return with_dynamic(Settings((size,), zero_offset=1 if version == "gptq" else 0), config, "bits")
 
     def claims(self, leaves: Mapping[str, torch.dtype]) -> bool:
         return leaves.get("qweight") == torch.int32

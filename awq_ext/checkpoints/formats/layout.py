@@ -1,60 +1,21 @@
-"""Say what every checkpoint layout does (Layout), and what configs say of layers (Settings) and models (Summary)."""
+"""Say what every checkpoint layout does (Layout), and what a config says of a model (Summary)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ...kernels.reference import group_count
 from .in_memory import InMemory
 from .packed import CheckpointError, PackedLinear, exactly, expect
+from .settings import Settings
 
 # what vLLM, SGLang and TensorRT-LLM make one matrix of
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a quantization_config says about its layers.
-
-    group_sizes: the sizes that occur; a layer has the one that fits its number of groups. per_layer: name -> (in_features,
-    group_size) where the shapes alone do not tell. zero_offset: added to a stored zero, modulo 16. experts, in_memory: as in
-    Summary.
-    """
-
-    group_sizes: tuple[int, ...]
-    per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    zero_offset: int = 0
-    experts: Mapping[str, str] = field(default_factory=dict)
-    in_memory: InMemory | None = None
-
-    def of(self, name: str) -> Settings:
-        """Give the settings of one layer."""
-        if (entry := self.per_layer.get(name)) is None:
-            return replace(self, per_layer={})
-        return replace(self, group_sizes=(entry[1],), per_layer={name: entry})
-
-    def group_size(self, in_features: int, groups: int, short: bool = False) -> int:
-        """Find the size that makes ``groups`` groups of ``in_features`` channels, all full unless ``short``.
-
-        CheckpointError when none does, or several.
-        """
-        fitting = [
-            size
-            for size in self.group_sizes
-            if in_features
-            and group_count(in_features, size) == groups
-            and (short or groups == 1 or in_features % size == 0)
-        ]
-        if not fitting or (groups > 1 and len(fitting) > 1):
-            sizes = ", ".join(map(str, self.group_sizes))
-            raise CheckpointError(f"{in_features} channels in {groups} groups do not fit the group size {sizes}")
-        return fitting[0]
 
 
 @dataclass(frozen=True)
@@ -230,28 +191,3 @@ def _same_groups(facts: Facts, group_size: int) -> bool:
     if facts.groups == 1:
         return group_size in (-1, facts.in_features)
     return facts.group_size == group_size
-
-
-def int_setting(config: Mapping[str, Any], *names: str) -> int | None:
-    """Read the first of these keys that is there; CheckpointError if it is no int."""
-    for name in names:
-        if (value := config.get(name)) is not None:
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise CheckpointError(f"quantization_config: {name}={value!r} is not a whole number")
-            return value
-    return None
-
-
-def require_bits(config: Mapping[str, Any], *names: str) -> None:
-    """Raise CheckpointError unless the config says four bits (or nothing)."""
-    bits = int_setting(config, *names)
-    if bits not in (None, 4):
-        raise CheckpointError(f"quantization_config: {bits} bits; awq_ext runs checkpoints of 4 bits")
-
-
-def checked_group_size(value: int | None, default: int | None = None) -> int:
-    """Check that a group size can be run, and return it; CheckpointError if it cannot."""
-    value = default if value is None else value
-    if value is None or (value != -1 and value < 1):
-        raise CheckpointError(f"quantization_config: group_size={value!r}: a positive number or -1 is needed")
-    return value

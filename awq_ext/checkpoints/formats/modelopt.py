@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import FLOATS, Layout, Settings, Summary, checked_group_size, int_setting
+from .layout import FLOATS, Layout, Summary
 from .packed import SYMMETRIC_ZERO, CheckpointError, PackedLinear, expect, pack_rows
+from .settings import Settings, anything, checked_group_size, int_setting, one_of, require_known
 
 QUANT_FILE = "hf_quant_config.json"
 # TensorRT-LLM joins these into one product: their input scale is not read, while every other layer must have one.
 JOINED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+_KNOWN = {
+    **dict.fromkeys(("quant_method", "quant_algo", "group_size", "ignore", "exclude_modules", "producer"), anything),
+    "has_zero_point": one_of(False),
+    "pre_quant_scale": anything,  # a layer has the tensor, or not
+}
 
 
 class ModelOpt(Layout):
@@ -96,6 +103,7 @@ class ModelOpt(Layout):
             raise CheckpointError(
                 f"quantization_config: quant_algo={algorithm!r}; of ModelOpt's, W4A16_AWQ can be read"
             )
+        require_known(config, _KNOWN)
         size = int_setting(config, "group_size")
         return Settings(() if size is None else (checked_group_size(size),))
 

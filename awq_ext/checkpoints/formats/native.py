@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from .in_memory import InMemory
-from .layout import FLOATS, Layout, Settings, Summary, checked_group_size, int_setting, require_bits
+from .layout import FLOATS, Layout, Summary
 from .packed import CheckpointError, PackedLinear, expect
+from .settings import Settings, anything, checked_group_size, int_setting, require_bits, require_known
+
+_KNOWN = dict.fromkeys(
+    ("quant_method", "bits", "version", "layers", "experts", "modules_to_not_convert", "in_memory"), anything
+)
 
 
 class Native(Layout):
@@ -75,6 +80,7 @@ class Native(Layout):
         layers, version = config.get("layers"), int_setting(config, "version")
         if version != 1:
             raise CheckpointError(f"quantization_config: version {version}; this awq_ext reads version 1")
+        require_known(config, _KNOWN)
         if not isinstance(layers, dict) or not all(_is_pair(entry) for entry in layers.values()):
             raise CheckpointError("quantization_config: layers must be name -> [in_features, group_size]")
         experts = config.get("experts", {})

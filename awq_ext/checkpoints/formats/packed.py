@@ -49,3 +49,12 @@ def exactly(scales: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Cast ``scales`` to another dtype; None where a bit would be lost."""
     cast = scales.to(dtype)
     return cast if torch.equal(cast.to(torch.float64), scales.to(torch.float64)) else None
+
+
+def fitting_bias(packed: PackedLinear, wanted: bool, name: str) -> Tensor | None:
+    """Take the bias of the files for a layer that has one in the model; CheckpointError where only one of both has it."""
+    # some GPTQ writers give every layer one, of zeros
+    there = packed.bias is not None and (wanted or bool(packed.bias.any()))
+    if there != wanted:
+        raise CheckpointError(f"layer {name!r} has a bias in {'the files' if there else 'the model'} only")
+    return packed.bias if there else None
