@@ -73,7 +73,10 @@ def compare(
     texts = hf.named_texts(traffic)
     chosen = read_settings({"group_size": group_size, "seq_len": seq_len}, settings)
     methods = [parse_method(text) for text in method]
-    read_methods(methods, chosen)  # before a model is loaded for nothing
+    try:
+        read_methods(methods, chosen)  # before a model is loaded for nothing
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--method") from None
     tokenizer = hf.load_tokenizer(model_dir)
     batches = hf.windows(calib, tokenizer, samples, seq_len)
     scored = {name: hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in texts.items()}

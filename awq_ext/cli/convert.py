@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .options import check_format, one_line_errors
+from .options import check_format, check_size, one_line_errors
 
 
 @one_line_errors
@@ -26,7 +26,9 @@ def convert(
             help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt or native (docs/formats.md).",
         ),
     ] = "awq",
-    max_shard_size: Annotated[str, typer.Option(help="Begin another file beyond this size.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(callback=check_size, help="Begin another file beyond this size.")
+    ] = "5GB",
 ) -> None:
     """Convert a quantized checkpoint to another layout, exactly: codes, scales and zeros stay what they are.
 

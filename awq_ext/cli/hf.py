@@ -17,17 +17,16 @@ from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
 from ..checkpoints.write import REPORT
 from ..integrations.pretrained import from_pretrained, save_pretrained
-from .options import say
+from .options import DTYPES, say
 
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Characters: so much of a text is enough for a number of tokens, without reading all of a large file.
 _LONGEST_TOKEN = 24
 
 
 def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
     """Load the causal language model of a directory, float or quantized in any layout, in evaluation mode."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if not (directory / CONFIG).exists():
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 T = TypeVar("T")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -62,8 +63,38 @@ def check_format(value: str) -> str:
     """Check that awq_ext knows a layout; else a usage error (exit code 2)."""
     from ..checkpoints.formats import LAYOUTS
 
-    if value not in LAYOUTS:
-        raise typer.BadParameter(f"{value} is not one of {', '.join(LAYOUTS)}")
+    return _checked(value, LAYOUTS)
+
+
+def check_method(value: str) -> str:
+    """Check that there is such a method; else a usage error."""
+    from ..config import METHODS
+
+    return _checked(value, METHODS)
+
+
+def check_dtype(value: str) -> str:
+    """Check that a model can be computed in this dtype; else a usage error."""
+    return _checked(value, DTYPES)
+
+
+def check_size(value: str) -> str:
+    """Check that a text is a size of files; else a usage error."""
+    from ..checkpoints.write import parse_size
+
+    try:
+        parse_size(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return value
+
+
+def _checked(value: str, choices: Iterable[str]) -> str:
+    from ..config import did_you_mean
+
+    choices = list(choices)
+    if value not in choices:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
     return value
 
 
@@ -155,12 +186,17 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def read_settings(fields: Mapping[str, Any], more: Iterable[str]) -> dict[str, Any]:
-    """Read fields of AwqConfig from options and ``--set``, checked before a model is loaded for nothing."""
-    from ..config import AwqConfig
+def read_settings(fields: Mapping[str, Any], more: Iterable[str], skip: Iterable[str] = ()) -> dict[str, Any]:
+    """Read fields of AwqConfig from options and ``--set``, checked before a model is loaded for nothing; else a usage error."""
+    from ..config import AwqConfig, understood
 
-    chosen = {**fields, **dict(map(parse_setting, more))}
-    AwqConfig.from_dict(chosen)
+    try:
+        chosen = {**fields, **understood(dict(map(parse_setting, more)))}
+        if skip := tuple(skip):
+            chosen["skip"] = (*AwqConfig.from_dict(chosen).skip, *skip)
+        AwqConfig.from_dict(chosen)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
     return chosen
 
 
@@ -178,14 +214,18 @@ Calib = Annotated[
 Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens to score of each text; more make the intervals narrower.")]
-Dtype = Annotated[str, typer.Option(help="Compute in this dtype: auto (as stored), bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str,
+    typer.Option(callback=check_dtype, help="Compute in this dtype: auto (as stored), bfloat16, float16 or float32."),
+]
 Settings = Annotated[
     list[str],
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
         help="Any other field of AwqConfig (its docstring explains them), such as clip=false, symmetric=true, damping=0.5, "
-        "propagate=quantized, skip='[\"*.router\"]'. May be repeated.",
+        "propagate=quantized, quantize_head=true, only='[\"*.mlp.*\"]'; AutoAWQ's w_bit, q_group_size and zero_point are "
+        "understood too. May be repeated.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads, instead of torch's choice.")]

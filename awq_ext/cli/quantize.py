@@ -20,10 +20,12 @@ from .options import (
     check_directory,
     check_format,
     check_group_size,
+    check_method,
     check_output,
     check_report_extra,
     console_for,
     one_line_errors,
+    parse_setting,
     read_settings,
     set_threads,
     write_json,
@@ -36,7 +38,11 @@ def quantize(
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Where the quantized model goes; made if need be.")],
     calib: Calib,
     method: Annotated[
-        str, typer.Option(help="awq (searched scales), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).")
+        str,
+        typer.Option(
+            callback=check_method,
+            help="awq (searched scales), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).",
+        ),
     ] = "awq",
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
@@ -52,7 +58,9 @@ def quantize(
     skip: Annotated[
         list[str],
         typer.Option(
-            metavar="PATTERN", help="Layers that stay float, such as '*.router'. The output layer always does."
+            metavar="PATTERN",
+            help="Layers that stay float, such as '*.router' or 're:.*[.][01][.]mlp.*', beside the output layer, which does "
+            "unless --set quantize_head=true. May be repeated.",
         ),
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
@@ -74,7 +82,6 @@ def quantize(
     OUT holds config, tokenizer, weights and the report. Layouts without a place for scales that are applied at run time get a model
     whose scales are all folded (fold=always).
     """
-    from .. import AwqConfig
     from .. import quantize as quantize_model
     from ..checkpoints.formats import LAYOUTS
     from . import hf
@@ -87,11 +94,10 @@ def quantize(
     if html is not None:
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
-    chosen = read_settings({"method": method, "group_size": group_size, "fold": fold, "seq_len": seq_len}, settings)
-    if skip:
-        chosen["skip"] = (*chosen.get("skip", AwqConfig().skip), *skip)
-    if chosen.get("packed") is False:
-        raise typer.BadParameter("a fake-quantized model is for experiments: use awq-ext compare", param_hint="--set")
+    _refuse_other_bits(settings)
+    chosen = read_settings(
+        {"method": method, "group_size": group_size, "fold": fold, "seq_len": seq_len}, settings, skip
+    )
     set_threads(threads)
     console = console_for(json_path)
     tokenizer = hf.load_tokenizer(model_dir)
@@ -106,3 +112,22 @@ def quantize(
     console.print(escape(report.summary()), soft_wrap=True)
     console.print(f"written to {escape(str(out_dir))} ({format})", soft_wrap=True)
     write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)
+
+
+def _refuse_other_bits(settings: list[str]) -> None:
+    """Say where to try what no int4 directory can hold: other bits, and weights that are only rounded."""
+    from ..config import understood
+
+    try:
+        asked = understood(dict(map(parse_setting, settings)))
+    except TypeError:
+        return  # read_settings says what is wrong
+    if asked.get("packed") is False or asked.get("bits", 4) in (2, 3, 5, 6, 7, 8):
+        bits = asked.get("bits", 4)
+        raise typer.BadParameter(
+            f"directories hold 4 bits, packed. What {bits} bits cost: awq-ext compare MODEL --calib ... --traffic ... "
+            f"--set bits={bits} --set packed=false. The weights rounded to {bits} bits as a float model, no smaller: in Python "
+            f"awq_ext.quantize(model, calib, bits={bits}, packed=False), then model.save_pretrained(OUT). "
+            f'Some layers at 8 bits, kept as floats: --set \'per_layer={{"*.down_proj": {{"bits": 8, "packed": false}}}}\'',
+            param_hint="--set",
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from typing import Any
@@ -165,7 +165,7 @@ def _range(estimate: Estimate) -> str:
 def sensitivity(
     model: nn.Module,
     loader: Iterable[Any],
-    config: AwqConfig | None = None,
+    config: AwqConfig | Mapping[str, Any] | None = None,
     *,
     by: str = "layer",
     samples: int = 4,

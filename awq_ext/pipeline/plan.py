@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ def _cells(group: GroupPlan) -> tuple[str, ...]:
 def plan(
     model: nn.Module,
     example_batch: Any,
-    config: AwqConfig | None = None,
+    config: AwqConfig | Mapping[str, Any] | None = None,
     *,
     tokenizer: Callable[..., Any] | None = None,
     inputs: str | Callable[[Any], Any] = "all",

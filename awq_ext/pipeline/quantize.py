@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ from .session import Session, session
 def quantize(
     model: nn.Module,
     calib_loader: Iterable[Any],
-    config: AwqConfig | None = None,
+    config: AwqConfig | Mapping[str, Any] | None = None,
     *,
     tokenizer: Callable[..., Any] | None = None,
     inputs: str | Callable[[Any], Any] = "all",
@@ -57,7 +57,7 @@ def quantize(
         ``attention_mask`` marks 0 do not count) or, with ``tokenizer``, a str. Tensors are moved to the model's device.
     inputs: what of a sample the model is called with: "all"; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
-    overrides: fields of :class:`AwqConfig`, such as ``group_size=64``.
+    config, overrides: an :class:`AwqConfig` or a dict of its fields (or AutoAWQ's), and fields by name, such as ``group_size=64``.
 
     Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done. Raises ValueError
     or TypeError for unusable arguments, CalibrationError when the model rejects a batch, and whatever the loader raises. After
