@@ -71,7 +71,9 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir() if _is_weight_file(file.name)) if folder.is_dir() else []
 
 
-def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> Summary:
+def summarize(
+    source: Source, layout: Layout, float_linears: Iterable[str], so_far: str = "nothing was written"
+) -> Summary:
     """Collect the facts of all layers. CheckpointError listing everything in ``source`` that ``layout`` cannot hold."""
     facts: dict[str, Facts] = {}
     found: dict[str, list[str]] = {}
@@ -85,7 +87,7 @@ def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> S
     lines += layout.model_problems(summary)
     if lines:
         listed = "\n".join(f"  - {line}" for line in lines)
-        raise CheckpointError(f"the format {layout.name!r} cannot hold this model; nothing was written:\n{listed}")
+        raise CheckpointError(f"the format {layout.name!r} cannot hold this model; {so_far}:\n{listed}")
     if layout.name != "native" and (odd := summary.half_joined()):
         warn(
             f"{_names(odd)}: neighbours are float or have other groups, which awq_ext, AutoAWQ and Transformers can run, but "

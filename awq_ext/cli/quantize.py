@@ -80,8 +80,10 @@ def quantize(
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
     OUT holds config, tokenizer, weights and the report. Layouts without a place for scales that are applied at run time get a model
-    whose scales are all folded (fold=always).
+    whose scales are all folded (fold=always). What the layout cannot hold, such as widths that the group size does not divide, is
+    said before the work begins.
     """
+    from .. import check_format as check_holds
     from .. import quantize as quantize_model
     from ..checkpoints.formats import LAYOUTS
     from . import hf
@@ -104,6 +106,7 @@ def quantize(
     batches = hf.windows(calib, tokenizer, samples, seq_len)
     model = hf.load_model(model_dir, dtype)
     hf.note_lengths(model, batches, samples)
+    check_holds(model, batches[0], format, **chosen)
     quantize_model(model, batches, progress=console.is_terminal, **chosen)
     hf.save_model(model, out_dir, format)
     report = model.awq_report

@@ -114,10 +114,11 @@ def plan(
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches={batches!r}: a number of calibration batches, at least 1, is needed")
     with session(unwrapped(model), [example_batch], config, tokenizer, inputs) as opened:
-        return _plan(opened, batches, blocks)
+        return planned(opened, batches, blocks)
 
 
-def _plan(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan:
+def planned(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan:
+    """Make the plan of a session: see :func:`plan`."""
     model, config = opened.model, opened.config
     names = {id(module): name for name, module in model.named_modules()}
     found: list[GroupPlan] = []
