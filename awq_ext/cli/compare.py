@@ -12,6 +12,7 @@ from .options import (
     Dtype,
     JsonPath,
     ModelDir,
+    Overwrite,
     Samples,
     SeqLen,
     Settings,
@@ -54,6 +55,7 @@ def compare(
         Path | None, typer.Option(callback=check_output, help="Also write the table as Markdown.")
     ] = None,
     threads: Threads = None,
+    overwrite: Overwrite = False,
     json_path: JsonPath = None,
 ) -> None:
     """Quantize a model in several ways and score each on the kinds of text you serve.

@@ -13,6 +13,7 @@ from .options import (
     Dtype,
     JsonPath,
     ModelDir,
+    Overwrite,
     SeqLen,
     Threads,
     Tokens,
@@ -35,6 +36,7 @@ def eval(
     tokens: Tokens = 8192,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    overwrite: Overwrite = False,
     json_path: JsonPath = None,
 ) -> None:
     """Score a model, float or quantized, on texts.

@@ -15,7 +15,7 @@ from ..checkpoints.conversions import transformers
 from ..checkpoints.quantized_dir import CONFIG
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
-from ..checkpoints.write import REPORT
+from ..checkpoints.write import REPORT, Overwrite
 from ..integrations.pretrained import from_pretrained, save_pretrained
 from .options import DTYPES, say
 
@@ -62,9 +62,9 @@ def load_tokenizer(directory: Path) -> Any:
         raise ValueError(f"{directory}: {what}: {' '.join(str(error).split())}") from error
 
 
-def save_model(model: nn.Module, directory: Path, format: str) -> None:
+def save_model(model: nn.Module, directory: Path, format: str, overwrite: Overwrite = False) -> None:
     """Write the quantized model with its tokenizer, and its report beside it, which most layouts have no place for."""
-    save_pretrained(model, directory, format)
+    save_pretrained(model, directory, format, overwrite=overwrite)
     (directory / REPORT).write_text(json.dumps(model.awq_report.to_dict()), encoding="utf-8")
 
 

@@ -98,26 +98,44 @@ def _checked(value: str, choices: Iterable[str]) -> str:
     return value
 
 
-def check_output(value: Path | None) -> Path | None:
-    """Check that a file can be written, before the work rather than after; "-" is standard output."""
+def check_output(context: typer.Context, value: Path | None) -> Path | None:
+    """Check that a file can be written, before the work rather than after, and is new; "-" is standard output."""
     if value is None or str(value) == "-":
         return value
     if value.is_dir() or not value.absolute().parent.is_dir():
         raise typer.BadParameter(f"{value} cannot be written: give a file in a folder that exists")
     if not os.access(value if value.exists() else value.absolute().parent, os.W_OK):
         raise typer.BadParameter(f"{value} cannot be written: no permission")
+    if value.is_file() and not context.params.get("overwrite"):
+        raise typer.BadParameter(f"{value} exists: give another, or --overwrite")
     return value
 
 
-def check_directory(directory: Path) -> None:
-    """Check that a directory can be made and written when the work is done; else a usage error."""
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+def check_directory(out: Path, overwrite: bool, overwrite_float: Path | None, source: Path) -> Any:
+    """Check that a directory can be made and written when the work is done, and what it replaces; else a usage error.
+
+    Returns what ``overwrite=`` of the writers is to be.
+    """
+    from ..checkpoints.write import check_target
+
+    covered = overwrite if overwrite_float is None else overwrite_float
+    if out.resolve() == source.resolve():
+        raise typer.BadParameter(f"what is in {out} would be lost: give another directory", param_hint="OUT")
+    if out.is_dir() and any(out.iterdir()) and covered is False:
+        raise typer.BadParameter(f"{out} is not empty: give another, or --overwrite", param_hint="OUT")
+    try:
+        check_target(out, covered, [source])
+    except ValueError as error:
+        text = str(error).replace(f"overwrite={str(out)!r}", f"--overwrite-float {out}")
+        raise typer.BadParameter(text, param_hint="OUT") from None
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise typer.BadParameter(f"{directory} cannot be made: {there} is a file", param_hint="OUT")
+        raise typer.BadParameter(f"{out} cannot be made: {there} is a file", param_hint="OUT")
     # it is made beside its place and moved there whole
-    where = there.parent if there == directory.absolute() else there
+    where = there.parent if there == out.absolute() else there
     if not os.access(where, os.W_OK):
-        raise typer.BadParameter(f"{directory} cannot be made: no permission to write to {where}", param_hint="OUT")
+        raise typer.BadParameter(f"{out} cannot be made: no permission to write to {where}", param_hint="OUT")
+    return covered
 
 
 def check_report_extra() -> None:
@@ -228,6 +246,15 @@ Settings = Annotated[
         "understood too. May be repeated.",
     ),
 ]
+OverwriteFloat = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="OUT",
+        help="Replace even float weights in OUT, which is named once more here. Those of the source never are.",
+    ),
+]
+# eager: it is read before the options whose files it is about
+Overwrite = Annotated[bool, typer.Option("--overwrite", is_eager=True, help="Replace files that are there.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads, instead of torch's choice.")]
 JsonPath = Annotated[
     Path | None,

@@ -13,6 +13,7 @@ from .options import (
     Dtype,
     JsonPath,
     ModelDir,
+    OverwriteFloat,
     Samples,
     SeqLen,
     Settings,
@@ -68,7 +69,15 @@ def quantize(
     html: Annotated[
         Path | None, typer.Option("--report", callback=check_output, help="Also write the report as an HTML page.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Write into a directory that is not empty.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            is_eager=True,
+            help="Write into a directory that is not empty, replacing a quantized model (never a float one), and over the report.",
+        ),
+    ] = False,
+    overwrite_float: OverwriteFloat = None,
     threads: Threads = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -88,11 +97,7 @@ def quantize(
     from ..checkpoints.formats import LAYOUTS
     from . import hf
 
-    if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite):
-        raise typer.BadParameter(f"{out_dir} is not empty: give another, or --overwrite", param_hint="OUT")
-    if out_dir.resolve() == model_dir.resolve():
-        raise typer.BadParameter("the float model would be lost: give another directory than MODEL", param_hint="OUT")
-    check_directory(out_dir)
+    covered = check_directory(out_dir, overwrite, overwrite_float, model_dir)
     if html is not None:
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
@@ -108,10 +113,10 @@ def quantize(
     hf.note_lengths(model, batches, samples)
     check_holds(model, batches[0], format, **chosen)
     quantize_model(model, batches, progress=console.is_terminal, **chosen)
-    hf.save_model(model, out_dir, format)
+    hf.save_model(model, out_dir, format, covered)
     report = model.awq_report
     if html is not None:
-        report.to_html(html)
+        report.to_html(html, overwrite)
     console.print(escape(report.summary()), soft_wrap=True)
     console.print(f"written to {escape(str(out_dir))} ({format})", soft_wrap=True)
     write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..checkpoints.conversions import is_transformers_model, transformers
 from ..checkpoints.formats import CheckpointError
+from ..checkpoints.model_source import origin
 from ..checkpoints.quantized_dir import CONFIG
 
 GENERATION = "generation_config.json"
@@ -35,27 +35,10 @@ def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
         for each in tokenizer if isinstance(tokenizer, (list, tuple)) else [tokenizer]:
             each.save_pretrained(folder)
         return
-    origin = _origin(model) if is_transformers_model(model) else None
-    for file in origin.iterdir() if origin else ():
+    source = origin(model)
+    for file in source.iterdir() if source else ():
         if file.is_file() and _COMPANIONS.fullmatch(file.name):
             shutil.copy2(file, folder / file.name)
-
-
-def _origin(model: nn.Module) -> Path | None:
-    """Find the directory that a model was loaded from, in the Hugging Face cache if it came from the hub."""
-    name = getattr(model.config, "_name_or_path", "")
-    if not isinstance(name, str) or not name:
-        return None
-    if os.path.isdir(name):
-        return Path(name)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        config = try_to_load_from_cache(name, CONFIG, revision=getattr(model.config, "_commit_hash", None))
-    except HFValidationError:
-        return None  # the path of a directory that is gone
-    return Path(config).parent if isinstance(config, str) else None
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -63,7 +63,7 @@ def test_float_modules_are_left_alone_by_readers(tmp_path: Path) -> None:
     assert quantization["exclude_modules"] == ["embed", "lm_head"]
     assert quantization["quant_algo"] == "W4A16_AWQ"
     # and is gone when the directory becomes another layout
-    awq_ext.convert(tmp_path / "a", tmp_path / "m", format="awq")
+    awq_ext.convert(tmp_path / "a", tmp_path / "m", format="awq", overwrite=True)
     assert not (tmp_path / "m" / "hf_quant_config.json").exists()
 
 
