@@ -226,10 +226,13 @@ Calib = Annotated[
     typer.Option(
         exists=True,
         dir_okay=False,
-        help="Text to calibrate on: .txt, or .jsonl with 'text' or 'messages'. May be repeated.",
+        help="Text to calibrate on: .txt, or .jsonl, .json, .csv or .parquet with 'text', 'messages', 'conversations' or "
+        "'prompt' and 'completion'. May be repeated.",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
+Field = Annotated[str | None, typer.Option(help="The field or column of rows that holds the text or the messages.")]
+Seed = Annotated[int, typer.Option(help="Of the places in the texts that the windows are drawn from.")]
+Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text, drawn evenly over all of it.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens to score of each text; more make the intervals narrower.")]
 Dtype = Annotated[

@@ -11,10 +11,12 @@ from rich.markup import escape
 from .options import (
     Calib,
     Dtype,
+    Field,
     JsonPath,
     ModelDir,
     OverwriteFloat,
     Samples,
+    Seed,
     SeqLen,
     Settings,
     Threads,
@@ -54,7 +56,9 @@ def quantize(
             callback=check_format, help="Layout of OUT: native, awq, compressed-tensors, ... (docs/formats.md)."
         ),
     ] = "native",
+    field: Field = None,
     samples: Samples = 32,
+    seed: Seed = 0,
     seq_len: SeqLen = 512,
     skip: Annotated[
         list[str],
@@ -95,7 +99,7 @@ def quantize(
     from .. import check_format as check_holds
     from .. import quantize as quantize_model
     from ..checkpoints.formats import LAYOUTS
-    from . import hf
+    from . import hf, texts
 
     covered = check_directory(out_dir, overwrite, overwrite_float, model_dir)
     if html is not None:
@@ -108,11 +112,11 @@ def quantize(
     set_threads(threads)
     console = console_for(json_path)
     tokenizer = hf.load_tokenizer(model_dir)
-    batches = hf.windows(calib, tokenizer, samples, seq_len)
+    batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
     model = hf.load_model(model_dir, dtype)
     hf.note_lengths(model, batches, samples)
     check_holds(model, batches[0], format, **chosen)
-    quantize_model(model, batches, progress=console.is_terminal, **chosen)
+    quantize_model(model, batches, **chosen)
     hf.save_model(model, out_dir, format, covered)
     report = model.awq_report
     if html is not None:

@@ -198,7 +198,7 @@ def sensitivity(
     quantize(quantized.module, loader, config, blocks=blocks, progress=progress, fold="never", **reading)
     report = quantized.module.awq_report
     device = next(model.parameters()).device
-    calls = read_calls(loader, device, tokenizer, inputs, config.seq_len)[:samples]
+    calls = read_calls(loader, device, tokenizer, inputs, config.seq_len, model)[:samples]
     parts = _parts(report, by, model)
     bootstrap = bootstrap or Bootstrap()
     with torch.no_grad(), calibration_mode(model), calibration_mode(trial.module), calibration_mode(quantized.module):
