@@ -17,6 +17,7 @@ from .evaluation.evaluate import Evaluation, accuracy, embedding_cosine, evaluat
 from .evaluation.salience import Salience, salience  # noqa: E402
 from .evaluation.sensitivity import Sensitivity, sensitivity  # noqa: E402
 from .forwards.calls import CalibrationError  # noqa: E402
+from .integrations.foresee import check_format  # noqa: E402
 from .integrations.pretrained import from_pretrained, save_pretrained  # noqa: E402
 from .integrations.registration import register_with_transformers  # noqa: E402
 from .layers.quant_linear import QuantLinear, set_compute_dtype  # noqa: E402
@@ -43,6 +44,7 @@ __all__ = [
     "Sensitivity",
     "__version__",
     "accuracy",
+    "check_format",
     "compare",
     "convert",
     "embedding_cosine",

@@ -26,8 +26,8 @@ STOREYS = (
     ("survey",),
     ("standins",),
     ("forwards",),
-    ("layers",),
-    ("kernels", "undo", "modules", "reporting", "config"),
+    ("layers", "config"),
+    ("kernels", "undo", "modules", "reporting"),
 )
 # What the package's own files beside the storeys are: the public names above all of them, and what they start with.
 TOP = ("__init__", "__main__")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from awq_ext import AwqConfig
+from awq_ext.config import configured
 
 
 def test_the_defaults_are_those_of_the_paper() -> None:
@@ -98,8 +100,75 @@ def test_json_round_trip() -> None:
 
 
 def test_an_unknown_field_is_named() -> None:
-    with pytest.raises(ValueError, match=r"no field w_bit; its fields are .*bits"):
-        AwqConfig.from_dict({"w_bit": 4})
+    with pytest.raises(ValueError, match=r"no field nothing \(given nothing=1\); its fields are .*bits"):
+        AwqConfig.from_dict({"nothing": 1})
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "meant"),
+    [
+        ("group_sise", "group_size"),
+        ("sym", "symmetric"),
+        ("desc_act", "act_order"),
+        ("ignore", "skip"),
+        ("clips", "clip"),
+    ],
+)
+def test_a_mistyped_field_is_answered_with_the_nearest(mistyped: str, meant: str) -> None:
+    says = rf"no field {mistyped} \(given {mistyped}=7\): did you mean {meant}\?"
+    with pytest.raises(TypeError, match=says):  # as Python has it for an unknown keyword
+        AwqConfig(**{mistyped: 7})
+    with pytest.raises(TypeError, match=says):
+        configured(None, {mistyped: 7})
+    with pytest.raises(ValueError, match=says):
+        configured({mistyped: 7}, {})
+    with pytest.raises(ValueError, match=rf"per_layer\['\*'\]: .*{says}"):
+        AwqConfig(per_layer={"*": {mistyped: 7}})
+
+
+AUTOAWQ = {"zero_point": False, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
+
+
+def test_autoawqs_dict_is_understood() -> None:
+    expected = AwqConfig(group_size=64, symmetric=True)
+    assert AwqConfig(**AUTOAWQ) == AwqConfig.from_dict(AUTOAWQ) == configured(AUTOAWQ, {}) == expected
+    assert configured(None, AUTOAWQ) == configured(AwqConfig(clip=False), {**AUTOAWQ, "clip": "auto"}) == expected
+    saved = {
+        "bits": 4,
+        "group_size": 64,
+        "zero_point": True,
+        "quant_method": "awq",
+        "modules_to_not_convert": ["visual"],
+    }
+    assert AwqConfig(**saved) == AwqConfig(group_size=64, skip=("*visual*",))
+    assert AwqConfig(**{**AUTOAWQ, "modules_to_not_convert": None}) == expected
+    assert AwqConfig(per_layer={"*.up": {"q_group_size": 32}}).per_layer == {"*.up": {"group_size": 32}}
+
+
+def test_a_layout_of_autoawq_is_chosen_when_saving() -> None:
+    with pytest.warns(
+        UserWarning, match=r"version='GEMV_Fast' is a layout.*save_pretrained.*format=\"gemv_fast\""
+    ) as told:
+        AwqConfig(**{**AUTOAWQ, "version": "GEMV_Fast"})
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"w_bit": 4, "bits": 4}, "w_bit=4 sets bits, which is given too"),
+        ({"zero_point": 1}, "zero_point=1: True"),
+        ({"version": "GEMX"}, "version='GEMX': AutoAWQ has GEMM"),
+        ({"quant_method": "gptq"}, "quant_method='gptq' is the config of another method"),
+    ],
+)
+def test_a_wrong_dict_of_autoawq(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        AwqConfig(**settings)
+
+
+def test_the_signature_shows_the_fields() -> None:
+    assert "group_size" in inspect.signature(AwqConfig).parameters
 
 
 def test_what_the_kernels_get() -> None:

@@ -53,7 +53,7 @@ def logits(model: nn.Module, batch: Any = BATCH) -> Tensor:
 SETTINGS = {"group_size": 16, "method": "rtn", "fold": "always", "progress": False}
 
 # what people leave float in these models, and what the awq layout cannot hold at these sizes
-FLOAT = ("lm_head", "*.shared_expert_gate", "*.q_b_proj", "*.kv_a_proj_with_mqa")
+FLOAT = (r"re:(.*\.)?(lm_head|shared_expert_gate|q_b_proj|kv_a_proj_with_mqa)",)
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 

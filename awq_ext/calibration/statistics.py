@@ -120,6 +120,7 @@ def collect(
     """
     statistics = []
     padding = ExpertPadding(surveyed.mixtures)
+    whole: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
 
     def feed(into: InputStatistics, name: str, expert: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = linear_input(args, kwargs)
@@ -132,6 +133,8 @@ def collect(
         padding.begin(stop)
         if weights is not None:
             weights.begin(stop.call)
+        if whole is not None:
+            whole(*stop.inputs)
 
     with Hooks() as on:
         on.enter_context(padding.on(norm_candidates(surveyed.block.module)))
@@ -141,7 +144,11 @@ def collect(
                 leader = surveyed.linears[part[0]]
                 one = InputStatistics(accumulator(leader.in_features, device))
                 inputs |= dict.fromkeys(part, one)
-                on.input(leader, partial(feed, one, part[0], part[0] in group.experts))
+                watch = partial(feed, one, part[0], part[0] in group.experts)
+                if leader is surveyed.block.module:  # its own hooks do not run on copies
+                    whole = watch
+                else:
+                    on.input(leader, watch)
             statistics.append(GroupStatistics(inputs))
         begin(stops[0])
         output = stops[0].run_on_copies()

@@ -10,7 +10,7 @@ from pathlib import Path
 from .formats import CheckpointError, layout
 from .quantized_dir import CONFIG, QuantDir, without_settings
 from .shards import PICKLES
-from .write import REPORT, is_checkpoint_file, parse_size, summarize, write
+from .write import REPORT, Overwrite, check_target, is_checkpoint_file, parse_size, summarize, write
 
 # in whatever form, and what a torch.save or a joblib.dump may have written
 _WEIGHTS = (
@@ -20,13 +20,19 @@ _WEIGHTS = (
 
 
 def convert(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], format: str = "awq", max_shard_size: int | str = "5GB"
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    format: str = "awq",
+    max_shard_size: int | str = "5GB",
+    overwrite: Overwrite = False,
 ) -> Path:
     """Write the quantized checkpoint in directory ``src`` to directory ``dst`` in another layout; returns ``dst``.
 
     src: any layout that :func:`awq_ext.load` reads. format: a name of ``awq_ext.checkpoints.formats.LAYOUTS``.
     No model is built, and no weight is dequantized: codes, scales and zeros stay what they are. All other files (tokenizer,
     generation_config.json, code of the model) are copied, but no pickles.
+    overwrite: False refuses a directory that holds weights; True replaces a quantized checkpoint; ``dst`` itself replaces float
+        weights too.
     Raises CheckpointError, before anything is written, for a damaged source and for one that the format cannot hold;
     ValueError for an unknown format or size.
     """
@@ -34,6 +40,7 @@ def convert(
     source_folder, folder = Path(src), Path(dst)
     if folder.resolve() == source_folder.resolve():
         raise CheckpointError(f"{dst} is the source: convert into another directory")
+    check_target(folder, overwrite)
     source = QuantDir(source_folder)
     if source.in_memory is not None and source.experts and not target.holds_memory:
         raise CheckpointError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ..layers.quant_linear import TILED, QuantLinear
 from ..standins.expert_linears import ExpertLinears
 from .conversions import is_transformers_model
 from .formats import CheckpointError, InMemory, PackedLinear
-from .quantized_dir import without_settings
+from .quantized_dir import CONFIG, without_settings
 
 _ROWS = {buffer: leaf for leaf, buffer in TILED.items()}
 
@@ -138,6 +140,25 @@ def float_linears(model: nn.Module) -> list[str]:
     modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if not isinstance(m, nn.Embedding)}
     weights = {name: module._parameters.get("weight") for name, module in modules.items()}
     return [name for name, weight in weights.items() if weight is not None and weight.dim() == 2]
+
+
+def origin(model: nn.Module) -> Path | None:
+    """Find the directory that a model was loaded from, in the Hugging Face cache if it came from the hub."""
+    if not is_transformers_model(model):
+        return None
+    name = getattr(model.config, "_name_or_path", "")
+    if not isinstance(name, str) or not name:
+        return None
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, CONFIG, revision=getattr(model.config, "_commit_hash", None))
+    except HFValidationError:
+        return None  # the path of a directory that is gone
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

@@ -16,24 +16,27 @@ from ..reporting.report import AwqReport
 from .conversions import is_transformers_model
 from .fill import place
 from .formats import LAYOUTS, CheckpointError
-from .model_source import ModelSource, config_of, float_linears
+from .model_source import ModelSource, config_of, float_linears, origin
 from .quantized_dir import CONFIG, QuantDir
 from .renaming import Renamed
 from .shards import first_json, read_json
 from .version_1 import VERSION_1, read_version_1
-from .write import REPORT, parse_size, summarize, weight_files, write
+from .write import REPORT, Overwrite, check_target, parse_size, summarize, write
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwrite = False) -> Path:
     """Write ``model`` (quantized) to ``directory`` in the native layout: config.json and safetensors. Returns the directory.
 
     All parameters and buffers are stored, those outside ``state_dict`` too (rotary tables), tied ones once. The directory is
     replaced as a whole, so a reader sees the old checkpoint or the new one, never a mixture; files in it that are no part of
     a checkpoint stay.
+    overwrite: False refuses a directory that holds weights; True replaces a quantized checkpoint; the directory's own path replaces
+        float weights too, but never those that the model was loaded from.
     Raises CheckpointError, before anything is written, when the model holds no QuantLinear or tensors on the meta device, and
-    where the directory has weights that this function did not write.
+    for a directory that ``overwrite`` does not cover.
     """
     model, folder = unwrapped(model), Path(directory)
+    check_target(folder, overwrite, [origin(model)])
     source = ModelSource(model, whole=True)
     layout = LAYOUTS["native"]
     summary = summarize(source, layout, float_linears(model))
@@ -48,15 +51,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
 
 def _config(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """config.json of the checkpoint to be; CheckpointError where ``folder`` holds something that must not be replaced."""
+    """Make config.json of the checkpoint to be, with what that of ``folder`` says beside it."""
+    if is_transformers_model(model):
+        return config_of(model)
     before = dict(first_json(folder, CONFIG) or {})
-    said = before.pop("quantization_config", None)
-    ours = isinstance(said, dict) and said.get("quant_method") == "awq_ext"
-    if not ours and (weights := weight_files(folder)):
-        raise CheckpointError(
-            f"{folder} has {weights[0]}, which awq_ext.save did not write and would remove: save to another directory"
-        )
-    return config_of(model) if is_transformers_model(model) else before | config_of(model)
+    before.pop("quantization_config", None)
+    return before | config_of(model)
 
 
 def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLike[str]) -> nn.Module:

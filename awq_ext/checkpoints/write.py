@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..reporting.warn import warn
 from .atomic_directory import replaced
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
 from .quantized_dir import CONFIG, OTHER_CONFIGS
-from .shards import INDEX, WEIGHTS
+from .shards import INDEX, WEIGHTS, first_json
 from .version_1 import VERSION_1
 
 REPORT = "awq_report.json"
@@ -26,6 +27,12 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SHARD_OF_VERSION_1 = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 _BESIDE_WEIGHTS = {CONFIG, VERSION_1, REPORT}
 _WEIGHTS = {WEIGHTS, INDEX, *OTHER_CONFIGS}
+
+Overwrite = bool | str | os.PathLike[str]
+# weights that config.json describes and that another config.json would spoil
+_OTHER_WEIGHTS = re.compile(
+    r"(pytorch_model|consolidated|tf_model|flax_model)\b.*\.(bin|pth|safetensors|h5|msgpack)(\.index\.json)?"
+)
 
 
 class Source(Protocol):
@@ -66,12 +73,68 @@ def _is_weight_file(name: str) -> bool:
     return name in _WEIGHTS or _SHARD.fullmatch(name) is not None
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Name the files in ``folder`` that saving there would remove, and without which its weights could not be read."""
-    return sorted(file.name for file in folder.iterdir() if _is_weight_file(file.name)) if folder.is_dir() else []
+class TargetExistsError(CheckpointError, FileExistsError):
+    """A directory that holds a checkpoint which was not to be replaced."""
 
 
-def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> Summary:
+def check_target(folder: Path, overwrite: Overwrite, sources: Iterable[Path | None] = ()) -> None:
+    """Raise TargetExistsError where writing to ``folder`` would replace a checkpoint that ``overwrite`` does not cover.
+
+    overwrite: False covers none, True a quantized checkpoint, the directory itself (by any path) a float one too. sources: where
+    the model came from; float weights there are never replaced, as nothing else may hold them.
+    """
+    named = not isinstance(overwrite, bool)
+    if named and not same_directory(Path(overwrite), folder):
+        raise ValueError(f"overwrite={os.fspath(overwrite)!r} names another directory than {folder}")
+    if folder.is_file():
+        raise TargetExistsError(f"{folder} is a file: give a directory")
+    weights = weights_in(folder)
+    if not weights:
+        return
+    if is_quantized(folder):
+        if overwrite is False:
+            raise TargetExistsError(
+                f"{folder} holds a quantized checkpoint ({weights[0]}): write to another directory, or overwrite=True"
+            )
+        return
+    if any(source is not None and same_directory(source, folder) for source in sources):
+        raise TargetExistsError(
+            f"{folder} holds the float model ({weights[0]}) that this one was made from, which would be lost: write to "
+            "another directory"
+        )
+    if not named:
+        raise TargetExistsError(
+            f"{folder} holds float weights ({weights[0]}), which would be lost: write to another directory, or name it, "
+            f"overwrite={str(folder)!r}"
+        )
+
+
+def weights_in(folder: Path) -> list[str]:
+    """Name the files of weights in a directory, whoever wrote them, and those without which nobody could read them."""
+    files = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    known = (_is_weight_file, _SHARD_OF_VERSION_1.fullmatch, _OTHER_WEIGHTS.fullmatch)
+    return [name for name in files if any(one(name) for one in known)]
+
+
+def is_quantized(folder: Path) -> bool:
+    """Tell whether a directory says of itself that its weights are quantized; one whose config is damaged does not."""
+    if any((folder / name).exists() for name in (VERSION_1, *OTHER_CONFIGS)):
+        return True
+    try:
+        config = first_json(folder, CONFIG) or {}
+    except CheckpointError:
+        return False
+    return bool(config.get("quantization_config") or config.get("compression_config"))
+
+
+def same_directory(a: Path, b: Path) -> bool:
+    """Tell whether two paths are one directory, links followed."""
+    return a.resolve() == b.resolve()
+
+
+def summarize(
+    source: Source, layout: Layout, float_linears: Iterable[str], so_far: str = "nothing was written"
+) -> Summary:
     """Collect the facts of all layers. CheckpointError listing everything in ``source`` that ``layout`` cannot hold."""
     facts: dict[str, Facts] = {}
     found: dict[str, list[str]] = {}
@@ -85,7 +148,7 @@ def summarize(source: Source, layout: Layout, float_linears: Iterable[str]) -> S
     lines += layout.model_problems(summary)
     if lines:
         listed = "\n".join(f"  - {line}" for line in lines)
-        raise CheckpointError(f"the format {layout.name!r} cannot hold this model; nothing was written:\n{listed}")
+        raise CheckpointError(f"the format {layout.name!r} cannot hold this model; {so_far}:\n{listed}")
     if layout.name != "native" and (odd := summary.half_joined()):
         warn(
             f"{_names(odd)}: neighbours are float or have other groups, which awq_ext, AutoAWQ and Transformers can run, but "

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from ..reporting.tables import Cell, Table, counted
-from .options import JsonPath, Threads, check_group_size, console_for, one_line_errors, set_threads, write_json
+from .options import (
+    JsonPath,
+    Overwrite,
+    Threads,
+    check_group_size,
+    console_for,
+    one_line_errors,
+    set_threads,
+    write_json,
+)
 
 SHAPES = ["4096x4096"]
 ROWS = [1, 8, 128]
@@ -38,6 +47,7 @@ def bench(
     ] = 128,
     seconds: Annotated[float, typer.Option(min=0.05, help="Time for each measurement.")] = 1.0,
     threads: Threads = None,
+    overwrite: Overwrite = False,
     json_path: JsonPath = None,
 ) -> None:
     """Time the int4 layer against torch's Linear on this machine, in turns.

@@ -10,9 +10,12 @@ import typer
 from .options import (
     Calib,
     Dtype,
+    Field,
     JsonPath,
     ModelDir,
+    Overwrite,
     Samples,
+    Seed,
     SeqLen,
     Settings,
     Threads,
@@ -45,7 +48,9 @@ def compare(
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
     ] = 128,
+    field: Field = None,
     samples: Samples = 32,
+    seed: Seed = 0,
     seq_len: SeqLen = 512,
     tokens: Tokens = 8192,
     settings: Settings = [],  # noqa: B006
@@ -54,6 +59,7 @@ def compare(
         Path | None, typer.Option(callback=check_output, help="Also write the table as Markdown.")
     ] = None,
     threads: Threads = None,
+    overwrite: Overwrite = False,
     json_path: JsonPath = None,
 ) -> None:
     """Quantize a model in several ways and score each on the kinds of text you serve.
@@ -66,17 +72,20 @@ def compare(
     """
     from .. import compare as compare_methods
     from ..evaluation.compare import read_methods
-    from . import hf
+    from . import hf, texts
 
     set_threads(threads)
     console = console_for(json_path)
-    texts = hf.named_texts(traffic)
+    named = hf.named_texts(traffic)
     chosen = read_settings({"group_size": group_size, "seq_len": seq_len}, settings)
     methods = [parse_method(text) for text in method]
-    read_methods(methods, chosen)  # before a model is loaded for nothing
+    try:
+        read_methods(methods, chosen)  # before a model is loaded for nothing
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--method") from None
     tokenizer = hf.load_tokenizer(model_dir)
-    batches = hf.windows(calib, tokenizer, samples, seq_len)
-    scored = {name: hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in texts.items()}
+    batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
+    scored = {name: texts.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in named.items()}
     model = hf.load_model(model_dir, dtype)
     hf.note_lengths(model, batches, samples)
     found = compare_methods(model, batches, scored, methods, progress=console.is_terminal, **chosen)

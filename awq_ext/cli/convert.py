@@ -9,15 +9,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .options import check_format, one_line_errors
+from .options import OverwriteFloat, check_directory, check_format, check_size, one_line_errors
 
 
 @one_line_errors
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of a quantized checkpoint, of any layout.")],
-    target: Annotated[
-        Path, typer.Argument(metavar="DST", help="Directory to write; what is a checkpoint in it is replaced.")
-    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write, new or empty.")],
     format: Annotated[
         str,
         typer.Option(
@@ -26,7 +24,13 @@ def convert(
             help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt or native (docs/formats.md).",
         ),
     ] = "awq",
-    max_shard_size: Annotated[str, typer.Option(help="Begin another file beyond this size.")] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a quantized checkpoint in DST (never a float one).")
+    ] = False,
+    overwrite_float: OverwriteFloat = None,
+    max_shard_size: Annotated[
+        str, typer.Option(callback=check_size, help="Begin another file beyond this size.")
+    ] = "5GB",
 ) -> None:
     """Convert a quantized checkpoint to another layout, exactly: codes, scales and zeros stay what they are.
 
@@ -37,5 +41,6 @@ def convert(
     """
     from ..checkpoints.convert import convert as run
 
-    folder = run(source, target, format, max_shard_size)
+    covered = check_directory(target, overwrite, overwrite_float, source)
+    folder = run(source, target, format, max_shard_size, covered)
     Console().print(f"{escape(str(folder))}: {format}", soft_wrap=True)

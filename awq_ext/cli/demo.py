@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .options import JsonPath, Threads, check_group_size, console_for, one_line_errors, set_threads, write_json
+from .options import (
+    JsonPath,
+    Overwrite,
+    Threads,
+    check_group_size,
+    console_for,
+    one_line_errors,
+    set_threads,
+    write_json,
+)
 
 
 @one_line_errors
@@ -18,6 +27,7 @@ def demo(
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
     ] = -1,
+    overwrite: Overwrite = False,
     json_path: JsonPath = None,
     threads: Threads = None,
 ) -> None:

@@ -6,7 +6,7 @@ import platform
 from importlib import metadata
 from importlib.util import find_spec
 
-from .options import JsonPath, console_for, fact_table, fail, one_line_errors, write_json
+from .options import JsonPath, Overwrite, console_for, fact_table, fail, one_line_errors, write_json
 
 # fp32 sums of some hundred terms in another order differ by about 1e-6; bf16 products would by 1e-2
 SELF_TEST_TOLERANCE = 1e-4
@@ -72,7 +72,7 @@ def extras() -> list[tuple[str, str]]:
 
 
 @one_line_errors
-def doctor(json_path: JsonPath = None) -> None:
+def doctor(overwrite: Overwrite = False, json_path: JsonPath = None) -> None:
     """Print versions, kernels, threads, memory speed and what is missing, and try the kernels; exit code 1 if something is wrong.
 
     AWQ_EXT_ISA=scalar (or another of the available levels) in the environment chooses other kernels.

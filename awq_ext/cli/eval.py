@@ -11,8 +11,10 @@ from torch import nn
 from ..reporting.tables import Cell, Table
 from .options import (
     Dtype,
+    Field,
     JsonPath,
     ModelDir,
+    Overwrite,
     SeqLen,
     Threads,
     Tokens,
@@ -26,15 +28,17 @@ from .options import (
 @one_line_errors
 def eval(
     model_dir: ModelDir,
-    texts: Annotated[list[str], typer.Argument(metavar="[NAME=]PATH...", help="Texts to score on.")],
+    files: Annotated[list[str], typer.Argument(metavar="[NAME=]PATH...", help="Texts to score on.")],
     reference: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="The float model: also measure the distance from it."),
     ] = None,
+    field: Field = None,
     seq_len: SeqLen = 512,
     tokens: Tokens = 8192,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    overwrite: Overwrite = False,
     json_path: JsonPath = None,
 ) -> None:
     """Score a model, float or quantized, on texts.
@@ -46,11 +50,11 @@ def eval(
     """
     from .. import evaluate
     from ..evaluation.comparison import plus_minus
-    from . import hf
+    from . import hf, texts
 
     set_threads(threads)
     console = console_for(json_path)
-    named = hf.named_texts(texts)
+    named = hf.named_texts(files)
     tokenizer = hf.load_tokenizer(model_dir)
     model = hf.load_model(model_dir, dtype)
     other = None if reference is None else hf.load_model(reference, dtype)
@@ -59,7 +63,9 @@ def eval(
             f"{model_dir} has {sizes[0]} tokens, {reference} {sizes[1]}: a reference has the same tokenizer"
         )
     found = {}
-    scored = {name: hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in named.items()}
+    scored = {
+        name: texts.windows([path], tokenizer, -(-tokens // seq_len), seq_len, field) for name, path in named.items()
+    }
     hf.note_lengths(model, next(iter(scored.values())))
     for name, samples in scored.items():
         found[name] = evaluate(model, samples, reference=other, progress=console.is_terminal)

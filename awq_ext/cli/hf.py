@@ -15,19 +15,15 @@ from ..checkpoints.conversions import transformers
 from ..checkpoints.quantized_dir import CONFIG
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
-from ..checkpoints.write import REPORT
+from ..checkpoints.write import REPORT, Overwrite
 from ..integrations.pretrained import from_pretrained, save_pretrained
-from .options import say
-
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
-# Characters: so much of a text is enough for a number of tokens, without reading all of a large file.
-_LONGEST_TOKEN = 24
+from .options import DTYPES, say
 
 
 def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
     """Load the causal language model of a directory, float or quantized in any layout, in evaluation mode."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if not (directory / CONFIG).exists():
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -63,57 +59,10 @@ def load_tokenizer(directory: Path) -> Any:
         raise ValueError(f"{directory}: {what}: {' '.join(str(error).split())}") from error
 
 
-def save_model(model: nn.Module, directory: Path, format: str) -> None:
+def save_model(model: nn.Module, directory: Path, format: str, overwrite: Overwrite = False) -> None:
     """Write the quantized model with its tokenizer, and its report beside it, which most layouts have no place for."""
-    save_pretrained(model, directory, format)
+    save_pretrained(model, directory, format, overwrite=overwrite)
     (directory / REPORT).write_text(json.dumps(model.awq_report.to_dict()), encoding="utf-8")
-
-
-def read_text(path: Path, tokenizer: Any) -> str:
-    """Read the text of a file; of a .jsonl file all "text" fields, or "messages" through the model's chat template."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
-        return content
-    # not splitlines(), which also ends a line where JSON may hold a character such as U+2028
-    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    return "\n".join(_document(line, f"{path}, line {number}", tokenizer) for number, line in lines)
-
-
-def _document(line: str, place: str, tokenizer: Any) -> str:
-    """Read the text of one line of a .jsonl file."""
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from error
-    if not isinstance(entry, dict) or not {"text", "messages"} & entry.keys():
-        keys = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise ValueError(f'{place} has neither "text" nor "messages": it has {keys}')
-    if "text" in entry:
-        if not isinstance(entry["text"], str):
-            raise ValueError(f'{place}: "text" is a {type(entry["text"]).__name__}, not a string')
-        return entry["text"]
-    try:
-        return tokenizer.apply_chat_template(entry["messages"], tokenize=False)
-    except Exception as error:  # a template is a program of the model's
-        raise ValueError(f"{place}: the tokenizer's chat template refuses its messages: {error}") from error
-
-
-def windows(paths: Sequence[Path], tokenizer: Any, count: int, length: int) -> list[Tensor]:
-    """Cut up to ``count`` windows int64 [1, length] from the beginnings of texts, as many of one as of another."""
-    each = -(-count // len(paths))
-    found = []
-    for path in paths:
-        text = read_text(path, tokenizer)[: each * length * _LONGEST_TOKEN]
-        # without truncation the tokenizer warns of more tokens than the model takes at once: here they are cut below
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-        whole = ids[: len(ids) // length * length].view(-1, length)
-        if len(whole) == 0:
-            raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {length}: give more text")
-        found += list(whole[:each].split(1))
-    return found[:count]
 
 
 def note_lengths(model: nn.Module, batches: Sequence[Tensor], wanted: int = 0) -> None:

@@ -12,11 +12,11 @@ from ..checkpoints.saved import read_report, report_exists
 from ..checkpoints.shards import INDEX, first_json
 from ..checkpoints.version_1 import VERSION_1
 from .hf import read_config
-from .options import JsonPath, ModelDir, console_for, fact_table, one_line_errors, write_json
+from .options import JsonPath, ModelDir, Overwrite, console_for, fact_table, one_line_errors, write_json
 
 
 @one_line_errors
-def inspect(model_dir: ModelDir, json_path: JsonPath = None) -> None:
+def inspect(model_dir: ModelDir, overwrite: Overwrite = False, json_path: JsonPath = None) -> None:
     """Say what is in a model's directory, without loading its weights.
 
     Format, quantized layers with their bits and group sizes, tensors by dtype, bytes on disk, and whether the files are whole

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 T = TypeVar("T")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -62,31 +63,79 @@ def check_format(value: str) -> str:
     """Check that awq_ext knows a layout; else a usage error (exit code 2)."""
     from ..checkpoints.formats import LAYOUTS
 
-    if value not in LAYOUTS:
-        raise typer.BadParameter(f"{value} is not one of {', '.join(LAYOUTS)}")
+    return _checked(value, LAYOUTS)
+
+
+def check_method(value: str) -> str:
+    """Check that there is such a method; else a usage error."""
+    from ..config import METHODS
+
+    return _checked(value, METHODS)
+
+
+def check_dtype(value: str) -> str:
+    """Check that a model can be computed in this dtype; else a usage error."""
+    return _checked(value, DTYPES)
+
+
+def check_size(value: str) -> str:
+    """Check that a text is a size of files; else a usage error."""
+    from ..checkpoints.write import parse_size
+
+    try:
+        parse_size(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     return value
 
 
-def check_output(value: Path | None) -> Path | None:
-    """Check that a file can be written, before the work rather than after; "-" is standard output."""
+def _checked(value: str, choices: Iterable[str]) -> str:
+    from ..config import did_you_mean
+
+    choices = list(choices)
+    if value not in choices:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
+    return value
+
+
+def check_output(context: typer.Context, value: Path | None) -> Path | None:
+    """Check that a file can be written, before the work rather than after, and is new; "-" is standard output."""
     if value is None or str(value) == "-":
         return value
     if value.is_dir() or not value.absolute().parent.is_dir():
         raise typer.BadParameter(f"{value} cannot be written: give a file in a folder that exists")
     if not os.access(value if value.exists() else value.absolute().parent, os.W_OK):
         raise typer.BadParameter(f"{value} cannot be written: no permission")
+    if value.is_file() and not context.params.get("overwrite"):
+        raise typer.BadParameter(f"{value} exists: give another, or --overwrite")
     return value
 
 
-def check_directory(directory: Path) -> None:
-    """Check that a directory can be made and written when the work is done; else a usage error."""
-    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+def check_directory(out: Path, overwrite: bool, overwrite_float: Path | None, source: Path) -> Any:
+    """Check that a directory can be made and written when the work is done, and what it replaces; else a usage error.
+
+    Returns what ``overwrite=`` of the writers is to be.
+    """
+    from ..checkpoints.write import check_target
+
+    covered = overwrite if overwrite_float is None else overwrite_float
+    if out.resolve() == source.resolve():
+        raise typer.BadParameter(f"what is in {out} would be lost: give another directory", param_hint="OUT")
+    if out.is_dir() and any(out.iterdir()) and covered is False:
+        raise typer.BadParameter(f"{out} is not empty: give another, or --overwrite", param_hint="OUT")
+    try:
+        check_target(out, covered, [source])
+    except ValueError as error:
+        text = str(error).replace(f"overwrite={str(out)!r}", f"--overwrite-float {out}")
+        raise typer.BadParameter(text, param_hint="OUT") from None
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise typer.BadParameter(f"{directory} cannot be made: {there} is a file", param_hint="OUT")
+        raise typer.BadParameter(f"{out} cannot be made: {there} is a file", param_hint="OUT")
     # it is made beside its place and moved there whole
-    where = there.parent if there == directory.absolute() else there
+    where = there.parent if there == out.absolute() else there
     if not os.access(where, os.W_OK):
-        raise typer.BadParameter(f"{directory} cannot be made: no permission to write to {where}", param_hint="OUT")
+        raise typer.BadParameter(f"{out} cannot be made: no permission to write to {where}", param_hint="OUT")
+    return covered
 
 
 def check_report_extra() -> None:
@@ -155,12 +204,17 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def read_settings(fields: Mapping[str, Any], more: Iterable[str]) -> dict[str, Any]:
-    """Read fields of AwqConfig from options and ``--set``, checked before a model is loaded for nothing."""
-    from ..config import AwqConfig
+def read_settings(fields: Mapping[str, Any], more: Iterable[str], skip: Iterable[str] = ()) -> dict[str, Any]:
+    """Read fields of AwqConfig from options and ``--set``, checked before a model is loaded for nothing; else a usage error."""
+    from ..config import AwqConfig, understood
 
-    chosen = {**fields, **dict(map(parse_setting, more))}
-    AwqConfig.from_dict(chosen)
+    try:
+        chosen = {**fields, **understood(dict(map(parse_setting, more)))}
+        if skip := tuple(skip):
+            chosen["skip"] = (*AwqConfig.from_dict(chosen).skip, *skip)
+        AwqConfig.from_dict(chosen)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
     return chosen
 
 
@@ -172,22 +226,38 @@ Calib = Annotated[
     typer.Option(
         exists=True,
         dir_okay=False,
-        help="Text to calibrate on: .txt, or .jsonl with 'text' or 'messages'. May be repeated.",
+        help="Text to calibrate on: .txt, or .jsonl, .json, .csv or .parquet with 'text', 'messages', 'conversations' or "
+        "'prompt' and 'completion'. May be repeated.",
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
+Field = Annotated[str | None, typer.Option(help="The field or column of rows that holds the text or the messages.")]
+Seed = Annotated[int, typer.Option(help="Of the places in the texts that the windows are drawn from.")]
+Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text, drawn evenly over all of it.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens to score of each text; more make the intervals narrower.")]
-Dtype = Annotated[str, typer.Option(help="Compute in this dtype: auto (as stored), bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str,
+    typer.Option(callback=check_dtype, help="Compute in this dtype: auto (as stored), bfloat16, float16 or float32."),
+]
 Settings = Annotated[
     list[str],
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
         help="Any other field of AwqConfig (its docstring explains them), such as clip=false, symmetric=true, damping=0.5, "
-        "propagate=quantized, skip='[\"*.router\"]'. May be repeated.",
+        "propagate=quantized, quantize_head=true, only='[\"*.mlp.*\"]'; AutoAWQ's w_bit, q_group_size and zero_point are "
+        "understood too. May be repeated.",
     ),
 ]
+OverwriteFloat = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="OUT",
+        help="Replace even float weights in OUT, which is named once more here. Those of the source never are.",
+    ),
+]
+# eager: it is read before the options whose files it is about
+Overwrite = Annotated[bool, typer.Option("--overwrite", is_eager=True, help="Replace files that are there.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads, instead of torch's choice.")]
 JsonPath = Annotated[
     Path | None,

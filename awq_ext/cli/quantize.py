@@ -11,19 +11,24 @@ from rich.markup import escape
 from .options import (
     Calib,
     Dtype,
+    Field,
     JsonPath,
     ModelDir,
+    OverwriteFloat,
     Samples,
+    Seed,
     SeqLen,
     Settings,
     Threads,
     check_directory,
     check_format,
     check_group_size,
+    check_method,
     check_output,
     check_report_extra,
     console_for,
     one_line_errors,
+    parse_setting,
     read_settings,
     set_threads,
     write_json,
@@ -36,7 +41,11 @@ def quantize(
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Where the quantized model goes; made if need be.")],
     calib: Calib,
     method: Annotated[
-        str, typer.Option(help="awq (searched scales), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).")
+        str,
+        typer.Option(
+            callback=check_method,
+            help="awq (searched scales), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).",
+        ),
     ] = "awq",
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
@@ -47,12 +56,16 @@ def quantize(
             callback=check_format, help="Layout of OUT: native, awq, compressed-tensors, ... (docs/formats.md)."
         ),
     ] = "native",
+    field: Field = None,
     samples: Samples = 32,
+    seed: Seed = 0,
     seq_len: SeqLen = 512,
     skip: Annotated[
         list[str],
         typer.Option(
-            metavar="PATTERN", help="Layers that stay float, such as '*.router'. The output layer always does."
+            metavar="PATTERN",
+            help="Layers that stay float, such as '*.router' or 're:.*[.][01][.]mlp.*', beside the output layer, which does "
+            "unless --set quantize_head=true. May be repeated.",
         ),
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
@@ -60,7 +73,15 @@ def quantize(
     html: Annotated[
         Path | None, typer.Option("--report", callback=check_output, help="Also write the report as an HTML page.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Write into a directory that is not empty.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            is_eager=True,
+            help="Write into a directory that is not empty, replacing a quantized model (never a float one), and over the report.",
+        ),
+    ] = False,
+    overwrite_float: OverwriteFloat = None,
     threads: Threads = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -72,37 +93,53 @@ def quantize(
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
     OUT holds config, tokenizer, weights and the report. Layouts without a place for scales that are applied at run time get a model
-    whose scales are all folded (fold=always).
+    whose scales are all folded (fold=always). What the layout cannot hold, such as widths that the group size does not divide, is
+    said before the work begins.
     """
-    from .. import AwqConfig
+    from .. import check_format as check_holds
     from .. import quantize as quantize_model
     from ..checkpoints.formats import LAYOUTS
-    from . import hf
+    from . import hf, texts
 
-    if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()) and not overwrite):
-        raise typer.BadParameter(f"{out_dir} is not empty: give another, or --overwrite", param_hint="OUT")
-    if out_dir.resolve() == model_dir.resolve():
-        raise typer.BadParameter("the float model would be lost: give another directory than MODEL", param_hint="OUT")
-    check_directory(out_dir)
+    covered = check_directory(out_dir, overwrite, overwrite_float, model_dir)
     if html is not None:
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
-    chosen = read_settings({"method": method, "group_size": group_size, "fold": fold, "seq_len": seq_len}, settings)
-    if skip:
-        chosen["skip"] = (*chosen.get("skip", AwqConfig().skip), *skip)
-    if chosen.get("packed") is False:
-        raise typer.BadParameter("a fake-quantized model is for experiments: use awq-ext compare", param_hint="--set")
+    _refuse_other_bits(settings)
+    chosen = read_settings(
+        {"method": method, "group_size": group_size, "fold": fold, "seq_len": seq_len}, settings, skip
+    )
     set_threads(threads)
     console = console_for(json_path)
     tokenizer = hf.load_tokenizer(model_dir)
-    batches = hf.windows(calib, tokenizer, samples, seq_len)
+    batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
     model = hf.load_model(model_dir, dtype)
     hf.note_lengths(model, batches, samples)
-    quantize_model(model, batches, progress=console.is_terminal, **chosen)
-    hf.save_model(model, out_dir, format)
+    check_holds(model, batches[0], format, **chosen)
+    quantize_model(model, batches, **chosen)
+    hf.save_model(model, out_dir, format, covered)
     report = model.awq_report
     if html is not None:
-        report.to_html(html)
+        report.to_html(html, overwrite)
     console.print(escape(report.summary()), soft_wrap=True)
     console.print(f"written to {escape(str(out_dir))} ({format})", soft_wrap=True)
     write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)
+
+
+def _refuse_other_bits(settings: list[str]) -> None:
+    """Say where to try what no int4 directory can hold: other bits, and weights that are only rounded."""
+    from ..config import understood
+
+    try:
+        asked = understood(dict(map(parse_setting, settings)))
+    except TypeError:
+        return  # read_settings says what is wrong
+    if asked.get("packed") is False or asked.get("bits", 4) in (2, 3, 5, 6, 7, 8):
+        bits = asked.get("bits", 4)
+        raise typer.BadParameter(
+            f"directories hold 4 bits, packed. What {bits} bits cost: awq-ext compare MODEL --calib ... --traffic ... "
+            f"--set bits={bits} --set packed=false. The weights rounded to {bits} bits as a float model, no smaller: in Python "
+            f"awq_ext.quantize(model, calib, bits={bits}, packed=False), then model.save_pretrained(OUT). "
+            f'Some layers at 8 bits, kept as floats: --set \'per_layer={{"*.down_proj": {{"bits": 8, "packed": false}}}}\'',
+            param_hint="--set",
+        )

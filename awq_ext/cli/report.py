@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .options import JsonPath, check_output, console_for, one_line_errors, write_json
+from .options import JsonPath, Overwrite, check_output, console_for, one_line_errors, write_json
 
 
 @one_line_errors
@@ -19,6 +19,7 @@ def report(
     html: Annotated[
         Path | None, typer.Argument(callback=check_output, metavar="[HTML]", help="Write a page here, self-contained.")
     ] = None,
+    overwrite: Overwrite = False,
     json_path: JsonPath = None,
 ) -> None:
     """Show what quantizing did to every layer of a model: scales, losses, folds, clips, what stayed float and why.
@@ -34,6 +35,6 @@ def report(
     if html is None:
         console.print(escape(str(found)), soft_wrap=True)
     else:
-        found.to_html(html)
+        found.to_html(html, overwrite)
         console.print(f"written to {escape(str(html))}")
     write_json(found.to_dict(), json_path)

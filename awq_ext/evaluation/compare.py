@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config import AwqConfig
+from ..config import AwqConfig, understood
 from ..forwards.calls import Call, read_calls
 from ..forwards.memory import release_free_memory
 from ..forwards.mode import calibration_mode
@@ -67,6 +67,7 @@ def compare(
     """
     if not isinstance(traffic, Mapping) or not traffic:
         raise TypeError('traffic: a dict of loaders by name is needed, such as {"code": [...], "json": [...]}')
+    settings = understood(settings)
     shared_config = AwqConfig(**settings)
     configs = read_methods(methods, settings)
     samples = {name: list(loader) for name, loader in traffic.items()}
@@ -96,7 +97,7 @@ def read_methods(
     labelled = list(methods.items()) if isinstance(methods, Mapping) else [(None, method) for method in methods]
     configs: dict[str, AwqConfig] = {}
     for label, method in labelled:
-        name, config = _read_method(method, dict(settings or {}))
+        name, config = _read_method(method, understood(settings or {}))
         name = label or name
         if name in configs or name == FLOAT:
             raise ValueError(f'methods: the label {name!r} is taken: give another, {{"label": ..., "method": ...}}')
@@ -111,7 +112,10 @@ def _read_method(method: Method, settings: dict[str, Any]) -> tuple[str, AwqConf
         return method, AwqConfig(**settings | {"method": method})
     if not isinstance(method, Mapping):
         raise TypeError(f"methods: {method!r} is a {type(method).__name__}: give a name, a dict or an AwqConfig")
-    chosen = {name: value for name, value in method.items() if name != "label"}
+    try:
+        chosen = understood({name: value for name, value in method.items() if name != "label"})
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     return str(method.get("label") or _label(chosen)), AwqConfig.from_dict(settings | chosen)
 
 

@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 
+from ..reporting.new_file import write_new
 from ..reporting.report import AwqReport
 from ..reporting.tables import Cell, Table, as_text, counted
 from .bootstrap import Bootstrap, Estimate
@@ -217,11 +217,11 @@ class Comparison:
     def _against_float(self) -> list[str]:
         return [m for m in self.measures if m in self.rows[0].evaluations[self.traffic[0]].measures]
 
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """:meth:`to_dict` as text, written to ``path`` where one is given."""
+    def to_json(self, path: str | os.PathLike[str] | None = None, overwrite: bool = False) -> str:
+        """:meth:`to_dict` as text, written to ``path`` where one is given; FileExistsError for a file, unless ``overwrite``."""
         text = json.dumps(self.to_dict(), indent=1) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_new(path, text, overwrite)
         return text
 
 

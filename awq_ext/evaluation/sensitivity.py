@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from typing import Any
@@ -165,7 +165,7 @@ def _range(estimate: Estimate) -> str:
 def sensitivity(
     model: nn.Module,
     loader: Iterable[Any],
-    config: AwqConfig | None = None,
+    config: AwqConfig | Mapping[str, Any] | None = None,
     *,
     by: str = "layer",
     samples: int = 4,
@@ -198,7 +198,7 @@ def sensitivity(
     quantize(quantized.module, loader, config, blocks=blocks, progress=progress, fold="never", **reading)
     report = quantized.module.awq_report
     device = next(model.parameters()).device
-    calls = read_calls(loader, device, tokenizer, inputs, config.seq_len)[:samples]
+    calls = read_calls(loader, device, tokenizer, inputs, config.seq_len, model)[:samples]
     parts = _parts(report, by, model)
     bootstrap = bootstrap or Bootstrap()
     with torch.no_grad(), calibration_mode(model), calibration_mode(trial.module), calibration_mode(quantized.module):

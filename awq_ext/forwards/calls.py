@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ..modules import input_embeddings
+from ..reporting.warn import warn
 from ..undo import interrupt
 from .inputs import copy_inputs
+from .samples import has_text, is_chat, is_ids, rows_of_columns, rows_of_ids, rows_of_mapping, text_of, token_ids
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,16 @@ class Call:
         """Number of elements of all tensors, by which batches of different length are compared."""
         return sum(v.numel() for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor))
 
+    @property
+    def tokens(self) -> int:
+        """Number of token ids that a language model reads, padding left out; 0 where none are found."""
+        ids = self.kwargs.get("input_ids", self.args[0] if self.args else None)
+        if not isinstance(ids, Tensor) or ids.is_floating_point():
+            return 0
+        mask = self.kwargs.get("attention_mask")
+        masked = isinstance(mask, Tensor) and mask.shape == ids.shape
+        return int((mask != 0).sum()) if masked else ids.numel()
+
     def on_copies(self, hint: str = "") -> Call:
         """Return this call with copies of its arguments, for a model that may write its input; ``hint`` is added to its own."""
         args, kwargs = copy_inputs((self.args, self.kwargs))
@@ -55,56 +69,125 @@ def read_calls(
     tokenizer: Callable[..., Any] | None = None,
     inputs: str | Callable[[Any], Any] = "all",
     seq_len: int = 512,
+    model: nn.Module | None = None,
 ) -> list[Call]:
     """Turn every sample of ``calib_loader`` into a Call with its tensors on ``device``.
 
-    A sample may be a Tensor (one positional argument), a tuple or list (positional arguments), a mapping (keywords), or a str
-    (needs ``tokenizer``; cut into windows of ``seq_len`` tokens, of which the last may be shorter). inputs: "all"; "first" (only
-    the first element of a tuple, for loaders of (input, label) pairs); or a function applied to each sample first.
+    A sample may be a Tensor (one positional argument), a tuple or list (positional arguments), a mapping (keywords), a list of
+    token ids, or a text: a str, a list of messages, or a mapping with "text", "messages", "conversations" or "prompt" and
+    "completion" (these need ``tokenizer``, and are cut into windows of ``seq_len`` tokens, of which the last may be shorter). Rows
+    of token ids get a batch dimension. A mapping of columns, as a tokenizer returns it for several texts, is taken apart into rows.
+    inputs: "all"; "first" (only the first element of a tuple, for loaders of (input, label) pairs); or a function applied to each
+    sample first.
+    model: keywords that its forward does not take, and labels, which no layer needs, are left out, with a warning.
     Raises ValueError for an empty loader, TypeError for samples or settings it cannot use; the loader's own errors pass.
     """
     if not (inputs in ("all", "first") or callable(inputs)):
         raise TypeError(f'inputs={inputs!r}: choose "all", "first" or a function of one sample')
-    if isinstance(calib_loader, (str, Tensor, Mapping)) or not isinstance(calib_loader, Iterable):
-        raise TypeError(
-            f"calib_loader is a {type(calib_loader).__name__}: give an iterable of samples, for one sample [sample]"
-        )
+    if isinstance(calib_loader, Mapping):
+        calib_loader = rows_of_columns(calib_loader) or _refuse(calib_loader)
+    if isinstance(calib_loader, (str, Tensor)) or not isinstance(calib_loader, Iterable):
+        _refuse(calib_loader)
+    reader = _Reader(tokenizer, seq_len, model)
     calls: list[Call] = []
     for index, sample in enumerate(calib_loader):
         chosen = inputs(sample) if callable(inputs) else sample
         if inputs == "first" and isinstance(chosen, (tuple, list)):
             chosen = chosen[0]
-        calls.extend(_calls_of(chosen, index, tokenizer, seq_len))
+        calls.extend(reader.calls(chosen, f"sample {index} of calib_loader"))
     if not calls:
         raise ValueError("calib_loader is empty: at least one sample is needed (a generator can be read only once)")
+    reader.tell()
     return [Call(_to(call.args, device), _to(call.kwargs, device)) for call in calls]
 
 
-def _calls_of(sample: Any, index: int, tokenizer: Callable[..., Any] | None, seq_len: int) -> Iterator[Call]:
-    if isinstance(sample, str):
-        if tokenizer is None:
-            raise TypeError(f"sample {index} of calib_loader is a str: pass tokenizer= to turn texts into tokens")
-        for window in _token_ids(tokenizer, sample).split(seq_len):
+def _refuse(calib_loader: Any) -> NoReturn:
+    hint = ""
+    if isinstance(calib_loader, Mapping):
+        hint = "; of a data set with several parts choose one, such as data['train']"
+    raise TypeError(
+        f"calib_loader is a {type(calib_loader).__name__}: give an iterable of samples, for one sample [sample]{hint}"
+    )
+
+
+class _Reader:
+    """Reads samples for one model, and remembers what it left out of them."""
+
+    def __init__(self, tokenizer: Callable[..., Any] | None, seq_len: int, model: nn.Module | None) -> None:
+        self._tokenizer, self._seq_len = tokenizer, seq_len
+        self._takes = {} if model is None else dict(inspect.signature(model.forward).parameters)
+        self._reads_ids = model is not None and input_embeddings(model) is not None
+        self._left_out: dict[str, None] = {}
+
+    def calls(self, sample: Any, place: str) -> Iterator[Call]:
+        """Make the calls of one sample."""
+        if isinstance(sample, Mapping) and not self._is_text(sample):
+            self._check_row(sample, place)
+            yield from (Call(kwargs=self._taken(row)) for row in rows_of_mapping(sample))
+        elif isinstance(sample, (str, Mapping)) or is_chat(sample):
+            yield from self._windows(sample, place)
+        elif isinstance(sample, Tensor):
+            row = self._reads_ids and sample.dim() == 1 and sample.dtype in (torch.int32, torch.int64)
+            yield Call(args=(sample[None] if row else sample,))
+        elif is_ids(sample):
+            yield from (Call(args=(batch,)) for batch in rows_of_ids(sample))
+        elif isinstance(sample, (tuple, list)):
+            yield Call(args=tuple(sample))
+        else:
+            raise TypeError(f"{place} is a {type(sample).__name__}: give Tensor, tuple, list, dict or str")
+
+    def _is_text(self, row: Mapping[str, Any]) -> bool:
+        ids = any(name.endswith("input_ids") for name in row)
+        return not ids and not (row.keys() & self._takes.keys()) and has_text(row)
+
+    def _check_row(self, row: Mapping[str, Any], place: str) -> None:
+        """Raise TypeError for a row of texts under names that nobody knows."""
+        texts = [name for name, value in row.items() if isinstance(value, str) or is_chat(value)]
+        if self._takes and texts and not row.keys() & self._takes.keys() and self._reads_ids:
+            raise TypeError(
+                f"{place} has {', '.join(map(str, row))}: say where its text is, inputs=lambda row: row[{texts[0]!r}]"
+            )
+
+    def _windows(self, sample: Any, place: str) -> Iterator[Call]:
+        if self._tokenizer is None:
+            kind = "a str" if isinstance(sample, str) else "a text"
+            raise TypeError(f"{place} is {kind}: pass tokenizer= to turn texts into tokens")
+        text, templated = text_of(sample, self._tokenizer, place)
+        ids = token_ids(self._tokenizer, text, **({"add_special_tokens": False} if templated else {}))
+        for window in ids.split(self._seq_len):
             if len(window):  # an empty text has one empty window
                 yield Call(args=(window[None],))
-    elif isinstance(sample, Tensor):
-        yield Call(args=(sample,))
-    elif isinstance(sample, Mapping):
-        yield Call(kwargs=dict(sample))
-    elif isinstance(sample, (tuple, list)):
-        yield Call(args=tuple(sample))
-    else:
-        raise TypeError(
-            f"sample {index} of calib_loader is a {type(sample).__name__}: give Tensor, tuple, list, dict or str"
-        )
 
+    def _taken(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what the forward does not take, and labels where they only make a loss."""
+        takes = self._takes
+        anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
+        if not takes or (anything and not takes.keys() & row.keys()):
+            return row
+        kept = {}
+        for name, value in row.items():
+            if self._of_no_use(name, row) if name in takes else not (anything and isinstance(value, Tensor)):
+                self._left_out[name] = None
+            else:
+                kept[name] = value
+        return kept or row  # of nothing but strange names the model itself complains
 
-def _token_ids(tokenizer: Callable[..., Any], text: str) -> Tensor:
-    """Return the token ids [T] in whatever a tokenizer returns: a mapping with input_ids, a Tensor, a list."""
-    ids = tokenizer(text)
-    if isinstance(ids, Mapping):
-        ids = ids["input_ids"]
-    return torch.as_tensor(ids, dtype=torch.long).reshape(-1)
+    def _of_no_use(self, name: str, row: Mapping[str, Any]) -> bool:
+        # encoder-decoders shift labels to get the decoder's input
+        makes_input = "decoder_input_ids" in self._takes and not row.keys() & {
+            "decoder_input_ids",
+            "decoder_inputs_embeds",
+        }
+        optional = self._takes[name].default is not inspect.Parameter.empty
+        return name == "labels" and self._reads_ids and optional and not makes_input
+
+    def tell(self) -> None:
+        """Warn, once for all samples, of what was left out."""
+        if self._left_out:
+            warn(
+                f"left out of the calibration samples, as calibration needs no labels and the model takes nothing else of "
+                f"these names: {', '.join(self._left_out)}"
+            )
 
 
 def _to(value: Any, device: torch.device) -> Any:

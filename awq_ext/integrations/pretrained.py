@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..checkpoints.formats import layout
-from ..checkpoints.model_source import ModelSource, config_of, float_linears
+from ..checkpoints.model_source import ModelSource, config_of, float_linears, origin
 from ..checkpoints.quantized_dir import QuantDir
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.saved import fill_model
-from ..checkpoints.write import parse_size, summarize, write
+from ..checkpoints.write import Overwrite, check_target, parse_size, summarize, write
 from ..modules import unwrapped
 from . import transformers_models as huggingface
 
@@ -25,6 +25,7 @@ def save_pretrained(
     format: str = "awq",
     max_shard_size: int | str = "5GB",
     tokenizer: Any = None,
+    overwrite: Overwrite = False,
 ) -> Path:
     """Write a quantized ``model`` to ``directory`` in a layout that other tools read; returns the directory.
 
@@ -33,6 +34,8 @@ def save_pretrained(
     tokenizer: anything with ``save_pretrained(directory)``, also a list of such; None takes the tokenizer and processor files of
         the directory the model came from. All other files there are copied too (code of the model, licences), but no weights and
         no pickles.
+    overwrite: False refuses a directory that holds weights; True replaces a quantized checkpoint; the directory's own path replaces
+        float weights too, but never those that the model was loaded from.
     A Transformers model gets its config.json and generation_config.json, any other a config.json with nothing but its class
     and quantization_config. The directory appears whole or stays as it was, a kill at any moment included; files in it that are
     no part of a checkpoint stay.
@@ -41,6 +44,7 @@ def save_pretrained(
     """
     target, limit = layout(format), parse_size(max_shard_size)
     model = unwrapped(model)
+    check_target(Path(directory), overwrite, [origin(model)])
     source = Renamed(ModelSource(model), model, to_files=True)
     summary = summarize(source, target, source.linears(float_linears(model)))
 

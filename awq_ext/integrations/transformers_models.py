@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoints.conversions import is_transformers_model, transformers
 from ..checkpoints.convert import carry
 from ..checkpoints.formats import CheckpointError
+from ..checkpoints.model_source import origin
 from ..checkpoints.quantized_dir import CONFIG, QUANTIZATION
 
 GENERATION = "generation_config.json"
@@ -51,25 +51,6 @@ def with_local_code(config: dict[str, Any], source: Path | None) -> dict[str, An
         return rest if rest and (source / f"{rest.partition('.')[0]}.py").is_file() else name
 
     return config | {"auto_map": {kind: local(name) for kind, name in mapped.items()}}
-
-
-def origin(model: nn.Module) -> Path | None:
-    """Find the directory that a model was loaded from, in the Hugging Face cache if it came from the hub."""
-    if not is_transformers_model(model):
-        return None
-    name = getattr(model.config, "_name_or_path", "")
-    if not isinstance(name, str) or not name:
-        return None
-    if os.path.isdir(name):
-        return Path(name)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        config = try_to_load_from_cache(name, CONFIG, revision=getattr(model.config, "_commit_hash", None))
-    except HFValidationError:
-        return None  # the path of a directory that is gone
-    return Path(config).parent if isinstance(config, str) else None
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ def _cells(group: GroupPlan) -> tuple[str, ...]:
 def plan(
     model: nn.Module,
     example_batch: Any,
-    config: AwqConfig | None = None,
+    config: AwqConfig | Mapping[str, Any] | None = None,
     *,
     tokenizer: Callable[..., Any] | None = None,
     inputs: str | Callable[[Any], Any] = "all",
@@ -114,10 +114,11 @@ def plan(
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches={batches!r}: a number of calibration batches, at least 1, is needed")
     with session(unwrapped(model), [example_batch], config, tokenizer, inputs) as opened:
-        return _plan(opened, batches, blocks)
+        return planned(opened, batches, blocks)
 
 
-def _plan(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan:
+def planned(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan:
+    """Make the plan of a session: see :func:`plan`."""
     model, config = opened.model, opened.config
     names = {id(module): name for name, module in model.named_modules()}
     found: list[GroupPlan] = []

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from ..calibration.extra_batches import generated_calls, random_calls
 from ..calibration.importance import find_weights
@@ -23,7 +22,8 @@ from ..forwards.calls import Call
 from ..forwards.lockstep import Stop
 from ..forwards.memory import release_free_memory
 from ..forwards.probe import Probe, combined
-from ..modules import foldable_norms, unwrapped
+from ..modules import foldable_norms, input_embeddings, unwrapped
+from ..reporting.progress import Progress, draws_bars, say
 from ..reporting.report import AwqReport, LayerReport
 from ..reporting.tables import format_bytes
 from ..reporting.warn import warn
@@ -36,12 +36,14 @@ from ..undo import interrupt
 from ..undo.thread_state import restoring
 from .session import Session, session
 
+_FEW_TOKENS = 4000
+
 
 @restoring
 def quantize(
     model: nn.Module,
     calib_loader: Iterable[Any],
-    config: AwqConfig | None = None,
+    config: AwqConfig | Mapping[str, Any] | None = None,
     *,
     tokenizer: Callable[..., Any] | None = None,
     inputs: str | Callable[[Any], Any] = "all",
@@ -54,10 +56,11 @@ def quantize(
     model: any nn.Module with nn.Linear inside, float32, bfloat16 or float16. Compiled kernels run on the CPU, plain torch on any
         other device.
     calib_loader: iterable of samples, each a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
-        ``attention_mask`` marks 0 do not count) or, with ``tokenizer``, a str. Tensors are moved to the model's device.
+        ``attention_mask`` marks 0 do not count), a list of token ids or, with ``tokenizer``, a str, a list of messages, or a row of
+        a data set with "text", "messages", "conversations" or "prompt" and "completion". Tensors are moved to the model's device.
     inputs: what of a sample the model is called with: "all"; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
-    overrides: fields of :class:`AwqConfig`, such as ``group_size=64``.
+    config, overrides: an :class:`AwqConfig` or a dict of its fields (or AutoAWQ's), and fields by name, such as ``group_size=64``.
 
     Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done. Raises ValueError
     or TypeError for unusable arguments, CalibrationError when the model rejects a batch, and whatever the loader raises. After
@@ -69,6 +72,7 @@ def quantize(
     started = time.perf_counter()
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
     with session(model, calib_loader, config, tokenizer, inputs, undo=False) as opened:
+        _warn_of_few_tokens(opened)
         with opened.surveyed(blocks) as surveys:
             run = _Run(opened, surveys, report, progress)
             with run.blocks() as visited:
@@ -127,10 +131,10 @@ class _Run:
             yield self._each(visits, bar)
         self._report.warnings += warnings_for(self._padded)
 
-    def _each(self, visits: Iterator[tuple[BlockSurvey, list[Stop]]], bar: tqdm) -> Iterator[_Block]:
+    def _each(self, visits: Iterator[tuple[BlockSurvey, list[Stop]]], bar: Progress) -> Iterator[_Block]:
         for surveyed, stops in visits:
             peak = format_bytes(self._session.memory.bytes())
-            bar.set_postfix_str(f"{surveyed.block.name or 'whole model'}, peak {peak}")
+            bar.note(f"{surveyed.block.name or 'whole model'}, peak {peak}")
             release_free_memory()
             if surveyed.groups:
                 last = surveyed is self._surveys[-1]
@@ -174,11 +178,10 @@ class _Run:
                 journal.set_module(self._session.model, layer.task.name, build_layer(layer, group.fold))
                 report.quantized_parameters += layer.task.linear.weight.numel()
 
-    def _bar(self) -> tqdm:
+    def _bar(self) -> Progress:
         if self._progress:
-            planned = format_bytes(self._report.planned_memory_bytes)
-            tqdm.write(f"awq_ext: {len(self._surveys)} blocks, planned peak memory {planned}")
-        return tqdm(total=len(self._surveys), desc="quantizing", unit="block", disable=not self._progress)
+            say(f"{len(self._surveys)} blocks, planned peak memory {format_bytes(self._report.planned_memory_bytes)}")
+        return Progress(len(self._surveys), "quantizing", "block", self._progress)
 
 
 def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) -> None:
@@ -191,13 +194,27 @@ def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) 
     report.warnings += opened.standins.warnings(report.parameters)
 
 
+def _warn_of_few_tokens(opened: Session) -> None:
+    """Warn where a model that reads token ids is calibrated on few of them; plain rounding does not look at them."""
+    config = opened.config
+    settings = (config, *(config.for_layer(name) for name in opened.eligible.linears))
+    if input_embeddings(opened.model) is None or all(one.method == "rtn" for one in settings):
+        return
+    tokens = sum(call.tokens for call in opened.calls)
+    if 0 < tokens < _FEW_TOKENS:
+        warn(
+            f"{tokens:,} calibration tokens are few: from about {_FEW_TOKENS:,} on the statistics of channels are steady "
+            "(32 windows of 512 tokens are usual)"
+        )
+
+
 def _extra_calls(
     model: nn.Module, calls: Sequence[Call], config: AwqConfig, report: AwqReport, progress: bool
 ) -> list[Call]:
     """Make batches in addition to those given: of random tokens, and of text that the model generates if it can."""
     drawn = random_calls(model, calls, config.random_share)
     try:
-        written = generated_calls(model, calls, config.generated_share, progress)
+        written = generated_calls(model, calls, config.generated_share, progress and draws_bars())
     except Exception as error:  # the calls that were given will show whether the model works
         written = []
         report.notes.append(f"the model could not write text to calibrate on: {type(error).__name__}: {error}")
@@ -221,7 +238,9 @@ def _row_weights(
         return None
     asked = config.objective is not None
     try:
-        return find_weights(model, calls, surveys, config.weighed_batches, progress, of_tokens=not asked)
+        return find_weights(
+            model, calls, surveys, config.weighed_batches, progress and draws_bars(), of_tokens=not asked
+        )
     except Exception as error:  # a model need not have gradients to be quantized
         if asked:
             raise

@@ -66,7 +66,7 @@ def session(
     ``check_layers``, ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for :func:`awq_ext.undo.interrupt.check`.
     """
     device = check_layers(model, config)
-    calls = read_calls(samples, device, tokenizer, inputs, config.seq_len)
+    calls = read_calls(samples, device, tokenizer, inputs, config.seq_len, model)
     # tensors made in inference mode could not be used in training later
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         memory = PeakMemory(device)

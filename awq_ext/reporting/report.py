@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .new_file import write_new
 from .tables import aligned, format_bytes
 
 
@@ -105,14 +106,14 @@ class AwqReport:
         parts["blocks"] = [BlockReport(**row) for row in parts.get("blocks", [])]
         return cls(**parts)
 
-    def to_html(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report as one self-contained page, with plots; returns its path. Needs the extra ``report``."""
+    def to_html(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write the report as one self-contained page, with plots; returns its path. Needs the extra ``report``.
+
+        FileExistsError for a file that is there, unless ``overwrite``.
+        """
         from .html import render
 
-        text = render(self)
-        target = Path(path)
-        target.write_text(text, encoding="utf-8")
-        return target
+        return write_new(path, render(self), overwrite)
 
     def summary(self) -> str:
         """Say in one line what became of the model."""

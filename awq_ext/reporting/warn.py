@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
-# torch too: its decorators, such as no_grad, lie between two frames of this package
-_SKIPPED = (__package__.partition(".")[0], "torch")
+# torch and contextlib too: their decorators and contexts lie between two frames of this package
+_SKIPPED = (__package__.partition(".")[0], "torch", "contextlib")
 
 
 def warn(text: str) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import NoReturn
 
 import torch
 from torch import nn
 
-from ..config import OUTPUT_EMBEDDINGS, AwqConfig, Selector
+from ..config import FORMER_SKIP, AwqConfig, Selector, fits, suggested
 from ..forwards.calls import Call
 from ..forwards.mode import calibration_mode
 from ..layers.quant_linear import QuantLinear
@@ -31,16 +30,20 @@ class Eligible:
 
 
 def check_layers(model: nn.Module, config: AwqConfig) -> torch.device:
-    """Return the device of the weights to quantize; raise ValueError if ``config`` leaves none. No sample is read yet."""
+    """Return the device of the weights to quantize. No sample is read yet.
+
+    Raises ValueError if ``config`` leaves none, and for a pattern of ``skip`` or ``only`` that fits nothing.
+    """
     if type(model) is nn.Linear:
         raise ValueError(
             "model is a bare Linear, which has no place to put another layer: wrap it, nn.Sequential(linear)"
         )
-    excluded = reason_to_skip(model, config)
+    excluded = Choice(model, config)
     eligible = eligible_linears(model, excluded)
     weights = [linear.weight for linear in eligible.linears.values()]
     weights += [fused.original for fused in find_fused(model, excluded) if not fused.reason]
     weights += [module.weight for name, module in transposed_layers(model).items() if not excluded(name, module)]
+    excluded.check_patterns()
     if not weights:
         _refuse(model, eligible)
     return weights[0].device
@@ -58,7 +61,7 @@ def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Jou
 
     Raises ValueError if there is none, or if a ``per_layer`` pattern fits none.
     """
-    excluded = reason_to_skip(model, config)
+    excluded = Choice(model, config)
     standins = stand_in(model, call, excluded, journal, calibration_mode)
     eligible = eligible_linears(model, excluded)
     eligible.reasons |= standins.unfused.reasons
@@ -68,11 +71,8 @@ def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Jou
     if not eligible.linears:
         _refuse(model, eligible)
     for pattern in config.per_layer:
-        if not any(fnmatchcase(name, pattern) for name in eligible.linears):
-            raise ValueError(
-                f"AwqConfig.per_layer[{pattern!r}] fits none of the {len(eligible.linears)} Linears to quantize, "
-                f"such as {next(iter(eligible.linears))}"
-            )
+        if not any(fits(pattern, name) for name in eligible.linears):
+            raise ValueError(_fits_none(f"per_layer[{pattern!r}]", pattern, list(eligible.linears)))
     return eligible, standins
 
 
@@ -123,13 +123,31 @@ def _reason_to_leave(
     return None
 
 
-def reason_to_skip(model: nn.Module, config: AwqConfig) -> Callable[[str, nn.Module], str | None]:
-    """Make a function of a layer's name and module that tells why ``config`` leaves it as it is, or None."""
-    head = output_embeddings(model) if OUTPUT_EMBEDDINGS in config.skip else None
+def heads_among(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Select the output layers of a language model: what ``get_output_embeddings()`` returns, and what is called lm_head."""
+    head = output_embeddings(model)
+    return {name: one for name, one in linears.items() if one is head or _called_head(name)}
 
-    def reason(name: str, module: nn.Module) -> str | None:
-        if module is head:
+
+def _called_head(name: str) -> bool:
+    return name.rpartition(".")[2] == "lm_head"
+
+
+class Choice:
+    """Tells of a layer's name and module why ``config`` leaves it as it is, or None; and which patterns fitted none of them."""
+
+    def __init__(self, model: nn.Module, config: AwqConfig) -> None:
+        self._model, self._config = model, config
+        self._head = None if config.quantize_head else output_embeddings(model)
+        self._names: dict[str, None] = {}
+
+    def __call__(self, name: str, module: nn.Module) -> str | None:
+        config = self._config
+        self._names[name] = None
+        if module is self._head:
             return "the model's output embeddings"
+        if not config.quantize_head and _called_head(name):
+            return "the output layer, by its name"
         if any(_selects(selector, name, module) for selector in config.skip):
             return "skipped by pattern"
         if config.only and not any(_selects(selector, name, module) for selector in config.only):
@@ -139,8 +157,30 @@ def reason_to_skip(model: nn.Module, config: AwqConfig) -> Callable[[str, nn.Mod
             return f"has {count} weights, fewer than min_weights={config.min_weights}"
         return None
 
-    return reason
+    def check_patterns(self) -> None:
+        """Raise ValueError for a pattern that fits none of the layers asked about, with those it may have meant.
+
+        One of ``skip`` may also fit modules that hold none of them (embeddings, norms): they stay float as it is.
+        """
+        names = list(self._names)
+        for which in ("skip", "only"):
+            for pattern in getattr(self._config, which):
+                if not isinstance(pattern, str) or any(fits(pattern, name) for name in names):
+                    continue
+                if which == "skip" and (pattern in FORMER_SKIP or self._fits_beside(pattern)):
+                    continue
+                raise ValueError(_fits_none(f"{which}={pattern!r}", pattern, names))
+
+    def _fits_beside(self, pattern: str) -> bool:
+        holders = {name[:dot] for name in self._names for dot, c in enumerate(name) if c == "."} | {""}
+        others = (name for name, _ in self._model.named_modules() if name not in holders)
+        return any(fits(pattern, name) for name in others)
+
+
+def _fits_none(what: str, pattern: str, names: Sequence[str]) -> str:
+    text = f"AwqConfig.{what} fits none of the {len(names)} layers"
+    return f"{text}; nearest: {', '.join(suggested(pattern, names))}" if names else text
 
 
 def _selects(selector: Selector, name: str, module: nn.Module) -> bool:
-    return fnmatchcase(name, selector) if isinstance(selector, str) else bool(selector(name, module))
+    return fits(selector, name) if isinstance(selector, str) else bool(selector(name, module))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import awq_ext
-from awq_ext.cli import hf
+from awq_ext.cli import hf, texts
 from awq_ext.cli.options import parse_method
 from awq_ext.evaluation.comparison import Comparison
 from awq_ext.reporting.tables import Cell, Table
@@ -96,11 +96,11 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer, model = hf.load_tokenizer(args.model), hf.load_model(args.model, args.dtype)
-    calib = hf.windows(args.calib, tokenizer, args.samples + args.rest // args.seq, args.seq)
+    calib = texts.windows(args.calib, tokenizer, args.samples + args.rest // args.seq, args.seq)
     calib, rest = calib[: args.samples], calib[args.samples :]
     count = -(-args.tokens // args.seq)
     traffic = {
-        name: hf.windows([path], tokenizer, count, args.seq) for name, path in hf.named_texts(args.traffic).items()
+        name: texts.windows([path], tokenizer, count, args.seq) for name, path in hf.named_texts(args.traffic).items()
     }
     if rest:
         traffic["rest of calib"] = rest

@@ -209,15 +209,16 @@ def race(args: argparse.Namespace, model: Path) -> None:
     from bench_linear import machine
 
     from awq_ext.cli import hf
+    from awq_ext.cli.texts import windows
 
     tokenizer, count = hf.load_tokenizer(args.model), -(-args.tokens // args.seq)
     texts = hf.named_texts(args.traffic)
     job = {
         "model": str(model.absolute()),
         "group_size": args.group_size,
-        "calib": torch.cat(hf.windows(args.calib, tokenizer, args.samples, args.seq)).tolist(),
+        "calib": torch.cat(windows(args.calib, tokenizer, args.samples, args.seq)).tolist(),
         "traffic": {
-            name: torch.cat(hf.windows([path], tokenizer, count, args.seq)).tolist() for name, path in texts.items()
+            name: torch.cat(windows([path], tokenizer, count, args.seq)).tolist() for name, path in texts.items()
         },
     }
     found = ours(job, args.method)

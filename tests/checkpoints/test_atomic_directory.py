@@ -129,7 +129,7 @@ def test_a_kill_during_save_pretrained_leaves_the_old_checkpoint_or_the_new_one(
     for step in range(1, 400, 3):
         folder = tmp_path / str(step)
         awq_ext.save_pretrained(old, folder, format="native", max_shard_size=3000)
-        save = lambda to=folder: awq_ext.save_pretrained(new, to, format="native", max_shard_size=5000)  # noqa: E731
+        save = lambda to=folder: awq_ext.save_pretrained(new, to, "native", 5000, overwrite=True)  # noqa: E731
         dead = killed(step, save)
         loaded = awq_ext.load(models.make("mlp").model, folder)
         with torch.no_grad():

@@ -64,7 +64,7 @@ def test_float_modules_are_left_alone_by_readers(tmp_path: Path) -> None:
     assert quantization["exclude_modules"] == ["embed", "lm_head"]
     assert quantization["quant_algo"] == "W4A16_AWQ"
     # and is gone when the directory becomes another layout
-    awq_ext.convert(tmp_path / "a", tmp_path / "m", format="awq")
+    awq_ext.convert(tmp_path / "a", tmp_path / "m", format="awq", overwrite=True)
     assert not (tmp_path / "m" / "hf_quant_config.json").exists()
 
 
@@ -173,7 +173,7 @@ def test_command(tmp_path: Path) -> None:
     for arguments, code, text in (
         (["--format", "marlin"], 2, "is not one of awq"),
         (["--format", "modelopt"], 1, "symmetric=True"),
-        (["--max-shard-size", "much"], 1, "max_shard_size"),
+        (["--max-shard-size", "much"], 2, "max_shard_size"),
     ):
         result = CliRunner().invoke(app, ["convert", str(tmp_path / "a"), str(tmp_path / "c"), *arguments])
         assert result.exit_code == code, result.output

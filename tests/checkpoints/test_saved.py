@@ -200,7 +200,7 @@ def test_a_kill_at_any_step_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     for step in range(1, 200):
         folder = tmp_path / str(step) / "x"
         awq_ext.save(old, folder)
-        dead = killed(step, lambda to=folder: awq_ext.save(new, to))
+        dead = killed(step, lambda to=folder: awq_ext.save(new, to, overwrite=True))
         loaded = awq_ext.load(lambda: models.MODELS["mlp"]().eval(), folder)
         sizes = {module.group_size for module in loaded.modules() if isinstance(module, awq_ext.QuantLinear)}
         expected = old if sizes == {16} else new
@@ -209,7 +209,7 @@ def test_a_kill_at_any_step_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         outcomes.append(expected is new)
         if not dead:
             break
-        awq_ext.save(new, folder)
+        awq_ext.save(new, folder, overwrite=True)
         assert names(folder.parent) == ["x"], "what the dead process left is cleared away"
         assert names(folder) == ["awq_report.json", "config.json", "model.safetensors"]
     assert not dead
@@ -245,7 +245,7 @@ def test_a_directory_replaced_while_it_is_read_is_refused(tmp_path: Path, monkey
     folder, real = awq_ext.save(old, tmp_path / "x"), quantized_dir.Shards
 
     def replaced_before(*args: Any) -> Any:
-        awq_ext.save(new, folder)
+        awq_ext.save(new, folder, overwrite=True)
         return real(*args)
 
     monkeypatch.setattr(quantized_dir, "Shards", replaced_before)
@@ -269,8 +269,8 @@ def test_other_files_of_the_folder_stay(tmp_path: Path) -> None:
     for name in mine:
         (tmp_path / name).write_text("mine")
     (tmp_path / "config.json").write_text('{"my_key": 1}')
-    for _ in range(2):
-        awq_ext.save(quantized("mlp"), tmp_path)
+    for overwrite in (False, True):
+        awq_ext.save(quantized("mlp"), tmp_path, overwrite=overwrite)
         assert all((tmp_path / name).read_text() == "mine" for name in mine)
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["my_key"] == 1
@@ -301,11 +301,11 @@ def test_a_checkpoint_in_another_layout_is_not_replaced(tmp_path: Path) -> None:
     model = quantized("mlp", fold="always", symmetric=True, group_size=-1)
     awq_ext.save_pretrained(model, tmp_path / "other", format="compressed-tensors")
     before = contents(tmp_path / "other")
-    with pytest.raises(CheckpointError, match=r"has model\.safetensors, which awq_ext\.save did not write"):
+    with pytest.raises(CheckpointError, match=r"holds a quantized checkpoint \(model\.safetensors\)"):
         awq_ext.save(model, tmp_path / "other")
     assert contents(tmp_path / "other") == before
     awq_ext.save_pretrained(model, tmp_path / "native", format="native")
-    awq_ext.save(model, tmp_path / "native")
+    awq_ext.save(model, tmp_path / "native", overwrite=True)
     assert_same_model(awq_ext.load(models.MODELS["mlp"]().eval(), tmp_path / "native"), model, "mlp")
 
 
@@ -313,5 +313,5 @@ def test_the_report_of_an_earlier_model_does_not_stay(tmp_path: Path) -> None:
     model = quantized("mlp")
     awq_ext.save(model, tmp_path)
     del model.awq_report
-    awq_ext.save(model, tmp_path)
+    awq_ext.save(model, tmp_path, overwrite=True)
     assert not hasattr(awq_ext.load(models.make("mlp").model, tmp_path), "awq_report")

@@ -17,7 +17,7 @@ from torch import Tensor
 from awq_ext import CheckpointError
 from awq_ext.checkpoints.formats import LAYOUTS, InMemory
 from awq_ext.checkpoints.quantized_dir import QuantDir
-from awq_ext.checkpoints.write import is_checkpoint_file, summarize, weight_files, write
+from awq_ext.checkpoints.write import is_checkpoint_file, summarize, weights_in, write
 
 NATIVE = LAYOUTS["native"]
 
@@ -137,7 +137,9 @@ NAMES = {
     "config.json": (True, False),
     "awq_ext.json": (True, False),
     "awq_report.json": (True, False),
-    "model-0123456789ab.safetensors": (True, False),
+    "model-0123456789ab.safetensors": (True, True),
+    "pytorch_model.bin": (False, True),
+    "pytorch_model-00001-of-00002.bin": (False, True),
     "adapter_model.safetensors": (False, False),
     "model-1-of-2.safetensors": (False, False),
     "generation_config.json": (False, False),
@@ -148,4 +150,4 @@ NAMES = {
 @pytest.mark.parametrize("name", list(NAMES))
 def test_which_files_are_a_checkpoint_and_which_its_weights(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
-    assert (is_checkpoint_file(name), weight_files(tmp_path) == [name]) == NAMES[name]
+    assert (is_checkpoint_file(name), weights_in(tmp_path) == [name]) == NAMES[name]

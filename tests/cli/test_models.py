@@ -16,6 +16,7 @@ import awq_ext
 from awq_ext import AwqConfig, cli
 from awq_ext.cli import hf
 from awq_ext.cli.options import parse_method
+from awq_ext.cli.texts import drawn_windows, windows
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import
 runner = CliRunner()
@@ -71,7 +72,7 @@ def calibration(texts: dict[str, Path]) -> list[object]:
 
 def test_what_is_written_is_what_python_makes(model_dir: Path, texts: dict[str, Path], quantized: Path) -> None:
     by_hand = hf.load_model(model_dir)
-    batches = hf.windows([texts["calib"]], hf.load_tokenizer(model_dir), 4, 64)
+    batches = drawn_windows([texts["calib"]], hf.load_tokenizer(model_dir), 4, 64)
     assert [tuple(batch.shape) for batch in batches] == [(1, 64)] * 4
     awq_ext.quantize(by_hand, batches, group_size=32, n_grid=4, progress=False)
     loaded = hf.load_model(quantized)
@@ -110,7 +111,7 @@ def test_eval(model_dir: Path, texts: dict[str, Path], quantized: Path) -> None:
     figures = json.loads(shown.stdout)  # the table goes to standard error
     assert set(figures) == {"code", "p"} and "top1" in shown.stderr
     assert 0 < figures["code"]["kl"]["value"] < 1
-    samples = hf.windows([texts["code"]], hf.load_tokenizer(model_dir), 1, 512)
+    samples = windows([texts["code"]], hf.load_tokenizer(model_dir), 1, 512)
     expected = awq_ext.evaluate(hf.load_model(quantized), samples)["perplexity"].value
     assert figures["code"]["perplexity"]["value"] == expected
 
@@ -139,39 +140,6 @@ def test_inspect(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
     (foreign / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:5000])
     damaged = run("inspect", foreign)
     assert damaged.exit_code == 1 and "cannot be read" in damaged.output and "Traceback" not in damaged.output
-
-
-def test_chats_and_documents(model_dir: Path, tmp_path: Path) -> None:
-    tokenizer = hf.load_tokenizer(model_dir)
-    path = tmp_path / "a.jsonl"
-    lines = [{"text": "one"}, {"messages": [{"role": "user", "content": "hi"}]}]
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert hf.read_text(path, tokenizer) == "one\nuser: hi\n"
-    path.write_text('{"prompt": "x"}')
-    with pytest.raises(ValueError, match=r"line 1 has neither.*prompt"):
-        hf.read_text(path, tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": 3}', r'line 1: "text" is a int'),
-        ("[1]", r"line 1 has neither.*list"),
-        ('{"messages": 3}', r"line 1: the tokenizer's chat template refuses"),
-    ],
-)
-def test_a_wrong_document_is_named(line: str, message: str, model_dir: Path, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(line)
-    with pytest.raises(ValueError, match=message):
-        hf.read_text(path, hf.load_tokenizer(model_dir))
-
-
-def test_a_line_ends_where_json_says(model_dir: Path, tmp_path: Path) -> None:
-    """U+2028 may stand in a JSON string, and is no end of a line there."""
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
-    assert hf.read_text(path, hf.load_tokenizer(model_dir)) == "one\u2028two"
 
 
 def test_too_little_text_and_too_long_windows_are_noted(
@@ -237,7 +205,7 @@ def test_a_missing_shard_is_noticed(model_dir: Path, tmp_path: Path) -> None:
 
 def test_windows_come_from_every_text(model_dir: Path, texts: dict[str, Path]) -> None:
     tokenizer = hf.load_tokenizer(model_dir)
-    found = hf.windows(list(texts.values()), tokenizer, 5, 16)
+    found = windows(list(texts.values()), tokenizer, 5, 16)
     assert len(found) == 5 and tokenizer.decode(found[0][0]).startswith("calib: some")
     assert tokenizer.decode(found[2][0]).startswith("code: some") and tokenizer.decode(found[4][0]).startswith("prose")
 
@@ -245,24 +213,28 @@ def test_windows_come_from_every_text(model_dir: Path, texts: dict[str, Path]) -
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["quantize", "{model}", "{model}", "--calib", "{calib}"], 2, "is not empty"),
+        (["quantize", "{model}", "{model}", "--calib", "{calib}"], 2, "would be lost"),
         (["quantize", "{model}", "{new}"], 2, "calib"),
-        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "bits=9"], 1, "bits=9"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "bits=9"], 2, "bits=9"),
         (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "nothing"], 2, "FIELD=VALUE"),
-        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "packed=false"], 2, "for experiments"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "packed=false"], 2, "awq-ext compare MODEL"),
         (["quantize", "{model}", "{new}", "--calib", "{calib}", "--seq-len", "100000"], 1, "fewer than one window"),
-        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--dtype", "int8"], 1, "dtype 'int8'"),
+        (
+            ["quantize", "{model}", "{new}", "--calib", "{calib}", "--dtype", "int8"],
+            2,
+            "int8 is not one of auto, bfloat16",
+        ),
         (["quantize", "{empty}", "{new}", "--calib", "{calib}"], 1, "has no config.json"),
         (["compare", "{model}", "--calib", "{calib}", "--traffic", "nowhere.txt"], 1, "nowhere.txt is no file"),
-        (["compare", "{model}", "--calib", "{calib}", "--traffic", "{calib}", "--method", "best"], 1, "method='best'"),
+        (["compare", "{model}", "--calib", "{calib}", "--traffic", "{calib}", "--method", "best"], 2, "method='best'"),
         (["compare", "{model}", "--calib", "{calib}", "--traffic", "{calib}", "--traffic", "{calib}"], 1, "two texts"),
         (["eval", "{model}"], 2, "PATH"),
         (["eval", "{nowhere}", "{calib}"], 2, "does not exist"),
         (["inspect", "{empty}"], 1, "nothing to inspect"),
-        (["quantize", "{model}", "{model}", "--calib", "{calib}", "--overwrite"], 2, "the float model would be lost"),
+        (["quantize", "{model}", "{model}", "--calib", "{calib}", "--overwrite"], 2, "would be lost"),
         (["quantize", "{model}", "{calib}/new", "--calib", "{calib}"], 2, "calib.txt is a file"),
-        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--method", "best"], 1, "method='best'"),
-        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "nothing=1"], 1, "no field nothing"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--method", "best"], 2, "best is not one of awq, rtn"),
+        (["quantize", "{model}", "{new}", "--calib", "{calib}", "--set", "nothing=1"], 2, "no field nothing"),
         (["quantize", "{model}", "{new}", "--calib", "{nowhere}"], 2, "does not exist"),
         (["quantize", "{model}", "{new}", "--calib", "{blank}"], 1, "blank.txt has 0 tokens"),
         (["quantize", "{model}", "{new}", "--calib", "{bytes}"], 1, "bytes.txt is no UTF-8 text"),

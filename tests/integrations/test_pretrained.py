@@ -199,10 +199,10 @@ def test_half_of_what_servers_join_is_a_warning(tmp_path: Path) -> None:
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path)), logits(model))
     model = quantized(per_layer={"*.up_proj": {"group_size": 16}})
     with pytest.warns(UserWarning, match="gate_proj"):
-        awq_ext.save_pretrained(model, tmp_path, format="compressed-tensors")
+        awq_ext.save_pretrained(model, tmp_path, format="compressed-tensors", overwrite=True)
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path)), logits(model))
     with pytest.raises(CheckpointError, match=r"different group sizes \(16, 32\)"):
-        awq_ext.save_pretrained(model, tmp_path, format="awq")
+        awq_ext.save_pretrained(model, tmp_path, format="awq", overwrite=True)
 
 
 def test_bad_arguments_write_nothing(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_shards_have_an_index_and_the_asked_size(tmp_path: Path) -> None:
     assert total == index["metadata"]["total_size"]
     assert torch.equal(logits(awq_ext.from_pretrained(folder)), logits(model))
     # a smaller checkpoint in its place leaves no old shard, and no index that would hide it
-    awq_ext.save_pretrained(model, folder)
+    awq_ext.save_pretrained(model, folder, overwrite=True)
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -316,7 +316,11 @@ def test_files_beside_the_weights_are_carried_over(tmp_path: Path) -> None:
         "preprocessor_config.json",
         "notes.txt",
     }
-    # into the directory the model came from: its float weights make way, its other files stay
+    # into the directory the model came from: never over its float weights; once these are gone, its other files stay
+    for overwrite in (False, True, origin):
+        with pytest.raises(CheckpointError, match=r"holds (the float model|float weights)"):
+            awq_ext.save_pretrained(model, origin, overwrite=overwrite)
+    (origin / "model.safetensors").unlink()
     awq_ext.save_pretrained(model, origin)
     assert (origin / "notes.txt").read_text() == "not a tokenizer's"
     assert (origin / "merges.txt").read_text() == "{} merges.txt"
@@ -354,7 +358,7 @@ def test_a_tokenizer_of_one_s_own(tmp_path: Path) -> None:
 
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(RuntimeError, match="no tokenizer"):
-        awq_ext.save_pretrained(quantized(group_size=64), tmp_path, tokenizer=Broken())
+        awq_ext.save_pretrained(quantized(group_size=64), tmp_path, tokenizer=Broken(), overwrite=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -428,7 +432,7 @@ def test_a_directory_of_version_1_with_a_config(tmp_path: Path) -> None:
     loaded = awq_ext.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.awq_report == model.awq_report
-    awq_ext.save(model, tmp_path)
+    awq_ext.save(model, tmp_path, overwrite=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["awq_report.json", "config.json", "model.safetensors"]
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path)), logits(model))
 

@@ -100,7 +100,7 @@ def test_texts_are_planned_too() -> None:
     [
         ({"batches": 0}, ValueError, "batches=0"),
         ({"batches": True}, ValueError, "batches=True"),
-        ({"config": {}}, TypeError, "config is a dict"),
+        ({"config": [4]}, TypeError, "config is a list"),
         ({"blocks": ["nowhere"]}, ValueError, "no module 'nowhere'"),
         ({"per_layer": {"nothing": {}}}, ValueError, "fits none"),
         ({"group_size": 7}, ValueError, "AwqConfig.group_size=7"),

@@ -165,7 +165,7 @@ def test_transformer_encoder_layers_of_torch() -> None:
 
 def test_skip_patterns_and_given_blocks() -> None:
     case = models.make("llama")
-    awq_ext.quantize(case.model, case.batches, blocks=[], skip=["*.mlp.*"], **FAST)
+    awq_ext.quantize(case.model, case.batches, blocks=[], skip=["*.mlp.*"], quantize_head=True, **FAST)
     report = case.model.awq_report
     assert [block.name for block in report.blocks] == [""]
     assert {row.name.split(".")[2] for row in report.layers if row.status == "int4" and "lm" not in row.name} == {

@@ -62,7 +62,7 @@ def test_an_interrupt_in_the_loader(llama: models.Case) -> None:
         ({"group_size": "64"}, TypeError, "group_size='64'"),
         ({"bits": 5}, ValueError, "bits=5"),
         ({"method": "magic"}, ValueError, "method='magic'"),
-        ({"w_bit": 4}, TypeError, "w_bit"),
+        ({"group_sise": 4}, TypeError, "group_sise=4.: did you mean group_size?"),
         ({"inputs": "last"}, TypeError, "inputs='last'"),
         ({"blocks": ["layers.7"]}, (ValueError, TypeError), "layers.7"),
         ({"blocks": "layers.0"}, (ValueError, TypeError), "blocks"),
@@ -76,7 +76,7 @@ def test_bad_settings(llama: models.Case, options: dict[str, Any], error: Any, m
 
 
 def test_a_config_that_is_no_config(llama: models.Case) -> None:
-    refused(llama.model, llama.batches, TypeError, "AwqConfig", config={"bits": 4})
+    refused(llama.model, llama.batches, TypeError, "AwqConfig", config=["bits"])
     assert AwqConfig(**{k: v for k, v in FAST.items() if k != "progress"}).n_grid == 2
 
 

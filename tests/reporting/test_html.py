@@ -67,7 +67,7 @@ def test_it_tells_everything(report: AwqReport, html: Path) -> None:
     for row in report.layers:
         assert row.name in text
     for words in (
-        "skipped by pattern",
+        "the output layer, by its name",
         "Losses beside plain rounding",
         "Alpha",
         "Heavy tails",
@@ -125,7 +125,7 @@ def test_reports_with_next_to_nothing(tmp_path: Path) -> None:
     found = AwqReport(layers=rows, blocks=[BlockReport("")], warnings=["<script>alert(1)</script>"])
     text = found.to_html(tmp_path / "r.html").read_text(encoding="utf-8")
     assert "a&lt;b&gt;" in text and "skipped &amp; gone" in text and "<script>" not in text
-    assert Parsed(AwqReport().to_html(tmp_path / "r.html").read_text(encoding="utf-8")).open == []
+    assert Parsed(AwqReport().to_html(tmp_path / "s.html").read_text(encoding="utf-8")).open == []
 
 
 def test_experts_that_saw_few_tokens_are_drawn() -> None:

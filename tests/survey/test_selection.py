@@ -42,7 +42,8 @@ EVERY = {
 def test_skip_takes_patterns_and_functions() -> None:
     model = quantized(skip=("lm_head", "*.k_proj", lambda name, module: module.in_features == models.INNER))
     assert int4_layers(model) == {name for name in EVERY if not name.endswith(("k_proj", "down_proj"))}
-    assert set(notes(model).values()) == {"skipped by pattern"}
+    assert notes(model).pop("lm_head") == "the output layer, by its name"
+    assert {why for name, why in notes(model).items() if name != "lm_head"} == {"skipped by pattern"}
     assert len(notes(model)) == 3 + 3 + 1
 
 
@@ -69,7 +70,7 @@ def test_small_layers_stay() -> None:
 
 def test_nothing_selected_names_the_reasons() -> None:
     with pytest.raises(ValueError, match=r"no Linear is left to quantize: .*layers\.0\..*: not among `only`"):
-        quantized(only=("nothing.*",))
+        quantized(only=(lambda *_: False,))
 
 
 class Headed(models.Net):
@@ -93,7 +94,7 @@ def test_the_output_layer_is_left_by_identity() -> None:
     assert int4_layers(model) == EVERY
     assert notes(model) == {"unembed": "the model's output embeddings"}
     torch.manual_seed(0)
-    assert int4_layers(awq_ext.quantize(Headed(), models.token_batches(), blocks=[], skip=(), **FAST)) == {
+    assert int4_layers(awq_ext.quantize(Headed(), models.token_batches(), blocks=[], quantize_head=True, **FAST)) == {
         *EVERY,
         "unembed",
     }
@@ -177,10 +178,63 @@ def test_a_pattern_that_fits_nothing_is_refused() -> None:
     case = models.make("llama")
     before = Snapshot(case.model)
     with pytest.raises(
-        ValueError, match=r"per_layer\['\*\.dwon_proj'\] fits none of the 21 Linears to quantize, such as"
+        ValueError, match=r"per_layer\['\*\.dwon_proj'\] fits none of the 21 layers; nearest: \*\.down_proj"
     ):
         awq_ext.quantize(case.model, case.batches, per_layer={"*.dwon_proj": {"group_size": 32}}, **FAST)
     before.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "nearest"),
+    [
+        ("attention", "*.attention.*"),  # a part of a name, as in other tools
+        ("layers.0", "layers.0.*"),  # a module that holds layers
+        ("k_proj", "*.k_proj"),
+        ("*.dwon_proj", "*.down_proj"),
+        ("layer.0.mlp.*", "layers.0.mlp.*"),
+        ("re:mlp", "re:.*mlp.*"),
+        ("something else", "layers.0."),
+    ],
+)
+@pytest.mark.parametrize("field", ["skip", "only"])
+def test_a_pattern_for_no_layer_names_the_nearest(field: str, pattern: str, nearest: str) -> None:
+    case = models.make("llama")
+    before = Snapshot(case.model)
+    with pytest.raises(ValueError) as caught:
+        awq_ext.quantize(case.model, case.batches, **FAST, **{field: (pattern,)})
+    assert f"AwqConfig.{field}={pattern!r} fits none of the 22 layers; nearest: {nearest}" in str(caught.value)
+    before.assert_unchanged()
+
+
+def test_skip_may_name_what_stays_float_anyway() -> None:
+    """Lists of other tools name embeddings, norms and the head too."""
+    assert int4_layers(quantized(skip=("lm_head", "re:.*lm_head", "<output embeddings>", "embed", "*norm"))) == EVERY
+    with pytest.raises(ValueError, match=r"only='embed' fits none"):
+        quantized(only=("embed",))
+
+
+def test_regular_expressions_fit_whole_names() -> None:
+    settings = {"skip": (r"re:layers\.[01]\..*",), "per_layer": {r"re:.*\.(q|k)_proj": {"group_size": 32}}}
+    rows = {row.name: row for row in quantized(**settings).awq_report.layers if row.status == "int4"}
+    assert rows.keys() == {name for name in EVERY if name.startswith("layers.2.")}
+    assert {name for name, row in rows.items() if row.group_size == 32} == {
+        "layers.2.attention.q_proj",
+        "layers.2.attention.k_proj",
+    }
+
+
+@pytest.mark.parametrize("settings", [{"skip": ("re:(",)}, {"only": ("re:(",)}, {"per_layer": {"re:(": {}}}])
+def test_a_broken_regular_expression_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"'re:\(' is no regular expression: missing \)"):
+        AwqConfig(**settings)
+
+
+def test_the_head_is_skipped_beside_what_skip_names_unless_asked_for() -> None:
+    assert int4_layers(quantized(skip=("*.mlp.*",))) == {name for name in EVERY if ".mlp." not in name}
+    assert int4_layers(quantized(skip=())) == EVERY
+    head = quantized(quantize_head=True).awq_report["lm_head"]
+    assert head.status == "int4" and head.loss < head.loss_rtn  # calibrated, though it lies behind the blocks
+    assert int4_layers(quantized(quantize_head=True, skip=("lm_head",))) == EVERY
 
 
 @pytest.mark.parametrize("field", ["skip", "only"])

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# In ``skip``: the head of a model of transformers, whatever its name (``get_output_embeddings``).
-OUTPUT_EMBEDDINGS = "<output embeddings>"
-# fnmatch pattern of a module's name, or a function of the name and the module.
+from .checks import SCALE_DTYPES, check_values, checked_selectors
+from .names import read_fields
+from .patterns import fits
+
+# Pattern of a module's name (see ``patterns.fits``), or a function of the name and the module.
 Selector = str | Callable[[str, nn.Module], bool]
 # What ``per_layer`` may set: what concerns one Linear alone.
 LAYER_FIELDS = (
@@ -31,33 +31,33 @@ LAYER_FIELDS = (
     "bias_correction",
     "packed",
 )
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "method": ("awq", "rtn", "gptq", "awq+gptq"),
-    "group_size": GROUP_SIZES,
-    "symmetric": (False, True),
-    "scale_dtype": tuple(SCALE_DTYPES),
-    "clip": ("auto", True, False),
-    "act_order": (True, False),
-    "fold": ("auto", "always", "never"),
-    "propagate": ("float", "quantized"),
-    "objective": (None, "layer", "model"),
-    "bias_correction": (True, False),
-    "packed": (True, False),
-}
-_SMALLEST = {
-    "n_grid": 1,
-    "search_rows": 0,
-    "refine": 0,
-    "weighed_batches": 0,
-    "seq_len": 2,
-    "min_tokens": 0,
-    "min_weights": 0,
-}
 
 
+C = TypeVar("C", bound=type)
+
+
+def _understanding(cls: C) -> C:
+    """Let a dataclass take AutoAWQ's names for its fields too, and answer a mistyped one with the nearest."""
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def init(self: Any, *args: Any, **given: Any) -> None:
+        generated(self, *args, **read_fields(given, _names(cls)))
+
+    cls.__init__ = init
+    return cls
+
+
+def _names(cls: Any) -> list[str]:
+    return [one.name for one in dataclasses.fields(cls)]
+
+
+@_understanding
 @dataclass(frozen=True)
 class AwqConfig:
     """Settings of :func:`awq_ext.quantize`. Frozen; a bad value raises TypeError or ValueError naming field, value and choices.
+
+    AutoAWQ's names (w_bit, q_group_size, zero_point, version, modules_to_not_convert) are understood too.
 
     What most models need:
 
@@ -65,9 +65,12 @@ class AwqConfig:
         the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
     bits: 4, or 2 to 8 with ``packed=False``.
     group_size: input channels that share one scale and zero, -1 for the whole row; a short last group is fine.
-    skip: what stays as it is: fnmatch patterns of layer names, or functions of (name, module) that return a bool. By default
-        the output layer of language models.
+    skip: what stays as it is, beside the output layer of language models: patterns of whole layer names (fnmatch, such as
+        ``"*.router"``, or a regular expression after ``re:``), or functions of (name, module) that return a bool. A pattern that
+        fits nothing is an error.
     only: likewise, what alone is quantized; empty for all.
+    quantize_head: True quantizes the output layer of language models like any other (``lm_head``, and whatever
+        ``get_output_embeddings()`` returns).
     per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
         ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8, "packed": False}}``.
     fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
@@ -128,84 +131,48 @@ class AwqConfig:
     random_tokens: float | None = None
     generated_tokens: float | None = None
     packed: bool = True
-    skip: tuple[Selector, ...] = ("lm_head", "*.lm_head", OUTPUT_EMBEDDINGS)
+    skip: tuple[Selector, ...] = ()
     only: tuple[Selector, ...] = ()
     min_tokens: int = 32
     min_weights: int = 0
     per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     seq_len: int = 512
+    quantize_head: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size", *_SMALLEST):
-            self._check_int(name)
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            # 1 == True in Python; a flag must be a real bool, a number must not be one
-            if not any(value == choice and type(value) is type(choice) for choice in choices):
-                raise ValueError(f"AwqConfig.{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
-        self._check_ranges()
-        self._check_selectors("skip")
-        self._check_selectors("only")
+        check_values(self)
+        for name in ("skip", "only"):
+            object.__setattr__(self, name, checked_selectors(name, getattr(self, name)))
         self._check_per_layer()
-
-    def _check_selectors(self, name: str) -> None:
-        value = getattr(self, name)
-        unusable = isinstance(value, str) or not isinstance(value, Iterable)
-        if unusable or not all(isinstance(one, str) or callable(one) for one in value):
-            raise TypeError(
-                f"AwqConfig.{name}={value!r}: give a tuple of name patterns, such as ('*.router',), or functions of "
-                "(name, module)"
-            )
-        object.__setattr__(self, name, tuple(value))
 
     def _check_per_layer(self) -> None:
         if not isinstance(self.per_layer, Mapping):
             raise TypeError(
                 f"AwqConfig.per_layer={self.per_layer!r}: a dict of name pattern -> dict of fields is needed"
             )
+        own = {}
         for pattern, fields in self.per_layer.items():
             if not isinstance(pattern, str) or not isinstance(fields, Mapping):
                 raise TypeError(
                     f"AwqConfig.per_layer[{pattern!r}]={fields!r}: a name pattern -> dict of fields is needed"
                 )
-            if unknown := sorted(set(fields) - set(LAYER_FIELDS)):
-                raise ValueError(
-                    f"AwqConfig.per_layer[{pattern!r}] sets {', '.join(unknown)}: one layer can have its own "
-                    f"{', '.join(LAYER_FIELDS)}"
-                )
-            try:
-                replace(self, per_layer={}, **fields)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"AwqConfig.per_layer[{pattern!r}]: {error}") from None
-        object.__setattr__(self, "per_layer", {pattern: dict(fields) for pattern, fields in self.per_layer.items()})
+            checked_selectors("per_layer", (pattern,))
+            own[pattern] = self._fields_of_layer(pattern, fields)
+        object.__setattr__(self, "per_layer", own)
 
-    def _check_int(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"AwqConfig.{name}={value!r}: an int is needed, not {type(value).__name__}")
-
-    def _check_ranges(self) -> None:
-        if self.packed and self.bits != 4:
-            raise ValueError(
-                f"AwqConfig.bits={self.bits}: packed layers hold 4 bits; use bits=4, or packed=False to try 2 to 8 bits"
-            )
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"AwqConfig.bits={self.bits}: 2 to 8 are possible")
-        for name, smallest in _SMALLEST.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"AwqConfig.{name}={getattr(self, name)}: at least {smallest} is needed")
-
-        if not 0 < self._number("damping") < float("inf"):
-            raise ValueError(f"AwqConfig.damping={self.damping}: a positive number is needed")
-        for name in ("random_tokens", "generated_tokens"):
-            if (value := getattr(self, name)) is not None and not 0 <= self._number(name) < float("inf"):
-                raise ValueError(f"AwqConfig.{name}={value}: a number from 0, or None, is needed")
-
-    def _number(self, name: str) -> float:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"AwqConfig.{name}={value!r}: a float is needed, not {type(value).__name__}")
-        return value
+    def _fields_of_layer(self, pattern: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        where = f"AwqConfig.per_layer[{pattern!r}]"
+        try:
+            fields = read_fields(given, _names(type(self)))
+        except TypeError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if others := sorted(set(fields) - set(LAYER_FIELDS)):
+            raise ValueError(f"{where} sets {', '.join(others)}: one layer can have its own {', '.join(LAYER_FIELDS)}")
+        try:
+            replace(self, per_layer={}, **fields)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
+        return fields
 
     @property
     def searches_scale(self) -> bool:
@@ -263,7 +230,7 @@ class AwqConfig:
     def for_layer(self, name: str) -> AwqConfig:
         """The settings of the layer called ``name``: these, with the fields of the first matching ``per_layer`` pattern."""
         for pattern, fields in self.per_layer.items():
-            if fnmatchcase(name, pattern):
+            if fits(pattern, name):
                 return replace(self, per_layer={}, **fields)
         return self
 
@@ -273,19 +240,27 @@ class AwqConfig:
         return values | {name: [_named(one) for one in values[name]] for name in ("skip", "only")}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AwqConfig:
-        """Inverse of :meth:`to_dict`; an unknown field raises ValueError."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"AwqConfig has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
-        return cls(**values)
+    def from_dict(cls, values: Mapping[str, Any]) -> AwqConfig:
+        """Inverse of :meth:`to_dict`, and reader of AutoAWQ's dict; an unknown field raises ValueError."""
+        try:
+            fields = read_fields(values, _names(cls))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        return cls(**fields)
 
 
-def configured(config: AwqConfig | None, overrides: Mapping[str, Any]) -> AwqConfig:
-    """``config`` (None: the defaults) with some fields set anew. TypeError for what is no AwqConfig."""
+def understood(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate names of settings as AwqConfig does; TypeError for one it does not know."""
+    return read_fields(given, _names(AwqConfig))
+
+
+def configured(config: AwqConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> AwqConfig:
+    """``config`` (a dict: its fields, or AutoAWQ's; None: the defaults) with some fields set anew. TypeError for anything else."""
+    if isinstance(config, Mapping):
+        config = AwqConfig.from_dict(config)
     if not isinstance(config, (AwqConfig, type(None))):
-        raise TypeError(f"config is a {type(config).__name__}: an AwqConfig is needed")
-    return replace(config or AwqConfig(), **overrides)
+        raise TypeError(f"config is a {type(config).__name__}: an AwqConfig or a dict of its fields is needed")
+    return replace(config or AwqConfig(), **understood(overrides))
 
 
 def _named(selector: Selector) -> str:

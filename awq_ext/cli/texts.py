@@ -1,0 +1,144 @@
+"""Read the texts of files, and cut windows of tokens from them."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..forwards.samples import text_of
+
+PLAIN = (".txt", ".text", ".md", ".rst", ".py")
+SUFFIXES = (*PLAIN, ".jsonl", ".json", ".csv", ".parquet")
+# Characters: so much of a text is enough for a number of tokens, without tokenizing all of a large file.
+_LONGEST_TOKEN = 24
+
+
+def read_text(path: Path, tokenizer: Any, field: str | None = None) -> str:
+    """Read the text of a file: all of a plain one, or that of all rows, one after another.
+
+    A row is a text, a chat, or holds one under ``field`` (see ``forwards.samples.text_of``). ValueError for a file of another kind.
+    """
+    suffix = path.suffix.lower()
+    if suffix in PLAIN:
+        if field is not None:
+            raise ValueError(f"{path} is plain text and has no field {field!r}")
+        return _content(path)
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path}: what is in a {suffix or 'file without a suffix'} is not known: {', '.join(SUFFIXES)} are read "
+            "(rename plain text to .txt)"
+        )
+    rows = {".jsonl": _lines, ".json": _list, ".csv": _table, ".parquet": _parquet}[suffix](path)
+    return "\n".join(text_of(row, tokenizer, place, field)[0] for place, row in rows)
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    # not splitlines(), which also ends a line where JSON may hold a character such as U+2028
+    for number, line in enumerate(_content(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
+
+
+def _list(path: Path) -> Iterator[tuple[str, Any]]:
+    rows = _json(_content(path), str(path))
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}: a list of rows is needed")
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _table(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(csv.DictReader(file), 1))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import read_table
+    except ImportError as error:
+        raise ImportError(f"{path}: .parquet files need pyarrow: pip install pyarrow") from error
+    try:
+        rows = read_table(path).to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from error
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def windows(paths: Sequence[Path], tokenizer: Any, count: int, length: int, field: str | None = None) -> list[Tensor]:
+    """Cut up to ``count`` windows int64 [1, length] from the beginnings of texts, as many of one as of another."""
+    each = -(-count // len(paths))
+    found = []
+    for path in paths:
+        text = read_text(path, tokenizer, field)[: each * length * _LONGEST_TOKEN]
+        found += list(_whole(text, tokenizer, length, path)[:each].split(1))
+    return found[:count]
+
+
+def drawn_windows(
+    paths: Sequence[Path], tokenizer: Any, count: int, length: int, field: str | None = None, seed: int = 0
+) -> list[Tensor]:
+    """Draw up to ``count`` windows int64 [1, length] from all of the texts, as many of one as of another.
+
+    Each text is cut into as many stretches as it gives windows, and one place is drawn in each, so that no part of it is left out.
+    """
+    each = -(-count // len(paths))
+    found: list[Tensor] = []
+    for number, path in enumerate(paths):
+        text = read_text(path, tokenizer, field)
+        places = random.Random(f"{seed} {number}")
+        room = length * _LONGEST_TOKEN
+        if len(text) > 4 * each * room:  # too much to tokenize: windows begin at places in the text instead
+            parts = [_from_word(text, begin, room) for begin in _draw(len(text) - room, each, places)]
+            found += [_whole(part, tokenizer, length, path)[:1] for part in parts]
+        else:
+            whole = _whole(text, tokenizer, length, path)
+            found += [whole[i : i + 1] for i in _draw(len(whole), min(each, len(whole)), places)]
+    return found[:count]
+
+
+def _draw(size: int, count: int, places: random.Random) -> list[int]:
+    """Draw one of each of ``count`` equal stretches of range(size)."""
+    edges = [size * i // count for i in range(count + 1)]
+    return [places.randrange(begin, end) for begin, end in itertools.pairwise(edges)]
+
+
+def _from_word(text: str, begin: int, room: int) -> str:
+    """Take ``room`` characters, from the first space on if there is one."""
+    part = text[begin : begin + room]
+    return part[max(part.find(" "), 0) :] if begin else part
+
+
+def _whole(text: str, tokenizer: Any, length: int, path: Path) -> Tensor:
+    """Tokenize a text into whole windows int64 [n, length]; ValueError for less than one."""
+    # without truncation the tokenizer warns of more tokens than the model takes at once: here they are cut
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0].to(torch.int64)
+    whole = ids[: len(ids) // length * length].view(-1, length)
+    if len(whole) == 0:
+        raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {length}: give more text")
+    return whole

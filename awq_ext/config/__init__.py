@@ -1,0 +1,21 @@
+"""AwqConfig: what to do with a model, validated when it is made."""
+
+from .checks import FORMER_SKIP, GROUP_SIZES, METHODS, SCALE_DTYPES
+from .names import did_you_mean
+from .patterns import fits, suggested
+from .settings import LAYER_FIELDS, AwqConfig, Selector, configured, understood
+
+__all__ = [
+    "FORMER_SKIP",
+    "GROUP_SIZES",
+    "LAYER_FIELDS",
+    "METHODS",
+    "SCALE_DTYPES",
+    "AwqConfig",
+    "Selector",
+    "configured",
+    "did_you_mean",
+    "fits",
+    "suggested",
+    "understood",
+]

@@ -1,0 +1,93 @@
+"""Check the values of AwqConfig's fields, one by one; each error names field, value and choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .patterns import check_pattern
+
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+METHODS = ("awq", "rtn", "gptq", "awq+gptq")
+# What ``skip`` had by default before ``quantize_head``, and what people write out of habit: nothing needs to be fitted by them.
+FORMER_SKIP = ("lm_head", "*.lm_head", "*lm_head", "re:lm_head", "re:.*lm_head", "re:.*lm_head$", "<output embeddings>")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "method": METHODS,
+    "group_size": GROUP_SIZES,
+    "symmetric": (False, True),
+    "scale_dtype": tuple(SCALE_DTYPES),
+    "clip": ("auto", True, False),
+    "act_order": (True, False),
+    "fold": ("auto", "always", "never"),
+    "propagate": ("float", "quantized"),
+    "objective": (None, "layer", "model"),
+    "bias_correction": (True, False),
+    "packed": (True, False),
+    "quantize_head": (True, False),
+}
+_SMALLEST = {
+    "n_grid": 1,
+    "search_rows": 0,
+    "refine": 0,
+    "weighed_batches": 0,
+    "seq_len": 2,
+    "min_tokens": 0,
+    "min_weights": 0,
+}
+
+
+def check_values(config: Any) -> None:
+    """Raise TypeError or ValueError for a field that is no number or choice of those it can have."""
+    for name in ("bits", "group_size", *_SMALLEST):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"AwqConfig.{name}={value!r}: an int is needed, not {type(value).__name__}")
+    for name, choices in _CHOICES.items():
+        value = getattr(config, name)
+        # 1 == True in Python; a flag must be a real bool, a number must not be one
+        if not any(value == choice and type(value) is type(choice) for choice in choices):
+            raise ValueError(f"AwqConfig.{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+    _check_ranges(config)
+
+
+def _check_ranges(config: Any) -> None:
+    if config.packed and config.bits != 4:
+        raise ValueError(
+            f"AwqConfig.bits={config.bits}: packed layers hold 4 bits; use bits=4, or packed=False to try 2 to 8 bits"
+        )
+    if not 2 <= config.bits <= 8:
+        raise ValueError(f"AwqConfig.bits={config.bits}: 2 to 8 are possible")
+    for name, smallest in _SMALLEST.items():
+        if getattr(config, name) < smallest:
+            raise ValueError(f"AwqConfig.{name}={getattr(config, name)}: at least {smallest} is needed")
+    if not 0 < _number(config, "damping") < float("inf"):
+        raise ValueError(f"AwqConfig.damping={config.damping}: a positive number is needed")
+    for name in ("random_tokens", "generated_tokens"):
+        if (value := getattr(config, name)) is not None and not 0 <= _number(config, name) < float("inf"):
+            raise ValueError(f"AwqConfig.{name}={value}: a number from 0, or None, is needed")
+
+
+def _number(config: Any, name: str) -> float:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"AwqConfig.{name}={value!r}: a float is needed, not {type(value).__name__}")
+    return value
+
+
+def checked_selectors(name: str, value: Any) -> tuple[Any, ...]:
+    """Return the patterns and functions of a field as a tuple; TypeError for anything else, ValueError for a broken pattern."""
+    unusable = isinstance(value, str) or not isinstance(value, Iterable)
+    if unusable or not all(isinstance(one, str) or callable(one) for one in value):
+        raise TypeError(
+            f"AwqConfig.{name}={value!r}: give a tuple of name patterns, such as ('*.router',), or functions of "
+            "(name, module)"
+        )
+    for one in value:
+        try:
+            check_pattern(one if isinstance(one, str) else "")
+        except ValueError as error:
+            raise ValueError(f"AwqConfig.{name}: {error}") from None
+    return tuple(value)

@@ -1,0 +1,99 @@
+"""Names of settings: those of AutoAWQ are translated, mistyped ones are answered with the nearest."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..reporting.warn import warn
+
+# What other tools call a field: named in the answer, but not translated, as their values may mean something else.
+_ELSEWHERE = {
+    "wbits": "bits",
+    "nbits": "bits",
+    "num_bits": "bits",
+    "groupsize": "group_size",
+    "sym": "symmetric",
+    "asym": "symmetric",
+    "desc_act": "act_order",
+    "damp_percent": "damping",
+    "dampening_frac": "damping",
+    "ignore": "skip",
+    "exclude": "skip",
+    "targets": "only",
+    "include": "only",
+    "dynamic": "per_layer",
+    "lm_head": "quantize_head",
+    "quant_lm_head": "quantize_head",
+    "seqlen": "seq_len",
+    "max_seq_length": "seq_len",
+    "n_samples": "calib_loader, which decides how many samples there are",
+    "nsamples": "calib_loader, which decides how many samples there are",
+}
+# AutoAWQ's version -> the name of the layout of files, None for what save_pretrained writes unasked.
+_VERSIONS = {"gemm": None, "exllama": None, "ipex": None, "marlin": None, "gemv": "gemv", "gemv_fast": "gemv_fast"}
+_AUTOAWQ = ("w_bit", "q_group_size", "zero_point", "modules_to_not_convert", "version", "quant_method")
+
+
+def read_fields(given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Translate AutoAWQ's names of settings to ours; TypeError for a name that is neither, with the nearest that is known.
+
+    w_bit and q_group_size are bits and group_size, zero_point is the opposite of symmetric, modules_to_not_convert are parts of
+    names to skip. version is no setting of quantizing: it names a layout of files, so another than GEMM brings a warning.
+    """
+    known, fields = list(known), {}
+    for name, value in given.items():
+        pair = _translated(name, value) if name in _AUTOAWQ else {name: value}
+        for ours, translated in pair.items():
+            if ours not in known:
+                raise TypeError(unknown_field(ours, value, known))
+            if ours in fields or (ours != name and ours in given):
+                raise TypeError(f"AwqConfig: {name}={value!r} sets {ours}, which is given too: leave one out")
+            fields[ours] = translated
+    return fields
+
+
+def _translated(name: str, value: Any) -> dict[str, Any]:
+    if name == "w_bit":
+        return {"bits": value}
+    if name == "q_group_size":
+        return {"group_size": value}
+    if name == "zero_point":
+        if not isinstance(value, bool):
+            raise TypeError(f"AwqConfig: zero_point={value!r}: True (asymmetric) or False (symmetric) is needed")
+        return {"symmetric": not value}
+    if name == "modules_to_not_convert":
+        parts = [value] if isinstance(value, str) else value or []
+        return {"skip": tuple(f"*{part}*" for part in parts)}
+    if name == "quant_method":
+        if value != "awq":
+            raise TypeError(f"AwqConfig: quant_method={value!r} is the config of another method than AWQ")
+        return {}
+    _check_version(value)
+    return {}
+
+
+def _check_version(value: Any) -> None:
+    layout = str(value).lower()
+    if layout not in _VERSIONS:
+        raise TypeError(f"AwqConfig: version={value!r}: AutoAWQ has {', '.join(map(str.upper, _VERSIONS))}")
+    if (format := _VERSIONS[layout]) is not None:
+        warn(
+            f"version={value!r} is a layout of files, which is chosen when saving: "
+            f'awq_ext.save_pretrained(model, directory, format="{format}")'
+        )
+
+
+def unknown_field(name: str, value: Any, known: Iterable[str]) -> str:
+    """Say that AwqConfig has no such field, and which one may be meant."""
+    known = sorted(known)
+    near = [_ELSEWHERE[name.lower()]] if name.lower() in _ELSEWHERE else difflib.get_close_matches(name, known, 2)
+    says = f"AwqConfig has no field {name} (given {name}={value!r})"
+    return f"{says}: did you mean {' or '.join(near)}?" if near else f"{says}; its fields are {', '.join(known)}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Say which of the known words is nearest, as the end of a sentence; nothing where none is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -1,0 +1,99 @@
+"""Settings on the command line: names of other tools, mistyped ones, and what cannot be written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hf_directory
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import awq_ext
+from awq_ext import cli
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf_directory.make(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "calib.txt"
+    path.write_text("some text of this kind, again and again. " * 40)
+    return path
+
+
+def run(*arguments: object):
+    return runner.invoke(cli.app, list(map(str, arguments)), env={"COLUMNS": "1000"})
+
+
+def quantize(model_dir: Path, calib: Path, out: Path, *more: object):
+    return run("quantize", model_dir, out, "--calib", calib, "--samples", 2, "--seq-len", 64, *more)
+
+
+def test_autoawqs_names_work(model_dir: Path, calib: Path, tmp_path: Path) -> None:
+    names = ("w_bit=4", "q_group_size=32", "zero_point=false", "version=GEMM", "method=rtn")
+    settings = [part for name in names for part in ("--set", name)]
+    shown = quantize(model_dir, calib, tmp_path / "out", *settings, "--json", "-")
+    assert shown.exit_code == 0, shown.output
+    config = json.loads(shown.stdout)["report"]["config"]
+    assert (config["group_size"], config["symmetric"], config["method"]) == (32, True, "rtn")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--set", "group_sise=64"), "did you mean group_size?"),
+        (("--set", "sym=true"), "did you mean symmetric?"),
+        (("--set", "clip=yes"), "clip='yes': choose one of 'auto', True, False"),
+        (("--set", "skip=*.router"), "give a tuple of name patterns"),
+        (("--skip", "re:("), "'re:(' is no regular expression"),
+        (("--method", "aqw"), "aqw is not one of awq, rtn, gptq, awq+gptq (did you mean awq?)"),
+        (("--format", "compresed-tensors"), "(did you mean compressed-tensors?)"),
+        (("--dtype", "bf16"), "bf16 is not one of auto, bfloat16"),
+        (("--set", "bits=3"), "awq-ext compare MODEL"),
+        (("--set", "w_bit=3"), "--set bits=3 --set packed=false"),
+        (("--set", "bits=3", "--set", "packed=false"), "model.save_pretrained(OUT)"),
+    ],
+)
+def test_a_mistake_is_a_usage_error(
+    model_dir: Path, calib: Path, tmp_path: Path, options: tuple[str, ...], says: str
+) -> None:
+    shown = quantize(model_dir, calib, tmp_path / "out", *options)
+    assert shown.exit_code == 2 and says in shown.output and not (tmp_path / "out").exists(), shown.output
+
+
+def test_a_pattern_for_no_layer_is_one_line(model_dir: Path, calib: Path, tmp_path: Path) -> None:
+    shown = quantize(model_dir, calib, tmp_path / "out", "--skip", "down_proj")
+    assert shown.exit_code == 1 and "skip='down_proj' fits none of the 15 layers; nearest: *.down_proj" in shown.output
+
+
+def test_skip_adds_wherever_it_is_given(model_dir: Path, calib: Path, tmp_path: Path) -> None:
+    given = ("--skip", "re:.*up_proj", "--set", 'skip=["*.down_proj"]', "--set", "method=rtn", "--json", "-")
+    rows = json.loads(quantize(model_dir, calib, tmp_path / "out", *given).stdout)["report"]["layers"]
+    stay = {row["name"].rpartition(".")[2] for row in rows if row["status"] == "float"}
+    assert stay == {"up_proj", "down_proj", "lm_head"}
+    shown = quantize(model_dir, calib, tmp_path / "all", "--set", "quantize_head=true", "--set", "method=rtn")
+    assert "15 of 15 Linears quantized" in shown.output
+
+
+def test_what_the_error_about_other_bits_names_works(model_dir: Path, calib: Path, tmp_path: Path) -> None:
+    traffic = ("--traffic", calib, "--tokens", 128, "--samples", 2, "--seq-len", 64)
+    bits = ("--set", "bits=3", "--set", "packed=false")
+    shown = run("compare", model_dir, "--calib", calib, *traffic, "--method", "rtn", *bits, "--json", tmp_path / "c")
+    assert shown.exit_code == 0, shown.output
+    assert json.loads((tmp_path / "c").read_text())["rows"][1]["config"]["bits"] == 3
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    ids = torch.arange(64)[None]
+    awq_ext.quantize(model, [ids], bits=3, packed=False, method="rtn", progress=False)
+    model.save_pretrained(tmp_path / "float")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
