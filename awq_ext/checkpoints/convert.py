@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from .formats import CheckpointError, layout
+import torch
+
+from ..config import AwqConfig
+from ..reporting.model_card import CARD, Card, base_of, write_card
+from ..reporting.readers import DEFAULT_FORMAT
+from ..reporting.report import AwqReport
+from .formats import CheckpointError, Summary, layout
 from .quantized_dir import QuantDir
+from .saved import found_report
 from .shards import PICKLES
-from .write import REPORT, is_checkpoint_file, parse_size, summarize, write
+from .write import REPORT, Source, is_checkpoint_file, parse_size, summarize, write
 
 
 def convert(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], format: str = "awq", max_shard_size: int | str = "5GB"
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    format: str = DEFAULT_FORMAT,
+    max_shard_size: int | str = "5GB",
 ) -> Path:
     """Write the quantized checkpoint in directory ``src`` to directory ``dst`` in another layout; returns ``dst``.
 
@@ -36,8 +47,34 @@ def convert(
         )
     summary = summarize(source, target, float_modules(source))
     config = {key: value for key, value in source.config.items() if key not in ("compression_config",)}
-    write(folder, source, target, summary, config, limit, lambda to: _copy_rest(source_folder, to))
+
+    def extra(to: Path) -> None:
+        _copy_rest(source_folder, to)
+        if (to / CARD).exists():  # if it is ours, it tells the old layout
+            stored = sum(file.stat().st_size for file in to.glob("*.safetensors"))
+            write_card(
+                to, card(target.name, source, summary, config, found_report(source), base_of(to), stored), folder
+            )
+
+    write(folder, source, target, summary, config, limit, extra)
     return folder
+
+
+def card(
+    format: str,
+    source: Source,
+    summary: Summary,
+    config: Mapping[str, Any],
+    report: AwqReport | None,
+    base: str,
+    stored: int,
+) -> Card:
+    """Collect what the model card tells. base: the float model's name; stored: bytes of the weights that are written."""
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+    floats = sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in source.floats)
+    before = floats + dtype.itemsize * sum(facts.in_features * facts.out_features for facts in summary.layers.values())
+    sizes, usual = summary.group_sizes(), AwqConfig().to_dict()
+    return Card(format, len(summary.layers), sizes, summary.symmetric, report, base, before, stored, usual)
 
 
 def float_modules(source: QuantDir) -> Iterable[str]:

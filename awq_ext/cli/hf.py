@@ -15,7 +15,6 @@ from ..checkpoints.conversions import transformers
 from ..checkpoints.quantized_dir import CONFIG
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
-from ..checkpoints.write import REPORT
 from ..integrations.pretrained import from_pretrained, save_pretrained
 from .options import say
 
@@ -64,9 +63,8 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def save_model(model: nn.Module, directory: Path, format: str) -> None:
-    """Write the quantized model with its tokenizer, and its report beside it, which most layouts have no place for."""
+    """Write the quantized model with its tokenizer and its report."""
     save_pretrained(model, directory, format)
-    (directory / REPORT).write_text(json.dumps(model.awq_report.to_dict()), encoding="utf-8")
 
 
 def read_text(path: Path, tokenizer: Any) -> str:

@@ -10,19 +10,21 @@ import torch
 from torch import nn
 
 from ..checkpoints.formats import layout
-from ..checkpoints.model_source import ModelSource, config_of, float_linears
+from ..checkpoints.model_source import ModelSource, config_of
 from ..checkpoints.quantized_dir import QuantDir
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.saved import fill_model
-from ..checkpoints.write import parse_size, summarize, write
+from ..checkpoints.write import parse_size, write
 from ..modules import unwrapped
+from ..reporting.readers import DEFAULT_FORMAT
 from . import transformers_models as huggingface
+from .beside import summary_for, write_beside
 
 
 def save_pretrained(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    format: str = "awq",
+    format: str = DEFAULT_FORMAT,
     max_shard_size: int | str = "5GB",
     tokenizer: Any = None,
 ) -> Path:
@@ -33,7 +35,8 @@ def save_pretrained(
     tokenizer: anything with ``save_pretrained(directory)``, also a list of such; None takes the tokenizer and processor files of
         the directory the model came from.
     A Transformers model gets its config.json and generation_config.json, any other a config.json with nothing but its class
-    and quantization_config. The directory appears whole or stays as it was, a kill at any moment included; files in it that are
+    and quantization_config. Beside them lie the report and a model card (README.md; one that a person wrote stays). The directory
+    appears whole or stays as it was, a kill at any moment included; files in it that are
     no part of a checkpoint stay.
     Raises CheckpointError, before anything is written, with a list of everything the format cannot hold and what to do about
     it; ValueError for an unknown format or size.
@@ -41,10 +44,12 @@ def save_pretrained(
     target, limit = layout(format), parse_size(max_shard_size)
     model = unwrapped(model)
     source = Renamed(ModelSource(model), model, to_files=True)
-    summary = summarize(source, target, source.linears(float_linears(model)))
+    summary = summary_for(source, model, target)
 
     def extra(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
+        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        write_beside(model, folder, source, target, summary, stored, Path(directory))
 
     write(Path(directory), source, target, summary, config_of(model), limit, extra)
     return Path(directory)

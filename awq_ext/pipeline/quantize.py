@@ -23,6 +23,7 @@ from ..forwards.calls import Call
 from ..forwards.lockstep import Stop
 from ..forwards.memory import release_free_memory
 from ..forwards.probe import Probe, combined
+from ..layers.announcement import announce
 from ..modules import foldable_norms, unwrapped
 from ..reporting.report import AwqReport, LayerReport
 from ..reporting.tables import format_bytes
@@ -59,7 +60,8 @@ def quantize(
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
     overrides: fields of :class:`AwqConfig`, such as ``group_size=64``.
 
-    Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done. Raises ValueError
+    Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done; one of Transformers
+    also writes whole quantized checkpoints with its own ``save_pretrained``. Raises ValueError
     or TypeError for unusable arguments, CalibrationError when the model rejects a batch, whatever the loader raises. After
     any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C comes within a forward of a block or
     the search of a layer; a second one comes at once. One that comes when all is done leaves the quantized model.
@@ -81,7 +83,8 @@ def quantize(
         for text in report.warnings:
             warn(text)
         interrupt.check()
-        # last, so that an exception until here (a warning may be one) leaves no report behind
+        # last, so that an exception until here (a warning may be one) leaves nothing behind
+        announce(model)
         model.awq_report = report
     return given
 
