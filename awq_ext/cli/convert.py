@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from ..reporting.readers import DEFAULT_FORMAT
 from .options import check_format, one_line_errors
 
 
@@ -25,7 +25,7 @@ def convert(
             callback=check_format,
             help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt or native (docs/formats.md).",
         ),
-    ] = "awq",
+    ] = DEFAULT_FORMAT,
     max_shard_size: Annotated[str, typer.Option(help="Begin another file beyond this size.")] = "5GB",
 ) -> None:
     """Convert a quantized checkpoint to another layout, exactly: codes, scales and zeros stay what they are.
@@ -36,6 +36,7 @@ def convert(
     Example: awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors
     """
     from ..checkpoints.convert import convert as run
+    from .hf import tell_readers
 
     folder = run(source, target, format, max_shard_size)
-    Console().print(f"{escape(str(folder))}: {format}", soft_wrap=True)
+    tell_readers(Console(), folder, format)

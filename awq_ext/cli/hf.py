@@ -9,18 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 from ..checkpoints.conversions import transformers
+from ..checkpoints.formats import CheckpointError
 from ..checkpoints.quantized_dir import CONFIG
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
+from ..integrations import planned
 from ..integrations.pretrained import from_pretrained, save_pretrained
+from ..reporting.readers import lines
 from .options import say
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 # Characters: so much of a text is enough for a number of tokens, without reading all of a large file.
 _LONGEST_TOKEN = 24
+# of a batch: enough to see which layers a model calls
+_FEW_TOKENS = 32
 
 
 def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
@@ -65,6 +72,24 @@ def load_tokenizer(directory: Path) -> Any:
 def save_model(model: nn.Module, directory: Path, format: str) -> None:
     """Write the quantized model with its tokenizer and its report."""
     save_pretrained(model, directory, format)
+
+
+def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> None:
+    """Say before the work, in CheckpointError, that a format cannot hold what would become of the model, with the ways out."""
+    try:
+        planned.check_format(model, batch[:, :_FEW_TOKENS], format, settings)
+    except CheckpointError as error:
+        text = str(error).replace("cannot hold this model; nothing was written", "could not hold the quantized model")
+        ways = "settings are options here: --group-size, --skip, --set FIELD=VALUE. "
+        ways += "--format native, which awq_ext alone loads, holds every model"
+        raise CheckpointError(f"{text}\n{ways}") from None
+
+
+def tell_readers(console: Console, directory: Path, format: str) -> None:
+    """Print where a model was written, and who loads it with which command."""
+    console.print(f"written to {escape(str(directory))} ({format}), which these load:", soft_wrap=True)
+    for line in lines(format, str(directory)):
+        console.print(f"  {escape(line)}", soft_wrap=True, highlight=False)
 
 
 def read_text(path: Path, tokenizer: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..reporting.readers import DEFAULT_FORMAT
 from .options import (
     Calib,
     Dtype,
@@ -44,9 +45,11 @@ def quantize(
     format: Annotated[
         str,
         typer.Option(
-            callback=check_format, help="Layout of OUT: native, awq, compressed-tensors, ... (docs/formats.md)."
+            callback=check_format,
+            help="Layout of OUT: awq and compressed-tensors are loaded by vLLM and Transformers, native by awq_ext; others in "
+            "docs/formats.md.",
         ),
-    ] = "native",
+    ] = DEFAULT_FORMAT,
     samples: Samples = 32,
     seq_len: SeqLen = 512,
     skip: Annotated[
@@ -71,8 +74,8 @@ def quantize(
 
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
-    OUT holds config, tokenizer, weights and the report. Layouts without a place for scales that are applied at run time get a model
-    whose scales are all folded (fold=always).
+    OUT holds config, tokenizer, weights, the report and a model card. Layouts without a place for scales that are applied at run
+    time get a model whose scales are all folded (fold=always). What the layout cannot hold is said before the work.
     """
     from .. import AwqConfig
     from .. import quantize as quantize_model
@@ -98,11 +101,12 @@ def quantize(
     batches = hf.windows(calib, tokenizer, samples, seq_len)
     model = hf.load_model(model_dir, dtype)
     hf.note_lengths(model, batches, samples)
+    hf.check_format(model, batches[0], format, chosen)
     quantize_model(model, batches, progress=console.is_terminal, **chosen)
     hf.save_model(model, out_dir, format)
     report = model.awq_report
     if html is not None:
         report.to_html(html)
     console.print(escape(report.summary()), soft_wrap=True)
-    console.print(f"written to {escape(str(out_dir))} ({format})", soft_wrap=True)
+    hf.tell_readers(console, out_dir, format)
     write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)

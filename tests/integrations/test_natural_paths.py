@@ -18,6 +18,11 @@ from torch import nn
 
 import awq_ext
 from awq_ext import CheckpointError, QuantLinear
+from awq_ext.checkpoints.formats import LAYOUTS
+from awq_ext.checkpoints.model_source import ModelSource
+from awq_ext.checkpoints.renaming import Renamed
+from awq_ext.integrations.beside import summary_for
+from awq_ext.integrations.planned import check_format
 from awq_ext.reporting.model_card import MARK
 
 transformers = pytest.importorskip("transformers", reason="Transformers NOT TESTED: pip install awq-ext[hf]")
@@ -166,6 +171,50 @@ def test_casts_work(tmp_path: Path) -> None:
     assert_same_layers(model, loaded)  # logits differ: the cast rounds the rotary tables, which no file has
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert model.float().dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2-MoE", "gpt-oss"])
+@pytest.mark.parametrize("save", [awq_ext.save, lambda model, folder: awq_ext.save_pretrained(model, folder, "native")])
+def test_native_directories_fail_loudly_in_transformers_that_does_not_know_them(
+    name: str, save: Callable[[Any, Path], Any], unregistered: None, tmp_path: Path
+) -> None:
+    """It warns of an unknown quantization type, and would go on with random weights."""
+    case = architectures.make(name)
+    save(awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False), tmp_path)
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModel, type(case.model)):
+        with pytest.raises(RuntimeError, match="mismatch"):
+            kind.from_pretrained(tmp_path)
+    assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), case.batches[0]), logits(case.model, case.batches[0]))
+
+
+@pytest.fixture
+def unregistered(registered: None) -> None:  # noqa: F811
+    """Transformers as it is without this package; what was registered comes back with the fixture that this one asks for."""
+    from transformers.quantizers import auto
+
+    for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        table.pop("awq_ext")
+
+
+@pytest.mark.parametrize("format", ["awq", "compressed-tensors", "modelopt", "native"])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Qwen2-MoE", "gpt-oss", "T5", "Falcon, new decoder"])
+def test_what_is_said_before_the_work_is_what_saving_says(name: str, format: str) -> None:
+    case = architectures.make(name)
+    settings = {"group_size": 16, "method": "rtn", "symmetric": format == "modelopt"}
+    try:
+        check_format(case.model, case.batches[0], format, settings)
+        before = ""
+    except CheckpointError as error:
+        before = str(error)
+    model = awq_ext.quantize(case.model, case.batches, **settings, progress=False)
+    try:
+        layout = LAYOUTS[format]
+        summary_for(Renamed(ModelSource(model), model, to_files=True), model, layout)
+        after = ""
+    except CheckpointError as error:
+        after = str(error).partition("\nas it is, ")[0]
+    assert bool(before) == bool(after), (before, after)
+    assert before.count("\n") == after.count("\n")
 
 
 def test_the_model_card(tmp_path: Path) -> None:
