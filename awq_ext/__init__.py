@@ -19,7 +19,7 @@ from .evaluation.sensitivity import Sensitivity, sensitivity  # noqa: E402
 from .forwards.calls import CalibrationError  # noqa: E402
 from .integrations.attached import attach as _attach  # noqa: E402
 from .integrations.pretrained import from_pretrained, save_pretrained  # noqa: E402
-from .integrations.registration import register_with_transformers  # noqa: E402
+from .integrations.registration import register_with_peft, register_with_transformers  # noqa: E402
 from .layers.announcement import listen as _listen  # noqa: E402
 from .layers.quant_linear import QuantLinear, set_compute_dtype  # noqa: E402
 from .pipeline.plan import GroupPlan, Plan, plan  # noqa: E402
@@ -56,6 +56,7 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "register_with_peft",
     "register_with_transformers",
     "salience",
     "save",
