@@ -74,6 +74,7 @@ def compare(
     chosen = read_settings({"group_size": group_size, "seq_len": seq_len}, settings)
     methods = [parse_method(text) for text in method]
     read_methods(methods, chosen)  # before a model is loaded for nothing
+    model_dir = hf.folder(model_dir)
     tokenizer = hf.load_tokenizer(model_dir)
     batches = hf.windows(calib, tokenizer, samples, seq_len)
     scored = {name: hf.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in texts.items()}

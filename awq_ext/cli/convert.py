@@ -14,7 +14,10 @@ from .options import check_format, one_line_errors
 
 @one_line_errors
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of a quantized checkpoint, of any layout.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="Directory, or ORG/NAME on the hub, of a quantized checkpoint."),
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="DST", help="Directory to write; what is a checkpoint in it is replaced.")
     ],
@@ -36,7 +39,8 @@ def convert(
     Example: awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors
     """
     from ..checkpoints.convert import convert as run
+    from .hf import folder as folder_of_source
     from .hf import tell_readers
 
-    folder = run(source, target, format, max_shard_size)
+    folder = run(folder_of_source(source), target, format, max_shard_size)
     tell_readers(Console(), folder, format)

@@ -19,6 +19,7 @@ from ..checkpoints.quantized_dir import CONFIG
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
 from ..integrations import planned
+from ..integrations.hub import folder_of
 from ..integrations.pretrained import from_pretrained, save_pretrained
 from ..reporting.readers import lines
 from .options import say
@@ -28,6 +29,12 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _LONGEST_TOKEN = 24
 # of a batch: enough to see which layers a model calls
 _FEW_TOKENS = 32
+
+
+def folder(source: Path) -> Path:
+    """Find the directory of a model: itself, or that of ORG/NAME or ORG/NAME@REVISION on the hub, downloaded if need be."""
+    name, _, revision = (str(source), "", "") if source.is_dir() else str(source).partition("@")
+    return folder_of(name, revision or None)
 
 
 def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
@@ -42,7 +49,7 @@ def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
     if not sys.stderr.isatty():  # no bars in log files
         transformers().utils.logging.disable_progress_bar()
     auto = transformers().AutoModelForCausalLM
-    return auto.from_pretrained(directory, dtype=chosen, local_files_only=True).eval()
+    return auto.from_pretrained(directory, dtype=chosen, local_files_only=True, trust_remote_code=False).eval()
 
 
 def is_quantized(directory: Path) -> bool:
@@ -60,7 +67,8 @@ def load_tokenizer(directory: Path) -> Any:
     if not read_config(directory):
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     try:
-        return transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        auto = transformers().AutoTokenizer
+        return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, TypeError, KeyError) as error:
         files = sorted(file.name for file in directory.glob("*token*"))
         what = (

@@ -97,6 +97,7 @@ def quantize(
         raise typer.BadParameter("a fake-quantized model is for experiments: use awq-ext compare", param_hint="--set")
     set_threads(threads)
     console = console_for(json_path)
+    model_dir = hf.folder(model_dir)
     tokenizer = hf.load_tokenizer(model_dir)
     batches = hf.windows(calib, tokenizer, samples, seq_len)
     model = hf.load_model(model_dir, dtype)

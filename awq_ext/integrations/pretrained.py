@@ -19,6 +19,7 @@ from ..modules import unwrapped
 from ..reporting.readers import DEFAULT_FORMAT
 from . import transformers_models as huggingface
 from .beside import summary_for, write_beside
+from .hub import folder_of
 
 
 def save_pretrained(
@@ -55,17 +56,31 @@ def save_pretrained(
     return Path(directory)
 
 
-def from_pretrained(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, **options: Any) -> nn.Module:
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+) -> nn.Module:
     """Load the model of a directory with config.json and a quantized checkpoint of any layout, in eval mode, on the CPU.
+
+    directory: also a name on the Hugging Face hub, such as "Qwen/Qwen2.5-7B-Instruct-AWQ", whose files are taken from the cache or
+        downloaded; revision, token, cache_dir and local_files_only are huggingface_hub's, without which its own defaults hold
+        (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE). Pickled weights are never downloaded.
 
     The class is the one that config.json names, of the transformers package (``pip install "awq-ext[hf]"``). Weights are built
     empty and filled shard by shard: no float copy of a quantized weight ever exists.
     dtype: of everything that is not quantized; None keeps the dtypes of the files.
-    options: passed to the config, such as ``attn_implementation="eager"`` or ``trust_remote_code=True``.
-    Raises CheckpointError for damaged, hostile or unfitting files, and for layouts that cannot be read; ImportError without
-    transformers.
+    options: passed to the config, such as ``attn_implementation="eager"`` or ``trust_remote_code=True``, without which code that
+        lies beside a model is never run.
+    Raises CheckpointError for names that cannot be found, for damaged, hostile or unfitting files, and for layouts that cannot be
+    read; ImportError without transformers.
     """
-    folder = Path(directory)
+    folder = folder_of(directory, revision, token, cache_dir, local_files_only)
     source = QuantDir(folder)
     model = huggingface.empty_model(folder, dtype, options)
     fill_model(model, source, dtype, huggingface.ignored(model))

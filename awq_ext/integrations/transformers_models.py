@@ -81,6 +81,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, Any]) -> nn.Module:
     """Build the model that config.json describes, its large parameters on the meta device, its buffers computed."""
     package = transformers()
+    options = {"trust_remote_code": False, **options}  # else transformers asks, where somebody could answer
     if not (folder / CONFIG).exists():
         raise CheckpointError(
             f"{folder} has no {CONFIG}: build the model yourself and use awq_ext.load(model, directory)"
@@ -102,9 +103,7 @@ def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, A
     with _default_dtype(wanted), _EmptyOnMeta(), torch.no_grad():
         if kind is not None:
             return kind(config)
-        return package.AutoModelForCausalLM.from_config(
-            config, trust_remote_code=options.get("trust_remote_code", False)
-        )
+        return package.AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"])
 
 
 def finish(model: nn.Module, folder: Path) -> None:

@@ -99,9 +99,11 @@ def _versions() -> str:
 
 
 def base_name(name: object) -> str:
-    """Name the model that another was made from: a repository as it is, a directory without the path to it."""
+    """Name the model that another was made from: a repository (in the hub's cache too), or a directory without its path."""
     if not isinstance(name, str) or not name:
         return ""
+    if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", f"{name}/"):
+        return "/".join(cached.groups())
     repository = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(name)
     return name if repository else Path(name).name
 
