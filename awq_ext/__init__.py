@@ -17,13 +17,18 @@ from .evaluation.evaluate import Evaluation, accuracy, embedding_cosine, evaluat
 from .evaluation.salience import Salience, salience  # noqa: E402
 from .evaluation.sensitivity import Sensitivity, sensitivity  # noqa: E402
 from .forwards.calls import CalibrationError  # noqa: E402
+from .integrations.attached import attach as _attach  # noqa: E402
 from .integrations.foresee import check_format  # noqa: E402
 from .integrations.pretrained import from_pretrained, save_pretrained  # noqa: E402
-from .integrations.registration import register_with_transformers  # noqa: E402
+from .integrations.registration import register_with_peft, register_with_transformers  # noqa: E402
+from .layers.announcement import listen as _listen  # noqa: E402
 from .layers.quant_linear import QuantLinear, set_compute_dtype  # noqa: E402
 from .pipeline.plan import GroupPlan, Plan, plan  # noqa: E402
 from .pipeline.quantize import quantize  # noqa: E402
 from .reporting.report import AwqReport, BlockReport, LayerReport  # noqa: E402
+
+# whatever is quantized or loaded, by which function ever, can be saved by Transformers' own save_pretrained
+_listen(_attach)
 
 __version__ = _version("awq-ext")
 __all__ = [
@@ -53,6 +58,7 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "register_with_peft",
     "register_with_transformers",
     "salience",
     "save",

@@ -35,6 +35,7 @@ LEAVES = ("_C", "_abi", "_build")
 # Packages of others, and the only places that may import them.
 CONFINED = {
     "transformers": ("integrations", "checkpoints.conversions"),
+    "peft": ("integrations.adapters",),
     "typer": ("cli",),
     "greenlet": ("forwards.lockstep",),
     "matplotlib": ("reporting.html", "reporting.plots"),

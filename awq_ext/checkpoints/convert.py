@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from .formats import CheckpointError, layout
+import torch
+
+from ..config import AwqConfig
+from ..reporting.model_card import CARD, Card, base_of, write_card
+from ..reporting.readers import DEFAULT_FORMAT
+from ..reporting.report import AwqReport
+from .formats import CheckpointError, Summary, layout
 from .quantized_dir import CONFIG, QuantDir, without_settings
+from .saved import found_report
 from .shards import PICKLES
-from .write import REPORT, Overwrite, check_target, is_checkpoint_file, parse_size, summarize, write
+from .write import REPORT, Overwrite, Source, check_target, is_checkpoint_file, parse_size, summarize, write
 
 # in whatever form, and what a torch.save or a joblib.dump may have written
 _WEIGHTS = (
@@ -22,7 +30,7 @@ _WEIGHTS = (
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    format: str = "awq",
+    format: str = DEFAULT_FORMAT,
     max_shard_size: int | str = "5GB",
     overwrite: Overwrite = False,
 ) -> Path:
@@ -48,14 +56,37 @@ def convert(
             "of files: load it and use awq_ext.save_pretrained"
         )
     summary = summarize(source, target, float_modules(source))
+    config = without_settings(source.config)
 
     def extra(to: Path) -> None:
         carry(source_folder, to)
         if (source_folder / REPORT).is_file():
             shutil.copy2(source_folder / REPORT, to / REPORT)
+        if (to / CARD).exists():  # if it is ours, it tells the old layout
+            stored = sum(file.stat().st_size for file in to.glob("*.safetensors"))
+            write_card(
+                to, card(target.name, source, summary, config, found_report(source), base_of(to), stored), folder
+            )
 
-    write(folder, source, target, summary, without_settings(source.config), limit, extra)
+    write(folder, source, target, summary, config, limit, extra)
     return folder
+
+
+def card(
+    format: str,
+    source: Source,
+    summary: Summary,
+    config: Mapping[str, Any],
+    report: AwqReport | None,
+    base: str,
+    stored: int,
+) -> Card:
+    """Collect what the model card tells. base: the float model's name; stored: bytes of the weights that are written."""
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
+    floats = sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in source.floats)
+    before = floats + dtype.itemsize * sum(facts.in_features * facts.out_features for facts in summary.layers.values())
+    sizes, usual = summary.group_sizes(), AwqConfig().to_dict()
+    return Card(format, len(summary.layers), sizes, summary.symmetric, report, base, before, stored, usual)
 
 
 def float_modules(source: QuantDir) -> Iterable[str]:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.announcement import announce
 from ..modules import unwrapped
 from ..reporting.report import AwqReport
+from ..reporting.warn import warn
 from .conversions import is_transformers_model
 from .fill import place
 from .formats import LAYOUTS, CheckpointError
@@ -42,12 +44,22 @@ def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwri
     summary = summarize(source, layout, float_linears(model))
     report = getattr(model, "awq_report", None)
 
-    def write_report(to: Path) -> None:
-        if isinstance(report, AwqReport):
-            (to / REPORT).write_text(json.dumps(report.to_dict()), encoding="utf-8")
-
-    write(folder, source, layout, summary, _config(model, folder), parse_size("5GB"), write_report)
+    write(
+        folder,
+        source,
+        layout,
+        summary,
+        _config(model, folder),
+        parse_size("5GB"),
+        lambda to: write_report(report, to),
+    )
     return folder
+
+
+def write_report(report: object, folder: Path) -> None:
+    """Write a model's ``awq_report``, if it is one, beside its weights."""
+    if isinstance(report, AwqReport):
+        (folder / REPORT).write_text(json.dumps(report.to_dict()), encoding="utf-8")
 
 
 def _config(model: nn.Module, folder: Path) -> dict[str, Any]:
@@ -79,12 +91,25 @@ def fill_model(
     dtype: torch.dtype | None = None,
     ignore: Callable[[str], bool] | None = None,
 ) -> None:
-    """Place all of ``source`` in ``model`` (see :func:`place`), the report of what :func:`save` wrote included."""
-    has_report = source.in_memory is not None and report_exists(source.folder)
-    report = read_report(source.folder) if has_report else None
+    """Place all of ``source`` in ``model`` (see :func:`place`), the report that lies beside it included."""
+    report = found_report(source)
     place(model, Renamed(source, model), dtype, ignore)
     if report is not None:
         model.awq_report = report
+    announce(model, source.layout.name)
+
+
+def found_report(source: QuantDir) -> AwqReport | None:
+    """Read the report beside a checkpoint; None where there is none. A damaged one is an error in what :func:`save` wrote."""
+    if not report_exists(source.folder):
+        return None
+    try:
+        return read_report(source.folder)
+    except CheckpointError as error:
+        if source.in_memory is not None:
+            raise
+        warn(f"the model is loaded without its report: {error}")  # which may be of a newer version of this package
+        return None
 
 
 def report_exists(folder: Path) -> bool:

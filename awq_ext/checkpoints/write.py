@@ -193,7 +193,9 @@ def _tensors(source: Source, layout: Layout, summary: Summary) -> Iterator[dict[
     for name in source.layers:
         packed = layout.pack(source.layer(name), summary)
         named = {f"{name}.{suffix}".lstrip("."): tensor for suffix, tensor in packed.items()}
-        yield {full: tensor for full, tensor in named.items() if full not in tied}
+        stored = {full: tensor for full, tensor in named.items() if full not in tied}
+        # of a layer under a second name the native layout's empty weight would be left
+        yield stored if any(tensor.numel() for tensor in stored.values()) else {}
 
 
 def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int) -> None:

@@ -83,6 +83,7 @@ def compare(
         read_methods(methods, chosen)  # before a model is loaded for nothing
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--method") from None
+    model_dir = hf.folder(model_dir)
     tokenizer = hf.load_tokenizer(model_dir)
     batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
     scored = {name: texts.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in named.items()}

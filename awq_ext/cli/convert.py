@@ -7,14 +7,19 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from ..reporting.readers import DEFAULT_FORMAT
 from .options import OverwriteFloat, check_directory, check_format, check_size, one_line_errors
 
 
 @one_line_errors
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory of a quantized checkpoint, of any layout.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="Directory, or ORG/NAME on the hub, of a quantized checkpoint, of any layout."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write, new or empty.")],
     format: Annotated[
         str,
@@ -23,7 +28,7 @@ def convert(
             callback=check_format,
             help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt or native (docs/formats.md).",
         ),
-    ] = "awq",
+    ] = DEFAULT_FORMAT,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a quantized checkpoint in DST (never a float one).")
     ] = False,
@@ -40,7 +45,9 @@ def convert(
     Example: awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors
     """
     from ..checkpoints.convert import convert as run
+    from .hf import folder as folder_of_source
+    from .hf import tell_readers
 
     covered = check_directory(target, overwrite, overwrite_float, source)
-    folder = run(source, target, format, max_shard_size, covered)
-    Console().print(f"{escape(str(folder))}: {format}", soft_wrap=True)
+    folder = run(folder_of_source(source), target, format, max_shard_size, covered)
+    tell_readers(Console(), folder, format)

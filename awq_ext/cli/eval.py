@@ -18,6 +18,7 @@ from .options import (
     SeqLen,
     Threads,
     Tokens,
+    check_source,
     console_for,
     one_line_errors,
     set_threads,
@@ -31,7 +32,7 @@ def eval(
     files: Annotated[list[str], typer.Argument(metavar="[NAME=]PATH...", help="Texts to score on.")],
     reference: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="The float model: also measure the distance from it."),
+        typer.Option(callback=check_source, help="The float model: also measure the distance from it."),
     ] = None,
     field: Field = None,
     seq_len: SeqLen = 512,
@@ -55,9 +56,10 @@ def eval(
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(files)
+    model_dir = hf.folder(model_dir)
     tokenizer = hf.load_tokenizer(model_dir)
     model = hf.load_model(model_dir, dtype)
-    other = None if reference is None else hf.load_model(reference, dtype)
+    other = None if reference is None else hf.load_model(hf.folder(reference), dtype)
     if other is not None and (sizes := [_vocabulary(model), _vocabulary(other)])[0] != sizes[1]:
         raise ValueError(
             f"{model_dir} has {sizes[0]} tokens, {reference} {sizes[1]}: a reference has the same tokenizer"

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 from ..checkpoints.conversions import transformers
+from ..checkpoints.formats import CheckpointError
 from ..checkpoints.quantized_dir import CONFIG
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
-from ..checkpoints.write import REPORT, Overwrite
+from ..checkpoints.write import Overwrite
+from ..integrations import foresee
+from ..integrations.hub import folder_of
 from ..integrations.pretrained import from_pretrained, save_pretrained
+from ..reporting.readers import lines
 from .options import DTYPES, say
+
+# of a batch: enough to see which layers a model calls
+_FEW_TOKENS = 32
+
+
+def folder(source: Path) -> Path:
+    """Find the directory of a model: itself, or that of ORG/NAME or ORG/NAME@REVISION on the hub, downloaded if need be."""
+    name, _, revision = (str(source), "", "") if source.is_dir() else str(source).partition("@")
+    return folder_of(name, revision or None)
 
 
 def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
@@ -32,7 +46,7 @@ def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
     if not sys.stderr.isatty():  # no bars in log files
         transformers().utils.logging.disable_progress_bar()
     auto = transformers().AutoModelForCausalLM
-    return auto.from_pretrained(directory, dtype=chosen, local_files_only=True).eval()
+    return auto.from_pretrained(directory, dtype=chosen, local_files_only=True, trust_remote_code=False).eval()
 
 
 def is_quantized(directory: Path) -> bool:
@@ -50,7 +64,8 @@ def load_tokenizer(directory: Path) -> Any:
     if not read_config(directory):
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     try:
-        return transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        auto = transformers().AutoTokenizer
+        return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, TypeError, KeyError) as error:
         files = sorted(file.name for file in directory.glob("*token*"))
         what = (
@@ -60,9 +75,25 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def save_model(model: nn.Module, directory: Path, format: str, overwrite: Overwrite = False) -> None:
-    """Write the quantized model with its tokenizer, and its report beside it, which most layouts have no place for."""
+    """Write the quantized model with its tokenizer and its report."""
     save_pretrained(model, directory, format, overwrite=overwrite)
-    (directory / REPORT).write_text(json.dumps(model.awq_report.to_dict()), encoding="utf-8")
+
+
+def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> None:
+    """Say before the work, in CheckpointError, that a format cannot hold what would become of the model, with the ways out."""
+    try:
+        foresee.check_format(model, batch[:, :_FEW_TOKENS], format, **settings)
+    except CheckpointError as error:
+        ways = "settings are options here: --group-size, --skip, --set FIELD=VALUE. "
+        ways += "--format native, which awq_ext alone loads, holds every model"
+        raise CheckpointError(f"{error}\n{ways}") from None
+
+
+def tell_readers(console: Console, directory: Path, format: str) -> None:
+    """Print where a model was written, and who loads it with which command."""
+    console.print(f"written to {escape(str(directory))} ({format}), which these load:", soft_wrap=True)
+    for line in lines(format, str(directory)):
+        console.print(f"  {escape(line)}", soft_wrap=True, highlight=False)
 
 
 def note_lengths(model: nn.Module, batches: Sequence[Tensor], wanted: int = 0) -> None:

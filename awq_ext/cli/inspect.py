@@ -24,7 +24,9 @@ def inspect(model_dir: ModelDir, overwrite: Overwrite = False, json_path: JsonPa
 
     Example: awq-ext inspect ./Llama-int4
     """
-    facts = describe(model_dir)
+    from .hf import folder
+
+    facts = describe(folder(model_dir))
     console = console_for(json_path)
     console.print(fact_table((name, _shown(value)) for name, value in facts.items()))
     write_json(facts, json_path)

@@ -59,6 +59,18 @@ def check_group_size(value: int) -> int:
     return value
 
 
+def check_source(value: Path | None) -> Path | None:
+    """Check that a model may be there: a directory, or what looks like a name on the hub; else a usage error (exit code 2)."""
+    from ..integrations.hub import is_name
+
+    name = str(value).partition("@")[0]
+    if value is None or value.is_dir() or ("/" in name and is_name(name)):
+        return value
+    if value.exists():
+        raise typer.BadParameter(f"{value} is a file, a directory is needed")
+    raise typer.BadParameter(f"{value} does not exist, and is no name on the Hugging Face hub (ORG/NAME)")
+
+
 def check_format(value: str) -> str:
     """Check that awq_ext knows a layout; else a usage error (exit code 2)."""
     from ..checkpoints.formats import LAYOUTS
@@ -219,7 +231,12 @@ def read_settings(fields: Mapping[str, Any], more: Iterable[str], skip: Iterable
 
 
 ModelDir = Annotated[
-    Path, typer.Argument(exists=True, file_okay=False, metavar="MODEL", help="A Hugging Face directory on this disk.")
+    Path,
+    typer.Argument(
+        callback=check_source,
+        metavar="MODEL",
+        help="A Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION on the hub (downloaded once, to the hub's cache).",
+    ),
 ]
 Calib = Annotated[
     list[Path],

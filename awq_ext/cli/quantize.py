@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..reporting.readers import DEFAULT_FORMAT
 from .options import (
     Calib,
     Dtype,
@@ -53,9 +54,11 @@ def quantize(
     format: Annotated[
         str,
         typer.Option(
-            callback=check_format, help="Layout of OUT: native, awq, compressed-tensors, ... (docs/formats.md)."
+            callback=check_format,
+            help="Layout of OUT: awq and compressed-tensors are loaded by vLLM and Transformers, native by awq_ext; others in "
+            "docs/formats.md.",
         ),
-    ] = "native",
+    ] = DEFAULT_FORMAT,
     field: Field = None,
     samples: Samples = 32,
     seed: Seed = 0,
@@ -92,11 +95,10 @@ def quantize(
 
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
-    OUT holds config, tokenizer, weights and the report. Layouts without a place for scales that are applied at run time get a model
-    whose scales are all folded (fold=always). What the layout cannot hold, such as widths that the group size does not divide, is
-    said before the work begins.
+    OUT holds config, tokenizer, weights, the report and a model card. Layouts without a place for scales that are applied at run
+    time get a model whose scales are all folded (fold=always). What the layout cannot hold, such as widths that the group size does
+    not divide, is said before the work begins.
     """
-    from .. import check_format as check_holds
     from .. import quantize as quantize_model
     from ..checkpoints.formats import LAYOUTS
     from . import hf, texts
@@ -111,18 +113,19 @@ def quantize(
     )
     set_threads(threads)
     console = console_for(json_path)
+    model_dir = hf.folder(model_dir)
     tokenizer = hf.load_tokenizer(model_dir)
     batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
     model = hf.load_model(model_dir, dtype)
     hf.note_lengths(model, batches, samples)
-    check_holds(model, batches[0], format, **chosen)
+    hf.check_format(model, batches[0], format, chosen)
     quantize_model(model, batches, **chosen)
     hf.save_model(model, out_dir, format, covered)
     report = model.awq_report
     if html is not None:
         report.to_html(html, overwrite)
     console.print(escape(report.summary()), soft_wrap=True)
-    console.print(f"written to {escape(str(out_dir))} ({format})", soft_wrap=True)
+    hf.tell_readers(console, out_dir, format)
     write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)
 
 

@@ -18,12 +18,13 @@ from ..layers.quant_linear import QuantLinear
 from ..modules import unwrapped
 from ..pipeline.plan import planned
 from ..pipeline.session import Session, session
+from ..reporting.readers import DEFAULT_FORMAT
 
 
 def check_format(
     model: nn.Module,
     example_batch: Any,
-    format: str = "awq",
+    format: str = DEFAULT_FORMAT,
     config: AwqConfig | Mapping[str, Any] | None = None,
     *,
     tokenizer: Callable[..., Any] | None = None,
@@ -35,13 +36,13 @@ def check_format(
 
     example_batch: one sample as ``calib_loader`` would give it; all other arguments are those of ``quantize``, and of
     :func:`awq_ext.save_pretrained`. The model's own forward runs once to find the layers (with ``fold="auto"`` some tens of times,
-    to find which scales would be left to run time); the model is not changed.
+    to find which scales would be left to run time, unless the format is "native"); the model is not changed.
     Raises CheckpointError that lists every layer, shape and setting which does not fit, with the choice that mends it. What
     depends on the values of the weights (a zero of 0 in "gptq") is found when saving.
     """
     target, config = layout(format), configured(config, overrides)
     with session(unwrapped(model), [example_batch], config, tokenizer, inputs) as opened:
-        for name, (linear, at_run_time) in _chosen(opened, blocks).items():
+        for name, (linear, at_run_time) in _chosen(opened, blocks, target.name != "native").items():
             settings = config.for_layer(name)
             if settings.packed:
                 opened.journal.set_module(opened.model, name, _stand_in(linear, settings, at_run_time))
@@ -51,10 +52,10 @@ def check_format(
         summarize(source, target, floats, "nothing was quantized yet")
 
 
-def _chosen(opened: Session, blocks: Sequence[str] | None) -> dict[str, tuple[nn.Linear, bool]]:
-    """Find the Linears that will be quantized, and whether their scale will be left to run time."""
+def _chosen(opened: Session, blocks: Sequence[str] | None, scales: bool) -> dict[str, tuple[nn.Linear, bool]]:
+    """Find the Linears that will be quantized, and (with ``scales``) whether their scale will be left to run time."""
     model, config = opened.model, opened.config
-    if config.fold == "auto":
+    if scales and config.fold == "auto":
         groups = planned(opened, 1, blocks).groups
         return {name: (model.get_submodule(name), one.fold == "run time") for one in groups for name in one.layers}
     with opened.surveyed(blocks) as surveys:

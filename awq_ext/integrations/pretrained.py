@@ -10,19 +10,22 @@ import torch
 from torch import nn
 
 from ..checkpoints.formats import layout
-from ..checkpoints.model_source import ModelSource, config_of, float_linears, origin
+from ..checkpoints.model_source import ModelSource, config_of, origin
 from ..checkpoints.quantized_dir import QuantDir
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.saved import fill_model
-from ..checkpoints.write import Overwrite, check_target, parse_size, summarize, write
+from ..checkpoints.write import Overwrite, check_target, parse_size, write
 from ..modules import unwrapped
+from ..reporting.readers import DEFAULT_FORMAT
 from . import transformers_models as huggingface
+from .beside import summary_for, write_beside
+from .hub import folder_of
 
 
 def save_pretrained(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    format: str = "awq",
+    format: str = DEFAULT_FORMAT,
     max_shard_size: int | str = "5GB",
     tokenizer: Any = None,
     overwrite: Overwrite = False,
@@ -37,7 +40,8 @@ def save_pretrained(
     overwrite: False refuses a directory that holds weights; True replaces a quantized checkpoint; the directory's own path replaces
         float weights too, but never those that the model was loaded from.
     A Transformers model gets its config.json and generation_config.json, any other a config.json with nothing but its class
-    and quantization_config. The directory appears whole or stays as it was, a kill at any moment included; files in it that are
+    and quantization_config. Beside them lie the report and a model card (README.md; one that a person wrote stays). The directory
+    appears whole or stays as it was, a kill at any moment included; files in it that are
     no part of a checkpoint stay.
     Raises CheckpointError, before anything is written, with a list of everything the format cannot hold and what to do about
     it; ValueError for an unknown format or size.
@@ -46,27 +50,43 @@ def save_pretrained(
     model = unwrapped(model)
     check_target(Path(directory), overwrite, [origin(model)])
     source = Renamed(ModelSource(model), model, to_files=True)
-    summary = summarize(source, target, source.linears(float_linears(model)))
+    summary = summary_for(source, model, target)
 
     def extra(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
+        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        write_beside(model, folder, source, target, summary, stored, Path(directory))
 
-    config = huggingface.with_local_code(config_of(model), huggingface.origin(model))
+    config = huggingface.with_local_code(config_of(model), origin(model))
     write(Path(directory), source, target, summary, config, limit, extra)
     return Path(directory)
 
 
-def from_pretrained(directory: str | os.PathLike[str], dtype: torch.dtype | None = None, **options: Any) -> nn.Module:
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+) -> nn.Module:
     """Load the model of a directory with config.json and a quantized checkpoint of any layout, in eval mode, on the CPU.
+
+    directory: also a name on the Hugging Face hub, such as "Qwen/Qwen2.5-7B-Instruct-AWQ", whose files are taken from the cache or
+        downloaded; revision, token, cache_dir and local_files_only are huggingface_hub's, without which its own defaults hold
+        (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE). Pickled weights are never downloaded.
 
     The class is the one that config.json names, of the transformers package (``pip install "awq-ext[hf]"``). Weights are built
     empty and filled shard by shard: no float copy of a quantized weight ever exists.
     dtype: of everything that is not quantized; None keeps the dtypes of the files.
-    options: passed to the config, such as ``attn_implementation="eager"`` or ``trust_remote_code=True``.
-    Raises CheckpointError for damaged, hostile or unfitting files, and for layouts that cannot be read; ImportError without
-    transformers.
+    options: passed to the config, such as ``attn_implementation="eager"`` or ``trust_remote_code=True``, without which code that
+        lies beside a model is never run.
+    Raises CheckpointError for names that cannot be found, for damaged, hostile or unfitting files, and for layouts that cannot be
+    read; ImportError without transformers.
     """
-    folder = Path(directory)
+    folder = folder_of(directory, revision, token, cache_dir, local_files_only)
     source = QuantDir(folder)
     model = huggingface.empty_model(folder, dtype, options)
     fill_model(model, source, dtype, huggingface.ignored(model))

@@ -15,14 +15,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints.fill import take_apart, tell_left_out, tie
 from ..checkpoints.formats import CheckpointError, PackedLinear
-from ..checkpoints.model_source import ModelSource, float_linears
+from ..checkpoints.model_source import ModelSource
 from ..checkpoints.quantized_dir import QuantDir
 from ..checkpoints.renaming import Renamed
-from ..checkpoints.write import summarize
+from ..checkpoints.saved import found_report
 from ..layers.quant_linear import QuantLinear
 from ..standins.expert_linears import ExpertLinears
 from ..standins.fused import put_back
 from ..undo.journal import Journal
+from .attached import Saver
+from .beside import summary_for, write_beside
 from .placeholders import JoinedLinear, Placeholder, WholeLinear
 
 _IGNORED = ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing")
@@ -36,13 +38,17 @@ class AwqExtConfig(QuantizationConfigMixin):
 
 
 class AwqExtQuantizer(HfQuantizer):
-    """Runs any layout that awq_ext reads; ``layout`` is the one that was loaded."""
+    """Runs any layout that awq_ext reads.
 
+    layout: the one that was loaded, or that a model quantized in memory is saved in. folder: where the model is being saved.
+    """
+
+    folder: Path | None = None
     requires_calibration = True  # quantizing is not done while loading
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         source = QuantDir(_folder(model, checkpoint_files))
-        self.layout = source.layout
+        self.layout, self.report = source.layout, found_report(source)
         with torch.device("cpu"):  # row numbers are no tensors of the model, which is being built on the meta device
             self.files = Renamed(source, model)
         with Journal() as journal:
@@ -108,7 +114,10 @@ class AwqExtQuantizer(HfQuantizer):
         if hasattr(model, "_weight_conversions"):  # transformers has not seen those of layers that it did not read
             known = {tuple(each.source_patterns) for each in model._weight_conversions}
             model._weight_conversions += [each for each in self.files.used if tuple(each.source_patterns) not in known]
-        del self.files  # lets go of them
+        if self.report is not None:
+            model.awq_report = self.report
+        model.save_pretrained = Saver(model)
+        del self.files, self.report  # lets go of them
         return model
 
     @torch.no_grad()
@@ -122,16 +131,30 @@ class AwqExtQuantizer(HfQuantizer):
                 )
             held.copy_(value)
 
+    def check(self, model: Any) -> None:
+        """Raise CheckpointError where the model cannot be saved in ``layout``, or by this version of transformers."""
+        if not self.is_serializable():
+            raise CheckpointError(
+                "this version of transformers cannot save quantized models: use "
+                f'awq_ext.save_pretrained(model, directory, format="{self.layout.name}")'
+            )
+        summary_for(Renamed(ModelSource(model), model, to_files=True), model, self.layout)
+
     def get_state_dict_and_metadata(
         self, model: Any, *args: Any, **kwargs: Any
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Make what ``save_pretrained`` writes: the quantized layers in ``layout``, and a config that says so."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # of a model with adapters only these are saved
         source = ModelSource(model)
         renamed = Renamed(source, model, to_files=True)
-        summary = summarize(renamed, self.layout, renamed.linears(float_linears(model)))
+        summary = summary_for(renamed, model, self.layout)
         state = _state_dict(model, source, renamed, lambda layer: self.layout.pack(layer, summary))
         config = self.layout.quantization_config(summary)
         self.quantization_config = model.config.quantization_config = type(self.quantization_config).from_dict(config)
+        if self.folder is not None:
+            stored = sum(tensor.nbytes for tensor in state.values())
+            write_beside(model, self.folder, renamed, self.layout, summary, stored)
         return state, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Run quantized directories through Transformers' own from_pretrained, on our kernels."""
+"""Run quantized directories through Transformers' own from_pretrained on our kernels, and LoRA adapters of PEFT beside them."""
 
 from __future__ import annotations
 
@@ -37,3 +37,17 @@ def register_with_transformers(methods: str | Iterable[str] = DEFAULT_METHODS) -
         # that of "awq" is part of Transformers' interface; the one of Transformers 4 refuses without AutoAWQ or a GPU
         if method != "awq" or find_spec("transformers.core_model_loading") is None:
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AwqExtConfig
+
+
+def register_with_peft() -> None:
+    """Let PEFT put LoRA adapters beside int4 layers, in this process: plain ``LoraConfig``s, ``target_modules="all-linear"`` too.
+
+    ``get_peft_model``, ``PeftModel.from_pretrained``, ``model.add_adapter`` and what is built on them (TRL) then work as with float
+    models; the adapters that are saved are ordinary ones. Merging raises RuntimeError, which names the ways out. Other methods
+    than LoRA, and other layers, stay as PEFT has them. May be called again. Raises ImportError without peft.
+    """
+    if find_spec("peft") is None:
+        raise ImportError("LoRA adapters need peft, which is not installed: pip install peft")
+    from .adapters import register
+
+    register()

@@ -76,13 +76,12 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, Any]) -> nn.Module:
     """Build the model that config.json describes, its large parameters on the meta device, its buffers computed."""
     package = transformers()
+    options = {"trust_remote_code": False, **options}  # else transformers asks, where somebody could answer
     if not (folder / CONFIG).exists():
         raise CheckpointError(
             f"{folder} has no {CONFIG}: build the model yourself and use awq_ext.load(model, directory)"
         )
     try:
-        # None would ask on a terminal
-        options = {"trust_remote_code": False} | dict(options)
         config = package.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model that transformers knows: {error}") from None

@@ -22,6 +22,7 @@ from ..forwards.calls import Call
 from ..forwards.lockstep import Stop
 from ..forwards.memory import release_free_memory
 from ..forwards.probe import Probe, combined
+from ..layers.announcement import announce
 from ..modules import foldable_norms, input_embeddings, unwrapped
 from ..reporting.progress import Progress, draws_bars, say
 from ..reporting.report import AwqReport, LayerReport
@@ -62,7 +63,8 @@ def quantize(
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
     config, overrides: an :class:`AwqConfig` or a dict of its fields (or AutoAWQ's), and fields by name, such as ``group_size=64``.
 
-    Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done. Raises ValueError
+    Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done; one of Transformers
+    also writes whole quantized checkpoints with its own ``save_pretrained``. Raises ValueError
     or TypeError for unusable arguments, CalibrationError when the model rejects a batch, and whatever the loader raises. After
     any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C takes effect after the current forward
     of a block or search of a layer; a second one takes effect at once. One that comes when all is done leaves the quantized model.
@@ -85,7 +87,8 @@ def quantize(
         for text in report.warnings:
             warn(text)
         interrupt.check()
-        # last, so that an exception until here (a warning may be one) leaves no report behind
+        # last, so that an exception until here (a warning may be one) leaves nothing behind
+        announce(model)
         model.awq_report = report
     return given
 

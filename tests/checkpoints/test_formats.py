@@ -291,7 +291,7 @@ def test_damaged_tensors_are_refused(name: str) -> None:
     settings, tensors = settings_of(name, layer), LAYOUTS[name].pack(layer)
     needed = [leaf for leaf in tensors if leaf in LAYOUTS[name].suffixes]
     assert needed
-    for leaf, tensor in tensors.items():
+    for leaf, tensor in ((leaf, tensor) for leaf, tensor in tensors.items() if tensor.numel()):
         wrong = {
             "one dimension more": tensor[None],
             "a row less": tensor[:-1],

@@ -42,7 +42,9 @@ def quantized(model_dir: Path, texts: dict[str, Path], tmp_path_factory: pytest.
     out = tmp_path_factory.mktemp("out") / "int4"
     shown = run("quantize", model_dir, out, *calibration(texts), "--group-size", 32, "--set", "n_grid=4")
     assert shown.exit_code == 0, shown.output
-    assert "14 of 15 Linears quantized" in shown.output and f"written to {out}" in shown.output
+    assert "14 of 15 Linears quantized" in shown.output and f"written to {out} (awq)" in shown.output
+    last = [line.strip() for line in shown.stdout.splitlines()[-4:]]
+    assert last[0] == f"vLLM: vllm serve {out}" and last[2] == f'awq_ext: awq_ext.from_pretrained("{out}")'
     return out
 
 
@@ -74,7 +76,7 @@ def test_what_is_written_is_what_python_makes(model_dir: Path, texts: dict[str, 
     by_hand = hf.load_model(model_dir)
     batches = drawn_windows([texts["calib"]], hf.load_tokenizer(model_dir), 4, 64)
     assert [tuple(batch.shape) for batch in batches] == [(1, 64)] * 4
-    awq_ext.quantize(by_hand, batches, group_size=32, n_grid=4, progress=False)
+    awq_ext.quantize(by_hand, batches, group_size=32, n_grid=4, fold="always", progress=False)
     loaded = hf.load_model(quantized)
     with torch.no_grad():
         assert torch.equal(loaded(batches[0]).logits, by_hand(batches[0]).logits)
@@ -129,7 +131,7 @@ def test_report(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
 def test_inspect(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
     shown = run("inspect", quantized)
     assert shown.exit_code == 0, shown.output
-    for word in ("LlamaForCausalLM", "awq_ext", "int4 layers", "32: 14", "14 of 15 Linears quantized"):
+    for word in ("LlamaForCausalLM", "awq", "int4 layers", "32: 14", "14 of 15 Linears quantized"):
         assert word in shown.output
     plain = run("inspect", model_dir, "--json", tmp_path / "i.json")
     assert plain.exit_code == 0
@@ -145,7 +147,7 @@ def test_inspect(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
 def test_too_little_text_and_too_long_windows_are_noted(
     model_dir: Path, texts: dict[str, Path], tmp_path: Path
 ) -> None:
-    options = ["--method", "rtn", "--samples", 9, "--seq-len", 400, "--json", "-"]
+    options = ["--method", "rtn", "--samples", 9, "--seq-len", 400, "--group-size", 32, "--json", "-"]
     shown = run("quantize", model_dir, tmp_path / "out", "--calib", texts["calib"], *options)
     assert shown.exit_code == 0, shown.output
     assert "calibration text has 4 windows, 9 were asked for" in shown.stderr
@@ -156,6 +158,7 @@ def test_too_little_text_and_too_long_windows_are_noted(
 def test_skipping_more_layers_leaves_the_head_float(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
     """By identity too: some models have an output layer of another name."""
     skipped = ["--skip", "*.down_proj", "--method", "rtn", "--set", 'per_layer={"*.q_proj": {"group_size": 16}}']
+    skipped += ["--format", "native"]
     shown = run("quantize", model_dir, tmp_path / "out", *calibration(texts), *skipped, "--json", tmp_path / "r.json")
     assert shown.exit_code == 0, shown.output
     report = json.loads((tmp_path / "r.json").read_text())["report"]
@@ -260,6 +263,43 @@ def test_a_mistake_is_one_line(
     assert shown.exit_code == code
     assert message in shown.output and "Traceback" not in shown.output
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (["--group-size", 128], ("in_features=64 is not a multiple of group_size=128", "--format native")),
+        (["--group-size", 32, "--set", "fold=never"], ("its input is scaled at run time", 'fold="always"')),
+        (["--group-size", 32, "--format", "modelopt"], ("symmetric=True",)),
+        (["--group-size", 32, "--set", 'per_layer={"*up_proj": {"group_size": 16}}'], ("different group sizes",)),
+    ],
+)
+def test_what_the_format_cannot_hold_is_said_before_the_work(
+    options: list[object],
+    messages: tuple[str, ...],
+    model_dir: Path,
+    texts: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(awq_ext, "quantize", lambda *arguments, **settings: pytest.fail("the work began"))
+    shown = run("quantize", model_dir, tmp_path / "x", *calibration(texts), *options)
+    assert shown.exit_code == 1 and not (tmp_path / "x").exists()
+    for message in messages:
+        assert message in shown.output
+
+
+def test_the_default_is_what_transformers_and_others_load(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
+    def config(folder: Path) -> dict:
+        return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+    assert config(quantized)["quant_method"] == "awq"
+    awq_ext.convert(quantized, tmp_path / "native", format="native")
+    shown = run("convert", tmp_path / "native", tmp_path / "x")
+    assert shown.exit_code == 0 and "vllm serve" in shown.output
+    assert config(tmp_path / "x")["quant_method"] == "awq"
+    shown = run("convert", quantized, tmp_path / "again", "--format", "native")
+    assert shown.exit_code == 0 and "no other tool knows the native layout" in shown.output
 
 
 def test_methods_are_parsed() -> None:

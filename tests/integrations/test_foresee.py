@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import architectures
 import hf_directory
 import pytest
 import torch
@@ -14,6 +15,10 @@ from typer.testing import CliRunner
 
 import awq_ext
 from awq_ext import CheckpointError, cli
+from awq_ext.checkpoints.formats import LAYOUTS
+from awq_ext.checkpoints.model_source import ModelSource
+from awq_ext.checkpoints.renaming import Renamed
+from awq_ext.integrations.beside import summary_for
 
 FAST: dict[str, Any] = {"n_grid": 2, "progress": False}
 ODD = {"intermediate_size": 80}  # 16 divides it, 32 does not
@@ -21,7 +26,7 @@ NARROW = {"intermediate_size": 68}  # no multiple of 8
 
 
 def said(error: CheckpointError | None) -> list[str] | None:
-    return None if error is None else str(error).splitlines()[1:]
+    return None if error is None else str(error).partition("\nas it is, ")[0].splitlines()[1:]
 
 
 def foreseen(model: Any, format: str, settings: dict[str, Any]) -> list[str] | None:
@@ -87,6 +92,25 @@ def test_what_saving_says_is_said_before(
     before = foreseen(model, format, settings)
     assert before == seen(model, format, settings, tmp_path / "out")
     assert (before is None) == holds
+
+
+@pytest.mark.filterwarnings("ignore:.*neighbours are float")
+@pytest.mark.parametrize("format", ["awq", "compressed-tensors", "modelopt", "native"])
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Qwen2-MoE", "gpt-oss", "T5", "Falcon, new decoder"])
+def test_of_other_architectures_too(name: str, format: str) -> None:
+    case = architectures.make(name)
+    settings = {"group_size": 16, "method": "rtn", "symmetric": format == "modelopt"}
+    before = after = None
+    try:
+        awq_ext.check_format(case.model, case.batches[0], format, **settings)
+    except CheckpointError as error:
+        before = said(error)
+    model = awq_ext.quantize(case.model, case.batches, **settings, progress=False)
+    try:
+        summary_for(Renamed(ModelSource(model), model, to_files=True), model, LAYOUTS[format])
+    except CheckpointError as error:
+        after = said(error)
+    assert before == after
 
 
 def test_an_unknown_format_and_nothing_to_pack() -> None:

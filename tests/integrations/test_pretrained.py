@@ -252,6 +252,8 @@ def test_shards_have_an_index_and_the_asked_size(tmp_path: Path) -> None:
     # a smaller checkpoint in its place leaves no old shard, and no index that would hide it
     awq_ext.save_pretrained(model, folder, overwrite=True)
     assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md",
+        "awq_report.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -272,7 +274,7 @@ def test_config_is_what_readers_expect_and_the_model_s_own_stays(saved: tuple[nn
         "version": "gemm",
         "modules_to_not_convert": ["lm_head"],
     }
-    assert getattr(model.config, "quantization_config", None) is None
+    assert model.config.quantization_config.to_dict() == {"quant_method": "awq", "bits": 4}, "as quantize left it"
     assert (folder.stat().st_mode | 0o111) & 0o777 == (folder / "model.safetensors").stat().st_mode & 0o777 | 0o111
 
 
@@ -306,6 +308,8 @@ def test_files_beside_the_weights_are_carried_over(tmp_path: Path) -> None:
     folder = awq_ext.save_pretrained(model, tmp_path / "x")
     names = {file.name for file in folder.iterdir()}
     assert names == {
+        "README.md",
+        "awq_report.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",

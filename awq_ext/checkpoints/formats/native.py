@@ -17,19 +17,22 @@ _KNOWN = dict.fromkeys(
     ("quant_method", "bits", "version", "layers", "experts", "modules_to_not_convert", "in_memory"), anything
 )
 
+_NO_WEIGHT = torch.empty(0, dtype=torch.uint8)
+
 
 class Native(Layout):
     """qweight uint8 [N, ceil(K/2)], scales [N, G], zeros uint8 [N, G], pre_quant_scale fp32 [K]: docs/checkpoint.md.
 
     The config has ``layers``: name -> [in_features, group_size], because shapes do not tell them; and ``experts``: name of a
     parameter [E, N, K] whose matrices are layers -> how the model uses it (``experts.USES``); and ``in_memory`` where
-    awq_ext.save wrote it.
+    awq_ext.save wrote it. An empty ``weight`` stands where readers that do not know the layout would find none and go on with
+    random weights, as Transformers does after a warning: of a wrong shape, it is an error to them.
     """
 
     name = "native"
     rows_at = ("scales", 0)
     suffixes = ("qweight", "scales", "zeros")
-    optional = ("pre_quant_scale", "bias")
+    optional = ("pre_quant_scale", "bias", "weight")
     scale_dtypes = (torch.float16, torch.bfloat16)
     mixes_group_sizes = True
     short_groups = True
@@ -39,7 +42,7 @@ class Native(Layout):
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         tensors = {"qweight": layer.qweight, "scales": self.stored_scales(layer), "zeros": layer.zeros}
-        rest = {"pre_quant_scale": layer.pre_quant_scale, "bias": layer.bias}
+        rest = {"weight": _NO_WEIGHT, "pre_quant_scale": layer.pre_quant_scale, "bias": layer.bias}
         return tensors | {name: tensor for name, tensor in rest.items() if tensor is not None}
 
     def unpack(self, tensors: Mapping[str, Tensor], settings: Settings) -> PackedLinear:
@@ -56,6 +59,7 @@ class Native(Layout):
         expect("qweight", qweight, (n, (k + 1) // 2), (torch.uint8,))
         expect("scales", scales, (n, layer.groups), FLOATS[:2])
         expect("zeros", zeros, (n, layer.groups), (torch.uint8,))
+        expect("weight", tensors.get("weight", _NO_WEIGHT), (0,), (torch.uint8,))
         if bool((zeros > 15).any()):
             raise CheckpointError(f"zeros must be below 16, got {int(zeros.max())}")
         if scale is not None:

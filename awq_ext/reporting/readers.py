@@ -1,0 +1,60 @@
+"""Know who loads directories of each layout, and with which command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# what every command and function writes unless told otherwise: loaded by vLLM and by Transformers
+DEFAULT_FORMAT = "awq"
+
+# what quantization_config says in the layouts whose name it is not
+_METHODS = {"native": "awq_ext", "gemv": "awq", "gemv_fast": "awq", "llm-awq": "awq"}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A program that loads a directory, the command for it (``{}`` is the directory), and what it needs installed."""
+
+    name: str
+    command: str
+    language: str = "bash"
+    needs: str = ""
+
+
+_VLLM = Reader("vLLM", "vllm serve {}")
+_AUTO = 'transformers.AutoModelForCausalLM.from_pretrained("{}")'
+_OURS = Reader("awq_ext", 'awq_ext.from_pretrained("{}")', "python")
+_REGISTERED = Reader("Transformers on awq_ext", f"awq_ext.register_with_transformers(); {_AUTO}", "python")
+_AUTOAWQ = Reader("AutoAWQ, on a GPU", 'awq.AutoAWQForCausalLM.from_quantized("{}")', "python")
+_OTHERS = {
+    "awq": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install gptqmodel")),
+    "compressed-tensors": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install compressed-tensors")),
+    "gptq": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install gptqmodel")),
+    "gemv": (_AUTOAWQ,),
+    "gemv_fast": (_AUTOAWQ,),
+    "llm-awq": (Reader("TinyChat", "python -m tinychat.demo --load_quant {}"),),
+    "modelopt": (Reader("TensorRT-LLM, on a GPU", "trtllm-serve {}"),),
+}
+
+
+def quant_method(format: str) -> str:
+    """Tell what config.json calls a layout."""
+    return _METHODS.get(format, format)
+
+
+def readers(format: str) -> tuple[Reader, ...]:
+    """List the programs that load directories of a layout, other tools first."""
+    # methods that register_with_transformers takes over unless told otherwise
+    ours = (_OURS, _REGISTERED) if quant_method(format) in ("awq", "awq_ext", "modelopt") else (_OURS,)
+    return (*_OTHERS.get(format, ()), *ours)
+
+
+def lines(format: str, directory: str) -> list[str]:
+    """Say who loads ``directory`` and with which command, a program a line; for one that only awq_ext loads, that too."""
+    found = [
+        f"{reader.name}: {reader.command.format(directory)}" + (f"  ({reader.needs})" if reader.needs else "")
+        for reader in readers(format)
+    ]
+    return (
+        found if format in _OTHERS else [*found, "no other tool knows the native layout; awq-ext convert makes others"]
+    )
