@@ -230,7 +230,7 @@ def test_what_lies_beside_the_weights_is_carried_along_but_never_weights_or_pick
 def test_a_checkpoint_inside_the_source_is_not_copied_into_itself(tmp_path: Path) -> None:
     make_directory(tmp_path)
     for _ in range(2):
-        awq_ext.convert(tmp_path, tmp_path / "awq", format="awq")
+        awq_ext.convert(tmp_path, tmp_path / "awq", format="awq", overwrite=True)
     assert sorted(file.name for file in (tmp_path / "awq").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
