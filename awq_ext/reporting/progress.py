@@ -44,7 +44,8 @@ class Progress:
 
 def draws_bars() -> bool:
     """Tell whether bars can be drawn over on standard error: in a terminal or a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return sys.stderr.isatty() or hasattr(shell, "kernel")
 
 
 def say(text: str) -> None:

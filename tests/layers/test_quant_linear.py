@@ -194,7 +194,7 @@ def test_what_it_says_about_itself() -> None:
 
 
 def stored(module: QuantLinear, directory: Path) -> QuantLinear:
-    awq_ext.save(nn.Sequential(module), directory)
+    awq_ext.save(nn.Sequential(module), directory, overwrite=True)
     return awq_ext.load(nn.Sequential(nn.Linear(72, 9)), directory)[0]
 
 

@@ -24,7 +24,7 @@ def test_every_linear_has_one_row() -> None:
     wanted = {name for name, m in models.make("uncalled").model.named_modules() if type(m).__name__ == "Linear"}
     assert sorted(row.name for row in found.layers) == sorted(wanted)
     floats = {row.name: row.note for row in found.layers if row.status == "float"}
-    assert floats.pop("lm_head") == "skipped by pattern"
+    assert floats.pop("lm_head") == "the output layer, by its name"
     assert list(floats) == [f"layers.{i}.unused" for i in range(3)]
     assert all("called" in note for note in floats.values())
     for row in found.layers:

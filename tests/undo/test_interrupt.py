@@ -206,7 +206,7 @@ def test_a_signal_at_any_line_of_loading(count: int | None, tmp_path: Path) -> N
         if not any(isinstance(module, awq_ext.QuantLinear) for module in model.modules()):
             before.assert_unchanged()
             return
-        again = awq_ext.save(model, tmp_path / "again")
+        again = awq_ext.save(model, tmp_path / "again", overwrite=True)
         (other,) = again.glob("*.safetensors")
         ours, theirs = load_file(other), load_file(file)
         assert ours.keys() == theirs.keys()
