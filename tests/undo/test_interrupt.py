@@ -40,7 +40,17 @@ DENSE = (
 )
 Line = tuple[str, int, str]  # file, number, function
 # After these an interrupted call has done all it should.
-AT_THE_END = ("contextlib.py", "interrupt.py", "journal.py", "quantize.py", "session.py", "thread_state.py")
+AT_THE_END = (
+    "announcement.py",
+    "attached.py",
+    "contextlib.py",
+    "conversions.py",
+    "interrupt.py",
+    "journal.py",
+    "quantize.py",
+    "session.py",
+    "thread_state.py",
+)
 
 
 @pytest.fixture(autouse=True)
