@@ -30,7 +30,7 @@ def check(folder: str) -> torch.Tensor:
         model.save_pretrained(again)
     except ValueError as error:
         print(error)
-    awq_ext.save_pretrained(model, again)
+    awq_ext.save_pretrained(model, again, overwrite=True)
     return generated
 
 
