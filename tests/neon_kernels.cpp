@@ -103,7 +103,7 @@ void test_int8_rounding(int64_t n) {
     if (kind == 2) x.assign(x.size(), 0.0f);
     if (kind == 3) x.back() = NAN;
     std::vector<uint32_t> a(static_cast<size_t>(ceil_div(n, 4))), b(a.size());
-    const Int8Run p = scalar.quantize_int8(x.data(), n, a.data()), q = neon.quantize_int8(x.data(), n, b.data());
+    const Int8Run p = scalar.quantize_int8(x.data(), n, a.data(), nullptr), q = neon.quantize_int8(x.data(), n, b.data(), nullptr);
     check(same(a, b) && p.sum == q.sum && std::memcmp(&p.scale, &q.scale, 4) == 0, "quantize_int8");
   }
 }
@@ -208,7 +208,7 @@ std::vector<double> rounded(const Layer& layer, const float* x) {
     for (int64_t begin = group; begin < end; begin += kRun) {
       const int64_t length = std::min(kRun, end - begin);
       std::vector<uint32_t> steps(kRunSteps);
-      const Int8Run run = scalar.quantize_int8(x + begin, length, steps.data());
+      const Int8Run run = scalar.quantize_int8(x + begin, length, steps.data(), nullptr);
       for (int64_t i = 0; i < length; ++i) {
         const auto q = static_cast<int8_t>(steps[static_cast<size_t>(i / 4)] >> (8 * kOrder[i % 4]));
         values.push_back(static_cast<double>(q) * run.scale);

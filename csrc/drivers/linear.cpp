@@ -7,62 +7,61 @@
 #include "base/layout.h"
 #include "base/parallel.h"
 #include "drivers/activations.h"
+#include "drivers/choice.h"
 
 namespace awq {
 namespace {
 
-// How a product is computed depends on its number of rows:
-//
-//   stream   the weight is read once, from one end to the other, and decoded in registers for all rows at once
-//   decode   blocks of rows take turns on a part of the weight that stays in the cache; each decodes it in registers
-//   panel    such a part is decoded once, into a panel that all blocks of rows read
-//
-// From 8 rows in a block on, decoding hides behind the products (0.97 of their peak rate in bf16, 0.9 in fp32), and a
-// panel, which is larger than the codes, only costs. With 16 registers a block has 4 rows, and a panel wins above three
-// such blocks.
-struct Way {
-  int64_t stream_rows;  // at most, else decode or panel
-  int64_t block_rows;
-  bool panel;
-};
-
-Way choose_way(const KernelTable& table, Element element, int64_t rows) {
-  // kBf16Rows: the activations and weights of a block fit the first-level cache; twelve rows were slower when measured.
-  constexpr int64_t kBf16Rows = 9, kManyRows = 8, kPanelRows = 12;
-  if (element == Element::bf16_pair) return {table.dot_rows, kBf16Rows, false};
-  if (element == Element::int8_step) return {table.dot_rows, table.dot_rows, false};
-  if (table.dot_rows >= kManyRows || rows <= kPanelRows) return {table.dot_rows, table.dot_rows, false};
-  return {table.dot_rows, table.tile_rows, true};
-}
-
 constexpr int64_t kTaskBytes = 1 << 15;  // of codes that a task reads, at least
 constexpr int64_t kStreamTasks = 2;      // at most, per thread: every task begins by waiting for memory
 // Steps of the part of a weight that rows take turns on: with the activations of a block it fits the first-level cache,
-// kPartTiles of them fit the second. A panel is eight times as large as its codes.
+// kPartTiles of them fit the second. A panel of floats is eight times as large as its codes, for tiles of bf16 four
+// times.
 constexpr int64_t kDecodeSteps = 256, kPanelSteps = 128, kPartTiles = 4;
-static_assert(kDecodeSteps % kRunSteps == 0);  // a part of a group holds whole runs
+// A part of a group holds whole runs, and the sums of a tile's run do not depend on how a product is computed.
+static_assert(kDecodeSteps % kRunSteps == 0 && kDecodeSteps == kTileRunSteps);
 
 // Kernels and operands of one call.
 struct Call {
   const KernelTable& table;
   const TiledWeight& weight;
   const Activations& a;
-  const Way way;
-  Element element;
-  int64_t rows;
+  const Choice choice;
+  const TileProducts* tiles;  // null unless elements are in tiles
+  int64_t rows;               // of activations
   Dtype dtype;
   const float* bias;
   void* y;
   int64_t steps, groups, group_steps, last_steps;
 
-  Call(const KernelTable& table, const TiledWeight& w, const Activations& a, Way way, Element element, int64_t rows,
+  Call(const KernelTable& table, const TiledWeight& w, const Activations& a, const Choice& choice, int64_t rows,
        Dtype dtype, const float* bias, void* y)
-      : table(table), weight(w), a(a), way(way), element(element), rows(rows), dtype(dtype), bias(bias), y(y) {
+      : table(table), weight(w), a(a), choice(choice), rows(rows), dtype(dtype), bias(bias), y(y) {
+    tiles = choice.element == Element::bf16_tile   ? table.tiles_bf16
+            : choice.element == Element::int8_tile ? table.tiles_int8
+                                                   : nullptr;
     steps = step_count(w.in_features, w.group_length);
     groups = ceil_div(w.in_features, w.group_length);
     group_steps = ceil_div(w.group_length, kStepChannels);
     last_steps = steps - (groups - 1) * group_steps;
   }
+  int64_t element_rows() const { return rows * choice.terms; }
+};
+
+// The thread's tile registers for the duration of a task.
+class TileTask {
+ public:
+  explicit TileTask(const Call& c) : tiles_(c.tiles) {
+    if (tiles_ != nullptr) tiles_->begin(c.group_steps);
+  }
+  ~TileTask() {
+    if (tiles_ != nullptr) tiles_->end();
+  }
+  TileTask(const TileTask&) = delete;
+  TileTask& operator=(const TileTask&) = delete;
+
+ private:
+  const TileProducts* tiles_;
 };
 
 // Steps [first, first + count) of a tile: whole groups, or a part of one.
@@ -79,26 +78,31 @@ Int4Block block_at(const Call& c, int64_t tile, int64_t first, int64_t count) {
   return block;
 }
 
-// Adds the bias to the sums of `rows` rows of some tiles, rounds them and writes them to y.
-void finish(const Call& c, float* sums, int64_t lds, int64_t first_row, int64_t rows, int64_t tile, int64_t tiles) {
+// Adds up the terms of all rows of some tiles and the bias, rounds the sums and writes them to y.
+void finish(const Call& c, float* sums, int64_t lds, int64_t tile, int64_t tiles) {
   const int64_t n = tile * kTileOutputs, count = std::min(tiles * kTileOutputs, c.weight.out_features - n);
   const int64_t bytes = dtype_bytes(c.dtype);
-  for (int64_t m = 0; m < rows; ++m, sums += lds) {
+  for (int64_t m = 0; m < c.rows; ++m, sums += c.choice.terms * lds) {
+    for (int64_t t = c.choice.terms - 1; t > 0; --t)  // the smallest first
+      for (int64_t i = 0; i < count; ++i) sums[(t - 1) * lds + i] += sums[t * lds + i];
     if (c.bias != nullptr)
       for (int64_t i = 0; i < count; ++i) sums[i] += c.bias[n + i];
-    char* to = static_cast<char*>(c.y) + ((first_row + m) * c.weight.out_features + n) * bytes;
+    char* to = static_cast<char*>(c.y) + (m * c.weight.out_features + n) * bytes;
     c.table.from_float(sums, c.dtype, count, to);
   }
 }
 
 void dot(const Call& c, const Int4Block& block, const void* a, int rows, float* y, int64_t ldy) {
-  switch (c.element) {
+  switch (c.choice.element) {
     case Element::f32:
       return c.table.int4_dot(&block, static_cast<const float*>(a), rows, y, ldy);
     case Element::bf16_pair:
       return c.table.int4_dot_bf16(&block, static_cast<const uint16_t*>(a), rows, y, ldy);
     case Element::int8_step:
       return c.table.int4_dot_int8(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
+    case Element::bf16_tile:
+    case Element::int8_tile:
+      return c.tiles->dot(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
   }
 }
 
@@ -107,11 +111,12 @@ void stream(const Call& c, int threads) {
   const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * kStepBytes),
                                              ceil_div(tiles, kStreamTasks * threads), ceil_div(tiles, threads));
   parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int) {
+    const TileTask tile_task(c);
     for (int64_t t = task * bundle; t < std::min(tiles, (task + 1) * bundle); ++t) {
-      alignas(64) float sums[kMaxDotRows * kTileOutputs];
-      std::fill(sums, sums + c.rows * kTileOutputs, 0.0f);
+      alignas(64) float sums[std::max(kMaxDotRows, kMostTileRows) * kTileOutputs];
+      std::fill(sums, sums + c.element_rows() * kTileOutputs, 0.0f);
       dot(c, block_at(c, t, 0, c.steps), c.a.at(0, 0), c.a.rows(0), sums, kTileOutputs);
-      finish(c, sums, kTileOutputs, 0, c.rows, t, 1);
+      finish(c, sums, kTileOutputs, t, 1);
     }
   });
 }
@@ -119,26 +124,44 @@ void stream(const Call& c, int threads) {
 // Some tiles of the weight, multiplied with all rows.
 struct Part {
   int64_t tile, tiles;
-  int64_t tile_values;  // of a panel
-  float* panel;
+  int64_t tile_values;  // words of a panel
+  uint32_t* panel;
   float* sums;
   int64_t lds;
 };
 
+void decode_panel(const Call& c, const Int4Block& block, uint32_t* panel) {
+  if (c.tiles != nullptr)
+    c.tiles->values(&block, panel);
+  else
+    c.table.int4_values(&block, reinterpret_cast<float*>(panel));
+}
+
+void multiply_panel(const Call& c, const Int4Block& block, const uint32_t* panel, const void* a, int rows, float* y,
+                    int64_t ldy) {
+  if (c.tiles != nullptr)
+    c.tiles->panel(&block, panel, static_cast<const uint32_t*>(a), rows, y, ldy);
+  else
+    c.table.int4_panel(&block, reinterpret_cast<const float*>(panel), static_cast<const float*>(a), rows, y, ldy);
+}
+
+// Words of a decoded part of a tile: a run on tile registers is padded to at most twice its length.
+int64_t panel_words(const Call& c, int64_t steps) {
+  return (c.tiles != nullptr ? 2 * c.tiles->step_words : kStepChannels) * steps * kTileOutputs;
+}
+
 // Adds steps [first, first + count) of a part.
 void add_steps(const Call& c, const Part& part, int64_t first, int64_t count) {
-  if (c.way.panel)
-    for (int64_t t = 0; t < part.tiles; ++t) {
-      const Int4Block block = block_at(c, part.tile + t, first, count);
-      c.table.int4_values(&block, part.panel + t * part.tile_values);
-    }
+  const bool panel = c.choice.way == Way::panel;
+  if (panel)
+    for (int64_t t = 0; t < part.tiles; ++t)
+      decode_panel(c, block_at(c, part.tile + t, first, count), part.panel + t * part.tile_values);
   for (int64_t b = 0; b < c.a.blocks(); ++b)
     for (int64_t t = 0; t < part.tiles; ++t) {
       const Int4Block block = block_at(c, part.tile + t, first, count);
       float* y = part.sums + c.a.rows_before(b) * part.lds + t * kTileOutputs;
-      if (c.way.panel)
-        c.table.int4_panel(&block, part.panel + t * part.tile_values, static_cast<const float*>(c.a.at(b, first)),
-                           c.a.rows(b), y, part.lds);
+      if (panel)
+        multiply_panel(c, block, part.panel + t * part.tile_values, c.a.at(b, first), c.a.rows(b), y, part.lds);
       else
         dot(c, block, c.a.at(b, first), c.a.rows(b), y, part.lds);
     }
@@ -149,23 +172,26 @@ void take_turns(const Call& c, int threads) {
   // As many tasks as keep all threads busy to the end, each with at most kPartTiles tiles.
   const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, kPartTiles), threads));
   const int64_t bundle = ceil_div(tiles, tasks), lds = bundle * kTileOutputs;
-  const int64_t most = c.way.panel ? kPanelSteps : kDecodeSteps;
+  const bool panel = c.choice.way == Way::panel;
+  const int64_t most = panel && c.tiles == nullptr ? kPanelSteps : kDecodeSteps;
   const int64_t whole = most / c.group_steps * c.group_steps;  // groups that fit, or parts of one
-  const int64_t tile_values = c.way.panel ? most * kStepChannels * kTileOutputs : 0;
-  const int64_t size = bundle * tile_values + c.rows * lds;
-  Scratch<Part, float> scratch(threads * size);
+  const int64_t tile_values = panel ? panel_words(c, most) : 0, rows = c.element_rows();
+  const int64_t size = round_up(bundle * tile_values + rows * lds, 16);  // whole cache lines
+  Scratch<Part, uint32_t> scratch(threads * size);
   parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
-    float *panel = scratch.get() + thread * size, *sums = panel + bundle * tile_values;
-    std::memset(sums, 0, static_cast<size_t>(c.rows * lds) * 4);
+    const TileTask tile_task(c);
+    uint32_t* values = scratch.get() + thread * size;
+    float* sums = reinterpret_cast<float*>(values + bundle * tile_values);
+    std::memset(sums, 0, static_cast<size_t>(rows * lds) * 4);
     const int64_t tile = task * bundle, count = std::min(bundle, tiles - tile);
-    const Part part{tile, count, tile_values, panel, sums, lds};
+    const Part part{tile, count, tile_values, values, sums, lds};
     for (int64_t first = 0, length; first < c.steps; first += length) {
       // A part of a group ends where the group does.
       length = whole > 0 ? whole : std::min(most, c.group_steps - first % c.group_steps);
       length = std::min(length, c.steps - first);
       add_steps(c, part, first, length);
     }
-    finish(c, sums, lds, 0, c.rows, tile, count);
+    finish(c, sums, lds, tile, count);
   });
 }
 
@@ -182,14 +208,11 @@ int64_t row_chunks(const TiledWeight& weight, int64_t rows, int threads) {
 
 void multiply_rows(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
                    const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
-  const bool bf16 = dtype == Dtype::bf16 && table.int4_dot_bf16 != nullptr;
-  const Element element = compute == Compute::int8 ? Element::int8_step : bf16 ? Element::bf16_pair : Element::f32;
-  const Way way = choose_way(table, element, rows);
-  const bool once = rows <= way.stream_rows;
+  const Choice choice = choose(table, dtype, compute, rows);
   const InputView view{x, dtype, rows, weight.in_features, input_scale};
-  const Activations a(table, view, weight.group_length, element, once ? way.stream_rows : way.block_rows, threads);
-  const Call call(table, weight, a, way, element, rows, dtype, bias, y);
-  once ? stream(call, threads) : take_turns(call, threads);
+  const Activations a(table, view, weight.group_length, choice.element, choice.terms, choice.block_rows, threads);
+  const Call call(table, weight, a, choice, rows, dtype, bias, y);
+  choice.way == Way::stream ? stream(call, threads) : take_turns(call, threads);
 }
 
 }  // namespace

@@ -13,11 +13,13 @@
 
 namespace awq {
 
-enum class Isa { scalar, avx2, avx512, avx512_vnni, avx512_bf16, neon };
+enum class Isa { scalar, amx_plain, avx2, avx512, amx_emulated, avx512_vnni, avx512_bf16, amx, neon };
 
 const char* isa_name(Isa isa);
-// Levels that this build has and this processor runs, from the least to the one that is chosen by default.
+// Levels that this build has and this processor runs, the least first.
 std::vector<Isa> available_isas();
+// The level that is fastest on this processor, by its family: isa.cpp has the reasons.
+Isa default_isa();
 // The level in use. The first call reads AWQ_EXT_ISA; std::invalid_argument if that is not an available level.
 Isa current_isa();
 // Throws std::invalid_argument, naming the choices, if the level is unknown or not available here.

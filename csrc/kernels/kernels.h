@@ -54,6 +54,12 @@ struct Int8Run {
 // The most steps of 4 channels in a run, which is a group or a part of one. 256 channels keep the sums of a run below
 // 2^24, exact in fp32, whatever the group size.
 constexpr int64_t kRunSteps = 64;
+// The most steps whose sums stay in tile registers: a part of a group that drivers multiply at a time
+// (drivers/linear.cpp).
+constexpr int64_t kTileRunSteps = 256;
+// Rows of activations in a tile, and in the two that a product takes.
+constexpr int kTileBlockRows = 16, kMostTileRows = 32;
+
 // Rows that add_sums reads at a time: sums are loaded and stored once for all of them.
 constexpr int kSumRows = 8;
 
@@ -69,6 +75,27 @@ struct GptqPanel {
   const int64_t* groups;  // [channels], its group there
   float top;
   bool again;  // channels have errors from an earlier round: those of later channels are fed back to earlier ones
+};
+
+// Products with four-bit weights on tile registers, bodies in kernels/tile-amx-inl.h. They add to y as those of
+// KernelTable do, with the same exact weights and 32-bit sums; rows <= kMostTileRows.
+//
+// Activations come as tiles, for one or two halves of 16 rows: for each run, after a header of [2][halves][16] words
+// with -sum and scale of each row where activations have eight bits, tiles of [16 rows][16 words], all halves of a tile
+// one after the other. The first `depth` words of a tile's row hold consecutive elements of the run, depth = min(16,
+// elements in a whole group); elements past the run's end, and rows that are not there, are 0.
+struct TileProducts {
+  int step_words;     // elements in a step: 2 pairs of bf16, or 1 word of four bytes
+  int64_t run_steps;  // of a run, which is a group or a part of one
+  // Around the calls in one thread for weights with groups of so many steps. Between the two, nothing else may use the
+  // thread's tile registers.
+  void (*begin)(int64_t group_steps);
+  void (*end)();
+  // Decodes on the way: every code is read once.
+  void (*dot)(const Int4Block* block, const uint32_t* a, int rows, float* y, int64_t ldy);
+  // Decodes to rows of 32 words for each element, runs padded to whole tiles; and the products of such rows.
+  void (*values)(const Int4Block* block, uint32_t* values);
+  void (*panel)(const Int4Block* block, const uint32_t* values, const uint32_t* a, int rows, float* y, int64_t ldy);
 };
 
 struct KernelTable {
@@ -117,12 +144,15 @@ struct KernelTable {
   // 2^-126), and writes four per step in the order 0, 2, 1, 3, padded with 0. If any x is infinite or NaN, so is the
   // scale, and q is 0. For each run of a row int4_dot_int8 reads 2 elements, -sum and scale, and then the run's steps,
   // interleaved as above.
-  Int8Run (*quantize_int8)(const float* x, int64_t n, uint32_t* steps);
+  Int8Run (*quantize_int8)(const float* x, int64_t n, uint32_t* steps, float* rest);
   void (*int4_dot_int8)(const Int4Block* block, const uint32_t* a, int rows, float* y, int64_t ldy);
   // int4_values decodes code - zero to fp32 [channels][32]; int4_panel computes the products from such values, rows <=
   // tile_rows. Of the block it reads only scales and group sizes.
   void (*int4_values)(const Int4Block* block, float* values);
   void (*int4_panel)(const Int4Block* block, const float* values, const float* a, int rows, float* y, int64_t ldy);
+  // The same on tile registers, activations in pairs of bf16 or in eight bits; null where the level has none.
+  const TileProducts* tiles_bf16;
+  const TileProducts* tiles_int8;
   // out[i * rows + m] = x[m * ldx + i], elements of 4 bytes; x need only be aligned to 2 bytes.
   void (*interleave)(const void* x, int64_t ldx, int64_t n, int rows, void* out);
 
@@ -165,6 +195,9 @@ extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAvx512VnniKernels;
 extern const KernelTable kAvx512Bf16Kernels;
+extern const KernelTable kAmxKernels;
+extern const KernelTable kAmxEmulatedKernels;
+extern const KernelTable kAmxPlainKernels;
 extern const KernelTable kNeonKernels;
 
 }  // namespace awq

@@ -17,14 +17,27 @@ namespace {
 #include "gptq-inl.h"       // uses gemm-inl.h and quantize-inl.h
 #include "tile-bf16-inl.h"  // these two use tile-inl.h
 #include "tile-int8-inl.h"
+#if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED)
+#include "amx-tiles-inl.h"
+//
+#include "tile-amx-inl.h"  // uses the two above and tile-inl.h
+#endif
 
 static_assert(kRows <= kMaxTileRows && kDotRows <= kMaxDotRows, "drivers have no room for more rows: see kernels.h");
 static_assert(kWidth <= kMaxTileCols && kMaxTileCols % kWidth == 0,
               "drivers have no room for such tiles: see kernels.h");
 static_assert(kDotRows <= kRows, "interleave takes kRows rows at most");
 
+#if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED)
+constexpr TileProducts kTilesBf16 = tile_products<TileBf16>(), kTilesInt8 = tile_products<TileInt8>();
+#endif
+
 constexpr KernelTable make_table() {
   KernelTable table{};
+#if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED)
+  table.tiles_bf16 = &kTilesBf16;
+  table.tiles_int8 = &kTilesInt8;
+#endif
   table.to_float = to_float;
   table.from_float = from_float;
   table.multiply = multiply;

@@ -20,13 +20,7 @@ struct CodesBf16 {
     offset[1] = _mm512_mullo_epi32(_mm512_sub_epi32(top, _mm512_srli_epi32(both, 4)), bytes);
   }
   __attribute__((always_inline)) StepBf16 step(int64_t s) const {
-    // bf16 of -15 .. 15
-    const __m512i table = _mm512_set_epi16(
-        0x0000, 0x4170, 0x4160, 0x4150, 0x4140, 0x4130, 0x4120, 0x4110, 0x4100, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040,
-        0x4000, 0x3f80, 0x0000, static_cast<short>(0xbf80), static_cast<short>(0xc000), static_cast<short>(0xc040),
-        static_cast<short>(0xc080), static_cast<short>(0xc0a0), static_cast<short>(0xc0c0), static_cast<short>(0xc0e0),
-        static_cast<short>(0xc100), static_cast<short>(0xc110), static_cast<short>(0xc120), static_cast<short>(0xc130),
-        static_cast<short>(0xc140), static_cast<short>(0xc150), static_cast<short>(0xc160), static_cast<short>(0xc170));
+    const __m512i table = bf16_integers();
     prefetch(codes + s * 64 + kAheadBytes);
     const __m512i bits = _mm512_loadu_si512(codes + s * 64), mask = _mm512_set1_epi16(0x0f0f);
     const __m512i even = _mm512_add_epi16(_mm512_and_si512(bits, mask), offset[0]);

@@ -23,6 +23,7 @@ inline void prefetch(const void* p) { __builtin_prefetch(p); }
 typedef VecInt VecIntUnaligned __attribute__((aligned(1), may_alias));
 
 inline VecInt load_ints(const void* p) { return *static_cast<const VecIntUnaligned*>(p); }
+inline void store_ints(void* p, VecInt v) { *static_cast<VecIntUnaligned*>(p) = v; }
 
 // kLanes scales of 2 bytes.
 inline Vec load_scales(const uint16_t* p, Dtype dtype) {
@@ -37,6 +38,18 @@ inline Vec load_scales(const uint16_t* p, Dtype dtype) {
   return load(values);
 #endif
 }
+
+#if defined(AWQ_LEVEL_AVX512)
+// bf16 of -15 .. 15, for a permutation of words by code + 15 - zero.
+inline __m512i bf16_integers() {
+  return _mm512_set_epi16(
+      0x0000, 0x4170, 0x4160, 0x4150, 0x4140, 0x4130, 0x4120, 0x4110, 0x4100, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040,
+      0x4000, 0x3f80, 0x0000, static_cast<short>(0xbf80), static_cast<short>(0xc000), static_cast<short>(0xc040),
+      static_cast<short>(0xc080), static_cast<short>(0xc0a0), static_cast<short>(0xc0c0), static_cast<short>(0xc0e0),
+      static_cast<short>(0xc100), static_cast<short>(0xc110), static_cast<short>(0xc120), static_cast<short>(0xc130),
+      static_cast<short>(0xc140), static_cast<short>(0xc150), static_cast<short>(0xc160), static_cast<short>(0xc170));
+}
+#endif
 
 // y += sum * scale for the vectors of a chunk.
 template <int R>

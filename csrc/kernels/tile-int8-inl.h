@@ -97,7 +97,7 @@ inline void store_bytes(VecInt q, uint32_t* steps) {
 #endif
 }
 
-Int8Run quantize_int8(const float* x, int64_t n, uint32_t* steps) {
+Int8Run quantize_int8(const float* x, int64_t n, uint32_t* steps, float* rest) {
   // Bit patterns of positive floats are ordered as the floats are, with NaN above all.
   VecInt largest = {};
   float tail[kLanes] = {};
@@ -114,13 +114,20 @@ Int8Run quantize_int8(const float* x, int64_t n, uint32_t* steps) {
   const Int8Run run{scale < 0x1p-126f ? 0x1p-126f : scale, 0};
   if (bits >= 0x7f800000) {
     __builtin_memset(steps, 0, static_cast<size_t>((n + 3) / 4 * 4));
+    if (rest != nullptr) __builtin_memset(rest, 0, static_cast<size_t>(n) * 4);
     return run;
   }
   const Vec inverse = splat(1.0f / run.scale);
   VecInt sum = {};
   for (int64_t i = 0; i < n; i += kLanes) {
-    const VecInt q = round_to_ints(vector(i) * inverse);
+    const Vec value = vector(i);
+    const VecInt q = round_to_ints(value * inverse);
     sum += q;
+    if (rest != nullptr) {
+      float left[kLanes];
+      store(left, fma(to_floats(q), splat(-run.scale), value));
+      __builtin_memcpy(rest + i, left, static_cast<size_t>(n - i < kLanes ? n - i : kLanes) * 4);
+    }
     uint32_t words[kLanes / 4];
     store_bytes(q, words);
     const int64_t count = (n - i + 3) / 4;
