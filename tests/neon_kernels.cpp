@@ -1,7 +1,8 @@
 // The NEON kernels against the scalar ones, and both against sums in double: a program without torch or Python, so that
 // it can be cross-compiled and run under an emulator (test_neon.py). Integers and 16-bit patterns must be equal, floats
-// within the bounds of tests/kernels/test_kernels.py and tests/layers/test_ops.py: a sum of n products in fp32 is off by at most n + 4 units
-// of 2^-24 of the sum of magnitudes. Prints the number of checks; ends with 1 at the first that fails.
+// within the bounds of tests/kernels/test_kernels.py and tests/layers/test_ops.py: a sum of n products in fp32 is off
+// by at most n + 4 units of 2^-24 of the sum of magnitudes. Prints the number of checks; ends with 1 at the first that
+// fails.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -103,7 +104,8 @@ void test_int8_rounding(int64_t n) {
     if (kind == 2) x.assign(x.size(), 0.0f);
     if (kind == 3) x.back() = NAN;
     std::vector<uint32_t> a(static_cast<size_t>(ceil_div(n, 4))), b(a.size());
-    const Int8Run p = scalar.quantize_int8(x.data(), n, a.data(), nullptr), q = neon.quantize_int8(x.data(), n, b.data(), nullptr);
+    const Int8Run p = scalar.quantize_int8(x.data(), n, a.data(), nullptr),
+                  q = neon.quantize_int8(x.data(), n, b.data(), nullptr);
     check(same(a, b) && p.sum == q.sum && std::memcmp(&p.scale, &q.scale, 4) == 0, "quantize_int8");
   }
 }

@@ -4,7 +4,10 @@
 
 #include <vector>
 
+#include "drivers/choice.h"
+#include "drivers/tile_probe.h"
 #include "kernels/isa.h"
+#include "kernels/processor.h"
 
 namespace awq {
 namespace {
@@ -21,6 +24,33 @@ void bind_isa(py::module_& m) {
         return names;
       },
       "Names of the instruction sets that this build and this processor have, the least first.");
+  m.def(
+      "default_isa", [] { return std::pair(isa_name(default_isa()), default_reason()); },
+      "The instruction set that is chosen for this processor where nothing else is asked for, and why.");
+}
+
+void bind_choices(py::module_& m) {
+  m.def(
+      "processor", [] { return std::tuple(processor().vendor, processor().family, processor().model); },
+      "Vendor, family and model of the processor, as CPUID says them; ('', 0, 0) where there is no CPUID.");
+  m.def(
+      "choices",
+      [] {
+        std::vector<std::pair<std::string, std::string>> lines;
+        for (const Job& job : describe_choices(kernels())) lines.emplace_back(job.job, job.kernel);
+        return lines;
+      },
+      "What the instruction set in use computes each job with: pairs of job and kernel.");
+  m.def(
+      "probe_tiles",
+      [](int milliseconds) {
+        py::gil_scoped_release release;
+        const TileProbe probe = probe_tiles(kernels(), milliseconds);
+        return std::tuple(probe.holds, probe.preempted, probe.damaged);
+      },
+      py::arg("milliseconds"),
+      "Hold tile registers while other threads take the processor away: (holds, preempted ones, damaged ones); zeros "
+      "where the instruction set in use has no tiles.");
 }
 
 // c10's errors carry the C++ stack; Python gets only the message.
@@ -42,6 +72,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::register_local_exception_translator(&awq::translate_errors);
   awq::current_isa();  // an AWQ_EXT_ISA that is not available raises at import, not in the middle of a run
   awq::bind_isa(m);
+  awq::bind_choices(m);
   awq::bind_quantize(m);
   awq::bind_tiles(m);
   awq::bind_search(m);

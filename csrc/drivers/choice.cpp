@@ -47,48 +47,50 @@ Choice choose(const KernelTable& table, Dtype dtype, Compute compute, int64_t ro
                               : in_vectors(table, Element::f32, 1, rows);
 }
 
+namespace {
+
+std::string kernel_name(const Choice& c) {
+  const std::string terms = c.terms == 1 ? "" : ", each activation in " + std::to_string(c.terms) + " terms";
+  switch (c.element) {
+    case Element::f32:
+      return "fp32 FMA";
+    case Element::bf16_pair:
+      return "products of bf16 vectors";
+    case Element::int8_step:
+      return "products of bytes" + terms;
+    case Element::bf16_tile:
+      return "bf16 tiles" + terms;
+    case Element::int8_tile:
+      return "int8 tiles";
+  }
+  return "";
+}
+
+// One line for each run of row numbers that use the same kernel.
+void describe(const KernelTable& table, const std::string& job, Dtype dtype, Compute compute, std::vector<Job>& jobs) {
+  constexpr int64_t kLast = 64;  // choices change at fewer rows only
+  for (int64_t first = 1, last; first <= kLast; first = last + 1) {
+    const std::string kernel = kernel_name(choose(table, dtype, compute, first));
+    for (last = first; last < kLast && kernel_name(choose(table, dtype, compute, last + 1)) == kernel;) ++last;
+    const std::string from = std::to_string(first);
+    const std::string rows = last == kLast  ? from + (first == 1 ? " row or more" : " rows or more")
+                             : last > first ? from + " to " + std::to_string(last) + " rows"
+                                            : from + " rows";
+    jobs.push_back({job + ", " + rows, kernel});
+  }
+}
+
+}  // namespace
+
 std::vector<Job> describe_choices(const KernelTable& table) {
   std::vector<Job> jobs;
-  const auto name = [](const Choice& c) -> std::string {
-    switch (c.element) {
-      case Element::f32:
-        return "fp32 FMA";
-      case Element::bf16_pair:
-        return "products of bf16 vectors";
-      case Element::int8_step:
-        return c.terms == 1 ? "products of bytes" : "products of bytes, each activation in three terms";
-      case Element::bf16_tile:
-        return c.terms == 1 ? "bf16 tiles" : "bf16 tiles, each activation in " + std::to_string(c.terms) + " terms";
-      case Element::int8_tile:
-        return "int8 tiles";
-    }
-    return "";
-  };
-  const auto add = [&](const char* job, Dtype dtype, Compute compute, const char* few, const char* many) {
-    constexpr int64_t kMost = 1 << 20;
-    for (int64_t rows = 1; rows <= kMost;) {
-      const std::string kernel = name(choose(table, dtype, compute, rows));
-      int64_t end = rows;  // the last of these rows: choices change below a hundred rows only
-      while (end < 100 && name(choose(table, dtype, compute, end + 1)) == kernel) ++end;
-      const bool last = end == 100;
-      const std::string from = std::to_string(rows),
-                        range = last ? from + " rows or more" : from + " to " + std::to_string(end) + " rows";
-      jobs.push_back({std::string(job) + ", " + range, kernel, last ? many : few});
-      if (last) break;
-      rows = end + 1;
-    }
-  };
-  const bool tiles = table.tiles_bf16 != nullptr, pairs = table.int4_dot_bf16 != nullptr;
-  const char* vectors = tiles ? "bound by memory: vectors start sooner than tiles" : "";
-  const char* most = tiles   ? "tiles do the most products a cycle"
-                     : pairs ? "the most products a cycle on this level"
-                             : "this level has nothing faster that keeps the activations as they are";
-  add("bf16 activations", Dtype::bf16, Compute::automatic, vectors, most);
-  add("fp16 activations", Dtype::f16, Compute::automatic, vectors, tiles ? most : "no faster exact products of fp16");
-  add("fp32 activations", Dtype::f32, Compute::automatic, vectors, tiles ? most : "no faster exact products of fp32");
-  add("compute_dtype=\"int8\"", Dtype::bf16, Compute::int8, vectors, tiles ? most : "four products a lane");
-  jobs.push_back({"second moments and ranking, bf16", table.gemm_tile_bf16 != nullptr ? "products of bf16" : "fp32 FMA",
-                  table.gemm_tile_bf16 != nullptr ? "exact products, fp32 sums" : "no fast products of bf16 here"});
+  describe(table, "bf16 activations", Dtype::bf16, Compute::automatic, jobs);
+  describe(table, "fp16 activations", Dtype::f16, Compute::automatic, jobs);
+  describe(table, "fp32 activations", Dtype::f32, Compute::automatic, jobs);
+  describe(table, "compute_dtype=\"int8\"", Dtype::bf16, Compute::int8, jobs);
+  const bool pairs = table.gemm_tile_bf16 != nullptr;
+  jobs.push_back({"second moments of bf16 activations", pairs ? "products of bf16 vectors" : "fp32 FMA"});
+  jobs.push_back({"ranking of candidates", pairs ? "products of bf16 vectors" : "fp32 FMA"});
   return jobs;
 }
 

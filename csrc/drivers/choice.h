@@ -27,9 +27,9 @@ struct Choice {
 
 Choice choose(const KernelTable& table, Dtype dtype, Compute compute, int64_t rows);
 
-// For a person: what each job uses, and why.
+// For a person: what each job uses on this level.
 struct Job {
-  std::string job, kernel, reason;
+  std::string job, kernel;
 };
 std::vector<Job> describe_choices(const KernelTable& table);
 

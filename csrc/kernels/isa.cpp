@@ -15,6 +15,7 @@ struct Level {
   const KernelTable* table;
   bool (*runs_here)();
   bool (*fast_here)();  // whether it may be chosen by default
+  const char* reason;   // for a person: why it is the default where it is
 };
 
 bool always() { return true; }
@@ -24,18 +25,21 @@ bool never() { return false; }
 // its speed: a product of bf16 vectors is issued twice a cycle on AMD's Zen 5 and once in two on Zen 4, but once in
 // five cycles on Intel's Sapphire and Emerald Rapids, slower than fp32 FMA. Those have tile registers instead.
 constexpr Level kLevels[] = {
-    {Isa::scalar, "scalar", &kScalarKernels, always, always},
+    {Isa::scalar, "scalar", &kScalarKernels, always, always, "every processor has it"},
 #if defined(__x86_64__)
-    {Isa::amx_plain, "amx_plain", &kAmxPlainKernels, always, never},
-    {Isa::avx2, "avx2", &kAvx2Kernels, [] { return processor().avx2; }, always},
-    {Isa::avx512, "avx512", &kAvx512Kernels, [] { return processor().avx512; }, always},
-    {Isa::amx_emulated, "amx_emulated", &kAmxEmulatedKernels, [] { return processor().avx512_vnni; }, never},
-    {Isa::avx512_vnni, "avx512_vnni", &kAvx512VnniKernels, [] { return processor().avx512_vnni; }, always},
+    {Isa::amx_plain, "amx_plain", &kAmxPlainKernels, always, never, ""},
+    {Isa::avx2, "avx2", &kAvx2Kernels, [] { return processor().avx2; }, always, "this processor has no AVX-512"},
+    {Isa::avx512, "avx512", &kAvx512Kernels, [] { return processor().avx512; }, always,
+     "this processor has no products of bytes (VNNI)"},
+    {Isa::amx_emulated, "amx_emulated", &kAmxEmulatedKernels, [] { return processor().avx512_vnni; }, never, ""},
+    {Isa::avx512_vnni, "avx512_vnni", &kAvx512VnniKernels, [] { return processor().avx512_vnni; }, always,
+     "no AMX here, and no products of bf16 that are known to be fast"},
     {Isa::avx512_bf16, "avx512_bf16", &kAvx512Bf16Kernels, [] { return processor().avx512_bf16; },
-     [] { return processor().vendor == "AuthenticAMD"; }},
-    {Isa::amx, "amx", &kAmxKernels, [] { return processor().amx; }, always},
+     [] { return processor().vendor == "AuthenticAMD"; }, "AMD's products of bf16 vectors are fast"},
+    {Isa::amx, "amx", &kAmxKernels, [] { return processor().amx; }, always,
+     "tile registers do the most products a cycle; products of bf16 vectors are slow where they exist"},
 #elif defined(__aarch64__)
-    {Isa::neon, "neon", &kNeonKernels, always, always},
+    {Isa::neon, "neon", &kNeonKernels, always, always, "every aarch64 processor has it"},
 #endif
 };
 
@@ -92,6 +96,7 @@ std::vector<Isa> available_isas() {
 }
 
 Isa default_isa() { return fastest_level().isa; }
+const char* default_reason() { return fastest_level().reason; }
 Isa current_isa() { return current_level().isa; }
 void set_isa(const std::string& name) { chosen.store(&find_level(name, "set_isa: argument 'name'")); }
 const KernelTable& kernels() { return *current_level().table; }

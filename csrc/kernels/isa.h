@@ -20,6 +20,8 @@ const char* isa_name(Isa isa);
 std::vector<Isa> available_isas();
 // The level that is fastest on this processor, by its family: isa.cpp has the reasons.
 Isa default_isa();
+// Why, in a few words.
+const char* default_reason();
 // The level in use. The first call reads AWQ_EXT_ISA; std::invalid_argument if that is not an available level.
 Isa current_isa();
 // Throws std::invalid_argument, naming the choices, if the level is unknown or not available here.

@@ -153,6 +153,8 @@ struct KernelTable {
   // The same on tile registers, activations in pairs of bf16 or in eight bits; null where the level has none.
   const TileProducts* tiles_bf16;
   const TileProducts* tiles_int8;
+  // Fills the thread's tile registers, calls meanwhile(argument), and tells whether they still hold what they did.
+  bool (*keep_tiles)(void (*meanwhile)(void*), void* argument);
   // out[i * rows + m] = x[m * ldx + i], elements of 4 bytes; x need only be aligned to 2 bytes.
   void (*interleave)(const void* x, int64_t ldx, int64_t n, int rows, void* out);
 

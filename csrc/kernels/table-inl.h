@@ -37,6 +37,7 @@ constexpr KernelTable make_table() {
 #if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED)
   table.tiles_bf16 = &kTilesBf16;
   table.tiles_int8 = &kTilesInt8;
+  table.keep_tiles = keep_tiles;
 #endif
   table.to_float = to_float;
   table.from_float = from_float;

@@ -263,3 +263,17 @@ template <class Form>
 constexpr TileProducts tile_products() {
   return {Form::kStepRows, Form::kRun, tile_begin<Form>, tile_end, tile_dot<Form>, tile_values<Form>, tile_panel<Form>};
 }
+
+bool keep_tiles(void (*meanwhile)(void*), void* argument) {
+  alignas(64) uint32_t before[kTileWords], after[2 * kTileWords];
+  for (uint32_t i = 0; i < kTileWords; ++i) before[i] = 0x9e3779b9u * (i + 1);
+  tile_configure(kTileSide);
+  tile_load<0>(before, kTileBytes);
+  tile_load<6>(before, kTileBytes);
+  meanwhile(argument);
+  tile_store<0>(after, kTileBytes);
+  tile_store<6>(after + kTileWords, kTileBytes);
+  tile_release();
+  return __builtin_memcmp(before, after, sizeof(before)) == 0 &&
+         __builtin_memcmp(before, after + kTileWords, sizeof(before)) == 0;
+}

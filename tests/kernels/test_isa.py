@@ -19,18 +19,33 @@ def run(isa: str) -> subprocess.CompletedProcess[str]:
     return run_python("-c", "import torch, awq_ext._C as c; print(c.isa())", AWQ_EXT_ISA=isa)
 
 
-def test_default_is_the_best() -> None:
+def test_default_is_one_that_is_fast_here() -> None:
     names = _C.available_isas()
+    default, reason = _C.default_isa()
     assert names[0] == "scalar"
+    assert default in names
+    assert reason
+    assert default not in ("amx_plain", "amx_emulated")
     if not os.environ.get("AWQ_EXT_ISA"):
-        assert _C.isa() == names[-1]
+        assert _C.isa() == default
+
+
+def test_products_of_bf16_vectors_are_taken_where_they_are_fast() -> None:
+    """Intel has the instruction since Cooper Lake, slower than fp32 FMA: csrc/kernels/isa.cpp."""
+    names, (default, _), (vendor, _, _) = _C.available_isas(), _C.default_isa(), _C.processor()
+    if "amx" in names:
+        assert default == "amx"
+    elif "avx512_bf16" in names:
+        assert default == ("avx512_bf16" if vendor == "AuthenticAMD" else "avx512_vnni")
+    else:
+        assert default == next(name for name in reversed(names) if not name.startswith("amx_"))
 
 
 @pytest.mark.parametrize("isa", ["scalar", ""])
 def test_environment_variable(isa: str) -> None:
     result = run(isa)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == (isa or _C.available_isas()[-1])
+    assert result.stdout.strip() == (isa or _C.default_isa()[0])
 
 
 @pytest.mark.parametrize("isa", ["sse9", "AVX2"])
