@@ -40,7 +40,7 @@ Choice choose(const KernelTable& table, Dtype dtype, Compute compute, int64_t ro
     const bool tiles = table.tiles_int8 != nullptr && rows > kVectorRowsInt8;
     return tiles ? on_tiles(Element::int8_tile, 1, rows) : in_vectors(table, Element::int8_step, 1, rows);
   }
-  if (dtype == Dtype::bf16 && table.int4_dot_bf16 != nullptr) return in_vectors(table, Element::bf16_pair, 1, rows);
+  if (dtype == Dtype::bf16 && table.dot_bf16 != nullptr) return in_vectors(table, Element::bf16_pair, 1, rows);
   if (table.tiles_bf16 == nullptr) return in_vectors(table, Element::f32, 1, rows);
   if (rows > kVectorRows) return on_tiles(Element::bf16_tile, bf16_terms(dtype), rows);
   return dtype == Dtype::bf16 ? in_vectors(table, Element::int8_step, kInt8Terms, rows)

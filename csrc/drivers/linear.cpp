@@ -14,12 +14,11 @@ namespace {
 
 constexpr int64_t kTaskBytes = 1 << 15;  // of codes that a task reads, at least
 constexpr int64_t kStreamTasks = 2;      // at most, per thread: every task begins by waiting for memory
-// Steps of the part of a weight that rows take turns on: with the activations of a block it fits the first-level cache,
-// kPartTiles of them fit the second. A panel of floats is eight times as large as its codes, for tiles of bf16 four
-// times.
-constexpr int64_t kDecodeSteps = 256, kPanelSteps = 128, kPartTiles = 4;
-// A part of a group holds whole runs, and the sums of a tile's run do not depend on how a product is computed.
-static_assert(kDecodeSteps % kRunSteps == 0 && kDecodeSteps == kTileRunSteps);
+// The part of a weight that rows take turns on, codes in bytes or a panel in steps: with the activations of a block it
+// fits the first-level cache, kPartTiles of them fit the second. A panel of fp32 is larger than codes of 4 bits by
+// eight, one of bf16 for tiles by four.
+constexpr int64_t kDecodeBytes = 1 << 14, kPanelSteps = 128, kPartTiles = 4;
+static_assert(kDecodeBytes / step_bytes(8) % kRunSteps == 0);  // a part of a group holds whole runs
 
 // Kernels and operands of one call.
 struct Call {
@@ -65,16 +64,17 @@ class TileTask {
 };
 
 // Steps [first, first + count) of a tile: whole groups, or a part of one.
-Int4Block block_at(const Call& c, int64_t tile, int64_t first, int64_t count) {
+WeightBlock block_at(const Call& c, int64_t tile, int64_t first, int64_t count) {
   const int64_t group = first / c.group_steps, place = tile * c.groups + group;
-  Int4Block block;
-  block.codes = c.weight.codes + (tile * c.steps + first) * kStepBytes;
+  WeightBlock block;
+  block.codes = c.weight.codes + (tile * c.steps + first) * step_bytes(c.weight.bits);
   block.scales = c.weight.scales + place * kTileOutputs;
-  block.zeros = c.weight.zeros + place * kTileZeroBytes;
+  block.zeros = c.weight.zeros + place * tile_zero_bytes(c.weight.bits);
   block.scale_dtype = c.weight.scale_dtype;
   block.groups = ceil_div(count, c.group_steps);
   block.group_steps = c.group_steps;
   block.last_steps = count - (block.groups - 1) * c.group_steps;
+  block.bits = c.weight.bits;
   return block;
 }
 
@@ -92,14 +92,14 @@ void finish(const Call& c, float* sums, int64_t lds, int64_t tile, int64_t tiles
   }
 }
 
-void dot(const Call& c, const Int4Block& block, const void* a, int rows, float* y, int64_t ldy) {
+void dot(const Call& c, const WeightBlock& block, const void* a, int rows, float* y, int64_t ldy) {
   switch (c.choice.element) {
     case Element::f32:
-      return c.table.int4_dot(&block, static_cast<const float*>(a), rows, y, ldy);
+      return c.table.dot_f32(&block, static_cast<const float*>(a), rows, y, ldy);
     case Element::bf16_pair:
-      return c.table.int4_dot_bf16(&block, static_cast<const uint16_t*>(a), rows, y, ldy);
+      return c.table.dot_bf16(&block, static_cast<const uint16_t*>(a), rows, y, ldy);
     case Element::int8_step:
-      return c.table.int4_dot_int8(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
+      return c.table.dot_int8(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
     case Element::bf16_tile:
     case Element::int8_tile:
       return c.tiles->dot(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
@@ -108,7 +108,7 @@ void dot(const Call& c, const Int4Block& block, const void* a, int rows, float* 
 
 void stream(const Call& c, int threads) {
   const int64_t tiles = tile_count(c.weight.out_features);
-  const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * kStepBytes),
+  const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * step_bytes(c.weight.bits)),
                                              ceil_div(tiles, kStreamTasks * threads), ceil_div(tiles, threads));
   parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int) {
     const TileTask tile_task(c);
@@ -130,19 +130,19 @@ struct Part {
   int64_t lds;
 };
 
-void decode_panel(const Call& c, const Int4Block& block, uint32_t* panel) {
+void decode_panel(const Call& c, const WeightBlock& block, uint32_t* panel) {
   if (c.tiles != nullptr)
     c.tiles->values(&block, panel);
   else
-    c.table.int4_values(&block, reinterpret_cast<float*>(panel));
+    c.table.panel_values(&block, reinterpret_cast<float*>(panel));
 }
 
-void multiply_panel(const Call& c, const Int4Block& block, const uint32_t* panel, const void* a, int rows, float* y,
+void multiply_panel(const Call& c, const WeightBlock& block, const uint32_t* panel, const void* a, int rows, float* y,
                     int64_t ldy) {
   if (c.tiles != nullptr)
     c.tiles->panel(&block, panel, static_cast<const uint32_t*>(a), rows, y, ldy);
   else
-    c.table.int4_panel(&block, reinterpret_cast<const float*>(panel), static_cast<const float*>(a), rows, y, ldy);
+    c.table.panel_f32(&block, reinterpret_cast<const float*>(panel), static_cast<const float*>(a), rows, y, ldy);
 }
 
 // Words of a decoded part of a tile: a run on tile registers is padded to at most twice its length.
@@ -158,7 +158,7 @@ void add_steps(const Call& c, const Part& part, int64_t first, int64_t count) {
       decode_panel(c, block_at(c, part.tile + t, first, count), part.panel + t * part.tile_values);
   for (int64_t b = 0; b < c.a.blocks(); ++b)
     for (int64_t t = 0; t < part.tiles; ++t) {
-      const Int4Block block = block_at(c, part.tile + t, first, count);
+      const WeightBlock block = block_at(c, part.tile + t, first, count);
       float* y = part.sums + c.a.rows_before(b) * part.lds + t * kTileOutputs;
       if (panel)
         multiply_panel(c, block, part.panel + t * part.tile_values, c.a.at(b, first), c.a.rows(b), y, part.lds);
@@ -173,7 +173,9 @@ void take_turns(const Call& c, int threads) {
   const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, kPartTiles), threads));
   const int64_t bundle = ceil_div(tiles, tasks), lds = bundle * kTileOutputs;
   const bool panel = c.choice.way == Way::panel;
-  const int64_t most = panel && c.tiles == nullptr ? kPanelSteps : kDecodeSteps;
+  const int64_t most = c.tiles != nullptr ? kTileRunSteps  // so that sums do not depend on the way
+                       : panel            ? kPanelSteps
+                                          : kDecodeBytes / step_bytes(c.weight.bits);
   const int64_t whole = most / c.group_steps * c.group_steps;  // groups that fit, or parts of one
   const int64_t tile_values = panel ? panel_words(c, most) : 0, rows = c.element_rows();
   const int64_t size = round_up(bundle * tile_values + rows * lds, 16);  // whole cache lines
@@ -201,7 +203,7 @@ void take_turns(const Call& c, int threads) {
 int64_t row_chunks(const TiledWeight& weight, int64_t rows, int threads) {
   constexpr int64_t kWeightBytes = 1 << 19, kChunkRows = 72, kLeastRows = 16;
   const int64_t bytes =
-      tile_count(weight.out_features) * step_count(weight.in_features, weight.group_length) * kStepBytes;
+      tile_count(weight.out_features) * step_count(weight.in_features, weight.group_length) * step_bytes(weight.bits);
   if (threads == 1 || bytes > kWeightBytes || rows < kLeastRows * 2 * threads) return 1;
   return std::min(round_up(ceil_div(rows, kChunkRows), threads), rows / kLeastRows);
 }
@@ -217,8 +219,8 @@ void multiply_rows(const KernelTable& table, const TiledWeight& weight, const vo
 
 }  // namespace
 
-void int4_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
-                 const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
+void quant_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
+                  const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
   const int64_t chunks = row_chunks(weight, rows, threads), bytes = dtype_bytes(dtype);
   if (chunks == 1) return multiply_rows(table, weight, x, dtype, rows, input_scale, bias, compute, y, threads);
   parallel_for(chunks, threads, [&](int64_t chunk, int) {
@@ -229,27 +231,32 @@ void int4_linear(const KernelTable& table, const TiledWeight& weight, const void
   });
 }
 
-void int4_weight(const KernelTable& table, const TiledWeight& w, float* out, int threads) {
+void quant_weight(const KernelTable& table, const TiledWeight& w, float* out, int threads) {
   const int64_t steps = step_count(w.in_features, w.group_length), groups = ceil_div(w.in_features, w.group_length);
   const int64_t size = w.group_length + kStepChannels;
   Buffer<float> scratch(threads * size * kTileOutputs);
   parallel_for(tile_count(w.out_features), threads, [&](int64_t t, int thread) {
     float* values = scratch.get() + thread * size * kTileOutputs;
-    const uint8_t* codes = w.codes + t * steps * kStepBytes;
+    const uint8_t* codes = w.codes + t * steps * step_bytes(w.bits);
     const int64_t n = t * kTileOutputs, count = std::min(kTileOutputs, w.out_features - n);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * w.group_length, length = std::min(w.group_length, w.in_features - begin);
       const int64_t place = t * groups + g, group_steps = ceil_div(length, kStepChannels);
-      const Int4Block block{
-          codes,      w.scales + place * kTileOutputs, w.zeros + place * kTileZeroBytes, w.scale_dtype, 1, group_steps,
-          group_steps};
-      table.int4_values(&block, values);
+      const WeightBlock block{codes,
+                              w.scales + place * kTileOutputs,
+                              w.zeros + place * tile_zero_bytes(w.bits),
+                              w.scale_dtype,
+                              1,
+                              group_steps,
+                              group_steps,
+                              w.bits};
+      table.panel_values(&block, values);
       float scale[kTileOutputs];
       table.to_float(block.scales, w.scale_dtype, kTileOutputs, scale);
       for (int64_t j = 0; j < count; ++j)
         for (int64_t i = 0; i < length; ++i)
           out[(n + j) * w.in_features + begin + i] = values[i * kTileOutputs + j] * scale[j];
-      codes += group_steps * kStepBytes;
+      codes += group_steps * step_bytes(w.bits);
     }
   });
 }

@@ -7,11 +7,14 @@
 // is 0 on both sides. The sums of a run (a group, or a part of a long one) are stored, scaled and added to y while the
 // next run's products are under way: there are two places to store them.
 
-// Both forms. kStepRows: rows of the right tile that a step decodes to; kRun: the most steps of a run.
+constexpr int kPairWords = 32;  // a row of both right tiles: 32 outputs
+
+// Both forms. kStepRows: rows of the right tiles that a step decodes to; kRun: the most steps of a run.
 struct TileBf16 {
   static constexpr int kStepRows = 2;
   static constexpr int64_t kRun = kTileRunSteps;
   static constexpr bool kScaled = false;
+  template <int Bits>
   static void decode(const uint8_t* codes, const uint8_t* zeros, int64_t steps, uint32_t* rows);
   template <int Sum, int Left, int Right>
   static void dot() {
@@ -23,6 +26,7 @@ struct TileInt8 {
   static constexpr int kStepRows = 1;
   static constexpr int64_t kRun = kRunSteps;
   static constexpr bool kScaled = true;  // activations have a sum and a scale for each run
+  template <int Bits>
   static void decode(const uint8_t* codes, const uint8_t* zeros, int64_t steps, uint32_t* rows);
   template <int Sum, int Left, int Right>
   static void dot() {
@@ -30,65 +34,52 @@ struct TileInt8 {
   }
 };
 
-constexpr int kPairWords = 32;  // a row of both right tiles: 32 outputs
-
+template <int Bits>
 void TileBf16::decode(const uint8_t* codes, const uint8_t* zeros, int64_t steps, uint32_t* rows) {
 #if defined(AWQ_LEVEL_AVX512)
-  const __m512i table = bf16_integers(), mask = _mm512_set1_epi16(0x0f0f);
-  const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
-  const __m512i top = _mm512_set1_epi32(15), bytes = _mm512_set1_epi32(0x01010101);
-  const __m512i low = _mm512_mullo_epi32(_mm512_sub_epi32(top, _mm512_and_si512(both, top)), bytes);
-  const __m512i high = _mm512_mullo_epi32(_mm512_sub_epi32(top, _mm512_srli_epi32(both, 4)), bytes);
-  for (int64_t s = 0; s < steps; ++s, codes += 64, rows += 2 * kPairWords) {
-    prefetch(codes + kAheadBytes);
-    const __m512i bits = _mm512_loadu_si512(codes);
-    const __m512i even = _mm512_add_epi16(_mm512_and_si512(bits, mask), low);
-    const __m512i odd = _mm512_add_epi16(_mm512_and_si512(_mm512_srli_epi16(bits, 4), mask), high);
-    _mm512_storeu_si512(rows, _mm512_permutexvar_epi16(even, table));
-    _mm512_storeu_si512(rows + 16, _mm512_permutexvar_epi16(odd, table));
-    _mm512_storeu_si512(rows + 32, _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table));
-    _mm512_storeu_si512(rows + 48, _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table));
+  const CodesBf16<Bits> source(codes, zeros);
+  for (int64_t s = 0; s < steps; ++s, rows += 2 * kPairWords) {
+    const StepBf16 step = source.step(s);
+    for (int p = 0; p < 2; ++p)
+      for (int v = 0; v < 2; ++v) _mm512_storeu_si512(rows + p * kPairWords + v * 16, step.w[p][v]);
   }
 #else
-  for (int64_t s = 0; s < steps; ++s, codes += 64, rows += 2 * kPairWords)
-    for (int half = 0; half < 2; ++half)
-      for (int j = 0; j < 16; ++j) {
-        uint32_t bits;
-        __builtin_memcpy(&bits, codes + 4 * j, 4);
-        const int zero = zeros[j] >> (4 * half) & 15;
-        // channels 0, 1, 2, 3 of the output lie at bits 0, 16, 8, 24
-        const auto value = [&](int shift) {
-          return to_bits(static_cast<float>(static_cast<int>(bits >> (shift + 4 * half) & 15) - zero)) >> 16;
-        };
-        rows[16 * half + j] = value(0) | value(16) << 16;
-        rows[kPairWords + 16 * half + j] = value(8) | value(24) << 16;
-      }
+  float values[4][32];
+  for (int64_t s = 0; s < steps; ++s, rows += 2 * kPairWords) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const Codes<Bits> source(codes, zeros, chunk);
+      for (int k = 0; k < 4; ++k)
+        for (int v = 0; v < 2; ++v) store(values[k] + v * 16 + chunk * kLanes, source.weight(s, k, v));
+    }
+    for (int p = 0; p < 2; ++p)
+      for (int n = 0; n < 32; ++n)
+        rows[p * kPairWords + n] = to_bits(values[2 * p][n]) >> 16 | to_bits(values[2 * p + 1][n]);
+  }
 #endif
 }
 
+template <int Bits>
 void TileInt8::decode(const uint8_t* codes, const uint8_t*, int64_t steps, uint32_t* rows) {
-  const VecInt low = splat_int(0x0f0f0f0f);
-  for (int64_t s = 0; s < steps; ++s, codes += 64, rows += kPairWords) {
-    prefetch(codes + kAheadBytes);
+  for (int64_t s = 0; s < steps; ++s, codes += kStepBytes<Bits>, rows += kPairWords)
     for (int c = 0; c < 16; c += kLanes) {
-      const VecInt bits = load_ints(codes + 4 * c);
-      store_ints(rows + c, bits & low);
-      store_ints(rows + 16 + c, bits >> 4 & low);
+      VecInt w[2];
+      load_codes<Bits>(codes + 4 * c, w);
+      store_ints(rows + c, w[0]);
+      store_ints(rows + 16 + c, w[1]);
     }
-  }
 }
 
 // Words in a row of left tiles, rows of right ones: whole groups if they are short.
 template <class Form>
-inline int depth_of(const Int4Block* block) {
+inline int depth_of(const WeightBlock* block) {
   const int64_t rows = block->group_steps * Form::kStepRows;
   return rows < kTileSide ? static_cast<int>(rows) : kTileSide;
 }
 
 // Decodes steps and fills the last tile with zeros; returns the number of tiles.
-template <class Form>
+template <class Form, int Bits>
 inline int64_t decode_tiles(const uint8_t* codes, const uint8_t* zeros, int64_t steps, int depth, uint32_t* rows) {
-  Form::decode(codes, zeros, steps, rows);
+  Form::template decode<Bits>(codes, zeros, steps, rows);
   const int64_t used = steps * Form::kStepRows, count = (used + depth - 1) / depth;
   for (int64_t i = used * kPairWords; i < count * depth * kPairWords; ++i) rows[i] = 0;
   return count;
@@ -142,11 +133,13 @@ struct StoredRun {
   const uint8_t* zeros;
 };
 
-template <class Form, int Halves>
+template <class Form, int Bits, int Halves>
 inline void add_run_to(const StoredRun& run, Dtype dtype, int rows, float* y, int64_t ldy) {
   for (int n = 0; n < 32; n += kLanes) {
     const Vec scale = load_scales(run.scales + n, dtype);
-    const VecInt zero = load_bytes(run.zeros + n % 16) >> (n < 16 ? 0 : 4) & 15;
+    VecInt zeros[2];
+    load_zeros<Bits>(run.zeros + n % 16, zeros);
+    const VecInt zero = zeros[n / 16];
     for (int m = 0; m < rows; ++m) {
       const VecInt bits = load_ints(run.sums + m * kPairWords + n);
       Vec sum = (Vec)bits;
@@ -160,7 +153,7 @@ inline void add_run_to(const StoredRun& run, Dtype dtype, int rows, float* y, in
 }
 
 // Codes decoded a chunk at a time, into a place in the first-level cache.
-template <class Form>
+template <class Form, int Bits>
 struct DecodedOnTheWay {
   static constexpr int64_t kChunk = 32;  // steps: whole tiles, or the only one
   const uint8_t* codes;
@@ -169,12 +162,13 @@ struct DecodedOnTheWay {
   template <int Halves>
   int64_t add(const uint32_t* left, const uint8_t* zeros, int64_t steps, int depth) {
     int64_t tiles = 0;
-    for (int64_t s = 0; s < steps; s += kChunk, codes += kChunk * 64) {
-      const int64_t count = decode_tiles<Form>(codes, zeros, steps - s < kChunk ? steps - s : kChunk, depth, rows);
+    for (int64_t s = 0; s < steps; s += kChunk, codes += kChunk * kStepBytes<Bits>) {
+      const int64_t count =
+          decode_tiles<Form, Bits>(codes, zeros, steps - s < kChunk ? steps - s : kChunk, depth, rows);
       add_tiles<Form, Halves>(left + tiles * Halves * kTileWords, rows, count, depth);
       tiles += count;
     }
-    codes += (steps - (steps + kChunk - 1) / kChunk * kChunk) * 64;
+    codes += (steps - (steps + kChunk - 1) / kChunk * kChunk) * kStepBytes<Bits>;
     return tiles;
   }
 };
@@ -193,8 +187,8 @@ struct DecodedBefore {
   }
 };
 
-template <class Form, int Halves, class Source>
-inline void tile_product(const Int4Block* block, Source& source, const uint32_t* a, int rows, float* y, int64_t ldy) {
+template <class Form, int Bits, int Halves, class Source>
+inline void tile_product(const WeightBlock* block, Source& source, const uint32_t* a, int rows, float* y, int64_t ldy) {
   alignas(64) uint32_t sums[2][Halves * kTileSide * kPairWords];
   const int depth = depth_of<Form>(block);
   StoredRun before = {};
@@ -202,61 +196,71 @@ inline void tile_product(const Int4Block* block, Source& source, const uint32_t*
   for (int64_t g = 0; g < block->groups; ++g) {
     int64_t left = g + 1 < block->groups ? block->group_steps : block->last_steps;
     prefetch(block->scales + (g + kAheadGroups) * 32);
-    prefetch(block->zeros + (g + kAheadGroups) * 16);
+    prefetch(block->zeros + (g + kAheadGroups) * kZeroBytes<Bits>);
     for (int64_t steps; left > 0; left -= steps, place ^= 1) {
       steps = left < Form::kRun ? left : Form::kRun;
-      const StoredRun run = {sums[place], a, block->scales + g * 32, block->zeros + g * 16};
+      const StoredRun run = {sums[place], a, block->scales + g * 32, block->zeros + g * kZeroBytes<Bits>};
       if constexpr (Form::kScaled) a += 2 * Halves * kTileSide;
       clear_sums<Halves>();
       a += source.template add<Halves>(a, run.zeros, steps, depth) * Halves * kTileWords;
       store_sums<Halves>(sums[place]);
-      if (before.sums != nullptr) add_run_to<Form, Halves>(before, block->scale_dtype, rows, y, ldy);
+      if (before.sums != nullptr) add_run_to<Form, Bits, Halves>(before, block->scale_dtype, rows, y, ldy);
       before = run;
     }
   }
-  add_run_to<Form, Halves>(before, block->scale_dtype, rows, y, ldy);
+  add_run_to<Form, Bits, Halves>(before, block->scale_dtype, rows, y, ldy);
 }
 
-template <class Form, class Source>
-inline void for_halves(const Int4Block* block, Source& source, const uint32_t* a, int rows, float* y, int64_t ldy) {
+template <class Form, int Bits, class Source>
+inline void for_halves(const WeightBlock* block, Source& source, const uint32_t* a, int rows, float* y, int64_t ldy) {
   if (rows > kTileSide)
-    tile_product<Form, 2>(block, source, a, rows, y, ldy);
+    tile_product<Form, Bits, 2>(block, source, a, rows, y, ldy);
   else
-    tile_product<Form, 1>(block, source, a, rows, y, ldy);
+    tile_product<Form, Bits, 1>(block, source, a, rows, y, ldy);
 }
 
 template <class Form>
 void tile_begin(int64_t group_steps) {
-  Int4Block block = {};
+  WeightBlock block = {};
   block.group_steps = group_steps;
   tile_configure(depth_of<Form>(&block));
 }
 void tile_end() { tile_release(); }
 
 template <class Form>
-void tile_dot(const Int4Block* block, const uint32_t* a, int rows, float* y, int64_t ldy) {
-  DecodedOnTheWay<Form> source;
-  source.codes = block->codes;
-  for_halves<Form>(block, source, a, rows, y, ldy);
+void tile_dot(const WeightBlock* block, const uint32_t* a, int rows, float* y, int64_t ldy) {
+  for_bits(block->bits, [&](auto b) {
+    DecodedOnTheWay<Form, b.count> source;
+    source.codes = block->codes;
+    for_halves<Form, b.count>(block, source, a, rows, y, ldy);
+  });
 }
 
 template <class Form>
-void tile_panel(const Int4Block* block, const uint32_t* values, const uint32_t* a, int rows, float* y, int64_t ldy) {
-  DecodedBefore<Form> source{values};
-  for_halves<Form>(block, source, a, rows, y, ldy);
+void tile_panel(const WeightBlock* block, const uint32_t* values, const uint32_t* a, int rows, float* y, int64_t ldy) {
+  for_bits(block->bits, [&](auto b) {
+    DecodedBefore<Form> source{values};
+    for_halves<Form, b.count>(block, source, a, rows, y, ldy);
+  });
 }
 
-template <class Form>
-void tile_values(const Int4Block* block, uint32_t* values) {
+template <class Form, int Bits>
+inline void decode_block_tiles(const WeightBlock* block, uint32_t* values) {
   const int depth = depth_of<Form>(block);
   const uint8_t* codes = block->codes;
   for (int64_t g = 0; g < block->groups; ++g) {
+    const uint8_t* zeros = block->zeros + g * kZeroBytes<Bits>;
     int64_t left = g + 1 < block->groups ? block->group_steps : block->last_steps;
-    for (int64_t steps; left > 0; left -= steps, codes += steps * 64) {
+    for (int64_t steps; left > 0; left -= steps, codes += steps * kStepBytes<Bits>) {
       steps = left < Form::kRun ? left : Form::kRun;
-      values += decode_tiles<Form>(codes, block->zeros + g * 16, steps, depth, values) * depth * kPairWords;
+      values += decode_tiles<Form, Bits>(codes, zeros, steps, depth, values) * depth * kPairWords;
     }
   }
+}
+
+template <class Form>
+void tile_values(const WeightBlock* block, uint32_t* values) {
+  for_bits(block->bits, [&](auto b) { decode_block_tiles<Form, b.count>(block, values); });
 }
 
 template <class Form>

@@ -1,35 +1,6 @@
-// The products of tile-inl.h on pairs of bf16. code - zero is one of 31 integers, so one permutation of words, from a
-// table of bf16 in one register, decodes a whole register of codes: index = code + 15 - zero.
+// Products of tile-inl.h on pairs of bf16, weights decoded as decode-bf16-inl.h does.
 
 #if defined(AWQ_LEVEL_BF16)
-
-// One step: [channel pair][outputs 0..15, 16..31].
-struct StepBf16 {
-  __m512bh w[2][2];
-};
-
-struct CodesBf16 {
-  const uint8_t* codes;
-  __m512i offset[2];  // 15 - zero in every byte of an output's lane
-
-  CodesBf16(const uint8_t* codes, const uint8_t* zeros) : codes(codes) {
-    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
-    const __m512i low = _mm512_and_si512(both, _mm512_set1_epi32(15)), bytes = _mm512_set1_epi32(0x01010101);
-    const __m512i top = _mm512_set1_epi32(15);
-    offset[0] = _mm512_mullo_epi32(_mm512_sub_epi32(top, low), bytes);
-    offset[1] = _mm512_mullo_epi32(_mm512_sub_epi32(top, _mm512_srli_epi32(both, 4)), bytes);
-  }
-  __attribute__((always_inline)) StepBf16 step(int64_t s) const {
-    const __m512i table = bf16_integers();
-    prefetch(codes + s * 64 + kAheadBytes);
-    const __m512i bits = _mm512_loadu_si512(codes + s * 64), mask = _mm512_set1_epi16(0x0f0f);
-    const __m512i even = _mm512_add_epi16(_mm512_and_si512(bits, mask), offset[0]);
-    const __m512i odd = _mm512_add_epi16(_mm512_and_si512(_mm512_srli_epi16(bits, 4), mask), offset[1]);
-    return {{{(__m512bh)_mm512_permutexvar_epi16(even, table), (__m512bh)_mm512_permutexvar_epi16(odd, table)},
-             {(__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table),
-              (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table)}}};
-  }
-};
 
 // With few rows a sum would have to wait for the one before it. Each pair of a step therefore has its own sums; with a
 // single row, each pair of two steps.
@@ -51,14 +22,14 @@ struct SumsBf16 {
         __builtin_memcpy(&pair, a + (p * R + m) * 2, 4);
         const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
         __m512* to = sum[(chain + p) % kChains<R>][m];
-        to[0] = _mm512_dpbf16_ps(to[0], step.w[p][0], factor);
-        to[1] = _mm512_dpbf16_ps(to[1], step.w[p][1], factor);
+        to[0] = _mm512_dpbf16_ps(to[0], (__m512bh)step.w[p][0], factor);
+        to[1] = _mm512_dpbf16_ps(to[1], (__m512bh)step.w[p][1], factor);
       }
   }
 };
 
-template <int R>
-__attribute__((always_inline)) inline void add_group_bf16(const CodesBf16& source, int64_t steps, const uint16_t* a,
+template <int R, class Source>
+__attribute__((always_inline)) inline void add_group_bf16(const Source& source, int64_t steps, const uint16_t* a,
                                                           const uint16_t* scales, Dtype dtype, float* y, int64_t ldy) {
   SumsBf16<R> sums;
   int64_t s = 0;
@@ -75,24 +46,26 @@ __attribute__((always_inline)) inline void add_group_bf16(const CodesBf16& sourc
   add_scaled(sums.sum[0], scales, dtype, 0, y, ldy);
 }
 
-template <int R>
-void dot_bf16(const Int4Block* block, const uint16_t* a, float* y, int64_t ldy) {
+template <int Bits, int R>
+void dot_bf16_rows(const WeightBlock* block, const uint16_t* a, float* y, int64_t ldy) {
   const uint8_t* codes = block->codes;
   for (int64_t g = 0; g < block->groups; ++g) {
     const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
     prefetch(block->scales + (g + kAheadGroups) * 32);
-    prefetch(block->zeros + (g + kAheadGroups) * 16);
-    const CodesBf16 source(codes, block->zeros + g * 16);
+    prefetch(block->zeros + (g + kAheadGroups) * kZeroBytes<Bits>);
+    const CodesBf16<Bits> source(codes, block->zeros + g * kZeroBytes<Bits>);
     add_group_bf16<R>(source, steps, a, block->scales + g * 32, block->scale_dtype, y, ldy);
-    codes += steps * 64;
+    codes += steps * kStepBytes<Bits>;
     a += steps * 4 * R;
   }
 }
 
-void int4_dot_bf16(const Int4Block* block, const uint16_t* a, int rows, float* y, int64_t ldy) {
-  for_rows<kDotRows>(rows, [&](auto r) { dot_bf16<r.count>(block, a, y, ldy); });
+void dot_bf16(const WeightBlock* block, const uint16_t* a, int rows, float* y, int64_t ldy) {
+  for_bits(block->bits, [&](auto b) {
+    for_rows<kDotRows>(rows, [&](auto r) { dot_bf16_rows<b.count, r.count>(block, a, y, ldy); });
+  });
 }
 
 #else
-constexpr decltype(KernelTable::int4_dot_bf16) int4_dot_bf16 = nullptr;
+constexpr decltype(KernelTable::dot_bf16) dot_bf16 = nullptr;
 #endif

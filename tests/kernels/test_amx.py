@@ -1,6 +1,6 @@
 """Products on tile registers: Intel's AMX where the processor has it, and its emulation everywhere on x86-64.
 
-The other tests of int4_linear run on these levels too; here is what only tiles do.
+The other tests of quant_linear run on these levels too; here is what only tiles do.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ def level(request: pytest.FixtureRequest) -> str:
     _C.set_isa(before)
 
 
-def unit_layer(codes: Tensor, zeros: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def unit_layer(codes: Tensor, zeros: Tensor, group_size: int, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """Weights code - zero: scales of 1."""
-    tiles = _C.tile_int4(_C.pack_int4(codes), codes.shape[1], group_size)
-    return tiles, reference.tile_scales(torch.ones(zeros.shape).half()), reference.tile_zeros(zeros)
+    rows = _C.pack_int4(codes) if bits == 4 else codes
+    tiles = _C.tile_codes(rows, codes.shape[1], group_size, bits)
+    return tiles, reference.tile_scales(torch.ones(zeros.shape).half()), reference.tile_zeros(zeros, bits)
 
 
 def product(x: Tensor, parts: tuple[Tensor, Tensor, Tensor], n: int, group_size: int, compute: str = "auto") -> Tensor:
-    return ops.int4_linear(x, *parts, None, None, x.shape[-1], n, group_size, compute)
+    bits = parts[0].shape[2] // 16
+    return ops.quant_linear(x, *parts, None, None, x.shape[-1], n, group_size, bits, compute)
 
 
 @pytest.mark.parametrize("rows", [3, 10, 11, 32, 33, 75])
@@ -53,7 +55,9 @@ def test_bf16_in_three_terms_of_eight_bits(level: str, rows: int) -> None:
     k, run = 600, 256
     parts = unit_layer(torch.eye(k, dtype=torch.uint8), torch.zeros(k, 1, dtype=torch.uint8), -1)
     x = (torch.randn(rows, k) * 10 ** (6 * torch.rand(rows, k) - 3)).bfloat16()
-    largest = torch.cat([x[:, i : i + run].abs().amax(1, keepdim=True).expand(-1, min(run, k - i)) for i in range(0, k, run)], 1)
+    largest = torch.cat(
+        [x[:, i : i + run].abs().amax(1, keepdim=True).expand(-1, min(run, k - i)) for i in range(0, k, run)], 1
+    )
     error = (product(x, parts, k, -1).float() - x.float()).abs()
     assert torch.all(error <= 2.0**-24 * largest.float() + x.float().abs() * 2.0**-8)
     # and not by as much as two terms would be
@@ -62,19 +66,21 @@ def test_bf16_in_three_terms_of_eight_bits(level: str, rows: int) -> None:
     assert torch.all(error[small] <= largest.float()[small] * 2.0**-20)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("compute", ["auto", "int8"])
 @pytest.mark.parametrize(("k", "group_size"), [(4, 4), (36, 12), (68, 68), (260, 20), (600, 300), (2200, -1)])
-def test_integers_are_exact(level: str, k: int, group_size: int, compute: str) -> None:
+def test_integers_are_exact(level: str, k: int, group_size: int, compute: str, bits: int) -> None:
     """Groups shorter than a tile, of several tiles and a rest, and longer than a run; sums below 2^24."""
     n, groups = 45, reference.group_count(k, group_size)
-    codes, zeros = torch.randint(0, 16, (n, k)), torch.randint(0, 16, (n, groups))
+    codes, zeros = torch.randint(0, 2**bits, (n, k)), torch.randint(0, 2**bits, (n, groups))
     weight = codes - reference.expand_groups(zeros, k, group_size)
-    parts = unit_layer(codes.byte(), zeros.byte(), group_size)
+    parts = unit_layer(codes.byte(), zeros.byte(), group_size, bits)
     for rows in (9, 16, 17, 40):
+        # random signs keep the sums of 8 bits below 2^24 too: of 2200 products up to 2^15, rms 2^14, six sigma are 2^22
         x = torch.randint(-127, 128, (rows, k))
-        x[:, :: reference.group_length(k, group_size)] = 127
-        if k > 1024:
-            x[:, ::256] = 127  # every run of 256 channels has a scale of 1
+        length = reference.group_length(k, group_size)
+        for start in range(0, length, 256):  # the largest of each run, so that its scale is 1
+            x[:, start::length] = 127
         assert torch.equal(product(x.float(), parts, n, group_size, compute), (x @ weight.T).float())
 
 
