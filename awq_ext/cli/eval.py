@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from torch import nn
 
+from ..modules import input_embeddings
 from ..reporting.tables import Cell, Table
 from .options import (
     Dtype,
@@ -15,9 +16,12 @@ from .options import (
     JsonPath,
     ModelDir,
     Overwrite,
+    Revision,
     SeqLen,
     Threads,
+    Token,
     Tokens,
+    Trust,
     check_source,
     console_for,
     one_line_errors,
@@ -38,6 +42,9 @@ def eval(
     seq_len: SeqLen = 512,
     tokens: Tokens = 8192,
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: Trust = False,
     threads: Threads = None,
     overwrite: Overwrite = False,
     json_path: JsonPath = None,
@@ -56,11 +63,12 @@ def eval(
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(files)
-    model_dir = hf.folder(model_dir)
-    tokenizer = hf.load_tokenizer(model_dir)
-    model = hf.load_model(model_dir, dtype)
-    other = None if reference is None else hf.load_model(hf.folder(reference), dtype)
-    if other is not None and (sizes := [_vocabulary(model), _vocabulary(other)])[0] != sizes[1]:
+    texts.check_field(field, named.values())
+    model_dir = hf.folder(model_dir, revision, token)
+    tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
+    model = hf.load_model(model_dir, dtype, trust_remote_code)
+    other = None if reference is None else hf.load_model(hf.folder(reference, token=token), dtype, trust_remote_code)
+    if other is not None and len(set(sizes := [_vocabulary(model), _vocabulary(other)]) - {None}) > 1:
         raise ValueError(
             f"{model_dir} has {sizes[0]} tokens, {reference} {sizes[1]}: a reference has the same tokenizer"
         )
@@ -80,6 +88,6 @@ def eval(
     write_json({name: one.to_dict() for name, one in found.items()}, json_path)
 
 
-def _vocabulary(model: nn.Module) -> int:
-    """Count the tokens that a model can read."""
-    return model.get_input_embeddings().num_embeddings
+def _vocabulary(model: nn.Module) -> int | None:
+    """Count the tokens that a model can read; None where it does not tell, as classes of their own may not."""
+    return getattr(input_embeddings(model), "num_embeddings", None)

@@ -16,11 +16,14 @@ from .options import (
     JsonPath,
     ModelDir,
     OverwriteFloat,
+    Revision,
     Samples,
     Seed,
     SeqLen,
     Settings,
     Threads,
+    Token,
+    Trust,
     check_directory,
     check_format,
     check_group_size,
@@ -85,6 +88,9 @@ def quantize(
         ),
     ] = False,
     overwrite_float: OverwriteFloat = None,
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: Trust = False,
     threads: Threads = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -113,10 +119,11 @@ def quantize(
     )
     set_threads(threads)
     console = console_for(json_path)
-    model_dir = hf.folder(model_dir)
-    tokenizer = hf.load_tokenizer(model_dir)
+    texts.check_field(field, calib)
+    model_dir = hf.folder(model_dir, revision, token)
+    tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
     batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
-    model = hf.load_model(model_dir, dtype)
+    model = hf.load_model(model_dir, dtype, trust_remote_code)
     hf.note_lengths(model, batches, samples)
     hf.check_format(model, batches[0], format, chosen)
     quantize_model(model, batches, **chosen)
