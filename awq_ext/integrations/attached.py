@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ..checkpoints.atomic_directory import out_of_the_way
 from ..checkpoints.conversions import is_transformers_model
 from ..checkpoints.formats import LAYOUTS
 from ..checkpoints.model_source import origin
-from ..checkpoints.write import Overwrite, check_target
+from ..checkpoints.write import Overwrite, check_target, is_checkpoint_file
 from ..layers.quant_linear import QuantLinear
 from ..reporting.readers import DEFAULT_FORMAT, quant_method
 
@@ -44,7 +46,9 @@ class Saver:
             check_target(Path(save_directory), overwrite, [origin(model)])
         quantizer.folder = Path(save_directory) if main else None
         try:
-            return save(model, save_directory, *args, **options)
+            # else Transformers leaves what it does not write itself: an index, the settings of another layout
+            with out_of_the_way(Path(save_directory), is_checkpoint_file) if main else nullcontext():
+                return save(model, save_directory, *args, **options)
         finally:
             quantizer.folder = None
 
