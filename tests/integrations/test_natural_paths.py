@@ -258,17 +258,6 @@ def load_float(folder: Path) -> Any:
     return load(folder)
 
 
-def test_a_card_that_lies_beside_the_source(tmp_path: Path) -> None:
-    """A person's is carried along and stays; one of ours is written anew."""
-    float_model().save_pretrained(tmp_path / "float")
-    for text, kept in (("mine", True), (MARK, False)):
-        (tmp_path / "float" / "README.md").write_text(text)
-        model = awq_ext.quantize(load(tmp_path / "float"), [BATCH], group_size=32, method="rtn", progress=False)
-        awq_ext.save_pretrained(model, tmp_path / str(kept))
-        written = (tmp_path / str(kept) / "README.md").read_text()
-        assert (written == text) == kept and (kept or "groups of 32" in written)
-
-
 def names(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
