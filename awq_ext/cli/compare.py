@@ -93,9 +93,7 @@ def compare(
     model_dir = hf.folder(model_dir, revision, token)
     tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
     batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
-    scored = {
-        name: texts.windows([path], tokenizer, -(-tokens // seq_len), seq_len, field) for name, path in named.items()
-    }
+    scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
     model = hf.load_model(model_dir, dtype, trust_remote_code)
     hf.note_lengths(model, batches, samples)
     found = compare_methods(model, batches, scored, methods, progress=console.is_terminal, **chosen)

@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,13 @@ def windows(paths: Sequence[Path], tokenizer: Any, count: int, length: int, fiel
         text = read_text(path, tokenizer, field)[: each * length * _LONGEST_TOKEN]
         found += list(_whole(text, tokenizer, length, path)[:each].split(1))
     return found[:count]
+
+
+def windows_of(
+    named: Mapping[str, Path], tokenizer: Any, tokens: int, length: int, field: str | None = None
+) -> dict[str, list[Tensor]]:
+    """Cut windows int64 [1, length] with about ``tokens`` in all from the beginning of each text, by its name."""
+    return {name: windows([path], tokenizer, -(-tokens // length), length, field) for name, path in named.items()}
 
 
 def drawn_windows(
