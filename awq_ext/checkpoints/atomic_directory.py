@@ -1,4 +1,4 @@
-"""Replace a directory by another as a whole, or not at all."""
+"""Replace a directory by another as a whole, or files in it, or nothing at all."""
 
 from __future__ import annotations
 
@@ -39,6 +39,36 @@ def replaced(directory: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
         _commit(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def out_of_the_way(directory: Path, stale: Callable[[str], bool]) -> Iterator[None]:
+    """Hide the top-level files of ``directory`` whose name is ``stale`` while others are written there.
+
+    They are removed when the block ends; when it raises they are back, and what it wrote under such names is gone. For writers that
+    must write in place; a kill in between leaves the files in a folder ``.replaced-...`` of the directory.
+    """
+    aside = directory / f".replaced-{uuid.uuid4().hex[:8]}"
+    names = _names(directory, stale)
+    if names:
+        aside.mkdir()
+    try:
+        for name in names:
+            (directory / name).rename(aside / name)
+        yield
+    except BaseException:
+        for name in _names(directory, stale) if not aside.exists() or len(_names(aside, stale)) == len(names) else ():
+            (directory / name).unlink()
+        for name in _names(aside, stale):
+            (aside / name).rename(directory / name)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _names(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
+    files = folder.iterdir() if folder.is_dir() else ()
+    return [file.name for file in files if wanted(file.name) and (file.is_symlink() or not file.is_dir())]
 
 
 def _owner() -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import AwqConfig
-from ..reporting.model_card import CARD, Card, base_of, write_card
+from ..reporting.model_card import BASE_CARD, CARD, Card, base_of, inherited_from, read_card, write_card
 from ..reporting.readers import DEFAULT_FORMAT
 from ..reporting.report import AwqReport
 from .formats import CheckpointError, Summary, layout
@@ -64,9 +65,9 @@ def convert(
             shutil.copy2(source_folder / REPORT, to / REPORT)
         if (to / CARD).exists():  # if it is ours, it tells the old layout
             stored = sum(file.stat().st_size for file in to.glob("*.safetensors"))
-            write_card(
-                to, card(target.name, source, summary, config, found_report(source), base_of(to), stored), folder
-            )
+            made = card(target.name, source, summary, config, found_report(source), base_of(to), stored)
+            inherited, beside = inherited_from(read_card(to)), (to / BASE_CARD).exists()
+            write_card(to, replace(made, inherited=inherited, base_card=beside), folder)
 
     write(folder, source, target, summary, config, limit, extra)
     return folder
@@ -86,8 +87,9 @@ def card(
     floats = sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in source.floats)
     before = floats + dtype.itemsize * sum(facts.in_features * facts.out_features for facts in summary.layers.values())
     sizes, usual = summary.group_sizes(), AwqConfig().to_dict()
+    scores = report.evaluations if report is not None else {}
     parts = (len(summary.layers), sizes, summary.symmetric, report, base, before, stored, usual)
-    return Card(format, *parts, summary.widths())
+    return Card(format, *parts, summary.widths(), scores)
 
 
 def float_modules(source: QuantDir) -> Iterable[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import nn
 
 from ..layers.announcement import announce
 from ..modules import unwrapped
+from ..reporting.model_card import put_scores
 from ..reporting.report import AwqReport
+from ..reporting.scores import plain_scores
 from ..reporting.warn import warn
 from .conversions import is_transformers_model
 from .fill import place
@@ -60,6 +63,16 @@ def write_report(report: object, folder: Path) -> None:
     """Write a model's ``awq_report``, if it is one, beside its weights."""
     if isinstance(report, AwqReport):
         (folder / REPORT).write_text(json.dumps(report.to_dict()), encoding="utf-8")
+
+
+def record_scores(directory: str | os.PathLike[str], evaluations: Mapping[str, Any]) -> None:
+    """Put evaluations by the name of their text into the report and the model card of a quantized directory, those there are."""
+    folder, scores = Path(directory), plain_scores(evaluations)
+    if (folder / REPORT).is_file():
+        report = read_report(folder)
+        scores = report.evaluations | scores
+        write_report(replace(report, evaluations=scores), folder)
+    put_scores(folder, scores)
 
 
 def _config(model: nn.Module, folder: Path) -> dict[str, Any]:

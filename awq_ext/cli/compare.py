@@ -14,12 +14,15 @@ from .options import (
     JsonPath,
     ModelDir,
     Overwrite,
+    Revision,
     Samples,
     Seed,
     SeqLen,
     Settings,
     Threads,
+    Token,
     Tokens,
+    Trust,
     check_group_size,
     check_output,
     console_for,
@@ -58,6 +61,9 @@ def compare(
     markdown: Annotated[
         Path | None, typer.Option(callback=check_output, help="Also write the table as Markdown.")
     ] = None,
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: Trust = False,
     threads: Threads = None,
     overwrite: Overwrite = False,
     json_path: JsonPath = None,
@@ -83,11 +89,12 @@ def compare(
         read_methods(methods, chosen)  # before a model is loaded for nothing
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--method") from None
-    model_dir = hf.folder(model_dir)
-    tokenizer = hf.load_tokenizer(model_dir)
+    texts.check_field(field, [*calib, *named.values()])
+    model_dir = hf.folder(model_dir, revision, token)
+    tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
     batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
-    scored = {name: texts.windows([path], tokenizer, -(-tokens // seq_len), seq_len) for name, path in named.items()}
-    model = hf.load_model(model_dir, dtype)
+    scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
+    model = hf.load_model(model_dir, dtype, trust_remote_code)
     hf.note_lengths(model, batches, samples)
     found = compare_methods(model, batches, scored, methods, progress=console.is_terminal, **chosen)
     console.print(found)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..reporting.readers import DEFAULT_FORMAT
-from .options import OverwriteFloat, check_directory, check_format, check_size, one_line_errors
+from .options import OverwriteFloat, Revision, Token, check_directory, check_format, check_size, one_line_errors
 
 
 @one_line_errors
@@ -33,6 +33,8 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace a quantized checkpoint in DST (never a float one).")
     ] = False,
     overwrite_float: OverwriteFloat = None,
+    revision: Revision = None,
+    token: Token = None,
     max_shard_size: Annotated[
         str, typer.Option(callback=check_size, help="Begin another file beyond this size.")
     ] = "5GB",
@@ -49,5 +51,5 @@ def convert(
     from .hf import tell_readers
 
     covered = check_directory(target, overwrite, overwrite_float, source)
-    folder = run(folder_of_source(source), target, format, max_shard_size, covered)
+    folder = run(folder_of_source(source, revision, token), target, format, max_shard_size, covered)
     tell_readers(Console(), folder, format)

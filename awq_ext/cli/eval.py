@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import nn
+from rich.console import Console
+from torch import Tensor, nn
 
+from ..modules import input_embeddings
 from ..reporting.tables import Cell, Table
 from .options import (
     Dtype,
@@ -15,15 +18,21 @@ from .options import (
     JsonPath,
     ModelDir,
     Overwrite,
+    Revision,
     SeqLen,
     Threads,
+    Token,
     Tokens,
+    Trust,
     check_source,
     console_for,
     one_line_errors,
     set_threads,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from .. import Evaluation
 
 
 @one_line_errors
@@ -38,6 +47,13 @@ def eval(
     seq_len: SeqLen = 512,
     tokens: Tokens = 8192,
     dtype: Dtype = "auto",
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="Also write the figures into the model card and the report in MODEL, a directory."),
+    ] = False,
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: Trust = False,
     threads: Threads = None,
     overwrite: Overwrite = False,
     json_path: JsonPath = None,
@@ -49,37 +65,53 @@ def eval(
 
     Example: awq-ext eval ./Llama-int4 --reference ./Llama code.txt prose.txt
     """
-    from .. import evaluate
-    from ..evaluation.comparison import plus_minus
+    from ..checkpoints.saved import record_scores
+    from ..checkpoints.write import is_quantized
     from . import hf, texts
 
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(files)
-    model_dir = hf.folder(model_dir)
-    tokenizer = hf.load_tokenizer(model_dir)
-    model = hf.load_model(model_dir, dtype)
-    other = None if reference is None else hf.load_model(hf.folder(reference), dtype)
-    if other is not None and (sizes := [_vocabulary(model), _vocabulary(other)])[0] != sizes[1]:
+    texts.check_field(field, named.values())
+    if card and not (model_dir.is_dir() and is_quantized(model_dir)):
+        raise typer.BadParameter(f"{model_dir} is no directory of a quantized model", param_hint="--card")
+    model_dir = hf.folder(model_dir, revision, token)
+    tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
+    model = hf.load_model(model_dir, dtype, trust_remote_code)
+    other = None if reference is None else hf.load_model(hf.folder(reference, token=token), dtype, trust_remote_code)
+    if other is not None and len(set(sizes := [_vocabulary(model), _vocabulary(other)]) - {None}) > 1:
         raise ValueError(
             f"{model_dir} has {sizes[0]} tokens, {reference} {sizes[1]}: a reference has the same tokenizer"
         )
-    found = {}
-    scored = {
-        name: texts.windows([path], tokenizer, -(-tokens // seq_len), seq_len, field) for name, path in named.items()
-    }
+    scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
     hf.note_lengths(model, next(iter(scored.values())))
-    for name, samples in scored.items():
-        found[name] = evaluate(model, samples, reference=other, progress=console.is_terminal)
+    found = score(model, other, scored, str(model_dir), console)
+    figures = {name: one.to_dict() for name, one in found.items()}
+    if card:
+        record_scores(model_dir, figures)
+    write_json(figures, json_path)
+
+
+def score(
+    model: nn.Module, reference: nn.Module | None, scored: Mapping[str, Sequence[Tensor]], title: str, console: Console
+) -> dict[str, Evaluation]:
+    """Score a model on windows of tokens by the name of their text, and print the figures as a table."""
+    from .. import evaluate
+    from ..evaluation.comparison import plus_minus
+
+    found = {
+        name: evaluate(model, samples, reference=reference, progress=console.is_terminal)
+        for name, samples in scored.items()
+    }
     measures = list(next(iter(found.values())).measures)
     rows = [
         [Cell(name), Cell(f"{one.tokens:,}"), *(Cell(plus_minus(one[measure])) for measure in measures)]
         for name, one in found.items()
     ]
-    console.print(Table(str(model_dir), ["text", "tokens", *measures], rows).to_rich())
-    write_json({name: one.to_dict() for name, one in found.items()}, json_path)
+    console.print(Table(title, ["text", "tokens", *measures], rows).to_rich())
+    return found
 
 
-def _vocabulary(model: nn.Module) -> int:
-    """Count the tokens that a model can read."""
-    return model.get_input_embeddings().num_embeddings
+def _vocabulary(model: nn.Module) -> int | None:
+    """Count the tokens that a model can read; None where it does not tell, as classes of their own may not."""
+    return getattr(input_embeddings(model), "num_embeddings", None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
@@ -28,25 +29,54 @@ from .options import DTYPES, say
 _FEW_TOKENS = 32
 
 
-def folder(source: Path) -> Path:
-    """Find the directory of a model: itself, or that of ORG/NAME or ORG/NAME@REVISION on the hub, downloaded if need be."""
-    name, _, revision = (str(source), "", "") if source.is_dir() else str(source).partition("@")
-    return folder_of(name, revision or None)
+def folder(source: Path, revision: str | None = None, token: str | None = None) -> Path:
+    """Find the directory of a model: itself, or that of ORG/NAME or ORG/NAME@REVISION on the hub, downloaded if need be.
+
+    A usage error for a revision of a directory, and for two revisions.
+    """
+    if source.is_dir():
+        if revision is not None:
+            raise typer.BadParameter(f"{source} is a directory, which has no revisions", param_hint="--revision")
+        return source
+    name, _, named = str(source).partition("@")
+    if named and revision not in (None, named):
+        raise typer.BadParameter(f"{revision}, but {source} names another: give one of them", param_hint="--revision")
+    return folder_of(name, named or revision, token)
 
 
-def load_model(directory: Path, dtype: str = "auto") -> nn.Module:
-    """Load the causal language model of a directory, float or quantized in any layout, in evaluation mode."""
+def load_model(directory: Path, dtype: str = "auto", trusted: bool = False) -> nn.Module:
+    """Load the causal language model of a directory, float or quantized in any layout, in evaluation mode.
+
+    trusted: whether code that lies beside the weights may run. ValueError for a model that needs it otherwise.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if not (directory / CONFIG).exists():
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        return _load(directory, chosen, trusted)
+    except (ValueError, OSError) as error:
+        _ask_for_trust(directory, error, trusted)
+        raise
+
+
+def _ask_for_trust(directory: Path, error: Exception, trusted: bool) -> None:
+    """Raise ValueError that names the option, where ``error`` is that code beside the weights was not to run."""
+    if not trusted and "trust_remote_code" in str(error):
+        raise ValueError(
+            f"{directory} has a class of its own, whose code runs only with --trust-remote-code: it can do whatever you can, so "
+            "read its .py files first"
+        ) from error
+
+
+def _load(directory: Path, dtype: str | torch.dtype, trusted: bool) -> nn.Module:
     if is_quantized(directory):
-        return from_pretrained(directory, None if dtype == "auto" else chosen)
+        return from_pretrained(directory, None if dtype == "auto" else dtype, trust_remote_code=trusted)
     if not sys.stderr.isatty():  # no bars in log files
         transformers().utils.logging.disable_progress_bar()
     auto = transformers().AutoModelForCausalLM
-    return auto.from_pretrained(directory, dtype=chosen, local_files_only=True, trust_remote_code=False).eval()
+    return auto.from_pretrained(directory, dtype=dtype, local_files_only=True, trust_remote_code=trusted).eval()
 
 
 def is_quantized(directory: Path) -> bool:
@@ -59,14 +89,15 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     return first_json(directory, CONFIG) or {}
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """Load the tokenizer of a directory. ValueError where there is none that can be loaded."""
+def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
+    """Load the tokenizer of a directory. ValueError where there is none that can be loaded; trusted: as for a model."""
     if not read_config(directory):
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     try:
         auto = transformers().AutoTokenizer
-        return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
     except (ValueError, OSError, TypeError, KeyError) as error:
+        _ask_for_trust(directory, error, trusted)
         files = sorted(file.name for file in directory.glob("*token*"))
         what = (
             f"its tokenizer ({', '.join(files)}) cannot be loaded" if files else "it has no tokenizer (tokenizer.json)"

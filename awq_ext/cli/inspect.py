@@ -12,11 +12,27 @@ from ..checkpoints.saved import read_report, report_exists
 from ..checkpoints.shards import INDEX, first_json
 from ..checkpoints.version_1 import VERSION_1
 from .hf import read_config
-from .options import JsonPath, ModelDir, Overwrite, console_for, fact_table, one_line_errors, write_json
+from .options import (
+    JsonPath,
+    ModelDir,
+    Overwrite,
+    Revision,
+    Token,
+    console_for,
+    fact_table,
+    one_line_errors,
+    write_json,
+)
 
 
 @one_line_errors
-def inspect(model_dir: ModelDir, overwrite: Overwrite = False, json_path: JsonPath = None) -> None:
+def inspect(
+    model_dir: ModelDir,
+    revision: Revision = None,
+    token: Token = None,
+    overwrite: Overwrite = False,
+    json_path: JsonPath = None,
+) -> None:
     """Say what is in a model's directory, without loading its weights.
 
     Format, quantized layers with their bits and group sizes, tensors by dtype, bytes on disk, and whether the files are whole
@@ -26,7 +42,7 @@ def inspect(model_dir: ModelDir, overwrite: Overwrite = False, json_path: JsonPa
     """
     from .hf import folder
 
-    facts = describe(folder(model_dir))
+    facts = describe(folder(model_dir, revision, token))
     console = console_for(json_path)
     console.print(fact_table((name, _shown(value)) for name, value in facts.items()))
     write_json(facts, json_path)

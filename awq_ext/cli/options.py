@@ -7,7 +7,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -32,13 +34,30 @@ def say(text: str) -> None:
     Console(stderr=True).print(text, soft_wrap=True)
 
 
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Print each distinct warning once, as one line: the line of code that Python would name is none of the user's."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in told:
+            told.add(text)
+            say("[yellow]warning:[/yellow] " + escape(text))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 def one_line_errors(command: Callable[..., T]) -> Callable[..., T]:
-    """Print errors that a user can do something about as one line; bugs keep their traceback."""
+    """Print warnings, and errors that a user can do something about, as one line each; bugs keep their traceback."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> T:
         try:
-            return command(*args, **kwargs)
+            with _one_line_warnings():
+                return command(*args, **kwargs)
         except KeyboardInterrupt:
             say("interrupted: no file is left half-written")
             raise typer.Exit(code=INTERRUPTED) from None
@@ -238,6 +257,24 @@ ModelDir = Annotated[
         help="A Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION on the hub (downloaded once, to the hub's cache).",
     ),
 ]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub; the same as ORG/NAME@REVISION.")
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="Access token of the hub, for gated and private models. Others can read it in the list of processes: HF_TOKEN in the "
+        "environment, or `hf auth login`, keep it from them.",
+        show_default=False,
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the code beside the weights of a model with a class of its own. It can do whatever you can: read it first.",
+    ),
+]
 Calib = Annotated[
     list[Path],
     typer.Option(
@@ -247,7 +284,10 @@ Calib = Annotated[
         "'prompt' and 'completion'. May be repeated.",
     ),
 ]
-Field = Annotated[str | None, typer.Option(help="The field or column of rows that holds the text or the messages.")]
+Field = Annotated[
+    str | None,
+    typer.Option(help="The field or column that holds the text or the messages, in every file that has rows."),
+]
 Seed = Annotated[int, typer.Option(help="Of the places in the texts that the windows are drawn from.")]
 Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text, drawn evenly over all of it.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]

@@ -16,11 +16,15 @@ from .options import (
     JsonPath,
     ModelDir,
     OverwriteFloat,
+    Revision,
     Samples,
     Seed,
     SeqLen,
     Settings,
     Threads,
+    Token,
+    Tokens,
+    Trust,
     check_directory,
     check_format,
     check_group_size,
@@ -73,6 +77,15 @@ def quantize(
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
     dtype: Dtype = "auto",
+    traffic: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="Text to score OUT on, not that of --calib: the distance from the float model, which is loaded once more for "
+            "it, goes into the model card. May be repeated.",
+        ),
+    ] = [],  # noqa: B006
+    tokens: Tokens = 8192,
     html: Annotated[
         Path | None, typer.Option("--report", callback=check_output, help="Also write the report as an HTML page.")
     ] = None,
@@ -85,6 +98,9 @@ def quantize(
         ),
     ] = False,
     overwrite_float: OverwriteFloat = None,
+    revision: Revision = None,
+    token: Token = None,
+    trust_remote_code: Trust = False,
     threads: Threads = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -92,6 +108,8 @@ def quantize(
 
     The calibration text decides which channels are protected: take a few dozen windows of the traffic you serve (prompts with
     their answers, in the model's chat format), not only prose. [bold]awq-ext compare[/bold] tells which method suits it best.
+
+    With --traffic the result is scored too, and its model card says how far it is from the float model.
 
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
@@ -101,7 +119,9 @@ def quantize(
     """
     from .. import quantize as quantize_model
     from ..checkpoints.formats import LAYOUTS
+    from ..checkpoints.saved import record_scores
     from . import hf, texts
+    from .eval import score
 
     covered = check_directory(out_dir, overwrite, overwrite_float, model_dir)
     if html is not None:
@@ -113,10 +133,13 @@ def quantize(
     )
     set_threads(threads)
     console = console_for(json_path)
-    model_dir = hf.folder(model_dir)
-    tokenizer = hf.load_tokenizer(model_dir)
+    named = hf.named_texts(traffic)
+    texts.check_field(field, [*calib, *named.values()])
+    model_dir = hf.folder(model_dir, revision, token)
+    tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
     batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
-    model = hf.load_model(model_dir, dtype)
+    scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
+    model = hf.load_model(model_dir, dtype, trust_remote_code)
     hf.note_lengths(model, batches, samples)
     hf.check_format(model, batches[0], format, chosen)
     quantize_model(model, batches, **chosen)
@@ -125,6 +148,10 @@ def quantize(
     if html is not None:
         report.to_html(html, overwrite)
     console.print(escape(report.summary()), soft_wrap=True)
+    if scored:  # only now: should it fail, the model is there
+        found = score(model, hf.load_model(model_dir, dtype, trust_remote_code), scored, str(out_dir), console)
+        report.evaluations = {name: one.to_dict() for name, one in found.items()}
+        record_scores(out_dir, report.evaluations)
     hf.tell_readers(console, out_dir, format)
     write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)
 

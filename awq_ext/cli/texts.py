@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ _LONGEST_TOKEN = 24
 def read_text(path: Path, tokenizer: Any, field: str | None = None) -> str:
     """Read the text of a file: all of a plain one, or that of all rows, one after another.
 
-    A row is a text, a chat, or holds one under ``field`` (see ``forwards.samples.text_of``). ValueError for a file of another kind.
+    A row is a text, a chat, or holds one under ``field`` (see ``forwards.samples.text_of``), which plain texts among others do
+    without. ValueError for a file of another kind.
     """
     suffix = path.suffix.lower()
     if suffix in PLAIN:
-        if field is not None:
-            raise ValueError(f"{path} is plain text and has no field {field!r}")
         return _content(path)
     if suffix not in SUFFIXES:
         raise ValueError(
@@ -38,6 +37,12 @@ def read_text(path: Path, tokenizer: Any, field: str | None = None) -> str:
         )
     rows = {".jsonl": _lines, ".json": _list, ".csv": _table, ".parquet": _parquet}[suffix](path)
     return "\n".join(text_of(row, tokenizer, place, field)[0] for place, row in rows)
+
+
+def check_field(field: str | None, paths: Iterable[Path]) -> None:
+    """Raise ValueError for a field where all files are plain text, which has none."""
+    if field is not None and all(path.suffix.lower() in PLAIN for path in paths):
+        raise ValueError(f"--field {field}: no file has fields, as all are plain text ({', '.join(PLAIN)})")
 
 
 def _content(path: Path) -> str:
@@ -98,6 +103,13 @@ def windows(paths: Sequence[Path], tokenizer: Any, count: int, length: int, fiel
         text = read_text(path, tokenizer, field)[: each * length * _LONGEST_TOKEN]
         found += list(_whole(text, tokenizer, length, path)[:each].split(1))
     return found[:count]
+
+
+def windows_of(
+    named: Mapping[str, Path], tokenizer: Any, tokens: int, length: int, field: str | None = None
+) -> dict[str, list[Tensor]]:
+    """Cut windows int64 [1, length] with about ``tokens`` in all from the beginning of each text, by its name."""
+    return {name: windows([path], tokenizer, -(-tokens // length), length, field) for name, path in named.items()}
 
 
 def drawn_windows(

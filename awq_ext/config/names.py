@@ -39,8 +39,8 @@ _AUTOAWQ = ("w_bit", "q_group_size", "zero_point", "modules_to_not_convert", "ve
 def read_fields(given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """Translate AutoAWQ's names of settings to ours; TypeError for a name that is neither, with the nearest that is known.
 
-    w_bit and q_group_size are bits and group_size, zero_point is the opposite of symmetric, modules_to_not_convert are parts of
-    names to skip. version is no setting of quantizing: it names a layout of files, so another than GEMM brings a warning.
+    w_bit is bits, q_group_size is group_size, zero_point is the opposite of symmetric, modules_to_not_convert lists parts of names
+    to skip. version names a layout of files, which is chosen when saving: any but GEMM brings a warning that says how.
     """
     known, fields = list(known), {}
     for name, value in given.items():

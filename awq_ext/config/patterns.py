@@ -33,7 +33,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def suggested(pattern: str, names: Sequence[str], most: int = 3) -> list[str]:
-    """Suggest, for a pattern that fits none of ``names``, patterns that fit some, or else the names that look most alike."""
+    """Suggest patterns that fit some of ``names`` for one that fits none, or else the names most like it, up to ``most``."""
     wider = [one for one in _wider(pattern) if any(fits(one, name) for name in names)]
     if wider:
         return wider[:1]

@@ -65,17 +65,17 @@ class AwqConfig:
         the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
     bits: 4 or 8, or 2 to 8 with ``packed=False``.
     group_size: input channels that share one scale and zero, -1 for the whole row; a short last group is fine.
-    skip: what stays as it is, beside the output layer of language models: patterns of whole layer names (fnmatch, such as
-        ``"*.router"``, or a regular expression after ``re:``), or functions of (name, module) that return a bool. A pattern that
-        fits nothing is an error.
-    only: likewise, what alone is quantized; empty for all.
+    skip: layers that stay float, beside the output layer of language models. Each is a pattern of whole layer names (fnmatch, such
+        as ``"*.router"``, or a regular expression after ``re:``), or a function of (name, module) that returns a bool. A pattern
+        that fits no layer is an error.
+    only: the layers that alone are quantized, given like ``skip``; empty for all.
     quantize_head: True quantizes the output layer of language models like any other (``lm_head``, and whatever
         ``get_output_embeddings()`` returns).
     per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
         ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8}}``.
-    fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
-        elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
-        that have no place for a run-time scale.
+    fold: where 1/s goes that makes up for a scale s. "auto": into the norm or Linear before, where a numeric proof shows that
+        nothing else changes; elsewhere the layer divides its input at run time. "never": always at run time. "always": never at
+        run time; layers before which nothing can take it get no scale. For formats without a place for run-time scales.
     seq_len: window length in tokens when calibration samples are texts.
     min_tokens: experts that see fewer calibration rows are rounded to nearest, with a warning.
 
@@ -84,31 +84,31 @@ class AwqConfig:
     symmetric: zero fixed at the middle code instead of one zero per group.
     scale_dtype: storage type of the scales, "float16" or "bfloat16".
     packed: True makes QuantLinear modules; False leaves nn.Linear with fake-quantized weights, for experiments.
-    propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
-    clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
-        block's output (scores of queries and keys suffer from it).
+    propagate: what a block is calibrated on: the outputs of the "float" or of the "quantized" blocks before it.
+    clip: whether to try smaller weight ranges: True in every layer, False in none, "auto" where that lowers the error of the
+        block's output too (queries and keys often lose by it).
     n_grid: steps of alpha in [0, 1] (AWQ, arXiv 2306.00978, equation 5).
-    search_rows: output rows per scale group on which the candidates are ranked (for up to 4096 input channels, in
-        proportion fewer beyond), 0 for all. RTN's and the final loss always use every row.
+    search_rows: output rows of a scale group on which candidates for its scale are ranked, 0 for all. Beyond 4096 input channels
+        there are fewer, in proportion. The losses in the report always count every row.
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
-    damping: what error feedback and refining add to each channel's second moment, as a share of it. With more, the correlations of
-        the calibration inputs count for less: errors on them grow, errors on other inputs fall (docs/quality.md).
-    refine: rounds of coordinate descent on what was rounded: after error feedback on the scales of the groups and on the codes;
-        otherwise one round, on the scales alone. 0 for none.
-    bias_correction: Linears with a bias let it take over the mean of their error (arXiv 1906.04721, section 4.2), and everything is
-        searched by the error left then; not with "rtn". False leaves biases alone, to compare or where something else reads them.
-    objective: what the error of a Linear on a calibration row counts: with "layer" its square; with "model" the square times how
-        strongly the model's output reacts to errors there (``calibration/importance.py``), told by a backward of the whole model.
-        None: "model" with error feedback in models that return logits for every token id and can be differentiated, otherwise
+    damping: what error feedback and refining add to each channel's second moment, as a share of it. The more, the less the
+        correlations between channels count: errors on the calibration text grow, errors on other text fall (docs/quality.md).
+    refine: rounds of coordinate descent after rounding, 0 for none. After error feedback they change the scales of weight groups
+        and the codes; otherwise there is one round at most, on the scales alone.
+    bias_correction: True lets the bias of a Linear take over the mean of its error (arXiv 1906.04721, section 4.2); scales and
+        clips are then chosen by the error that is left. Never with "rtn". False leaves biases alone.
+    objective: how much a Linear's error on a calibration row counts. "layer": its square. "model": the square, times how strongly
+        the model's output reacts to errors there, which a backward of the whole model tells (``calibration/importance.py``).
+        None: "model" with error feedback, if the model returns logits for every token id and can be differentiated; otherwise
         "layer".
-    weighed_batches: batches that get this backward, or one window of each where they are token ids; rows of all batches then count
-        what those at their position in a window count on average. 0 for all, each row by its own: closer still, for as much
-        time as all the rest takes.
-    random_tokens: batches of random tokens that calibration gets besides those given, as a share of their number, for models that
-        read token ids and have ``get_input_embeddings()``. They show error feedback what other text than the calibration's
-        needs (docs/quality.md). None: 0.25 with error feedback, otherwise 0.
-    generated_tokens: likewise, batches of text that the model writes itself, for decoders that can be called as those of
-        transformers are (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, otherwise 0.
+    weighed_batches: how many batches get that backward (of token ids, one window of each). All other rows count what the rows at
+        their position in a window count on average. 0: all batches, each row by its own. That is closer still, and takes as much
+        time as all the rest.
+    random_tokens: more calibration batches, of random tokens, as a share of the number of those given. They show error feedback
+        what text unlike the calibration's needs (docs/quality.md). Only for models that read token ids and have
+        ``get_input_embeddings()``. None: 0.25 with error feedback, otherwise 0.
+    generated_tokens: likewise, batches of text that the model writes itself. Only for decoders that are called like those of
+        transformers (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, otherwise 0.
     min_weights: Linears with fewer weights stay as they are.
     """
 

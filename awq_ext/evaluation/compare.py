@@ -18,6 +18,7 @@ from ..forwards.calls import Call, read_calls
 from ..forwards.memory import release_free_memory
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import targets_of
+from ..forwards.samples import rows_of_columns
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
 from ..reporting.warn import warn
@@ -70,9 +71,9 @@ def compare(
     settings = understood(settings)
     shared_config = AwqConfig(**settings)
     configs = read_methods(methods, settings)
-    samples = {name: list(loader) for name, loader in traffic.items()}
+    samples = {name: _kept(loader) for name, loader in traffic.items()}
     scoring = {"metric": metric, "tokenizer": tokenizer, "inputs": inputs, "seq_len": shared_config.seq_len}
-    run = _Run(unwrapped(model), list(calib), samples, {**scoring, "bootstrap": bootstrap}, speed_seconds, on_model)
+    run = _Run(unwrapped(model), _kept(calib), samples, {**scoring, "bootstrap": bootstrap}, speed_seconds, on_model)
     reading = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks}
     total = (1 + len(configs)) * len(samples) + len(configs)
     with tqdm(total=total, desc="comparing", disable=not progress) as bar:
@@ -86,6 +87,13 @@ def compare(
     for row in failed:
         warn(f"{row.label} failed: {row.error}")
     return Comparison(_with_float_speeds(rows), list(samples), torch.get_num_threads(), bootstrap or Bootstrap())
+
+
+def _kept(loader: Iterable[Any]) -> Any:
+    """List samples, which are read more than once; what a tokenizer made of several texts becomes rows."""
+    if isinstance(loader, Mapping):
+        return rows_of_columns(loader) or loader
+    return loader if isinstance(loader, (str, Tensor)) else list(loader)
 
 
 def read_methods(
@@ -191,7 +199,8 @@ class _Run:
             return {}
         device = next(module.parameters()).device
         settings = [self.scoring[name] for name in ("tokenizer", "inputs", "seq_len")]
-        call = read_calls(next(iter(self.samples.values()))[:1], device, *settings)[0]
+        first = next(iter(self.samples.values()))[:1]
+        call = read_calls(first, device, *settings, self.model, scoring=True)[0]
         found = {}
         with calibration_mode(self.model), calibration_mode(module):
             for kind, part in _speed_calls(call).items():

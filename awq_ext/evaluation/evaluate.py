@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..forwards.calls import Call, read_calls, run_call
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import IGNORED_LABEL, logits_of, targets_of
+from ..forwards.samples import is_ids
 from ..modules import unwrapped
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap, Estimate, Measure
@@ -103,9 +104,11 @@ def evaluate(
     samples = (
         list(loader) if isinstance(loader, Iterable) and not isinstance(loader, (str, Mapping, Tensor)) else loader
     )
-    calls = read_calls(samples, device, tokenizer, inputs, seq_len)
-    if len(calls) != len(samples):  # texts, cut into windows
+    calls = read_calls(samples, device, tokenizer, inputs, seq_len, model, scoring=True)
+    if len(calls) != len(samples) or isinstance(samples, Mapping):  # texts, cut into windows; columns, taken apart
         samples = [call.args[0] if call.args else call.kwargs for call in calls]
+    elif inputs == "all":
+        samples = [_as_called(sample, call) for sample, call in zip(samples, calls, strict=True)]
     started = time.perf_counter()
     scorer = _TokenScorer(model, reference is not None) if metric is None else _MetricScorer(metric)
     with calibration_mode(model), calibration_mode(reference if reference is not None else nn.Module()):
@@ -118,6 +121,13 @@ def evaluate(
     measures = scorer.measures()
     counts = next(iter(measures.values())).counts
     return Evaluation(measures, bootstrap or Bootstrap(), len(counts), int(counts.sum()), time.perf_counter() - started)
+
+
+def _as_called(sample: Any, call: Call) -> Any:
+    """Give metrics rows of token ids with the batch dimension that the model got; all other samples as they are."""
+    if isinstance(sample, Mapping):
+        return {**sample, **call.kwargs}
+    return call.args[0] if (isinstance(sample, Tensor) and sample.dim() == 1) or is_ids(sample) else sample
 
 
 class _MetricScorer:

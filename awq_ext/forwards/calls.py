@@ -70,6 +70,7 @@ def read_calls(
     inputs: str | Callable[[Any], Any] = "all",
     seq_len: int = 512,
     model: nn.Module | None = None,
+    scoring: bool = False,
 ) -> list[Call]:
     """Turn every sample of ``calib_loader`` into a Call with its tensors on ``device``.
 
@@ -79,7 +80,8 @@ def read_calls(
     of token ids get a batch dimension. A mapping of columns, as a tokenizer returns it for several texts, is taken apart into rows.
     inputs: "all"; "first" (only the first element of a tuple, for loaders of (input, label) pairs); or a function applied to each
     sample first.
-    model: keywords that its forward does not take, and labels, which no layer needs, are left out, with a warning.
+    model: keywords that its forward does not take, and labels, which no layer needs, are left out, with a warning; ids of one
+        dimension get a batch dimension where it reads any. scoring: labels stay, as they may be what is predicted.
     Raises ValueError for an empty loader, TypeError for samples or settings it cannot use; the loader's own errors pass.
     """
     if not (inputs in ("all", "first") or callable(inputs)):
@@ -88,7 +90,7 @@ def read_calls(
         calib_loader = rows_of_columns(calib_loader) or _refuse(calib_loader)
     if isinstance(calib_loader, (str, Tensor)) or not isinstance(calib_loader, Iterable):
         _refuse(calib_loader)
-    reader = _Reader(tokenizer, seq_len, model)
+    reader = _Reader(tokenizer, seq_len, model, scoring)
     calls: list[Call] = []
     for index, sample in enumerate(calib_loader):
         chosen = inputs(sample) if callable(inputs) else sample
@@ -113,8 +115,10 @@ def _refuse(calib_loader: Any) -> NoReturn:
 class _Reader:
     """Reads samples for one model, and remembers what it left out of them."""
 
-    def __init__(self, tokenizer: Callable[..., Any] | None, seq_len: int, model: nn.Module | None) -> None:
-        self._tokenizer, self._seq_len = tokenizer, seq_len
+    def __init__(
+        self, tokenizer: Callable[..., Any] | None, seq_len: int, model: nn.Module | None, scoring: bool
+    ) -> None:
+        self._tokenizer, self._seq_len, self._scoring = tokenizer, seq_len, scoring
         self._takes = {} if model is None else dict(inspect.signature(model.forward).parameters)
         self._reads_ids = model is not None and input_embeddings(model) is not None
         self._left_out: dict[str, None] = {}
@@ -166,7 +170,9 @@ class _Reader:
             return row
         kept = {}
         for name, value in row.items():
-            if self._of_no_use(name, row) if name in takes else not (anything and isinstance(value, Tensor)):
+            if self._scoring and name == "labels":
+                kept[name] = value
+            elif self._of_no_use(name, row) if name in takes else not (anything and isinstance(value, Tensor)):
                 self._left_out[name] = None
             else:
                 kept[name] = value
@@ -184,9 +190,12 @@ class _Reader:
     def tell(self) -> None:
         """Warn, once for all samples, of what was left out."""
         if self._left_out:
+            kind, no_labels = (
+                ("samples", "") if self._scoring else ("calibration samples", "calibration needs no labels and ")
+            )
             warn(
-                f"left out of the calibration samples, as calibration needs no labels and the model takes nothing else of "
-                f"these names: {', '.join(self._left_out)}"
+                f"left out of the {kind}, as {no_labels}the model takes nothing{' else' if no_labels else ''} of these names: "
+                f"{', '.join(self._left_out)}"
             )
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
+from ..checkpoints.atomic_directory import out_of_the_way
 from ..checkpoints.conversions import is_transformers_model
 from ..checkpoints.formats import LAYOUTS
 from ..checkpoints.model_source import origin
-from ..checkpoints.write import Overwrite, check_target
+from ..checkpoints.write import Overwrite, check_target, is_checkpoint_file
 from ..layers.quant_linear import QuantLinear
 from ..reporting.readers import DEFAULT_FORMAT, quant_method
+from .hub import PUSH_OPTIONS, push_folder
 
 
 class Saver:
@@ -31,22 +35,63 @@ class Saver:
         overwrite: True replaces a quantized checkpoint, as Transformers does; False refuses to; the directory's own path replaces
             float weights too, but never those that the model was loaded from.
         """
-        from .quantizer import AwqExtQuantizer
-
         model = self.model
-        save, quantizer = type(model).save_pretrained, getattr(model, "hf_quantizer", None)
-        # of a model with adapters only these are saved, and one that was dequantized is an ordinary one
-        if not isinstance(quantizer, AwqExtQuantizer) or getattr(model, "_hf_peft_config_loaded", False):
+        save = type(model).save_pretrained
+        if not _saved_by_us(model):
             return save(model, save_directory, *args, **options)
+        quantizer = model.hf_quantizer
         quantizer.check(model)
         main = options.get("is_main_process", args[0] if args else True)
+        hub = None
+        if options.pop("push_to_hub", False):
+            hub = {name: options.pop(name) for name in (*PUSH_OPTIONS, "repo_id") if name in options}
+            hub.setdefault("repo_id", Path(save_directory).name)
+            hub["max_shard_size"] = options.get("max_shard_size", "50GB")
         if main:  # others may come when it has begun to write
             check_target(Path(save_directory), overwrite, [origin(model)])
         quantizer.folder = Path(save_directory) if main else None
         try:
-            return save(model, save_directory, *args, **options)
+            # else Transformers leaves what it does not write itself: an index, the settings of another layout
+            with out_of_the_way(Path(save_directory), is_checkpoint_file) if main else nullcontext():
+                saved = save(model, save_directory, *args, **options)
         finally:
             quantizer.folder = None
+        if hub is not None and main:
+            Pusher(model)(**hub)
+        return saved
+
+
+class Pusher:
+    """Stands before Transformers' ``push_to_hub`` in a quantized model, which would put a card of its own in place of ours."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, repo_id: str, **options: Any) -> Any:
+        """See ``transformers.PreTrainedModel.push_to_hub``. A card that a person wrote stays the repository's."""
+        model = self.model
+        if not _saved_by_us(model):
+            return type(model).push_to_hub(model, repo_id, **options)
+        tags = options.pop("tags", None) or []
+        tags = [*(model.model_tags or []), *([tags] if isinstance(tags, str) else tags)]
+        hub = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
+        with TemporaryDirectory() as folder:
+            options.setdefault("max_shard_size", "50GB")
+            model.save_pretrained(folder, **options)  # before anything is made on the hub
+            return push_folder(Path(folder), repo_id, tags, **hub)
+
+
+def _saved_by_us(model: Any) -> bool:
+    """Tell whether a model is ours to save: one that was dequantized is ordinary, and of one with adapters only these are saved."""
+    from .quantizer import AwqExtQuantizer
+
+    quantizer = getattr(model, "hf_quantizer", None)
+    return isinstance(quantizer, AwqExtQuantizer) and not getattr(model, "_hf_peft_config_loaded", False)
+
+
+def stand_before(model: Any) -> None:
+    """Put our ``save_pretrained`` and ``push_to_hub`` before those of a Transformers model's class."""
+    model.save_pretrained, model.push_to_hub = Saver(model), Pusher(model)
 
 
 def attach(model: nn.Module, format: str | None = None) -> None:
@@ -72,4 +117,4 @@ def attach(model: nn.Module, format: str | None = None) -> None:
         quantizer = AwqExtQuantizer(config)
         quantizer.layout = layout
         part.hf_quantizer, part.config.quantization_config = quantizer, config
-        part.save_pretrained = Saver(part)
+        stand_before(part)

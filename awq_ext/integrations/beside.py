@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,23 @@ from torch import nn
 
 from ..checkpoints.convert import card
 from ..checkpoints.formats import LAYOUTS, CheckpointError, Layout, Summary
-from ..checkpoints.model_source import config_of, float_linears
+from ..checkpoints.model_source import config_of, float_linears, origin
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.saved import write_report
-from ..checkpoints.write import summarize
-from ..reporting.model_card import base_name, write_card
+from ..checkpoints.write import is_quantized, summarize
+from ..reporting.model_card import (
+    BASE_CARD,
+    MARK,
+    Card,
+    base_name,
+    base_of,
+    inherited_from,
+    is_ours,
+    read_card,
+    write_card,
+)
 from ..reporting.report import AwqReport
+from ..reporting.scores import Scores
 
 # what is tried where a layout cannot hold a model: one that other tools read, and the one that holds all
 _WIDER = ("compressed-tensors", "native")
@@ -45,15 +57,37 @@ def _holds(source: Renamed, layout: Layout, linears: list[str]) -> bool:
     return True
 
 
+def _with_base(made: Card, model: Any, to: Path, target: Path) -> Card:
+    """Let a card say what that of the model's origin does: a float model's is put beside it, of one of ours it is the heir."""
+    place = origin(model)
+    text = read_card(place)
+    if place is not None and MARK in text:
+        made = replace(made, base=base_of(place) or made.base)
+    elif place is not None and text and not is_quantized(place) and is_ours(target) and is_ours(to):
+        (to / BASE_CARD).write_text(text, encoding="utf-8")
+    return replace(made, inherited=inherited_from(text), base_card=(to / BASE_CARD).exists())
+
+
 def write_beside(
-    model: Any, to: Path, source: Renamed, layout: Layout, summary: Summary, stored: int, target: Path | None = None
+    model: Any,
+    to: Path,
+    source: Renamed,
+    layout: Layout,
+    summary: Summary,
+    stored: int,
+    target: Path | None = None,
+    scores: Scores | None = None,
 ) -> None:
-    """Write the report, the model card and the layout's own files into ``to``, which becomes ``target`` (None: is it)."""
+    """Write the report, the model card and the layout's own files into ``to``, which becomes ``target`` (None: is it).
+
+    scores: more of them than the report has.
+    """
     report = getattr(model, "awq_report", None)
-    report = report if isinstance(report, AwqReport) else None
+    scores = (report.evaluations if isinstance(report, AwqReport) else {}) | (scores or {})
+    report = replace(report, evaluations=scores) if isinstance(report, AwqReport) else None
     write_report(report, to)
-    config = config_of(model)
     base = base_name(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    write_card(to, card(layout.name, source, summary, config, report, base, stored), target or to)
+    made = card(layout.name, source, summary, config_of(model), report, base, stored)
+    write_card(to, _with_base(replace(made, scores=scores), model, to, target or to), target or to)
     for name, content in layout.files(summary).items():
         (to / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

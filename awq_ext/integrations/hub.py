@@ -1,16 +1,20 @@
-"""Find the files of models that are given by their names on the Hugging Face hub."""
+"""Find the files of models by their names on the Hugging Face hub, and push models there."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.formats import CheckpointError
+from ..reporting.model_card import CARD, MARK
 
 # everything but weights that can run code when they are read, and weights of other frameworks
 _IGNORED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*")
+# what Transformers' push_to_hub takes beside the name and the tags
+PUSH_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -66,3 +70,54 @@ def _reason(name: str, revision: str | None, error: Exception) -> str:
         f"{what} is no directory, is not in the cache of the Hugging Face hub, and cannot be downloaded: "
         f"{type(error).__name__}; without a network give a directory, or the cache_dir that has it"
     )
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    tags: Sequence[str] = (),
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    """Upload a saved model to a repository, which is made if need be; returns huggingface_hub's CommitInfo.
+
+    The card there is replaced if there is none or one of ours, and stays if a person wrote it. ``tags`` are added to either.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    _choose_card(folder, repo_id, tags, token)
+    if revision is not None and not revision.startswith("refs/pr") and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def _choose_card(folder: Path, repo_id: str, tags: Sequence[str], token: str | bool | None) -> None:
+    """Leave in ``folder`` the card that the repository is to have."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+
+    path = folder / CARD
+    try:
+        there = ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        there = None
+    if there is not None and MARK not in there.content:
+        there.save(path)
+    if tags and path.is_file():
+        card = ModelCard.load(path)
+        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+        card.save(path)

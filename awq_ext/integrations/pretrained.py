@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..checkpoints.saved import fill_model
 from ..checkpoints.write import Overwrite, check_target, parse_size, write
 from ..modules import unwrapped
 from ..reporting.readers import DEFAULT_FORMAT
+from ..reporting.scores import plain_scores
 from . import transformers_models as huggingface
 from .beside import summary_for, write_beside
 from .hub import folder_of
@@ -29,6 +31,7 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
     tokenizer: Any = None,
     overwrite: Overwrite = False,
+    evaluations: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a quantized ``model`` to ``directory`` in a layout that other tools read; returns the directory.
 
@@ -39,14 +42,16 @@ def save_pretrained(
         no pickles.
     overwrite: False refuses a directory that holds weights; True replaces a quantized checkpoint; the directory's own path replaces
         float weights too, but never those that the model was loaded from.
+    evaluations: what :func:`awq_ext.evaluate` found, by the name of the text, ``{"code": awq_ext.evaluate(model, windows,
+        reference=float_model)}``: for the card and the report beside the weights.
     A Transformers model gets its config.json and generation_config.json, any other a config.json with nothing but its class
-    and quantization_config. Beside them lie the report and a model card (README.md; one that a person wrote stays). The directory
-    appears whole or stays as it was, a kill at any moment included; files in it that are
-    no part of a checkpoint stay.
+    and quantization_config. Beside them lie the report and a model card (README.md; one that a person wrote in ``directory`` stays,
+    the float model's becomes README.base.md). The directory appears whole or stays as it was, a kill at any moment included; files
+    in it that are no part of a checkpoint stay.
     Raises CheckpointError, before anything is written, with a list of everything the format cannot hold and what to do about
-    it; ValueError for an unknown format or size.
+    it; ValueError for an unknown format or size; TypeError for what are no evaluations.
     """
-    target, limit = layout(format), parse_size(max_shard_size)
+    target, limit, scores = layout(format), parse_size(max_shard_size), plain_scores(evaluations)
     model = unwrapped(model)
     check_target(Path(directory), overwrite, [origin(model)])
     source = Renamed(ModelSource(model), model, to_files=True)
@@ -55,7 +60,7 @@ def save_pretrained(
     def extra(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
         stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        write_beside(model, folder, source, target, summary, stored, Path(directory))
+        write_beside(model, folder, source, target, summary, stored, Path(directory), scores)
 
     config = huggingface.with_local_code(config_of(model), origin(model))
     write(Path(directory), source, target, summary, config, limit, extra)

@@ -23,7 +23,7 @@ from ..layers.quant_linear import QuantLinear
 from ..standins.expert_linears import ExpertLinears
 from ..standins.fused import put_back
 from ..undo.journal import Journal
-from .attached import Saver
+from .attached import stand_before
 from .beside import summary_for, write_beside
 from .placeholders import JoinedLinear, Placeholder, WholeLinear
 
@@ -116,7 +116,7 @@ class AwqExtQuantizer(HfQuantizer):
             model._weight_conversions += [each for each in self.files.used if tuple(each.source_patterns) not in known]
         if self.report is not None:
             model.awq_report = self.report
-        model.save_pretrained = Saver(model)
+        stand_before(model)
         del self.files, self.report  # lets go of them
         return model
 

@@ -17,6 +17,8 @@ from ..checkpoints.convert import carry
 from ..checkpoints.formats import CheckpointError
 from ..checkpoints.model_source import origin
 from ..checkpoints.quantized_dir import CONFIG, QUANTIZATION
+from ..checkpoints.write import is_quantized
+from ..reporting.model_card import CARD
 
 GENERATION = "generation_config.json"
 # what a tokenizer or processor consists of
@@ -29,7 +31,13 @@ _COMPANIONS = re.compile(
 def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     """Write generation_config.json, the tokenizer's files, and what else lies beside the weights where the model came from."""
     if (source := origin(model)) is not None and (source / CONFIG).is_file():
-        carry(source, folder, lambda name: tokenizer is not None and _COMPANIONS.fullmatch(name) is not None)
+        # a float model's card tells of another model than this one: see write_beside
+        left = {CARD} if not is_quantized(source) else set()
+        carry(
+            source,
+            folder,
+            lambda name: name in left or (tokenizer is not None and _COMPANIONS.fullmatch(name) is not None),
+        )
     generation = getattr(model, "generation_config", None)
     if is_transformers_model(model) and generation is not None:
         (folder / GENERATION).write_text(generation.to_json_string(), encoding="utf-8")

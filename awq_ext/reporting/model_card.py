@@ -13,9 +13,14 @@ from typing import Any
 
 from .readers import Reader, readers
 from .report import AwqReport
+from .scores import Scores, score_facts, table_rows, with_scores
 from .tables import format_bytes
 
 CARD = "README.md"
+# where the float model's own card goes, to which ours refers
+BASE_CARD = "README.base.md"
+# entries of a card's header that are true of the quantized model as well
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 MARK = "<!-- awq_ext writes this card anew whenever the model is saved here; without this line it stays as it is -->"
 
 
@@ -23,8 +28,9 @@ MARK = "<!-- awq_ext writes this card anew whenever the model is saved here; wit
 class Card:
     """What a card tells.
 
-    layers: how many are quantized; bits: that they have; base: the float model's name, or ""; before, after: bytes of the
-    weights; usual: the settings that go without saying.
+    layers: how many are quantized; base: the float model's name, or ""; before, after: bytes of the weights; usual: the
+    settings that go without saying; bits: that the layers have; scores: by the name of the text; inherited: lines of the
+    header of the base model's card; base_card: whether that lies beside this one.
     """
 
     format: str
@@ -36,7 +42,10 @@ class Card:
     before: int
     after: int
     usual: Mapping[str, Any]
-    bits: Sequence[int] = (4,)
+    bits: Sequence[int]
+    scores: Scores
+    inherited: str = ""
+    base_card: bool = False
 
     def text(self) -> str:
         """Render as Markdown, with the header that the Hugging Face hub reads."""
@@ -44,10 +53,13 @@ class Card:
         head = ["---", "library_name: transformers", "tags:", "- awq", *tags, "- awq_ext"]
         if "/" in self.base:  # the name of a repository
             head += [f"base_model: {self.base}", "base_model_relation: quantized"]
-        rows = "\n".join(f"| {name} | {value} |" for name, value in self._facts())
+        head += self.inherited.splitlines()
+        rows = table_rows(self._facts()).rstrip("\n")
         use = "\n\n".join(_recipe(reader) for reader in readers(self.format))
         title = f"# {self.base.rpartition('/')[2] or 'A model'} in {self._widths} bits"
         parts = ["\n".join([*head, "---", MARK]), title, f"| | |\n|---|---|\n{rows}", "## Load and serve", use]
+        if self.base_card:
+            parts.append(f"## The float model\n\nIts own card is [{BASE_CARD}]({BASE_CARD}).")
         return "\n\n".join(parts) + "\n"
 
     @property
@@ -69,6 +81,7 @@ class Card:
             )
         )
         facts += _told(self.report, self.usual) if self.report is not None else []
+        facts += score_facts(self.scores, self.base)
         facts.append(("size of the weights", f"{format_bytes(self.before)} before, {format_bytes(self.after)} after"))
         return [*facts, ("made with", _versions())]
 
@@ -121,15 +134,45 @@ def base_name(name: object) -> str:
 
 def base_of(folder: Path) -> str:
     """Read the base model from a card of ours; "" where none says it."""
-    text = (folder / CARD).read_text(encoding="utf-8", errors="replace") if (folder / CARD).exists() else ""
+    text = read_card(folder)
     found = re.search(r"^\| base model \| (.+) \|$", text, re.MULTILINE) if MARK in text else None
     return found[1] if found else ""
 
 
+def inherited_from(card: str) -> str:
+    """Take the entries about licence, language and task from the header of a card, as they stand there.
+
+    Words, and lists of words; anything odder is left, as it could spoil the header that it comes into.
+    """
+    header = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.lstrip("\ufeff"), re.DOTALL)
+    # an entry reaches to the next line that begins with a name
+    entries = re.findall(r"^([\w-]+):(.*(?:\n(?![\w-]+:).*)*)", header[1] if header else "", re.MULTILINE)
+    return "\n".join(f"{name}:{value.rstrip()}" for name, value in entries if name in _INHERITED and _plain(value))
+
+
+def _plain(value: str) -> bool:
+    """Tell whether the value of an entry in YAML is a word or a list of words."""
+    word = r"""("[^"\\\n]*"|'[^'\n]*'|[A-Za-z0-9](?:[^\n:#]|:(?=\S))*)"""
+    forms = (rf" *{word}\s*", rf"(\n *- +{word})+\s*", r" *\[ *[\w-]+( *, *[\w-]+)* *\]\s*")
+    return any(re.fullmatch(form, value) for form in forms)
+
+
+def read_card(folder: Path | None) -> str:
+    """Read the card of a directory; "" where there is none."""
+    path = None if folder is None else folder / CARD
+    return "" if path is None or not path.is_file() else path.read_text(encoding="utf-8", errors="replace")
+
+
+def put_scores(folder: Path, scores: Scores) -> None:
+    """Exchange the scores in the card of ``folder``, if it is one of ours."""
+    text = read_card(folder)
+    if MARK in text:
+        (folder / CARD).write_text(with_scores(text, scores), encoding="utf-8")
+
+
 def is_ours(folder: Path) -> bool:
     """Tell whether a card may be written in ``folder``: there is none, or one that nobody has made his own."""
-    path = folder / CARD
-    return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
+    return not (folder / CARD).exists() or MARK in read_card(folder)
 
 
 def write_card(to: Path, card: Card, target: Path) -> None:

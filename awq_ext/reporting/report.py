@@ -67,6 +67,8 @@ class AwqReport:
 
     calibration_seconds: forwards of all batches and streaming statistics, which grow with the calibration set;
     search_seconds: scales, folds, clips, rounding, which do not.
+    evaluations: scores by the name of the text, as ``Evaluation.to_dict()`` gives them; quantize() leaves it empty,
+        ``save_pretrained(..., evaluations=)``, ``awq-ext quantize --traffic`` and ``awq-ext eval --card`` fill it.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class AwqReport:
     peak_memory_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def share_quantized(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 import awq_ext
 from awq_ext.checkpoints import atomic_directory as replacement
-from awq_ext.checkpoints.atomic_directory import replaced
+from awq_ext.checkpoints.atomic_directory import out_of_the_way, replaced
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -158,3 +159,26 @@ def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
     fill(tmp_path / "x", "newer")
     assert not theirs.exists()
     assert elsewhere.exists()
+
+
+def test_files_are_out_of_the_way_while_others_are_written_in_place(tmp_path: Path) -> None:
+    def old(name: str) -> bool:
+        return name.startswith("model")
+
+    fill(tmp_path, "before")
+    (tmp_path / "model-3").symlink_to("config")
+    (tmp_path / "model-4").mkdir()
+    before = contents(tmp_path)
+    with pytest.raises(OSError, match="disk full"), out_of_the_way(tmp_path, old):
+        assert [name for name in os.listdir(tmp_path) if old(name)] == ["model-4"]
+        for name in ("model-1", "model-2"):
+            (tmp_path / name).write_text("half")
+        raise OSError("disk full")
+    assert contents(tmp_path) == before
+    with out_of_the_way(tmp_path, old):
+        (tmp_path / "model-2").write_text("whole")
+    kept = {name: text for name, text in before.items() if not old(name)}
+    assert contents(tmp_path) == kept | {"model-2": "whole"}
+    with out_of_the_way(tmp_path / "absent", old):
+        pass
+    assert not (tmp_path / "absent").exists()

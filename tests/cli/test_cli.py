@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,22 @@ def test_an_interrupt_is_one_line_and_has_its_exit_code(monkeypatch: pytest.Monk
     monkeypatch.setattr("awq_ext.demo.display.run_and_show", interrupted)
     shown = runner.invoke(cli.app, ["demo"])
     assert shown.exit_code == 130 and shown.stderr.startswith("interrupted") and "Traceback" not in shown.output
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(*_: object) -> None:
+        for number in range(3):
+            warnings.warn(f"the layer [{number % 2}]\nis odd", UserWarning, stacklevel=number + 1)
+        raise ValueError("no more")
+
+    monkeypatch.setattr("awq_ext.demo.display.run_and_show", warned)
+    before = warnings.showwarning
+    for _ in range(2):  # a command later it may be said again
+        shown = runner.invoke(cli.app, ["demo"])
+        lines = ["warning: the layer [0] is odd", "warning: the layer [1] is odd", "error: no more"]
+        assert shown.stderr.splitlines() == lines and shown.stdout == ""
+    assert warnings.showwarning is before
 
 
 def test_bugs_keep_their_traceback() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,26 @@ def test_windows_to_score_are_the_first(tokenizer: Any, tmp_path: Path) -> None:
     ]
 
 
+def test_a_field_is_read_from_every_file_that_has_rows(tmp_path: Path) -> None:
+    model = hf_directory.make(tmp_path / "model")
+    for name, word in (("calib", "why? "), ("served", "how? ")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": word * 60, "text": "not this"}) + "\n")
+    (tmp_path / "plain.txt").write_text("of no fields, " * 30)
+
+    def run(*arguments: object):
+        options = ["--seq-len", 64, "--tokens", 128, "--samples", 2, "--method", "rtn", "--group-size", 32]
+        options += ["--set", "n_grid=2", "--json", "-", "--field", "question"]
+        return CliRunner().invoke(cli.app, list(map(str, ["compare", model, *arguments, *options])))
+
+    traffic = ["--traffic", tmp_path / "served.jsonl", "--traffic", tmp_path / "plain.txt"]
+    shown = run("--calib", tmp_path / "calib.jsonl", *traffic)
+    assert shown.exit_code == 0, shown.output
+    scored = json.loads(shown.stdout)["rows"][0]["evaluations"]
+    assert {name: found["tokens"] for name, found in scored.items()} == {"served": 126, "plain": 126}
+    shown = run("--calib", tmp_path / "plain.txt", *traffic[2:])
+    assert shown.exit_code == 1 and "--field question: no file has fields" in shown.output
+
+
 def test_the_command_takes_a_column_and_tells_of_few_tokens(tmp_path: Path) -> None:
     model = hf_directory.make(tmp_path / "model")
     rows = [{"question": "why? " * 40, "label": 1}] * 3
@@ -155,7 +176,9 @@ def test_the_command_takes_a_column_and_tells_of_few_tokens(tmp_path: Path) -> N
 
     refused = run()
     assert refused.exit_code == 1 and "name the field of its text" in " ".join(refused.output.split())
-    with pytest.warns(UserWarning, match="128 calibration tokens are few"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as in a process that pytest does not watch
         shown = run("--field", "question")
     assert shown.exit_code == 0, shown.output
+    assert len([line for line in shown.stderr.splitlines() if line.startswith("warning: 128 calibration tokens")]) == 1
     assert "quantizing: block 2/2" in shown.stderr

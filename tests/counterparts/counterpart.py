@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 from importlib import metadata
@@ -98,6 +99,46 @@ def trained_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
     names = {name: name if name.startswith("lm_head") else f"model.{name}" for name in demo.state_dict()}
     model.load_state_dict({names[name]: tensor for name, tensor in demo.state_dict().items()})
     return model.to(dtype).eval()
+
+
+def wide_llama() -> nn.Module:
+    """The trained Llama with channels and heads of zeros, so that the default groups of 128 divide all its widths.
+
+    What it computes is the same but for rounding and the norms' epsilon: they divide by the mean over more channels, of which the
+    new ones are zero, and their weights make up for that.
+    """
+    narrow = trained_llama()
+    config = copy.deepcopy(narrow.config)
+    before, heads = config.hidden_size, config.hidden_size // config.num_attention_heads
+    config.update({"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": heads})
+    config.max_position_embeddings = 512
+    wide = type(narrow)(config).eval()
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            given = narrow.get_parameter(name)
+            parameter.zero_()
+            parameter[tuple(slice(size) for size in given.shape)] = given
+            if parameter.dim() == 1:
+                parameter.mul_((before / 256) ** 0.5)
+        tokens = torch.tensor([list(PROMPTS[0])])
+        torch.testing.assert_close(wide(tokens).logits, narrow(tokens).logits, rtol=1e-3, atol=1e-3)
+    return wide
+
+
+def byte_tokenizer() -> Any:
+    """Bytes as tokens, each by its own number, as the demo's model reads them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # GPT-2's letters for bytes: printable ones stand for themselves, the others for 256 and on, in order
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte if byte in printable else 256 + others.index(byte)): byte for byte in range(256)}
+    assert letters.keys() == set(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def quantized_llama(dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:

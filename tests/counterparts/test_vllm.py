@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from counterparts.counterpart import clear_prompt, needed, quantized_llama, run
+from counterparts.counterpart import byte_tokenizer, clear_prompt, needed, quantized_llama, run, wide_llama
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import awq_ext
+from awq_ext import cli
+from awq_ext.demo.data import text
 
 LAYOUTS = pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
 
@@ -27,8 +30,26 @@ def test_vllm_leaves_the_same_layers_float(layout: str, tmp_path: Path) -> None:
     assert_same_tokens(quantized_llama(skip=("lm_head", "*.layers.0.*")), layout, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")  # of transformers, at import
+def test_vllm_serves_what_the_command_writes_by_default(tmp_path: Path) -> None:
+    """``awq-ext quantize MODEL OUT --calib TEXT`` with no other option: method, layout, groups and dtype are the defaults."""
+    needed("vllm")
+    wide_llama().save_pretrained(tmp_path / "float")
+    byte_tokenizer().save_pretrained(tmp_path / "float")
+    calib = tmp_path / "calib.txt"
+    calib.write_bytes(text("calibration")[:200_000].decode(errors="ignore").encode())
+    shown = CliRunner().invoke(
+        cli.app, ["quantize", f"{tmp_path / 'float'}", f"{tmp_path / 'int4'}", "--calib", f"{calib}"]
+    )
+    assert shown.exit_code == 0 and f"vLLM: vllm serve {tmp_path / 'int4'}" in shown.output, shown.output
+    assert_generates(tmp_path / "int4", awq_ext.from_pretrained(tmp_path / "int4"), tmp_path)
+
+
 def assert_same_tokens(model: torch.nn.Module, layout: str, tmp_path: Path) -> None:
-    folder = awq_ext.save_pretrained(model, tmp_path / "model", format=layout)
+    assert_generates(awq_ext.save_pretrained(model, tmp_path / "model", format=layout), model, tmp_path)
+
+
+def assert_generates(folder: Path, model: torch.nn.Module, tmp_path: Path) -> None:
     (prompt, generated), out = clear_prompt(tmp_path, model), tmp_path / "out.safetensors"
     run("vllm", "vllm_generate.py", folder, prompt, out)
     assert torch.equal(generated, load_file(out)["generated"])

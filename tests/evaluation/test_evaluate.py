@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import models
 import pytest
@@ -14,7 +15,7 @@ from checks import Snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from awq_ext import Bootstrap, CalibrationError
+from awq_ext import Bootstrap, CalibrationError, compare
 from awq_ext.evaluation.evaluate import accuracy, embedding_cosine, evaluate, window_scores
 from awq_ext.forwards.calls import Call
 from awq_ext.forwards.outputs import targets_of
@@ -77,6 +78,66 @@ def test_padding_does_not_count() -> None:
     assert masked["perplexity"].value == pytest.approx(plain["perplexity"].value, rel=1e-5)
     left = {"ids": padded.roll(5, 1), "attention_mask": mask.roll(5, 1)}
     assert evaluate(case.model, [left], bootstrap=QUICK).tokens == plain.tokens
+
+
+class Reading(nn.Module):
+    """A language model that names its embeddings, as Transformers' do."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.net.embed
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.net(input_ids, attention_mask)
+
+
+ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]]
+ONES = [1] * 8
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        ROWS,
+        [torch.tensor(row) for row in ROWS],
+        [{"input_ids": row, "attention_mask": ONES} for row in ROWS],
+        [{"input_ids": torch.tensor(row), "attention_mask": torch.tensor(ONES)} for row in ROWS],
+        {"input_ids": ROWS, "attention_mask": [ONES, ONES]},  # as many columns as rows
+        {"input_ids": torch.tensor(ROWS)},
+    ],
+)
+def test_rows_of_tokens_are_read_as_by_quantize(samples: Any) -> None:
+    model = Reading(models.make("llama").model)
+    seen = []
+
+    def mean(output: Tensor, expected: Tensor | None, sample: Any) -> Tensor:
+        seen.append(sample["input_ids"] if isinstance(sample, dict) else sample)
+        return output.mean((1, 2))
+
+    for options in ({"reference": other(model)}, {"metric": mean}):
+        found = evaluate(model, samples, bootstrap=QUICK, **options)
+        batched = evaluate(model, [torch.tensor([row]) for row in ROWS], bootstrap=QUICK, **options)
+        assert found.windows == 2 and found.tokens == batched.tokens
+        for name in found.measures:
+            assert found[name].value == pytest.approx(batched[name].value, rel=1e-5)
+    assert [ids.tolist() for ids in seen] == [[row] for row in ROWS] * 2
+    calib = [torch.tensor([row]) for row in ROWS]
+    compared = compare(model, samples, {"same": samples}, ["rtn"], group_size=16, progress=False, speed_seconds=0)
+    by_batch = compare(model, calib, {"same": calib}, ["rtn"], group_size=16, progress=False, speed_seconds=0)
+    for row, expected in zip(compared.rows, by_batch.rows, strict=True):
+        scored, wanted = row.evaluations["same"]["perplexity"], expected.evaluations["same"]["perplexity"]
+        assert scored.value == pytest.approx(wanted.value, rel=1e-5)
+
+
+def test_columns_that_the_model_does_not_take_are_left_out_and_labels_kept() -> None:
+    case = models.make("llama")
+    rows = [{"input_ids": row, "labels": [-100] * 4 + row[4:], "idx": 3} for row in ROWS]
+    with pytest.warns(UserWarning, match="left out of the samples, as the model takes nothing of these names: idx"):
+        found = evaluate(Labelled(case.model), rows, bootstrap=QUICK)
+    assert found.tokens == 6  # as in test_labels_say_what_counts
 
 
 class Labelled(nn.Module):

@@ -145,3 +145,33 @@ def test_commands(offline: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 1 and len(shown.output.strip().splitlines()) == 1
     shown = run("inspect", "nothing")
     assert shown.exit_code == 2 and "does not exist" in shown.output
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, at import
+@pytest.mark.parametrize("command", ["quantize", "compare", "eval", "inspect", "convert"])
+def test_commands_pass_revision_and_token_on(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, **options: object) -> str:
+        asked.append((name, options["revision"], options["token"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    calib = ["--calib", "calib.txt"]
+    more = {
+        "quantize": ["out", *calib],
+        "compare": [*calib, "--traffic", "calib.txt"],
+        "eval": ["calib.txt"],
+        "convert": ["out"],
+    }
+    arguments = [*more.get(command, []), "--revision", "v2", "--token", "secret"]
+    for name in (NAME, f"{NAME}@v2"):
+        shown = run(command, name, *arguments)
+        assert shown.exit_code == 1 and "cannot be downloaded" in shown.output and "secret" not in shown.output
+    assert asked == [(NAME, "v2", "secret")] * 2
+    shown = run(command, f"{NAME}@v1", *arguments)
+    assert shown.exit_code == 2 and "names another" in shown.output
+    (tmp_path / "there").mkdir()
+    shown = run(command, tmp_path / "there", *arguments)
+    assert shown.exit_code == 2 and "no revisions" in shown.output
+    assert len(asked) == 2

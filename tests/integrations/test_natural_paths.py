@@ -258,12 +258,48 @@ def load_float(folder: Path) -> Any:
     return load(folder)
 
 
-def test_a_card_that_lies_beside_the_source(tmp_path: Path) -> None:
-    """A person's is carried along and stays; one of ours is written anew."""
-    float_model().save_pretrained(tmp_path / "float")
-    for text, kept in (("mine", True), (MARK, False)):
-        (tmp_path / "float" / "README.md").write_text(text)
-        model = awq_ext.quantize(load(tmp_path / "float"), [BATCH], group_size=32, method="rtn", progress=False)
-        awq_ext.save_pretrained(model, tmp_path / str(kept))
-        written = (tmp_path / str(kept) / "README.md").read_text()
-        assert (written == text) == kept and (kept or "groups of 32" in written)
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("before", ["modelopt", "native", "shards", "settings of AutoGPTQ", "version 1"])
+def test_nothing_is_left_of_a_checkpoint_in_another_layout(before: str, tmp_path: Path) -> None:
+    target, model = tmp_path / "x", quantized()
+    if before == "shards":
+        model.save_pretrained(target, max_shard_size="20KB")
+        assert len(list(target.glob("*.safetensors"))) > 1
+    else:
+        old = quantized(symmetric=True)
+        awq_ext.save_pretrained(old, target, format=before if before in ("modelopt", "native") else "gptq")
+    files = {"settings of AutoGPTQ": "quantize_config.json", "version 1": "awq_ext.json"}
+    if before in files:
+        (target / files[before]).write_text("{}")
+    (target / "notes.txt").write_text("mine")
+    (target / "adapter_model.safetensors").write_text("mine")
+    del model.awq_report  # a model without one takes over none
+    model.save_pretrained(tmp_path / "empty")
+    model.save_pretrained(target)
+    assert names(target) == names(tmp_path / "empty") | {"notes.txt", "adapter_model.safetensors"}
+    for loaded in (awq_ext.from_pretrained(target), load(target)):
+        assert torch.equal(logits(loaded), logits(model)) and not hasattr(loaded, "awq_report")
+    model.save_pretrained(target, max_shard_size="20KB")
+    assert "model.safetensors" not in names(target)
+    assert torch.equal(logits(load(target)), logits(model))
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized().save_pretrained(tmp_path, max_shard_size="20KB")
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+
+    def full(tensors: Any, file: str, metadata: Any = None) -> None:
+        Path(file).write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        quantized(group_size=64).save_pretrained(tmp_path)
+    # what lies beside a checkpoint may be new already
+    after = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} | {"README.md": before["README.md"]}
+    assert after == before

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import hf_directory
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_transformers import BATCH, logits
+from typer.testing import CliRunner
 
 import awq_ext
-from awq_ext import CheckpointError
+from awq_ext import CheckpointError, cli
 from awq_ext.integrations.transformers_models import with_local_code
 
 transformers = pytest.importorskip("transformers", reason="Transformers NOT TESTED: pip install awq-ext[hf]")
@@ -132,3 +134,32 @@ def test_auto_map_names_files_beside_it_rather_than_a_repository(source: Path) -
         "hidden_size": 1,
     }
     assert with_local_code({"auto_map": mapped}, None) == {"auto_map": mapped}
+
+
+@pytest.mark.filterwarnings("ignore")  # of calibration tokens that are few
+def test_the_commands_run_it_only_when_told(source: Path, tmp_path: Path) -> None:
+    hf_directory.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for file in (tmp_path / "tokenizer").iterdir():
+        shutil.copy(file, source)
+    config = json.loads((source / "config.json").read_text()) | {"vocab_size": 260}
+    (source / "config.json").write_text(json.dumps(config))
+    weights = load_file(source / "model.safetensors")
+    more = {name: torch.randn(260, 32) for name in ("embed.weight", "head.weight")}
+    save_file(weights | more, source / "model.safetensors", {"format": "pt"})
+    (tmp_path / "calib.txt").write_text("some text, again and again. " * 20)
+
+    def run(*arguments: object):
+        return CliRunner().invoke(cli.app, list(map(str, arguments)), env={"COLUMNS": "200"})
+
+    text, sizes = tmp_path / "calib.txt", ["--seq-len", 64]
+    calibrated = ["--calib", text, "--samples", 2, "--group-size", 32, *sizes]
+    for arguments in (
+        ["quantize", source, tmp_path / "int4", *calibrated, "--method", "rtn"],
+        ["compare", source, *calibrated, "--traffic", text, "--method", "rtn"],
+        ["eval", tmp_path / "int4", text, "--reference", source, *sizes],
+    ):
+        shown = run(*arguments)
+        assert shown.exit_code == 1 and "runs only with --trust-remote-code" in shown.output, shown.output
+        assert len(shown.stderr.splitlines()) == 1
+        shown = run(*arguments, "--trust-remote-code")
+        assert shown.exit_code == 0, shown.output

@@ -1,0 +1,74 @@
+"""Figures of a quantized model reach its card and its report: by quantize --traffic, and by eval --card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hf_directory
+import pytest
+from typer.testing import CliRunner
+
+import awq_ext
+from awq_ext import cli
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, list(map(str, arguments)), env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float model and texts."""
+    folder = tmp_path_factory.mktemp("made")
+    hf_directory.make(folder / "float")
+    for name in ("calib", "code"):
+        (folder / f"{name}.txt").write_text(f"{name}: some text of this kind, again and again. " * 40)
+    (folder / "rows.jsonl").write_text(json.dumps({"body": "a row of another kind. " * 40}))
+    return folder
+
+
+def quantize(made: Path, out: Path, *more: object) -> Any:
+    options = ["--calib", made / "calib.txt", "--samples", 2, "--seq-len", 64, "--group-size", 32, "--method", "rtn"]
+    return run("quantize", made / "float", out, *options, "--tokens", 256, *more)
+
+
+def test_quantize_scores_what_it_made(made: Path, tmp_path: Path) -> None:
+    traffic = ["--traffic", made / "code.txt", "--traffic", f"talk={made / 'rows.jsonl'}", "--field", "body"]
+    shown = quantize(made, tmp_path / "int4", *traffic, "--json", tmp_path / "q.json")
+    assert shown.exit_code == 0, shown.output
+    card = (tmp_path / "int4" / "README.md").read_text()
+    report = awq_ext.from_pretrained(tmp_path / "int4").awq_report
+    assert json.loads((tmp_path / "q.json").read_text())["report"]["evaluations"] == report.evaluations
+    scored = run(
+        "eval", tmp_path / "int4", made / "code.txt", f"talk={made / 'rows.jsonl'}", "--reference", made / "float",
+        "--seq-len", 64, "--tokens", 256, "--field", "body", "--json", "-",
+    )  # fmt: skip
+    figures = json.loads(scored.stdout)
+    for name in ("code", "talk"):
+        measured, again = report.evaluations[name], figures[name]
+        assert {**measured, "seconds": 0} == {**again, "seconds": 0} and measured["kl"]["value"] > 0
+        assert f"| scores on {name} | KL divergence {measured['kl']['value']:.4g} (" in card
+    assert "not measured" not in card
+
+
+def test_eval_puts_its_figures_into_the_card(made: Path, tmp_path: Path) -> None:
+    assert quantize(made, tmp_path / "int4").exit_code == 0
+    assert "not measured" in (tmp_path / "int4" / "README.md").read_text()
+    sizes = ["--reference", made / "float", "--seq-len", 64, "--tokens", 256, "--card"]
+    for name in ("code", "calib"):  # one after the other
+        shown = run("eval", tmp_path / "int4", made / f"{name}.txt", *sizes)
+        assert shown.exit_code == 0, shown.output
+    card = (tmp_path / "int4" / "README.md").read_text()
+    assert card.count("| scores on code | KL") == card.count("| scores on calib | KL") == 1
+    assert "not measured" not in card
+    awq_ext.convert(tmp_path / "int4", tmp_path / "ct", format="compressed-tensors")
+    assert "| scores on code | KL" in (tmp_path / "ct" / "README.md").read_text()
+    (tmp_path / "int4" / "README.md").write_text("mine")
+    assert run("eval", tmp_path / "int4", made / "code.txt", *sizes).exit_code == 0
+    assert (tmp_path / "int4" / "README.md").read_text() == "mine"
+    shown = run("eval", made / "float", made / "code.txt", "--card")
+    assert shown.exit_code == 2 and "no directory of a quantized model" in shown.output
