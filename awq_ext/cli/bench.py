@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,8 +19,12 @@ from .options import (
     write_json,
 )
 
+if TYPE_CHECKING:
+    from ..evaluation.advice import Timing
+
 SHAPES = ["4096x4096"]
 ROWS = [1, 8, 128]
+HEADER = ["in x out", "rows", "float, us", "int4, us", "int8, us", "times faster", "int8 times faster"]
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -53,12 +57,15 @@ def bench(
     """Time the int4 layer against torch's Linear on this machine, in turns.
 
     Will my model be faster? Where a Linear's weight does not fit in the processor's cache, generating (1 row) is bound by how fast
-    the memory is read, and int4 reads less. The best of many calls counts.
+    the memory is read, and int4 reads less. The best of many calls counts. The columns "int8" are the int4 layer with
+    compute_dtype="int8", which rounds activations to eight bits. Where int4 is slower than float, words below the table say what
+    helps.
 
     Example: awq-ext bench --shape 2048x8192 --rows 1 --rows 64
     """
     import torch
 
+    from ..evaluation.advice import Timing, advice
     from ..evaluation.cost import race, rotating_layers
 
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -66,24 +73,30 @@ def bench(
     set_threads(threads)
     shapes = [parse_shape(text) for text in shape]
     console = console_for(json_path)
-    lines, figures = [], []
+    timings = []
     for in_features, out_features in shapes:
+        runners = rotating_layers(in_features, out_features, group_size, getattr(torch, dtype))
         for count in rows:
             x = torch.randn(count, in_features).to(getattr(torch, dtype))
-            runners = rotating_layers(in_features, out_features, group_size, x.dtype)
             took = race({name: partial(run, x) for name, run in runners.items()}, seconds)
-            ratio = took["float"] / took["int4"]
-            lines.append(
-                [
-                    f"{in_features} x {out_features}",
-                    str(count),
-                    *(f"{took[n] * 1e6:,.0f}" for n in took),
-                    f"{ratio:.2f}",
-                ]
-            )
-            entry = {"in_features": in_features, "out_features": out_features, "rows": count, "dtype": dtype}
-            figures.append(entry | {"seconds": took, "ratio": ratio})
+            timings.append(Timing(in_features, out_features, count, took["float"], took["int4"], took["int8"]))
     title = f"{dtype}, groups of {group_size}, {counted(torch.get_num_threads(), 'thread')}"
-    header = ["in x out", "rows", "float, us", "int4, us", "times faster"]
-    console.print(Table(title, header, [[Cell(text) for text in line] for line in lines]).to_rich())
-    write_json({"threads": torch.get_num_threads(), "group_size": group_size, "layers": figures}, json_path)
+    console.print(Table(title, HEADER, [_cells(timing) for timing in timings]).to_rich())
+    words = advice(timings)
+    for line in words:
+        console.print(line, markup=False, highlight=False)
+    figures = [_figures(timing) | {"dtype": dtype} for timing in timings]
+    threads_used = torch.get_num_threads()
+    write_json({"threads": threads_used, "group_size": group_size, "layers": figures, "advice": words}, json_path)
+
+
+def _cells(timing: Timing) -> list[Cell]:
+    times = (timing.linear, timing.int4, timing.int8)
+    texts = [f"{timing.in_features} x {timing.out_features}", str(timing.rows), *(f"{t * 1e6:,.0f}" for t in times)]
+    return [Cell(text) for text in (*texts, *(f"{timing.linear / t:.2f}" for t in times[1:]))]
+
+
+def _figures(timing: Timing) -> dict[str, Any]:
+    took = {"float": timing.linear, "int4": timing.int4, "int8": timing.int8}
+    sizes = {"in_features": timing.in_features, "out_features": timing.out_features, "rows": timing.rows}
+    return {**sizes, "seconds": took, "ratio": took["float"] / took["int4"], "int8_ratio": took["float"] / took["int8"]}

@@ -124,8 +124,8 @@ def turn(call: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def rounds(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Seconds a call in every round, of each contender."""
+def rounds(calls: dict[str, Callable[[], object]], seconds: float, settle: float = 0.0) -> dict[str, list[float]]:
+    """Seconds a call in every round, of each contender. Before a turn counts, calls of its own fill ``settle`` seconds."""
     counts = {}
     for name, call in calls.items():
         turn(call, 1)
@@ -134,6 +134,9 @@ def rounds(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < 7:
         for name, call in calls.items():
+            settled = time.perf_counter() + settle
+            while time.perf_counter() < settled:
+                call()
             times[name].append(turn(call, counts[name]))
     return times
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_tables as quality
+import rival_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "docs/speed.md", "docs/architectures.md", "docs/quality.md", "docs/methods.md")
@@ -161,7 +162,12 @@ def peers(name: str) -> str:
     return quality.peers(data, markdown, described(data))
 
 
+def rivals() -> str:
+    return rival_tables.all_machines(read("bench_rivals"), markdown, described)
+
+
 TABLES = {
+    "rivals": rivals,
     "folds": folds,
     "folded": folded,
     "linear": linear,

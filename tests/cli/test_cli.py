@@ -122,6 +122,11 @@ def test_doctor() -> None:
         _C.isa(),
         "scalar",
         f"threads              {torch.get_num_threads()}",
+        "processor            ",
+        "memory read at       ",
+        "float bf16 product   ",
+        " GFLOP/s with 512 rows, ",
+        "int4 product         ",
     ):
         assert fact in shown.output
 
@@ -134,6 +139,32 @@ def test_doctor_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.exit_code == 1
     assert "the scalar kernels are off by 0.001" in shown.output and shown.output.count("are off by") == 1
     assert _C.isa() == before
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "said"),
+    [(3.0, 1.0, "slower than bf16 here for 1 row (3.0 times as long)"), (0.5, 1.0, "")],
+)
+def test_doctor_says_where_int4_is_slower(few: float, many: float, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {1: {"float": 1e-3, "int4": few * 1e-3}, 512: {"float": 1e-2, "int4": many * 1e-2}}
+    monkeypatch.setattr("awq_ext.evaluation.cost.layer_seconds", lambda *_: took)
+    shown = runner.invoke(cli.app, ["doctor", "--json", "-"])
+    figures, lines = json.loads(shown.stdout), " ".join(shown.stderr.split())
+    assert said in figures["slower"] and bool(figures["slower"]) == bool(said)
+    assert figures["slower"] in lines and ("slower than bf16" in lines) == bool(said)
+    assert figures["facts"]["float bf16 product"] == "859 GFLOP/s with 512 rows, 1,000 us for 1 row"
+
+
+@pytest.mark.parametrize(("load", "shown"), [(2.5, False), (6.5, True)])
+def test_doctor_tells_when_others_keep_the_cores_busy(
+    load: float, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from awq_ext.cli import doctor
+
+    monkeypatch.setattr(doctor.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 4)
+    words = f"load {load} on 4 cores: the speeds above are lower than this machine's"
+    assert doctor.busy_words() == (words if shown else "")
 
 
 def test_module_can_be_run() -> None:
@@ -149,6 +180,19 @@ def test_bench(tmp_path) -> None:
     assert [layer["rows"] for layer in layers] == [1, 3] and "64 x 96" in shown.output
     for layer in layers:
         assert layer["ratio"] == layer["seconds"]["float"] / layer["seconds"]["int4"] > 0
+        assert layer["int8_ratio"] == layer["seconds"]["float"] / layer["seconds"]["int8"] > 0
+
+
+@pytest.mark.parametrize(("int4", "said"), [(2.0, True), (0.5, False)])
+def test_bench_says_what_to_do_where_int4_is_slower(int4: float, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {"float": 1e-3, "int4": int4 * 1e-3, "int8": 0.5e-3}
+    monkeypatch.setattr("awq_ext.evaluation.cost.race", lambda *_: took)
+    options = ["--shape", "64x96", "--rows", "4", "--group-size", "32", "--json", "-"]
+    shown = runner.invoke(cli.app, ["bench", *options])
+    words, lines = json.loads(shown.stdout)["advice"], " ".join(shown.stderr.split())
+    assert all(" ".join(line.split()) in lines for line in words)
+    assert ('awq_ext.set_compute_dtype(model, "int8") makes it 2.0 times as fast' in lines) == said
+    assert ("slower than the float Linear" in lines) == said == bool(words)
 
 
 def test_doctor_as_json_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
