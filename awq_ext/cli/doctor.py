@@ -16,6 +16,7 @@ from .options import JsonPath, Overwrite, console_for, fact_table, fail, one_lin
 SELF_TEST_TOLERANCE = 1e-4
 FEW, MANY = 1, 512  # rows of a product: generating, and reading a prompt
 BUSY = 1.5  # load for each core from which on others take much of our time
+PROBE_MILLISECONDS = 400
 PRODUCT = (2048, 4096)  # in and out features
 # extra -> the modules it brings, as they are imported
 EXTRAS = {"hf": ("transformers", "tokenizers"), "report": ("jinja2", "matplotlib"), "plot": ("matplotlib",)}
@@ -34,10 +35,34 @@ def facts() -> list[tuple[str, str]]:
         ("processor", str(this_processor())),
         ("torch installed", torch.__version__),
         ("torch built against", _abi.built_version() or "unknown"),
-        ("kernels in use", _C.isa()),
+        ("kernels in use", f"{_C.isa()}: {why_these_kernels()}"),
         ("kernels available", ", ".join(_C.available_isas())),
         ("threads", str(torch.get_num_threads())),
+        *_C.choices(),
     ]
+
+
+def why_these_kernels() -> str:
+    """Say whether the kernels in use were asked for, or are those that are fastest on this kind of processor, and why."""
+    from .. import _C
+
+    fastest, reason = _C.default_isa()
+    return reason if _C.isa() == fastest else f"asked for by AWQ_EXT_ISA; without it {fastest}: {reason}"
+
+
+def tile_facts() -> tuple[list[tuple[str, str]], list[str]]:
+    """Hold AMX tiles while other threads take the processor away: what was seen, and what is wrong. Nothing without tiles."""
+    from .. import _C
+
+    holds, preempted, damaged = _C.probe_tiles(PROBE_MILLISECONDS)
+    if not holds:
+        return [], []
+    seen = f"{preempted} of {counted(holds, 'hold')} interrupted, {damaged} damaged"
+    wrong = (
+        f"this machine loses AMX tiles when programs take turns on a core ({seen}): results would be wrong. "
+        "Set AWQ_EXT_ISA=avx512_vnni"
+    )
+    return [("AMX tiles", seen)], [wrong] if damaged else []
 
 
 def measured_facts(seconds: Mapping[int, Mapping[str, float]]) -> list[tuple[str, str]]:
@@ -116,6 +141,8 @@ def doctor(overwrite: Overwrite = False, json_path: JsonPath = None) -> None:
     known, optional, problems = facts(), extras(), wrong_kernels()
     seconds = layer_seconds((FEW, MANY), *PRODUCT)
     known += measured_facts(seconds)
+    tiles, damage = tile_facts()
+    known, problems = [*known, *tiles], [*problems, *damage]
     slower = one_sentence(seconds)
     console.print(fact_table([*known, *((f"extra {extra}", state) for extra, state in optional)]))
     if slower:

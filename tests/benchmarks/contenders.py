@@ -91,11 +91,11 @@ def awq_ext(case: Case, compute: str = "auto") -> Callable[[Tensor], Call]:
     packed = _C.pack_int4(case.codes)
 
     def layer() -> tuple[Tensor, ...]:  # as a QuantLinear makes its buffers
-        tiles = _C.tile_int4(packed, case.k, case.group)
-        return tiles, reference.tile_scales(case.scales), reference.tile_zeros(case.zeros)
+        tiles = _C.tile_codes(packed, case.k, case.group, 4)
+        return tiles, reference.tile_scales(case.scales), reference.tile_zeros(case.zeros, 4)
 
     def linear(x: Tensor, own: tuple[Tensor, ...]) -> Tensor:
-        return ops.int4_linear(x, *own, None, None, case.k, case.n, case.group, compute)
+        return ops.quant_linear(x, *own, None, None, case.k, case.n, case.group, 4, compute)
 
     return in_turn(linear, [layer() for _ in range(case.copies(sum(t.nbytes for t in layer())))])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -116,19 +117,47 @@ def test_demo_without_text_fails_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
 def test_doctor() -> None:
     shown = runner.invoke(cli.app, ["doctor"])
     assert shown.exit_code == 0, shown.output
-    for fact in (
-        awq_ext.__version__,
-        torch.__version__,
-        _C.isa(),
-        "scalar",
-        f"threads              {torch.get_num_threads()}",
-        "processor            ",
-        "memory read at       ",
-        "float bf16 product   ",
-        " GFLOP/s with 512 rows, ",
-        "int4 product         ",
-    ):
-        assert fact in shown.output
+    facts = dict(
+        re.split(r" {2,}", line.rstrip(), maxsplit=1)
+        for line in shown.output.splitlines()
+        if re.search(r"\S {2,}\S", line)
+    )
+    assert facts["awq_ext"] == awq_ext.__version__
+    assert facts["torch installed"] == torch.__version__
+    assert facts["threads"] == str(torch.get_num_threads())
+    assert facts["kernels in use"].startswith(_C.isa())
+    assert "scalar" in facts["kernels available"]
+    assert facts["processor"] and facts["memory read at"].endswith(" GB/s")
+    assert " GFLOP/s with 512 rows, " in facts["float bf16 product"] and " GFLOP/s with" in facts["int4 product"]
+    for job, kernel in _C.choices():
+        assert facts[job].startswith(kernel[:20])
+
+
+def test_doctor_says_what_each_job_uses_and_why() -> None:
+    from awq_ext.cli import doctor
+
+    fastest, reason = _C.default_isa()
+    before = _C.isa()
+    try:
+        _C.set_isa(fastest)
+        assert doctor.why_these_kernels() == reason
+        assert set(_C.choices()) <= set(doctor.facts())
+        _C.set_isa("scalar")
+        assert doctor.why_these_kernels() == f"asked for by AWQ_EXT_ISA; without it {fastest}: {reason}"
+        assert ("bf16 activations, 1 row or more", "fp32 FMA") in doctor.facts()
+        assert doctor.tile_facts() == ([], [])
+    finally:
+        _C.set_isa(before)
+
+
+def test_doctor_reports_damaged_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from awq_ext.cli import doctor
+
+    monkeypatch.setattr(_C, "probe_tiles", lambda _: (50, 20, 0))
+    assert doctor.tile_facts() == ([("AMX tiles", "20 of 50 holds interrupted, 0 damaged")], [])
+    monkeypatch.setattr(_C, "probe_tiles", lambda _: (50, 20, 3))
+    (wrong,) = doctor.tile_facts()[1]
+    assert "20 of 50 holds interrupted, 3 damaged" in wrong and "AWQ_EXT_ISA=avx512_vnni" in wrong
 
 
 def test_doctor_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
