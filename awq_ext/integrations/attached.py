@@ -1,4 +1,4 @@
-"""Give quantized Transformers models what their own save_pretrained needs to write a whole checkpoint."""
+"""Give quantized Transformers models what their own methods cannot know: how to save int4 layers, and not to resize them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..checkpoints.formats import LAYOUTS
 from ..checkpoints.model_source import origin
 from ..checkpoints.write import Overwrite, check_target
 from ..layers.quant_linear import QuantLinear
+from ..modules import input_embeddings, output_embeddings
 from ..reporting.readers import DEFAULT_FORMAT, quant_method
 
 
@@ -49,6 +50,25 @@ class Saver:
             quantizer.folder = None
 
 
+class Resizer:
+    """Stands before Transformers' ``resize_token_embeddings``, which would fail halfway at an output layer of ints."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
+        """See ``transformers.PreTrainedModel.resize_token_embeddings``. RuntimeError where the output layer is quantized."""
+        model = self.model
+        rows = getattr(input_embeddings(model), "num_embeddings", None)
+        resizes = new_num_tokens not in (None, rows) or bool(args) or options.get("pad_to_multiple_of") is not None
+        if resizes and isinstance(output_embeddings(model), QuantLinear):
+            raise RuntimeError(
+                f"resize_token_embeddings({new_num_tokens}): the output layer of this {type(model).__name__} is quantized, and "
+                'cannot get other rows: resize the float model and quantize that, or quantize with head="float"'
+            )
+        return type(model).resize_token_embeddings(model, new_num_tokens, *args, **options)
+
+
 def attach(model: nn.Module, format: str | None = None) -> None:
     """Prepare all Transformers models in ``model`` that hold int4 layers for their own ``save_pretrained``.
 
@@ -71,4 +91,4 @@ def attach(model: nn.Module, format: str | None = None) -> None:
         quantizer = AwqExtQuantizer(config)
         quantizer.layout = layout
         part.hf_quantizer, part.config.quantization_config = quantizer, config
-        part.save_pretrained = Saver(part)
+        part.save_pretrained, part.resize_token_embeddings = Saver(part), Resizer(part)

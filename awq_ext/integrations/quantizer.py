@@ -22,8 +22,9 @@ from ..checkpoints.saved import found_report
 from ..layers.quant_linear import QuantLinear
 from ..standins.expert_linears import ExpertLinears
 from ..standins.fused import put_back
+from ..standins.tied import keep_untied
 from ..undo.journal import Journal
-from .attached import Saver
+from .attached import Resizer, Saver
 from .beside import summary_for, write_beside
 from .placeholders import JoinedLinear, Placeholder, WholeLinear
 
@@ -53,6 +54,7 @@ class AwqExtQuantizer(HfQuantizer):
             self.files = Renamed(source, model)
         with Journal() as journal:
             take_apart(model, self.files, journal)
+            keep_untied(model, self.files.layers, journal)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in self.files.layers:
             if name in modules:
@@ -116,7 +118,7 @@ class AwqExtQuantizer(HfQuantizer):
             model._weight_conversions += [each for each in self.files.used if tuple(each.source_patterns) not in known]
         if self.report is not None:
             model.awq_report = self.report
-        model.save_pretrained = Saver(model)
+        model.save_pretrained, model.resize_token_embeddings = Saver(model), Resizer(model)
         del self.files, self.report  # lets go of them
         return model
 

@@ -41,7 +41,7 @@ def survey_model(
     """Survey the blocks (found, or those called ``names``) by one batch; raise CalibrationError if it reaches no Linear."""
     mixtures = find_mixtures(model)
     blocks = blocks_found(model, call, mixtures) if names is None else blocks_named(model, names)
-    if names is None and config.quantize_head:  # it lies behind the blocks, and would be left out
+    if names is None and config.head != "float":  # it lies behind the blocks, and would be left out
         heads = heads_among(model, eligible.linears)
         blocks += [Block(name, head) for name, head in heads.items() if not any(linears_of(b, heads) for b in blocks)]
 
