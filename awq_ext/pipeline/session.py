@@ -15,8 +15,9 @@ from ..forwards.calls import Call, read_calls
 from ..forwards.lockstep import Stop, lockstep
 from ..forwards.memory import PeakMemory
 from ..forwards.mode import calibration_mode
+from ..modules import heads_among
 from ..standins.standins import StandIns
-from ..survey.selection import Eligible, check_layers, heads_among, select_linears
+from ..survey.selection import Eligible, check_layers, select_linears
 from ..survey.survey import BlockSurvey, survey_model
 from ..undo import interrupt
 from ..undo.journal import Journal

@@ -80,7 +80,8 @@ def stand_in(
 ) -> StandIns:
     """Put Linears in place of transposed layers, fused experts and those of ``heads`` whose weight is the embedding's too.
 
-    excluded: tells why a layer shall stay, or None. With fused experts the first batch runs up to three times, in ``mode``. Raises CalibrationError when the model rejects it.
+    excluded: tells why a layer shall stay, or None. With fused experts the first batch runs up to three times, in ``mode``. Raises
+    CalibrationError when the model rejects it.
     """
     result = StandIns(transposed_layers(model))
     for name, module in result.transposed.items():

@@ -13,7 +13,7 @@ from ..config import FORMER_SKIP, AwqConfig, Selector, fits, suggested
 from ..forwards.calls import Call
 from ..forwards.mode import calibration_mode
 from ..layers.quant_linear import QuantLinear
-from ..modules import output_embeddings, parameter_owners
+from ..modules import called_head, heads_among, output_embeddings, parameter_owners
 from ..standins.expert_linears import ROUTER
 from ..standins.fused import find_fused, routers_beside
 from ..standins.standins import StandIns, stand_in, transposed_layers
@@ -33,8 +33,8 @@ class Eligible:
 def check_layers(model: nn.Module, config: AwqConfig) -> torch.device:
     """Return the device of the weights to quantize. No sample is read yet.
 
-    Raises ValueError if ``config`` leaves none, for a pattern of ``skip`` or ``only`` that fits nothing, and for a ``head`` that the
-    model has not.
+    Raises ValueError if ``config`` leaves none, for a pattern of ``skip`` or ``only`` that fits nothing, and for a ``head`` of a
+    model without one.
     """
     if type(model) is nn.Linear:
         raise ValueError(
@@ -132,12 +132,6 @@ def _reason_to_leave(
     return None
 
 
-def heads_among(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Select the output layers of a language model: what ``get_output_embeddings()`` returns, and what is called lm_head."""
-    head = output_embeddings(model)
-    return {name: one for name, one in linears.items() if one is head or _called_head(name)}
-
-
 def _wanted_heads(
     model: nn.Module, excluded: Callable[[str, nn.Linear], str | None], config: AwqConfig
 ) -> dict[str, nn.Linear]:
@@ -158,10 +152,6 @@ def _wanted_heads(
     return {name: head for name, head in heads.items() if excluded(name, head) is None}
 
 
-def _called_head(name: str) -> bool:
-    return name.rpartition(".")[2] == "lm_head"
-
-
 class Choice:
     """Tells of a layer's name and module why ``config`` leaves it as it is, or None; and which patterns fitted none of them."""
 
@@ -175,7 +165,7 @@ class Choice:
         self._names[name] = None
         if module is self._head:
             return "the model's output embeddings"
-        if config.head == "float" and _called_head(name):
+        if config.head == "float" and called_head(name):
             return "the output layer, by its name"
         if any(_selects(selector, name, module) for selector in config.skip):
             return "skipped by pattern"

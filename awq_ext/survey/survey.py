@@ -14,13 +14,13 @@ from ..forwards.calls import CalibrationError, Call, run_call
 from ..forwards.hooks import Hooks
 from ..forwards.inputs import tensor_bytes
 from ..forwards.lockstep import Block
-from ..modules import norm_candidates
+from ..modules import heads_among, norm_candidates
 from ..undo import interrupt
 from .blocks import blocks_found, blocks_named, linears_of
 from .expert_groups import MixtureWatch
 from .groups import ScaleGroup, Watch
 from .mixtures import Mixture, find_mixtures
-from .selection import Eligible, heads_among
+from .selection import Eligible
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Native(Layout):
     optional = ("pre_quant_scale", "bias", "weight")
     scale_dtypes = (torch.float16, torch.bfloat16)
     mixes_group_sizes = True
+    quantized_heads = True
     short_groups = True
     run_time_scales = True
     joined_experts = True
