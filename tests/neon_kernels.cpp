@@ -1,7 +1,8 @@
 // The NEON kernels against the scalar ones, and both against sums in double: a program without torch or Python, so that
 // it can be cross-compiled and run under an emulator (test_neon.py). Integers and 16-bit patterns must be equal, floats
-// within the bounds of tests/kernels/test_kernels.py and tests/layers/test_ops.py: a sum of n products in fp32 is off by at most n + 4 units
-// of 2^-24 of the sum of magnitudes. Prints the number of checks; ends with 1 at the first that fails.
+// within the bounds of tests/kernels/test_kernels.py and tests/layers/test_ops.py: a sum of n products in fp32 is off
+// by at most n + 4 units of 2^-24 of the sum of magnitudes. Prints the number of checks; ends with 1 at the first that
+// fails.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -146,30 +147,31 @@ void test_gemm(const KernelTable& table, int64_t k) {
 
 struct Layer {
   int64_t n, k, length;
+  int bits;
   std::vector<uint8_t> tiles, zeros;
   std::vector<uint16_t> scales;
   std::vector<float> weight;  // [n][k], exact
 
-  Layer(int64_t n, int64_t k, int64_t length) : n(n), k(k), length(length) {
+  Layer(int64_t n, int64_t k, int64_t length, int bits) : n(n), k(k), length(length), bits(bits) {
     const int64_t groups = ceil_div(k, length), count = tile_count(n);
-    std::vector<uint8_t> rows = bytes(n * packed_bytes(k), 256);
-    if (k % 2 != 0)
+    std::vector<uint8_t> rows = bytes(n * row_bytes(k, bits), 256);
+    if (bits == 4 && k % 2 != 0)
       for (int64_t j = 1; j <= n; ++j) rows[static_cast<size_t>(j * packed_bytes(k) - 1)] &= 15;
-    tiles.resize(static_cast<size_t>(count * step_count(k, length) * kStepBytes));
-    tile_codes(rows.data(), n, k, length, tiles.data(), 1);
+    tiles.resize(static_cast<size_t>(count * step_count(k, length) * step_bytes(bits)));
+    tile_codes(rows.data(), n, k, length, bits, tiles.data(), 1);
     std::vector<uint8_t> back(rows.size());
-    untile_codes(tiles.data(), n, k, length, back.data(), 1);
+    untile_codes(tiles.data(), n, k, length, bits, back.data(), 1);
     check(same(rows, back), "untile_codes");
-    zeros = bytes(count * groups * kTileZeroBytes, 256);
+    zeros = bytes(count * groups * tile_zero_bytes(bits), 256);
     scales.resize(static_cast<size_t>(count * groups * kTileOutputs));
     for (uint16_t& s : scales) s = static_cast<uint16_t>(0x2000 + generator() % 0x1000);  // fp16, 2^-7 to 2^-3
     weight.resize(static_cast<size_t>(n * k));
     std::vector<float> other(weight.size());
-    int4_weight(scalar, view(), weight.data(), 1);
-    int4_weight(neon, view(), other.data(), 1);
-    check(same(weight, other), "int4_weight");
+    quant_weight(scalar, view(), weight.data(), 1);
+    quant_weight(neon, view(), other.data(), 1);
+    check(same(weight, other), "quant_weight");
   }
-  TiledWeight view() const { return {tiles.data(), scales.data(), zeros.data(), Dtype::f16, n, k, length}; }
+  TiledWeight view() const { return {tiles.data(), scales.data(), zeros.data(), Dtype::f16, n, k, length, bits}; }
 };
 
 // Half an epsilon of the type that results are rounded to.
@@ -182,8 +184,8 @@ void test_linear(const Layer& layer, int64_t rows, Dtype dtype) {
   scalar.from_float(wide.data(), dtype, rows * layer.k, narrow.data());
   scalar.to_float(narrow.data(), dtype, rows * layer.k, x.data());
   for (const KernelTable* table : {&scalar, &neon}) {
-    int4_linear(*table, layer.view(), narrow.data(), dtype, rows, nullptr, bias.data(), Compute::automatic, out.data(),
-                2);
+    quant_linear(*table, layer.view(), narrow.data(), dtype, rows, nullptr, bias.data(), Compute::automatic, out.data(),
+                 2);
     table->to_float(out.data(), dtype, rows * layer.n, y.data());
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t n = 0; n < layer.n; ++n) {
@@ -194,7 +196,7 @@ void test_linear(const Layer& layer, int64_t rows, Dtype dtype) {
           size += std::abs(term);
         }
         const double bound = size * static_cast<double>(layer.k + 5) * 0x1p-24 + std::abs(exact) * unit(dtype) * 1.01;
-        check(std::abs(y[m * layer.n + n] - exact) <= bound + 1e-6 * unit(dtype), "int4_linear");
+        check(std::abs(y[m * layer.n + n] - exact) <= bound + 1e-6 * unit(dtype), "quant_linear");
       }
   }
 }
@@ -224,7 +226,7 @@ void test_int8(const Layer& layer, int64_t rows) {
   std::vector<float> y(static_cast<size_t>(rows * layer.n));
   const double runs = static_cast<double>(run_count(step_count(layer.k, layer.length), layer.length, kRunSteps));
   for (const KernelTable* table : {&scalar, &neon}) {
-    int4_linear(*table, layer.view(), x.data(), Dtype::f32, rows, nullptr, nullptr, Compute::int8, y.data(), 2);
+    quant_linear(*table, layer.view(), x.data(), Dtype::f32, rows, nullptr, nullptr, Compute::int8, y.data(), 2);
     for (int64_t m = 0; m < rows; ++m) {
       const std::vector<double> values = rounded(layer, x.data() + m * layer.k);
       for (int64_t n = 0; n < layer.n; ++n) {
@@ -234,7 +236,7 @@ void test_int8(const Layer& layer, int64_t rows) {
           exact += term;
           size += std::abs(term);
         }
-        check(std::abs(y[m * layer.n + n] - exact) <= size * (runs + 3) * 0x1p-24, "int4_linear of int8");
+        check(std::abs(y[m * layer.n + n] - exact) <= size * (runs + 3) * 0x1p-24, "quant_linear of int8");
       }
     }
   }
@@ -254,13 +256,14 @@ int main() {
     test_gemm(neon, k);
   }
   const int64_t shapes[][3] = {{5, 13, 13}, {7, 13, 7}, {33, 96, 32}, {40, 300, 128}, {64, 70, 16}, {33, 1100, 1100}};
-  for (const auto& shape : shapes) {
-    const Layer layer(shape[0], shape[1], shape[2]);
-    for (int64_t rows : {1, 2, 3, 4, 5, 8, 9, 17, 40}) {
-      for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) test_linear(layer, rows, dtype);
-      test_int8(layer, rows);
+  for (const auto& shape : shapes)
+    for (int bits : {4, 8}) {
+      const Layer layer(shape[0], shape[1], shape[2], bits);
+      for (int64_t rows : {1, 2, 3, 4, 5, 8, 9, 17, 40}) {
+        for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) test_linear(layer, rows, dtype);
+        test_int8(layer, rows);
+      }
     }
-  }
   std::printf("%ld checks\n", checks);
   return 0;
 }

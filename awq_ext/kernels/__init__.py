@@ -51,8 +51,8 @@ search_clip = _by_device(reference.search_clip)
 gptq_factor = _by_device(reference.gptq_factor)
 gptq_quantize = _by_device(reference.gptq_quantize)
 refine_quantized = _by_device(reference.refine_quantized)
-tile_int4 = _by_device(reference.tile_int4)
-untile_int4 = _by_device(reference.untile_int4)
+tile_codes = _by_device(reference.tile_codes)
+untile_codes = _by_device(reference.untile_codes)
 
 
 def activation_stats(in_features: int, device: torch.device | str = "cpu") -> Any:

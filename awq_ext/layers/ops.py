@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import _C  # noqa: F401  (importing _C registers the operators)
 from ..kernels import reference
 
-__all__ = ["int4_linear", "int4_weight"]
+__all__ = ["quant_linear", "quant_weight"]
 
 
-def int4_linear(
+def quant_linear(
     x: Tensor,
     tiles: Tensor,
     scales: Tensor,
@@ -25,29 +25,30 @@ def int4_linear(
     in_features: int,
     out_features: int,
     group_size: int,
+    bits: int,
     compute_dtype: str = "auto",
 ) -> Tensor:
-    """Compute x [..., K] @ W^T + bias, W [N, K] in four bits.
+    """Compute x [..., K] @ W^T + bias, W [N, K] in 4 or 8 bits.
 
-    x fp32/fp16/bf16; tiles uint8 [T, S, 64], scales [T, G, 32] fp16/bf16 and zeros uint8 [T, G, 16] in the compute layout
-    (``reference.tile_int4``, ``tile_scales``, ``tile_zeros``); bias [N] or None; pre_quant_scale fp32 [K], which multiplies x
-    first, or None; group_size -1 or positive. Returns [..., N] in x's dtype. Sums are fp32 on the CPU. The weight is never
-    rounded; x is rounded only if it is bf16, when its product with pre_quant_scale becomes bf16 again. Under autocast x is cast
-    as a Linear's input is. Differentiable in x and bias; the weight is frozen.
+    x fp32/fp16/bf16; tiles uint8 [T, S, 16 bits], scales [T, G, 32] fp16/bf16 and zeros uint8 [T, G, 4 bits] in the compute
+    layout (``reference.tile_codes``, ``tile_scales``, ``tile_zeros``); bias [N] or None; pre_quant_scale fp32 [K], which
+    multiplies x first, or None; group_size -1 or positive; bits 4 or 8. Returns [..., N] in x's dtype. Sums are fp32 on the CPU.
+    The weight is never rounded; x is rounded only if it is bf16, when its product with pre_quant_scale becomes bf16 again. Under
+    autocast x is cast as a Linear's input is. Differentiable in x and bias; the weight is frozen.
     compute_dtype "int8" rounds the activations to eight bits on the fly (``reference.int8_activations``) and computes with
     integers: faster with many rows, less accurate. Gradients are those of "auto".
-    ValueError for shapes that do not fit or an unknown compute_dtype, TypeError for a wrong dtype.
+    ValueError for shapes that do not fit, other bits or an unknown compute_dtype, TypeError for a wrong dtype.
     """
-    return torch.ops.awq_ext.int4_linear.default(
-        x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, compute_dtype
+    return torch.ops.awq_ext.quant_linear.default(
+        x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, bits, compute_dtype
     )
 
 
-def int4_weight(
-    tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int
+def quant_weight(
+    tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int, bits: int
 ) -> Tensor:
-    """Dequantize the weight that int4_linear multiplies by (without pre_quant_scale): fp32 [N, K]."""
-    return torch.ops.awq_ext.int4_weight.default(tiles, scales, zeros, in_features, out_features, group_size)
+    """Dequantize the weight that quant_linear multiplies by (without pre_quant_scale): fp32 [N, K]."""
+    return torch.ops.awq_ext.quant_weight.default(tiles, scales, zeros, in_features, out_features, group_size, bits)
 
 
 def _linear_shape(
@@ -60,20 +61,21 @@ def _linear_shape(
     in_features: int,
     out_features: int,
     group_size: int,
+    bits: int,
     compute_dtype: str = "auto",
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _weight_shape(
-    tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int
+    tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int, bits: int
 ) -> Tensor:
     return scales.new_empty((out_features, in_features), dtype=torch.float32)
 
 
 for _name, _function, _shape in (
-    ("awq_ext::int4_linear", reference.int4_linear, _linear_shape),
-    ("awq_ext::int4_weight", reference.int4_weight, _weight_shape),
+    ("awq_ext::quant_linear", reference.quant_linear, _linear_shape),
+    ("awq_ext::quant_weight", reference.quant_weight, _weight_shape),
 ):
     torch.library.impl(_name, "CompositeExplicitAutograd")(_function)
     torch.library.register_fake(_name)(_shape)

@@ -1,4 +1,4 @@
-"""QuantLinear: the int4 layer that takes the place of nn.Linear."""
+"""QuantLinear: the layer of 4 or 8 bits that takes the place of nn.Linear."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .. import kernels
 from ..kernels import reference
 from ..modules import take_hooks
 from .frozen import FrozenTensor
-from .ops import int4_linear, int4_weight
-from .quantized_weight import QuantizedWeight
+from .ops import quant_linear, quant_weight
+from .quantized_weight import QuantizedWeight, row_bytes
 
 # These hold values that a search has chosen; a cast of the model must not round them again.
 _FROZEN_DTYPE = ("tile_scales", "pre_quant_scale")
@@ -29,18 +29,20 @@ def _known_compute_dtype(value: str) -> str:
 
 
 class QuantLinear(nn.Module):
-    """The int4 Linear y = (x * pre_quant_scale) @ W^T + bias, W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g].
+    """The Linear y = (x * pre_quant_scale) @ W^T + bias with weights of 4 or 8 bits.
 
-    The weight is held once, in the layout that the kernels read (csrc/base/layout.h): tiles uint8 [T, S, 64], tile_scales fp16 or
-    bf16 [T, G, 32], tile_zeros uint8 [T, G, 16]. ``state_dict`` and checkpoints have rows instead, converted exactly on the way in
-    and out: qweight uint8 [N, ceil(K/2)] (even channel in the low nibble), scales [N, G], zeros uint8 [N, G]. The attributes of
-    these names return a copy, and can be assigned. pre_quant_scale is fp32 [K] or None: 1/s, where the scale s could not be folded
-    into an earlier operation.
+    W[n, k] = (code[n, k] - zero[n, k // g]) * scale[n, k // g]. The weight is held once, in the layout that the kernels read
+    (csrc/base/layout.h): tiles uint8 [T, S, 16 bits], tile_scales fp16 or bf16 [T, G, 32], tile_zeros uint8 [T, G, 4 bits].
+    ``state_dict`` and checkpoints have rows instead, converted exactly on the way in and out: qweight uint8, for 4 bits
+    [N, ceil(K/2)] (even channel in the low nibble), for 8 bits [N, K]; scales [N, G], zeros uint8 [N, G]. The attributes of these
+    names return a copy, and can be assigned. pre_quant_scale is fp32 [K] or None: 1/s, where the scale s could not be folded into
+    an earlier operation.
     Activations fp32, bf16 or fp16 of any leading shape; the output has their dtype. The weight is frozen; gradients reach
     the input and the bias. ``compute`` says what the products are computed in (:func:`set_compute_dtype`).
     """
 
     _compute = "auto"
+    bits = 4  # of modules that were pickled before there were others
 
     def __init__(
         self,
@@ -52,19 +54,23 @@ class QuantLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         scale_dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
+        bits: int = 4,
     ) -> None:
+        if bits not in reference.TILE_BITS:
+            raise ValueError(f"bits={bits!r}: a QuantLinear has {' or '.join(map(str, reference.TILE_BITS))} bits")
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
+        self.bits = bits
         self.dtype = dtype
         groups = reference.group_count(in_features, group_size)
         count, steps = -(-out_features // reference.TILE_OUTPUTS), reference.step_count(in_features, group_size)
         made = {"device": device}
         # not persistent: state_dict gets rows, not tiles
-        self.register_buffer("tiles", torch.zeros(count, steps, 64, dtype=torch.uint8, **made), False)
+        self.register_buffer("tiles", torch.zeros(count, steps, 16 * bits, dtype=torch.uint8, **made), False)
         self.register_buffer("tile_scales", torch.zeros(count, groups, 32, dtype=scale_dtype, **made), False)
-        self.register_buffer("tile_zeros", torch.zeros(count, groups, 16, dtype=torch.uint8, **made), False)
+        self.register_buffer("tile_zeros", torch.zeros(count, groups, 4 * bits, dtype=torch.uint8, **made), False)
         self.register_buffer("pre_quant_scale", torch.ones(in_features, **made) if pre_quant_scale else None)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, **made)) if bias else None
 
@@ -75,11 +81,11 @@ class QuantLinear(nn.Module):
         weight: QuantizedWeight,
         pre_quant_scale: Tensor | None = None,
     ) -> QuantLinear:
-        """Build the layer that computes what ``linear`` did, with this weight of 4 bits; pre_quant_scale: fp32 [K] or None.
+        """Build the layer that computes what ``linear`` did, with this weight of 4 or 8 bits; pre_quant_scale: fp32 [K] or None.
 
         It shares ``linear``'s bias, and takes over its hooks and training flag.
         """
-        layer = cls.empty_like(linear, weight.group_size, False, weight.scales.dtype, device="meta")
+        layer = cls.empty_like(linear, weight.group_size, False, weight.scales.dtype, "meta", weight.bits)
         layer.qweight, layer.scales, layer.zeros = weight.qweight, weight.scales, weight.zeros
         layer.pre_quant_scale = pre_quant_scale
         layer.bias = linear.bias
@@ -94,15 +100,16 @@ class QuantLinear(nn.Module):
         pre_quant_scale: bool,
         scale_dtype: torch.dtype,
         device: torch.device | str | None = None,
+        bits: int = 4,
     ) -> QuantLinear:
         """Make a layer of ``linear``'s shape, to be filled."""
         bias = linear.bias is not None
         shape = (linear.in_features, linear.out_features, group_size)
-        return cls(*shape, bias, pre_quant_scale, linear.weight.dtype, scale_dtype, device)
+        return cls(*shape, bias, pre_quant_scale, linear.weight.dtype, scale_dtype, device, bits)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map input [..., K] to [..., N]; the argument is named as nn.Linear's is."""
-        return int4_linear(
+        return quant_linear(
             input,
             self.tiles,
             self.tile_scales,
@@ -112,6 +119,7 @@ class QuantLinear(nn.Module):
             self.in_features,
             self.out_features,
             self.group_size,
+            self.bits,
             self._compute,
         )
 
@@ -131,36 +139,38 @@ class QuantLinear(nn.Module):
 
         It is dequantized on every access, so a write to it would be lost, and raises RuntimeError.
         """
-        sizes = (self.in_features, self.out_features, self.group_size)
-        weight = int4_weight(self.tiles, self.tile_scales, self.tile_zeros, *sizes)
+        sizes = (self.in_features, self.out_features, self.group_size, self.bits)
+        weight = quant_weight(self.tiles, self.tile_scales, self.tile_zeros, *sizes)
         if self.pre_quant_scale is not None:
             weight = weight * self.pre_quant_scale
         return weight.to(self.dtype).as_subclass(FrozenTensor)
 
     def to_tiles(self, name: str, rows: Tensor) -> Tensor:
         """Convert qweight, scales or zeros to the buffer ``TILED[name]``. ValueError if the shape or a zero does not fit."""
-        sizes = {"qweight": (self.in_features + 1) // 2}
+        sizes = {"qweight": row_bytes(self.in_features, self.bits)}
         expected = (self.out_features, sizes.get(name, reference.group_count(self.in_features, self.group_size)))
         if rows.shape != expected:
             raise ValueError(f"{name} has shape {tuple(rows.shape)}, this layer needs {expected}")
         if name == "qweight":
-            return kernels.tile_int4(rows, self.in_features, self.group_size)
+            return kernels.tile_codes(rows, self.in_features, self.group_size, self.bits)
         if name == "scales":
             return reference.tile_scales(rows)
-        if not rows.is_meta and rows.numel() and rows.max() > 15:
-            raise ValueError(f"zeros must be below 16, got {int(rows.max())}")
-        return reference.tile_zeros(rows)
+        if not rows.is_meta and rows.numel() and (largest := int(rows.max())) >= 1 << self.bits:
+            raise ValueError(f"zeros must be below {1 << self.bits}, got {largest}")
+        return reference.tile_zeros(rows, self.bits)
 
     def to_rows(self, name: str) -> Tensor:
         """Return a copy of qweight, scales or zeros as a checkpoint has them."""
         held = getattr(self, TILED[name])
         if name == "qweight":
-            return kernels.untile_int4(held, self.out_features, self.in_features, self.group_size)
-        return (reference.untile_scales if name == "scales" else reference.untile_zeros)(held, self.out_features)
+            return kernels.untile_codes(held, self.out_features, self.in_features, self.group_size, self.bits)
+        if name == "scales":
+            return reference.untile_scales(held, self.out_features)
+        return reference.untile_zeros(held, self.out_features, self.bits)
 
     @property
     def qweight(self) -> Tensor:
-        """Packed codes, uint8 [N, ceil(K/2)]."""
+        """Codes, uint8: packed [N, ceil(K/2)] for 4 bits, [N, K] for 8."""
         return self.to_rows("qweight")
 
     @qweight.setter
@@ -240,18 +250,18 @@ class QuantLinear(nn.Module):
             run_time += f", compute={self.compute!r}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits=4, group_size={self.group_size}{run_time}"
+            f"bits={self.bits}, group_size={self.group_size}{run_time}"
         )
 
 
 def set_compute_dtype(model: nn.Module, compute_dtype: str) -> nn.Module:
-    """Choose what all int4 layers of ``model`` compute in; return the model.
+    """Choose what all quantized layers of ``model`` compute in; return the model.
 
     "auto", the default: products are summed in fp32; activations are not rounded, except that bf16 ones stay bf16 after the input
     scale. "int8": each row of activations is rounded to eight bits on the fly, with a scale for each weight group (at most 256
     channels), and multiplied as integers. That is faster with many rows (prefill, batches, encoders) and costs accuracy:
     docs/speed.md has both measured. The choice is saved and loaded with the model; for a single layer assign ``compute``.
-    ValueError, before anything changes, for another value or a model without int4 layers.
+    ValueError, before anything changes, for another value or a model without such layers.
     """
     _known_compute_dtype(compute_dtype)
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]

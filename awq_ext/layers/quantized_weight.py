@@ -11,6 +11,11 @@ from .. import kernels
 from ..kernels.reference import group_count
 
 
+def row_bytes(in_features: int, bits: int) -> int:
+    """Count the bytes of a row of codes: two codes a byte for 4 bits, otherwise one."""
+    return (in_features + 1) // 2 if bits == 4 else in_features
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """Codes, scales and zeros of a weight, in rows as in the state_dict of ``QuantLinear``.

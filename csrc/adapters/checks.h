@@ -66,4 +66,10 @@ inline void check_group_size(const char* function, int64_t group_size) {
   AWQ_CHECK(group_size == -1 || group_size > 0, function, "group_size", "-1 or a positive number", group_size);
 }
 
+// The width of codes in the compute layout.
+inline int tile_bits(const char* function, int64_t bits) {
+  AWQ_CHECK(bits == 4 || bits == 8, function, "bits", "4 or 8", bits);
+  return static_cast<int>(bits);
+}
+
 }  // namespace awq

@@ -21,8 +21,8 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr const char* kLinear = "int4_linear";
-constexpr const char* kWeight = "int4_weight";
+constexpr const char* kLinear = "quant_linear";
+constexpr const char* kWeight = "quant_weight";
 
 struct TiledTensors {
   Tensor tiles, scales, zeros;
@@ -30,15 +30,16 @@ struct TiledTensors {
 };
 
 TiledTensors view_tiles(const char* name, const Tensor& tiles, const Tensor& scales, const Tensor& zeros, int64_t k,
-                        int64_t n, int64_t group_size) {
+                        int64_t n, int64_t group_size, int64_t bits) {
   check_group_size(name, group_size);
+  const int width = tile_bits(name, bits);
   AWQ_CHECK(k > 0, name, "in_features", "a positive number", k);
   AWQ_CHECK(n >= 0, name, "out_features", "a number of outputs", n);
   const int64_t length = group_length(k, group_size), groups = group_count(k, group_size), count = tile_count(n);
-  check_shape(name, "tiles", tiles, {count, step_count(k, length), kStepBytes});
+  check_shape(name, "tiles", tiles, {count, step_count(k, length), step_bytes(width)});
   check_dtype(name, "tiles", tiles, at::kByte);
   check_shape(name, "scales", scales, {count, groups, kTileOutputs});
-  check_shape(name, "zeros", zeros, {count, groups, kTileZeroBytes});
+  check_shape(name, "zeros", zeros, {count, groups, tile_zero_bytes(width)});
   check_dtype(name, "zeros", zeros, at::kByte);
   const Dtype scale_dtype = float_dtype(name, "scales", scales.scalar_type());
   AWQ_CHECK_TYPE(scale_dtype != Dtype::f32, name, "scales", "float16 or bfloat16", "Float");
@@ -49,7 +50,8 @@ TiledTensors view_tiles(const char* name, const Tensor& tiles, const Tensor& sca
             scale_dtype,
             n,
             k,
-            length};
+            length,
+            width};
   return t;
 }
 
@@ -60,13 +62,13 @@ Tensor float_vector(const char* argument, const OptionalTensor& t, int64_t lengt
   return t->to(at::kFloat).contiguous();
 }
 
-Tensor int4_linear_cpu(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
-                       const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                       int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
+Tensor quant_linear_cpu(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
+                        const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
+                        int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
   const Dtype dtype = float_dtype(kLinear, "x", x.scalar_type());
   AWQ_CHECK(x.dim() >= 1 && x.size(-1) == in_features, kLinear, "x", "shape [..., " + std::to_string(in_features) + "]",
             x.sizes());
-  const TiledTensors w = view_tiles(kLinear, tiles, scales, zeros, in_features, out_features, group_size);
+  const TiledTensors w = view_tiles(kLinear, tiles, scales, zeros, in_features, out_features, group_size, bits);
   const bool int8 = compute_dtype == "int8";
   AWQ_CHECK(int8 || compute_dtype == "auto", kLinear, "compute_dtype", "'auto' or 'int8'", compute_dtype);
   const Compute compute = int8 ? Compute::int8 : Compute::automatic;
@@ -76,32 +78,33 @@ Tensor int4_linear_cpu(const Tensor& x, const Tensor& tiles, const Tensor& scale
   shape.back() = out_features;
   const Tensor input = x.contiguous(), y = at::empty(shape, input.options());
   if (y.numel() == 0) return y;
-  int4_linear(kernels(), w.view, input.const_data_ptr(), dtype, x.numel() / in_features, float_data(s), float_data(b),
-              compute, y.mutable_data_ptr(), at::get_num_threads());
+  quant_linear(kernels(), w.view, input.const_data_ptr(), dtype, x.numel() / in_features, float_data(s), float_data(b),
+               compute, y.mutable_data_ptr(), at::get_num_threads());
   return y;
 }
 
-Tensor int4_weight_cpu(const Tensor& tiles, const Tensor& scales, const Tensor& zeros, int64_t in_features,
-                       int64_t out_features, int64_t group_size) {
-  const TiledTensors w = view_tiles(kWeight, tiles, scales, zeros, in_features, out_features, group_size);
+Tensor quant_weight_cpu(const Tensor& tiles, const Tensor& scales, const Tensor& zeros, int64_t in_features,
+                        int64_t out_features, int64_t group_size, int64_t bits) {
+  const TiledTensors w = view_tiles(kWeight, tiles, scales, zeros, in_features, out_features, group_size, bits);
   const Tensor out = at::empty({out_features, in_features}, at::kFloat);
-  if (out.numel() > 0) int4_weight(kernels(), w.view, out.mutable_data_ptr<float>(), at::get_num_threads());
+  if (out.numel() > 0) quant_weight(kernels(), w.view, out.mutable_data_ptr<float>(), at::get_num_threads());
   return out;
 }
 
 Tensor call_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                    const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                   int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
+                   int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("awq_ext::int4_linear", "").typed<decltype(int4_linear_cpu)>();
-  return op.call(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, compute_dtype);
+      c10::Dispatcher::singleton().findSchemaOrThrow("awq_ext::quant_linear", "").typed<decltype(quant_linear_cpu)>();
+  return op.call(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, bits,
+                 compute_dtype);
 }
 
 Tensor call_weight(const Tensor& tiles, const Tensor& scales, const Tensor& zeros, int64_t in_features,
-                   int64_t out_features, int64_t group_size) {
+                   int64_t out_features, int64_t group_size, int64_t bits) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("awq_ext::int4_weight", "").typed<decltype(int4_weight_cpu)>();
-  return op.call(tiles, scales, zeros, in_features, out_features, group_size);
+      c10::Dispatcher::singleton().findSchemaOrThrow("awq_ext::quant_weight", "").typed<decltype(quant_weight_cpu)>();
+  return op.call(tiles, scales, zeros, in_features, out_features, group_size, bits);
 }
 
 // Gradients reach x, through the dequantized weight in the gradient's dtype, and the bias. Rounding activations to int8
@@ -112,12 +115,12 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
   static Tensor forward(Context* ctx, const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                         const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                        int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
+                        int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({tiles, scales, zeros, pre_quant_scale.value_or(Tensor())});
-    ctx->saved_data["sizes"] = std::vector<int64_t>{in_features, out_features, group_size};
+    ctx->saved_data["sizes"] = std::vector<int64_t>{in_features, out_features, group_size, bits};
     if (bias.has_value()) ctx->saved_data["bias"] = static_cast<int64_t>(bias->scalar_type());
-    return call_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
+    return call_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, bits,
                        compute_dtype);
   }
 
@@ -127,7 +130,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     Tensor to_x, to_bias;
     if (ctx->needs_input_grad(0)) {
       const auto sizes = ctx->saved_data["sizes"].toIntVector();
-      const Tensor weight = call_weight(saved[0], saved[1], saved[2], sizes[0], sizes[1], sizes[2]);
+      const Tensor weight = call_weight(saved[0], saved[1], saved[2], sizes[0], sizes[1], sizes[2], sizes[3]);
       to_x = grad.matmul(weight.to(grad.scalar_type()));
       if (saved[3].defined()) to_x = (to_x.to(at::kFloat) * saved[3]).to(grad.scalar_type());
     }
@@ -136,29 +139,29 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       const Tensor wide = grad.to(at::kFloat);
       to_bias = (grad.dim() > 1 ? wide.flatten(0, -2).sum(0) : wide).to(dtype);
     }
-    return {to_x, {}, {}, {}, to_bias, {}, {}, {}, {}, {}};
+    return {to_x, {}, {}, {}, to_bias, {}, {}, {}, {}, {}, {}};
   }
 };
 
-Tensor int4_linear_autograd(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
-                            const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                            int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
+Tensor quant_linear_autograd(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
+                             const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
+                             int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
   const bool trained = x.requires_grad() || (bias.has_value() && bias->requires_grad());
   if (at::GradMode::is_enabled() && trained)
     return LinearFunction::apply(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
-                                 compute_dtype);
+                                 bits, compute_dtype);
   const at::AutoDispatchBelowADInplaceOrView below;
-  return call_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
+  return call_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, bits,
                      compute_dtype);
 }
 
 // Like nn.Linear under autocast: the input is cast, and the output has the dtype that it is cast to.
-Tensor int4_linear_autocast(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
-                            const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
-                            int64_t out_features, int64_t group_size, std::string_view compute_dtype) {
+Tensor quant_linear_autocast(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
+                             const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
+                             int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
   const c10::impl::ExcludeDispatchKeyGuard off(c10::DispatchKey::AutocastCPU);
   const Tensor cast = at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), x, at::kCPU);
-  return call_linear(cast, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
+  return call_linear(cast, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, bits,
                      compute_dtype);
 }
 
@@ -167,21 +170,21 @@ Tensor int4_linear_autocast(const Tensor& x, const Tensor& tiles, const Tensor& 
 
 TORCH_LIBRARY(awq_ext, m) {
   m.def(
-      "int4_linear(Tensor x, Tensor tiles, Tensor scales, Tensor zeros, Tensor? bias, Tensor? pre_quant_scale, "
-      "int in_features, int out_features, int group_size, str compute_dtype=\"auto\") -> Tensor");
+      "quant_linear(Tensor x, Tensor tiles, Tensor scales, Tensor zeros, Tensor? bias, Tensor? pre_quant_scale, "
+      "int in_features, int out_features, int group_size, int bits, str compute_dtype=\"auto\") -> Tensor");
   m.def(
-      "int4_weight(Tensor tiles, Tensor scales, Tensor zeros, int in_features, int out_features, int group_size) "
-      "-> Tensor");
+      "quant_weight(Tensor tiles, Tensor scales, Tensor zeros, int in_features, int out_features, int group_size, "
+      "int bits) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(awq_ext, CPU, m) {
-  m.impl("int4_linear", &awq::int4_linear_cpu);
-  m.impl("int4_weight", &awq::int4_weight_cpu);
+  m.impl("quant_linear", &awq::quant_linear_cpu);
+  m.impl("quant_weight", &awq::quant_weight_cpu);
 }
 
 TORCH_LIBRARY_IMPL(awq_ext, Autograd, m) {
-  m.impl("int4_linear", &awq::int4_linear_autograd);
-  m.impl("int4_weight", torch::CppFunction::makeFallthrough());  // its inputs need no gradients
+  m.impl("quant_linear", &awq::quant_linear_autograd);
+  m.impl("quant_weight", torch::CppFunction::makeFallthrough());  // its inputs need no gradients
 }
 
-TORCH_LIBRARY_IMPL(awq_ext, AutocastCPU, m) { m.impl("int4_linear", &awq::int4_linear_autocast); }
+TORCH_LIBRARY_IMPL(awq_ext, AutocastCPU, m) { m.impl("quant_linear", &awq::quant_linear_autocast); }

@@ -4,30 +4,34 @@
 //
 //     |<-- g -->|<-- g -->|<- K % g ->|        G = ceil(K / g), one scale and one zero each
 //
-// Packed codes: two per byte, the even channel in the low nibble, rows padded to whole bytes with 0:
+// Rows, as checkpoints have them. Codes of 8 bits: one per byte. Codes of 4 bits: two per byte, the even channel in the
+// low nibble, rows padded to whole bytes with 0:
 //
 //     byte            0               1                    ceil(K/2) - 1
 //     bits        7..4 3..0       7..4 3..0         ...    7..4    3..0
 //     channel       1    0          3    2                 (0)     K-1      (K odd)
 //
 // Compute layout, which the kernels of drivers/linear.h read and a QuantLinear holds. Outputs are cut into tiles of 32,
-// channels into steps of 4; a step of a tile is 64 bytes, one cache line and one wide load. Every group begins with a
-// new step, and tiles follow each other, so a product with few activation rows reads three arrays from one end to the
-// other:
+// channels into steps of 4; a step of a tile is one cache line of 64 bytes, or two for 8 bits, and each is one wide
+// load. Every group begins with a new step, and tiles follow each other, so a product with few activation rows reads
+// three arrays from one end to the other. With B bits a code, 4 or 8:
 //
-//     codes  [T][S][64]   T = ceil(N / 32) tiles, S = steps in a row: sum over groups of ceil(channels / 4)
-//     scales [T][G][32]   two bytes each
-//     zeros  [T][G][16]   four bits each: byte j holds output j low, output 16 + j high
+//     codes  [T][S][16 B]  T = ceil(N / 32) tiles, S = steps in a row: sum over groups of ceil(channels / 4)
+//     scales [T][G][32]    two bytes each
+//     zeros  [T][G][4 B]   B bits each; for 4 bits byte j holds output j low, output 16 + j high
 //
-// A step is 32 words of 16 bits. Word 2 j + r (j < 16, r < 2) belongs to outputs j and 16 + j of the tile:
+// The weight takes T (16 B S + (64 + 4 B) G) bytes.
 //
-//     bits         15..12      11..8       7..4       3..0
-//     output       16 + j      j           16 + j     j
-//     channel      2 + r       2 + r       r          r
+// A step of 8 bits is 32 words of 32 bits. Word j belongs to output j of the tile:
 //
-// A mask then leaves sixteen outputs of two channel pairs in the bytes of a register, each pair in the order in which
-// bf16 dot products take it. A shift by 4 b leaves one channel of sixteen outputs, one in each 32-bit lane. The padding
-// of a last step or tile is 0, and is multiplied by activations that are 0.
+//     bits         31..24      23..16      15..8      7..0
+//     channel      3           1           2          0
+//
+// A step of 4 bits is 16 such words. Word j belongs to outputs j (low nibbles) and 16 + j (high nibbles), with the
+// channels in the same order, so a mask and a shift leave the two halves of a step of 8 bits. Seen as words of 16 bits,
+// a half holds its even channels 0 and 1 in even bytes, and 2 and 3 in odd ones: pairs in the order in which bf16 dot
+// products take them. A shift by whole bytes leaves one channel of sixteen outputs, one in each 32-bit lane. The
+// padding of a last step or tile is 0, and is multiplied by activations that are 0.
 #pragma once
 
 #include <algorithm>
@@ -48,8 +52,15 @@ constexpr int64_t group_count(int64_t in_features, int64_t group_size) {
 }
 
 constexpr int64_t packed_bytes(int64_t in_features) { return ceil_div(in_features, 2); }
+// Bytes of the codes of a row, for 4 or 8 bits.
+constexpr int64_t row_bytes(int64_t in_features, int bits) {
+  return bits == 8 ? in_features : packed_bytes(in_features);
+}
 
-constexpr int64_t kTileOutputs = 32, kStepChannels = 4, kStepBytes = 64, kTileZeroBytes = kTileOutputs / 2;
+constexpr int64_t kTileOutputs = 32, kStepChannels = 4;
+// Codes of a step of a tile, and zeros of a group of a tile.
+constexpr int64_t step_bytes(int bits) { return kTileOutputs * kStepChannels * bits / 8; }
+constexpr int64_t tile_zero_bytes(int bits) { return kTileOutputs * bits / 8; }
 
 constexpr int64_t tile_count(int64_t out_features) { return ceil_div(out_features, kTileOutputs); }
 
@@ -67,6 +78,7 @@ constexpr int64_t run_count(int64_t steps, int64_t length, int64_t run_steps) {
 
 static_assert(step_count(576, 128) == 144 && step_count(13, 7) == 4 && step_count(13, 13) == 4 && tile_count(33) == 2);
 static_assert(group_count(576, 128) == 5 && group_count(7, -1) == 1 && packed_bytes(13) == 7);
+static_assert(step_bytes(4) == 64 && step_bytes(8) == 128 && tile_zero_bytes(4) == 16 && row_bytes(13, 8) == 13);
 static_assert(run_count(144, 128, 64) == 5 && run_count(275, 1100, 64) == 5 && run_count(256, 1100, 64) == 4);
 
 }  // namespace awq

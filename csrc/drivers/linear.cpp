@@ -37,10 +37,11 @@ Way choose_way(const KernelTable& table, Element element, int64_t rows) {
 
 constexpr int64_t kTaskBytes = 1 << 15;  // of codes that a task reads, at least
 constexpr int64_t kStreamTasks = 2;      // at most, per thread: every task begins by waiting for memory
-// Steps of the part of a weight that rows take turns on: with the activations of a block it fits the first-level cache,
-// kPartTiles of them fit the second. A panel is eight times as large as its codes.
-constexpr int64_t kDecodeSteps = 256, kPanelSteps = 128, kPartTiles = 4;
-static_assert(kDecodeSteps % kRunSteps == 0);  // a part of a group holds whole runs
+// The part of a weight that rows take turns on, codes in bytes or a panel in steps: with the activations of a block it
+// fits the first-level cache, kPartTiles of them fit the second. A panel of fp32 is larger than codes of 4 bits by
+// eight.
+constexpr int64_t kDecodeBytes = 1 << 14, kPanelSteps = 128, kPartTiles = 4;
+static_assert(kDecodeBytes / step_bytes(8) % kRunSteps == 0);  // a part of a group holds whole runs
 
 // Kernels and operands of one call.
 struct Call {
@@ -66,16 +67,17 @@ struct Call {
 };
 
 // Steps [first, first + count) of a tile: whole groups, or a part of one.
-Int4Block block_at(const Call& c, int64_t tile, int64_t first, int64_t count) {
+WeightBlock block_at(const Call& c, int64_t tile, int64_t first, int64_t count) {
   const int64_t group = first / c.group_steps, place = tile * c.groups + group;
-  Int4Block block;
-  block.codes = c.weight.codes + (tile * c.steps + first) * kStepBytes;
+  WeightBlock block;
+  block.codes = c.weight.codes + (tile * c.steps + first) * step_bytes(c.weight.bits);
   block.scales = c.weight.scales + place * kTileOutputs;
-  block.zeros = c.weight.zeros + place * kTileZeroBytes;
+  block.zeros = c.weight.zeros + place * tile_zero_bytes(c.weight.bits);
   block.scale_dtype = c.weight.scale_dtype;
   block.groups = ceil_div(count, c.group_steps);
   block.group_steps = c.group_steps;
   block.last_steps = count - (block.groups - 1) * c.group_steps;
+  block.bits = c.weight.bits;
   return block;
 }
 
@@ -91,20 +93,20 @@ void finish(const Call& c, float* sums, int64_t lds, int64_t first_row, int64_t 
   }
 }
 
-void dot(const Call& c, const Int4Block& block, const void* a, int rows, float* y, int64_t ldy) {
+void dot(const Call& c, const WeightBlock& block, const void* a, int rows, float* y, int64_t ldy) {
   switch (c.element) {
     case Element::f32:
-      return c.table.int4_dot(&block, static_cast<const float*>(a), rows, y, ldy);
+      return c.table.dot_f32(&block, static_cast<const float*>(a), rows, y, ldy);
     case Element::bf16_pair:
-      return c.table.int4_dot_bf16(&block, static_cast<const uint16_t*>(a), rows, y, ldy);
+      return c.table.dot_bf16(&block, static_cast<const uint16_t*>(a), rows, y, ldy);
     case Element::int8_step:
-      return c.table.int4_dot_int8(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
+      return c.table.dot_int8(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
   }
 }
 
 void stream(const Call& c, int threads) {
   const int64_t tiles = tile_count(c.weight.out_features);
-  const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * kStepBytes),
+  const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * step_bytes(c.weight.bits)),
                                              ceil_div(tiles, kStreamTasks * threads), ceil_div(tiles, threads));
   parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int) {
     for (int64_t t = task * bundle; t < std::min(tiles, (task + 1) * bundle); ++t) {
@@ -129,16 +131,16 @@ struct Part {
 void add_steps(const Call& c, const Part& part, int64_t first, int64_t count) {
   if (c.way.panel)
     for (int64_t t = 0; t < part.tiles; ++t) {
-      const Int4Block block = block_at(c, part.tile + t, first, count);
-      c.table.int4_values(&block, part.panel + t * part.tile_values);
+      const WeightBlock block = block_at(c, part.tile + t, first, count);
+      c.table.panel_values(&block, part.panel + t * part.tile_values);
     }
   for (int64_t b = 0; b < c.a.blocks(); ++b)
     for (int64_t t = 0; t < part.tiles; ++t) {
-      const Int4Block block = block_at(c, part.tile + t, first, count);
+      const WeightBlock block = block_at(c, part.tile + t, first, count);
       float* y = part.sums + c.a.rows_before(b) * part.lds + t * kTileOutputs;
       if (c.way.panel)
-        c.table.int4_panel(&block, part.panel + t * part.tile_values, static_cast<const float*>(c.a.at(b, first)),
-                           c.a.rows(b), y, part.lds);
+        c.table.panel_f32(&block, part.panel + t * part.tile_values, static_cast<const float*>(c.a.at(b, first)),
+                          c.a.rows(b), y, part.lds);
       else
         dot(c, block, c.a.at(b, first), c.a.rows(b), y, part.lds);
     }
@@ -149,7 +151,7 @@ void take_turns(const Call& c, int threads) {
   // As many tasks as keep all threads busy to the end, each with at most kPartTiles tiles.
   const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, kPartTiles), threads));
   const int64_t bundle = ceil_div(tiles, tasks), lds = bundle * kTileOutputs;
-  const int64_t most = c.way.panel ? kPanelSteps : kDecodeSteps;
+  const int64_t most = c.way.panel ? kPanelSteps : kDecodeBytes / step_bytes(c.weight.bits);
   const int64_t whole = most / c.group_steps * c.group_steps;  // groups that fit, or parts of one
   const int64_t tile_values = c.way.panel ? most * kStepChannels * kTileOutputs : 0;
   const int64_t size = bundle * tile_values + c.rows * lds;
@@ -175,14 +177,14 @@ void take_turns(const Call& c, int threads) {
 int64_t row_chunks(const TiledWeight& weight, int64_t rows, int threads) {
   constexpr int64_t kWeightBytes = 1 << 19, kChunkRows = 72, kLeastRows = 16;
   const int64_t bytes =
-      tile_count(weight.out_features) * step_count(weight.in_features, weight.group_length) * kStepBytes;
+      tile_count(weight.out_features) * step_count(weight.in_features, weight.group_length) * step_bytes(weight.bits);
   if (threads == 1 || bytes > kWeightBytes || rows < kLeastRows * 2 * threads) return 1;
   return std::min(round_up(ceil_div(rows, kChunkRows), threads), rows / kLeastRows);
 }
 
 void multiply_rows(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
                    const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
-  const bool bf16 = dtype == Dtype::bf16 && table.int4_dot_bf16 != nullptr;
+  const bool bf16 = dtype == Dtype::bf16 && table.dot_bf16 != nullptr;
   const Element element = compute == Compute::int8 ? Element::int8_step : bf16 ? Element::bf16_pair : Element::f32;
   const Way way = choose_way(table, element, rows);
   const bool once = rows <= way.stream_rows;
@@ -194,8 +196,8 @@ void multiply_rows(const KernelTable& table, const TiledWeight& weight, const vo
 
 }  // namespace
 
-void int4_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
-                 const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
+void quant_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
+                  const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
   const int64_t chunks = row_chunks(weight, rows, threads), bytes = dtype_bytes(dtype);
   if (chunks == 1) return multiply_rows(table, weight, x, dtype, rows, input_scale, bias, compute, y, threads);
   parallel_for(chunks, threads, [&](int64_t chunk, int) {
@@ -206,27 +208,32 @@ void int4_linear(const KernelTable& table, const TiledWeight& weight, const void
   });
 }
 
-void int4_weight(const KernelTable& table, const TiledWeight& w, float* out, int threads) {
+void quant_weight(const KernelTable& table, const TiledWeight& w, float* out, int threads) {
   const int64_t steps = step_count(w.in_features, w.group_length), groups = ceil_div(w.in_features, w.group_length);
   const int64_t size = w.group_length + kStepChannels;
   Buffer<float> scratch(threads * size * kTileOutputs);
   parallel_for(tile_count(w.out_features), threads, [&](int64_t t, int thread) {
     float* values = scratch.get() + thread * size * kTileOutputs;
-    const uint8_t* codes = w.codes + t * steps * kStepBytes;
+    const uint8_t* codes = w.codes + t * steps * step_bytes(w.bits);
     const int64_t n = t * kTileOutputs, count = std::min(kTileOutputs, w.out_features - n);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * w.group_length, length = std::min(w.group_length, w.in_features - begin);
       const int64_t place = t * groups + g, group_steps = ceil_div(length, kStepChannels);
-      const Int4Block block{
-          codes,      w.scales + place * kTileOutputs, w.zeros + place * kTileZeroBytes, w.scale_dtype, 1, group_steps,
-          group_steps};
-      table.int4_values(&block, values);
+      const WeightBlock block{codes,
+                              w.scales + place * kTileOutputs,
+                              w.zeros + place * tile_zero_bytes(w.bits),
+                              w.scale_dtype,
+                              1,
+                              group_steps,
+                              group_steps,
+                              w.bits};
+      table.panel_values(&block, values);
       float scale[kTileOutputs];
       table.to_float(block.scales, w.scale_dtype, kTileOutputs, scale);
       for (int64_t j = 0; j < count; ++j)
         for (int64_t i = 0; i < length; ++i)
           out[(n + j) * w.in_features + begin + i] = values[i * kTileOutputs + j] * scale[j];
-      codes += group_steps * kStepBytes;
+      codes += group_steps * step_bytes(w.bits);
     }
   });
 }

@@ -1,4 +1,4 @@
-// y = x W^T with four-bit W in the compute layout of base/layout.h.
+// y = x W^T with W of 4 or 8 bits in the compute layout of base/layout.h.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,14 @@
 namespace awq {
 
 struct TiledWeight {
-  const uint8_t* codes;    // [T][S][64]
+  const uint8_t* codes;    // [T][S][16 bits]
   const uint16_t* scales;  // [T][G][32], bit patterns of scale_dtype
-  const uint8_t* zeros;    // [T][G][16]
+  const uint8_t* zeros;    // [T][G][4 bits]
   Dtype scale_dtype;       // f16 or bf16
   int64_t out_features;
   int64_t in_features;
   int64_t group_length;
+  int bits;  // 4 or 8
 };
 
 enum class Compute { automatic, int8 };
@@ -23,10 +24,10 @@ enum class Compute { automatic, int8 };
 // [N] is added in fp32; either may be null. Sums are fp32. fp32 and fp16 activations are not rounded; bf16 ones are
 // rounded to bf16 again after input_scale where the level has products of bf16. Compute::int8 rounds all activations to
 // eight bits, run by run (kernels.h).
-void int4_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
-                 const float* input_scale, const float* bias, Compute compute, void* y, int threads);
+void quant_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
+                  const float* input_scale, const float* bias, Compute compute, void* y, int threads);
 
 // W as fp32 [N, K]: (code - zero) * scale.
-void int4_weight(const KernelTable& table, const TiledWeight& weight, float* out, int threads);
+void quant_weight(const KernelTable& table, const TiledWeight& weight, float* out, int threads);
 
 }  // namespace awq

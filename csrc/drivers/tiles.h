@@ -5,10 +5,11 @@
 
 namespace awq {
 
-// rows [N, ceil(K / 2)] <-> tiles [T][S][64]. Tiles are written whole, with 0 where they hold no code.
-void tile_codes(const uint8_t* rows, int64_t out_features, int64_t in_features, int64_t group_length, uint8_t* tiles,
-                int threads);
-void untile_codes(const uint8_t* tiles, int64_t out_features, int64_t in_features, int64_t group_length, uint8_t* rows,
-                  int threads);
+// rows [N, row_bytes(K, bits)] <-> tiles [T][S][step_bytes(bits)], bits 4 or 8. Tiles are written whole, with 0 where
+// they hold no code.
+void tile_codes(const uint8_t* rows, int64_t out_features, int64_t in_features, int64_t group_length, int bits,
+                uint8_t* tiles, int threads);
+void untile_codes(const uint8_t* tiles, int64_t out_features, int64_t in_features, int64_t group_length, int bits,
+                  uint8_t* rows, int threads);
 
 }  // namespace awq

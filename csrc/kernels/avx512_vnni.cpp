@@ -1,4 +1,4 @@
-// AVX-512 with its products of bytes: the avx512 level with a faster int4_dot_int8.
+// AVX-512 with its products of bytes: the avx512 level with a faster dot_int8.
 #include "kernels.h"
 
 #include <immintrin.h>

@@ -35,14 +35,15 @@ struct Grid {
 };
 
 // Whole groups of one tile of 32 outputs, or a part of one group.
-struct Int4Block {
+struct WeightBlock {
   const uint8_t* codes;
   const uint16_t* scales;  // bit patterns of scale_dtype, 32 per group
-  const uint8_t* zeros;    // 16 bytes per group
+  const uint8_t* zeros;    // 4 * bits bytes per group
   Dtype scale_dtype;       // f16 or bf16
   int64_t groups;
   int64_t group_steps;  // of 4 channels, in every group but the last
   int64_t last_steps;
+  int bits;  // 4 or 8
 };
 
 // Activations in eight bits: x ~ q * scale for the channels of one run, |q| <= 127.
@@ -51,8 +52,8 @@ struct Int8Run {
   int32_t sum;  // of q
 };
 
-// The most steps of 4 channels in a run, which is a group or a part of one. 256 channels keep the sums of a run below
-// 2^24, exact in fp32, whatever the group size.
+// The most steps of 4 channels in a run, which is a group or a part of one. 256 channels keep the sums of a run, of
+// products up to 255 * 127, below 2^24, exact in fp32, whatever the group size.
 constexpr int64_t kRunSteps = 64;
 // Rows that add_sums reads at a time: sums are loaded and stored once for all of them.
 constexpr int kSumRows = 8;
@@ -101,28 +102,28 @@ struct KernelTable {
   uint8_t (*pack_int4)(const uint8_t* codes, int64_t n, uint8_t* packed);
   void (*unpack_int4)(const uint8_t* packed, int64_t n, uint8_t* codes);
 
-  // Products with four-bit weights in the compute layout of base/layout.h. Activations come interleaved: a[i * rows +
-  // m] is element i of row m, an element being an fp32 number or (int4_dot_bf16) a pair of bf16, with zeros where a
+  // Products with weights of 4 or 8 bits in the compute layout of base/layout.h. Activations come interleaved: a[i *
+  // rows + m] is element i of row m, an element being an fp32 number or (dot_bf16) a pair of bf16, with zeros where a
   // group's last step is not full. y is [rows][32] at row stride ldy; all of these add to it, group by group:
   //   y[m][n] += scale * sum over the group's channels of (code - zero) * a.
-  // code - zero is exact in bf16; products of bf16 are exact in fp32, sums are fp32.
+  // code - zero, within +-255, is exact in bf16; products of bf16 are exact in fp32, sums are fp32.
   //
-  // Two that decode codes in registers, rows <= dot_rows. int4_dot_bf16 is null where the level has no such
-  // instruction; it treats subnormal inputs and results as 0.
+  // Two that decode codes in registers, rows <= dot_rows. dot_bf16 is null where the level has no such instruction; it
+  // treats subnormal inputs and results as 0.
   int dot_rows;
-  void (*int4_dot)(const Int4Block* block, const float* a, int rows, float* y, int64_t ldy);
-  void (*int4_dot_bf16)(const Int4Block* block, const uint16_t* a, int rows, float* y, int64_t ldy);
+  void (*dot_f32)(const WeightBlock* block, const float* a, int rows, float* y, int64_t ldy);
+  void (*dot_bf16)(const WeightBlock* block, const uint16_t* a, int rows, float* y, int64_t ldy);
   // The same with activations in eight bits and exact 32-bit sums: y[m][n] += weight scale * activation scale * sum,
   // run by run. quantize_int8 rounds n <= 4 * kRunSteps numbers, q = round(x / scale), scale = max(max |x| / 127,
   // 2^-126), and writes four per step in the order 0, 2, 1, 3, padded with 0. If any x is infinite or NaN, so is the
-  // scale, and q is 0. For each run of a row int4_dot_int8 reads 2 elements, -sum and scale, and then the run's steps,
+  // scale, and q is 0. For each run of a row dot_int8 reads 2 elements, -sum and scale, and then the run's steps,
   // interleaved as above.
   Int8Run (*quantize_int8)(const float* x, int64_t n, uint32_t* steps);
-  void (*int4_dot_int8)(const Int4Block* block, const uint32_t* a, int rows, float* y, int64_t ldy);
-  // int4_values decodes code - zero to fp32 [channels][32]; int4_panel computes the products from such values, rows <=
+  void (*dot_int8)(const WeightBlock* block, const uint32_t* a, int rows, float* y, int64_t ldy);
+  // panel_values decodes code - zero to fp32 [channels][32]; panel_f32 computes the products from such values, rows <=
   // tile_rows. Of the block it reads only scales and group sizes.
-  void (*int4_values)(const Int4Block* block, float* values);
-  void (*int4_panel)(const Int4Block* block, const float* values, const float* a, int rows, float* y, int64_t ldy);
+  void (*panel_values)(const WeightBlock* block, float* values);
+  void (*panel_f32)(const WeightBlock* block, const float* values, const float* a, int rows, float* y, int64_t ldy);
   // out[i * rows + m] = x[m * ldx + i], elements of 4 bytes; x need only be aligned to 2 bytes.
   void (*interleave)(const void* x, int64_t ldx, int64_t n, int rows, void* out);
 

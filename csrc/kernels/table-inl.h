@@ -37,12 +37,12 @@ constexpr KernelTable make_table() {
   table.pack_int4 = pack_int4;
   table.unpack_int4 = unpack_int4;
   table.dot_rows = kDotRows;
-  table.int4_dot = int4_dot;
-  table.int4_dot_bf16 = int4_dot_bf16;
+  table.dot_f32 = dot_f32;
+  table.dot_bf16 = dot_bf16;
   table.quantize_int8 = quantize_int8;
-  table.int4_dot_int8 = int4_dot_int8;
-  table.int4_values = int4_values;
-  table.int4_panel = int4_panel;
+  table.dot_int8 = dot_int8;
+  table.panel_values = panel_values;
+  table.panel_f32 = panel_f32;
   table.interleave = interleave;
   table.add_sums = add_sums;
   table.add_weighted_sums = add_weighted_sums;

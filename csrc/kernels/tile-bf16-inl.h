@@ -1,5 +1,6 @@
-// The products of tile-inl.h on pairs of bf16. code - zero is one of 31 integers, so one permutation of words, from a
-// table of bf16 in one register, decodes a whole register of codes: index = code + 15 - zero.
+// The products of tile-inl.h on pairs of bf16. With 4 bits code - zero is one of 31 integers, so one permutation of
+// words, from a table of bf16 in one register, decodes a whole register of codes: index = code + 15 - zero. With 8 bits
+// it is decoded to fp32, which has nothing below the sixteen bits of bf16, and two such registers are joined.
 
 #if defined(AWQ_LEVEL_BF16)
 
@@ -8,7 +9,11 @@ struct StepBf16 {
   __m512bh w[2][2];
 };
 
-struct CodesBf16 {
+template <int Bits>
+struct CodesBf16;
+
+template <>
+struct CodesBf16<4> {
   const uint8_t* codes;
   __m512i offset[2];  // 15 - zero in every byte of an output's lane
 
@@ -34,6 +39,46 @@ struct CodesBf16 {
     return {{{(__m512bh)_mm512_permutexvar_epi16(even, table), (__m512bh)_mm512_permutexvar_epi16(odd, table)},
              {(__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table),
               (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table)}}};
+  }
+};
+
+// The lowest byte below the exponent of 2^23, and the next one below that of 2^15, both have a code's units in place.
+template <>
+struct CodesBf16<8> {
+  const uint8_t* codes;
+  __m512 zero[2][2];  // [outputs 0..15, 16..31][2^23 + zero, 2^15 + zero]
+
+  CodesBf16(const uint8_t* codes, const uint8_t* zeros) : codes(codes) {
+    for (int v = 0; v < 2; ++v) {
+      const __m512i bytes = (__m512i)load_bytes(zeros + v * 16);
+      zero[v][0] = low_byte(bytes);
+      zero[v][1] = next_byte(_mm512_slli_epi32(bytes, 8));
+    }
+  }
+  __attribute__((always_inline)) StepBf16 step(int64_t s) const {
+    StepBf16 step;
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const uint8_t* half = codes + s * 128 + v * 64;
+      prefetch(half + kAheadBytes);
+      const __m512i bits = _mm512_loadu_si512(half), upper = _mm512_srli_epi32(bits, 16);
+      step.w[0][v] = pair(_mm512_sub_ps(low_byte(bits), zero[v][0]), _mm512_sub_ps(low_byte(upper), zero[v][0]));
+      step.w[1][v] = pair(_mm512_sub_ps(next_byte(bits), zero[v][1]), _mm512_sub_ps(next_byte(upper), zero[v][1]));
+    }
+    return step;
+  }
+  // bits & mask | exponent
+  static __m512 low_byte(__m512i bits) {
+    const __m512i mask = _mm512_set1_epi32(0xff), exponent = _mm512_set1_epi32(0x4b000000);
+    return (__m512)_mm512_ternarylogic_epi32(bits, mask, exponent, 0xea);
+  }
+  static __m512 next_byte(__m512i bits) {
+    const __m512i mask = _mm512_set1_epi32(0xff00), exponent = _mm512_set1_epi32(0x47000000);
+    return (__m512)_mm512_ternarylogic_epi32(bits, mask, exponent, 0xea);
+  }
+  // The upper halves of both, `first` in the lower one.
+  static __m512bh pair(__m512 first, __m512 second) {
+    return (__m512bh)_mm512_or_si512(_mm512_srli_epi32((__m512i)first, 16), (__m512i)second);
   }
 };
 
@@ -63,8 +108,8 @@ struct SumsBf16 {
   }
 };
 
-template <int R>
-__attribute__((always_inline)) inline void add_group_bf16(const CodesBf16& source, int64_t steps, const uint16_t* a,
+template <int R, class Source>
+__attribute__((always_inline)) inline void add_group_bf16(const Source& source, int64_t steps, const uint16_t* a,
                                                           const uint16_t* scales, Dtype dtype, float* y, int64_t ldy) {
   SumsBf16<R> sums;
   int64_t s = 0;
@@ -81,24 +126,26 @@ __attribute__((always_inline)) inline void add_group_bf16(const CodesBf16& sourc
   add_scaled(sums.sum[0], scales, dtype, 0, y, ldy);
 }
 
-template <int R>
-void dot_bf16(const Int4Block* block, const uint16_t* a, float* y, int64_t ldy) {
+template <int Bits, int R>
+void dot_bf16_rows(const WeightBlock* block, const uint16_t* a, float* y, int64_t ldy) {
   const uint8_t* codes = block->codes;
   for (int64_t g = 0; g < block->groups; ++g) {
     const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
     prefetch(block->scales + (g + kAheadGroups) * 32);
-    prefetch(block->zeros + (g + kAheadGroups) * 16);
-    const CodesBf16 source(codes, block->zeros + g * 16);
+    prefetch(block->zeros + (g + kAheadGroups) * kZeroBytes<Bits>);
+    const CodesBf16<Bits> source(codes, block->zeros + g * kZeroBytes<Bits>);
     add_group_bf16<R>(source, steps, a, block->scales + g * 32, block->scale_dtype, y, ldy);
-    codes += steps * 64;
+    codes += steps * kStepBytes<Bits>;
     a += steps * 4 * R;
   }
 }
 
-void int4_dot_bf16(const Int4Block* block, const uint16_t* a, int rows, float* y, int64_t ldy) {
-  for_rows<kDotRows>(rows, [&](auto r) { dot_bf16<r.count>(block, a, y, ldy); });
+void dot_bf16(const WeightBlock* block, const uint16_t* a, int rows, float* y, int64_t ldy) {
+  for_bits(block->bits, [&](auto b) {
+    for_rows<kDotRows>(rows, [&](auto r) { dot_bf16_rows<b.count, r.count>(block, a, y, ldy); });
+  });
 }
 
 #else
-constexpr decltype(KernelTable::int4_dot_bf16) int4_dot_bf16 = nullptr;
+constexpr decltype(KernelTable::dot_bf16) dot_bf16 = nullptr;
 #endif

@@ -1,9 +1,11 @@
-// Products with four-bit weights in the compute layout (base/layout.h): outputs along the lanes, activations broadcast.
+// Products with weights of 4 or 8 bits in the compute layout (base/layout.h): outputs along the lanes, activations
+// broadcast.
 //
 // One loop serves all kernels: within a group, sums of (code - zero) * a stay in registers; at its end they are
 // multiplied by the scale and added to y. A source supplies the weights: it decodes codes on the fly (few rows), or
 // loads them from a panel that was decoded before (and many rows share). It yields vectors of one chunk of the tile:
-// 2 * kLanes outputs, j and 16 + j for consecutive j.
+// 2 * kLanes outputs, j and 16 + j for consecutive j. The number of bits is a template argument: for_bits chooses once
+// a call, and no loop asks for it.
 
 constexpr int kChunks = 16 / kLanes;  // of a tile
 #if defined(AWQ_LEVEL_AVX512)
@@ -61,8 +63,18 @@ inline Vec nibble_values(VecInt bits) {
 #endif
 }
 
-// Decodes fp32 from the codes: zeros as floats, nibbles one by one.
-struct Codes {
+// Bytes of a step, and of a group's zeros.
+template <int Bits>
+constexpr int64_t kStepBytes = 16 * Bits;
+template <int Bits>
+constexpr int64_t kZeroBytes = 4 * Bits;
+
+// Decodes fp32 from the codes: zeros as floats, codes one by one.
+template <int Bits>
+struct Codes;
+
+template <>
+struct Codes<4> {
   const uint8_t* codes;
   Vec zero[2];
 
@@ -77,6 +89,23 @@ struct Codes {
     if (k == 0 && v == 0) prefetch(codes + s * 64 + kAheadBytes);
     return nibble_values(bits >> (4 * (v + 2 * (k >> 1) + 4 * (k & 1)))) - zero[v];
   }
+};
+
+// A byte below the exponent of 2^23 makes a float of 2^23 + code, and the zero subtracts 2^23 again: both exact.
+template <>
+struct Codes<8> {
+  const uint8_t* codes;
+  Vec zero[2];
+
+  Codes(const uint8_t* step, const uint8_t* zeros, int chunk) : codes(step + chunk * kLanes * 4) {
+    for (int v = 0; v < 2; ++v) zero[v] = float_above(load_bytes(zeros + v * 16 + chunk * kLanes));
+  }
+  __attribute__((always_inline)) Vec weight(int64_t s, int k, int v) const {
+    const VecInt bits = load_ints(codes + s * 128 + v * 64);
+    if (k == 0) prefetch(codes + s * 128 + v * 64 + kAheadBytes);
+    return float_above(bits >> (8 * ((k >> 1) + 2 * (k & 1)))) - zero[v];
+  }
+  static Vec float_above(VecInt bits) { return (Vec)((bits & 255) | 0x4b000000); }
 };
 
 struct Panel {
@@ -102,23 +131,23 @@ __attribute__((always_inline)) inline void dot_group(const Source& source, int64
     }
 }
 
-template <int R>
-void dot_f32(const Int4Block* block, const float* a, float* y, int64_t ldy) {
+template <int Bits, int R>
+void dot_f32_rows(const WeightBlock* block, const float* a, float* y, int64_t ldy) {
   const uint8_t* codes = block->codes;
   for (int64_t g = 0; g < block->groups; ++g) {
     const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       Vec sum[R][2] = {};
-      dot_group(Codes(codes, block->zeros + g * 16, chunk), steps, a, sum);
+      dot_group(Codes<Bits>(codes, block->zeros + g * kZeroBytes<Bits>, chunk), steps, a, sum);
       add_scaled(sum, block->scales + g * 32, block->scale_dtype, chunk, y, ldy);
     }
-    codes += steps * 64;
+    codes += steps * kStepBytes<Bits>;
     a += steps * 4 * R;
   }
 }
 
 template <int R>
-void panel_f32(const Int4Block* block, const float* values, const float* a, float* y, int64_t ldy) {
+void panel_f32_rows(const WeightBlock* block, const float* values, const float* a, float* y, int64_t ldy) {
   for (int64_t g = 0; g < block->groups; ++g) {
     const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
     for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -131,18 +160,19 @@ void panel_f32(const Int4Block* block, const float* values, const float* a, floa
   }
 }
 
-void int4_values(const Int4Block* block, float* values) {
+template <int Bits>
+void decode_block(const WeightBlock* block, float* values) {
   const uint8_t* codes = block->codes;
   for (int64_t g = 0; g < block->groups; ++g) {
     const int64_t steps = g + 1 < block->groups ? block->group_steps : block->last_steps;
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const Codes source(codes, block->zeros + g * 16, chunk);
+      const Codes<Bits> source(codes, block->zeros + g * kZeroBytes<Bits>, chunk);
       for (int64_t s = 0; s < steps; ++s)
         for (int k = 0; k < 4; ++k)
           for (int v = 0; v < 2; ++v)
             store(values + (s * 4 + k) * 32 + v * 16 + chunk * kLanes, source.weight(s, k, v));
     }
-    codes += steps * 64;
+    codes += steps * kStepBytes<Bits>;
     values += steps * 4 * 32;
   }
 }
@@ -160,12 +190,30 @@ __attribute__((always_inline)) inline void for_rows(int rows, const Body& body) 
   body(Rows<R>());
 }
 
-void int4_dot(const Int4Block* block, const float* a, int rows, float* y, int64_t ldy) {
-  for_rows<kDotRows>(rows, [&](auto r) { dot_f32<r.count>(block, a, y, ldy); });
+// Runs body<b> for the width b of the codes.
+template <int B>
+struct Width {
+  static constexpr int count = B;
+};
+
+template <class Body>
+__attribute__((always_inline)) inline void for_bits(int bits, const Body& body) {
+  if (bits == 8) return body(Width<8>());
+  body(Width<4>());
 }
 
-void int4_panel(const Int4Block* block, const float* values, const float* a, int rows, float* y, int64_t ldy) {
-  for_rows<kRows>(rows, [&](auto r) { panel_f32<r.count>(block, values, a, y, ldy); });
+void dot_f32(const WeightBlock* block, const float* a, int rows, float* y, int64_t ldy) {
+  for_bits(block->bits, [&](auto b) {
+    for_rows<kDotRows>(rows, [&](auto r) { dot_f32_rows<b.count, r.count>(block, a, y, ldy); });
+  });
+}
+
+void panel_values(const WeightBlock* block, float* values) {
+  for_bits(block->bits, [&](auto b) { decode_block<b.count>(block, values); });
+}
+
+void panel_f32(const WeightBlock* block, const float* values, const float* a, int rows, float* y, int64_t ldy) {
+  for_rows<kRows>(rows, [&](auto r) { panel_f32_rows<r.count>(block, values, a, y, ldy); });
 }
 
 // Element by element, for all rows: every row is read, and the result written, in order.

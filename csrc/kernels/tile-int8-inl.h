@@ -1,39 +1,77 @@
 // The products of tile-inl.h with activations in eight bits. Each 32-bit lane of a step's codes holds four channels of
-// one output, in the order 0, 2, 1, 3, so a mask and a shift decode a whole register, and one instruction computes four
-// byte products per lane. The zero point enters once per run, in the value that the sums start from.
+// one output, in the order 0, 2, 1, 3. Codes of 8 bits are read as they are, those of 4 after a mask and a shift of a
+// whole register; then one instruction computes four byte products per lane. The zero point enters once per run, in the
+// value that the sums start from.
 
 #if !defined(AWQ_LEVEL_AVX512) && !defined(AWQ_LEVEL_AVX2)
 typedef int16_t VecShort __attribute__((vector_size(4 * kLanes)));
 #endif
 
+// The lower plus the upper half of each lane, both signed.
+inline VecInt halves(VecInt v) { return (v << 16 >> 16) + (v >> 16); }
+
 inline VecInt splat_int(int32_t x) { return x + VecInt{}; }
 
-// sum + four products per lane: bytes of w below 16, bytes of a from -127 to 127. The sum of two products fits 16 bits.
+// sum + four products per lane: bytes of w below 2^Bits, bytes of a from -127 to 127. For 4 bits the sum of two
+// products fits 16 bits; for 8 bits only one does, so bytes are widened first.
+template <int Bits>
 inline VecInt dot_bytes(VecInt sum, VecInt w, VecInt a) {
 #if defined(AWQ_LEVEL_VNNI)
   return (VecInt)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)a);
 #elif defined(AWQ_LEVEL_AVX512)
+  if constexpr (Bits == 8) {
+    const __m512i even = _mm512_and_si512((__m512i)w, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16((__m512i)w, 8);
+    const __m512i x = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)a, 8), 8), y = _mm512_srai_epi16((__m512i)a, 8);
+    return sum + (VecInt)_mm512_madd_epi16(even, x) + (VecInt)_mm512_madd_epi16(odd, y);
+  }
   const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, (__m512i)a);
   return sum + (VecInt)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 #elif defined(AWQ_LEVEL_AVX2)
+  if constexpr (Bits == 8) {
+    const __m256i even = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16((__m256i)w, 8);
+    const __m256i x = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)a, 8), 8), y = _mm256_srai_epi16((__m256i)a, 8);
+    return sum + (VecInt)_mm256_madd_epi16(even, x) + (VecInt)_mm256_madd_epi16(odd, y);
+  }
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)a);
   return sum + (VecInt)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
   const VecShort even = (VecShort)(w & 0x00ff00ff), odd = (VecShort)(w >> 8 & 0x00ff00ff), bytes = (VecShort)a;
-  const VecInt pairs = (VecInt)(even * (bytes << 8 >> 8) + odd * (bytes >> 8));
-  return sum + (pairs << 16 >> 16) + (pairs >> 16);
+  const VecShort x = even * (bytes << 8 >> 8), y = odd * (bytes >> 8);
+  if constexpr (Bits == 8) return sum + halves((VecInt)x) + halves((VecInt)y);
+  return sum + halves((VecInt)(x + y));
 #endif
 }
 
 inline Vec to_floats(VecInt v) { return __builtin_convertvector(v, Vec); }
 
-template <int R>
+// The codes or zeros of the outputs j and 16 + j, in two registers. Of codes the bytes are used, of zeros the lanes.
+template <int Bits>
+__attribute__((always_inline)) inline void load_codes(const uint8_t* codes, VecInt (&w)[2]) {
+  if constexpr (Bits == 8) {
+    w[0] = load_ints(codes);
+    w[1] = load_ints(codes + 64);
+    prefetch(codes + 64 + kAheadBytes);
+  } else {
+    const VecInt bits = load_ints(codes), low = splat_int(0x0f0f0f0f);
+    w[0] = bits & low;
+    w[1] = bits >> 4 & low;
+  }
+  prefetch(codes + kAheadBytes);
+}
+
+template <int Bits>
+inline void load_zeros(const uint8_t* zeros, VecInt (&zero)[2]) {
+  const VecInt bytes = load_bytes(zeros);
+  zero[0] = Bits == 8 ? bytes : bytes & 15;
+  zero[1] = Bits == 8 ? load_bytes(zeros + 16) : bytes >> 4;
+}
+
+template <int Bits, int R>
 __attribute__((always_inline)) inline void add_run(const uint8_t* codes, const uint8_t* zeros, int chunk, int64_t steps,
                                                    const uint32_t* a, const uint16_t* scales, Dtype dtype, float* y,
                                                    int64_t ldy) {
-  const VecInt both = load_bytes(zeros + chunk * kLanes), low = splat_int(0x0f0f0f0f);
-  const VecInt zero[2] = {both & 15, both >> 4};
-  VecInt sum[R][2];
+  VecInt zero[2], sum[R][2];
+  load_zeros<Bits>(zeros + chunk * kLanes, zero);
 #pragma GCC unroll 16
   for (int m = 0; m < R; ++m)
 #pragma GCC unroll 2
@@ -41,13 +79,13 @@ __attribute__((always_inline)) inline void add_run(const uint8_t* codes, const u
   const uint32_t* q = a + 2 * R;
   codes += chunk * kLanes * 4;
   for (int64_t s = 0; s < steps; ++s, q += R) {
-    prefetch(codes + s * 64 + kAheadBytes);
-    const VecInt bits = load_ints(codes + s * 64), w[2] = {bits & low, bits >> 4 & low};
+    VecInt w[2];
+    load_codes<Bits>(codes + s * kStepBytes<Bits>, w);
 #pragma GCC unroll 16
     for (int m = 0; m < R; ++m) {
       const VecInt factor = splat_int(static_cast<int32_t>(q[m]));
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) sum[m][v] = dot_bytes(sum[m][v], w[v], factor);
+      for (int v = 0; v < 2; ++v) sum[m][v] = dot_bytes<Bits>(sum[m][v], w[v], factor);
     }
   }
   Vec scaled[R][2];
@@ -58,25 +96,28 @@ __attribute__((always_inline)) inline void add_run(const uint8_t* codes, const u
   add_scaled(scaled, scales, dtype, chunk, y, ldy);
 }
 
-template <int R>
-void dot_int8(const Int4Block* block, const uint32_t* a, float* y, int64_t ldy) {
+template <int Bits, int R>
+void dot_int8_rows(const WeightBlock* block, const uint32_t* a, float* y, int64_t ldy) {
   const uint8_t* codes = block->codes;
   for (int64_t g = 0; g < block->groups; ++g) {
     int64_t left = g + 1 < block->groups ? block->group_steps : block->last_steps;
     prefetch(block->scales + (g + kAheadGroups) * 32);
-    prefetch(block->zeros + (g + kAheadGroups) * 16);
+    const uint8_t* zeros = block->zeros + g * kZeroBytes<Bits>;
+    prefetch(zeros + kAheadGroups * kZeroBytes<Bits>);
     for (int64_t steps; left > 0; left -= steps) {
       steps = left < kRunSteps ? left : kRunSteps;
       for (int chunk = 0; chunk < kChunks; ++chunk)
-        add_run<R>(codes, block->zeros + g * 16, chunk, steps, a, block->scales + g * 32, block->scale_dtype, y, ldy);
-      codes += steps * 64;
+        add_run<Bits, R>(codes, zeros, chunk, steps, a, block->scales + g * 32, block->scale_dtype, y, ldy);
+      codes += steps * kStepBytes<Bits>;
       a += (2 + steps) * R;
     }
   }
 }
 
-void int4_dot_int8(const Int4Block* block, const uint32_t* a, int rows, float* y, int64_t ldy) {
-  for_rows<kDotRows>(rows, [&](auto r) { dot_int8<r.count>(block, a, y, ldy); });
+void dot_int8(const WeightBlock* block, const uint32_t* a, int rows, float* y, int64_t ldy) {
+  for_bits(block->bits, [&](auto b) {
+    for_rows<kDotRows>(rows, [&](auto r) { dot_int8_rows<b.count, r.count>(block, a, y, ldy); });
+  });
 }
 
 // Adding 1.5 * 2^23 leaves an integer, rounded half to even, in the low bits of a float.

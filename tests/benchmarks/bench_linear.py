@@ -1,6 +1,6 @@
-"""Times int4_linear beside torch's Linears and its own int4 kernel, interleaved in one run.
+"""Times quant_linear beside torch's Linears and its own int4 kernel, interleaved in one run.
 
-    python tests/benchmarks/bench_linear.py [--shapes 4096x4096,...] [--rows 1,2,...] [--seconds S] [--json FILE]
+    python tests/benchmarks/bench_linear.py [--shapes 4096x4096,...] [--rows 1,2,...] [--bits 4|8] [--seconds S] [--json FILE]
 
 A shape is in_features x out_features. Every contender has so many copies of its weight that none is in a cache when its
 turn comes again. One round gives each contender a turn of about two milliseconds, call after call on one copy after the
@@ -54,20 +54,21 @@ def turns(calls: list[Callable[[], object]]) -> Callable[[], object]:
 
 
 def ours(
-    x: torch.Tensor, n: int, group: int, dtype: torch.dtype, compute_dtype: str = "auto"
+    x: torch.Tensor, n: int, group: int, dtype: torch.dtype, compute_dtype: str = "auto", bits: int = 4
 ) -> tuple[Callable[[], object], int]:
     k = x.shape[1]
-    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k) / k**0.5, group, scale_dtype=torch.bfloat16)
-    packed = _C.pack_int4(codes)
+    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k) / k**0.5, group, bits, scale_dtype=torch.bfloat16)
+    rows = _C.pack_int4(codes) if bits == 4 else codes
 
     def layer() -> tuple[torch.Tensor, ...]:  # as a layer makes its buffers
-        return _C.tile_int4(packed, k, group), reference.tile_scales(scales), reference.tile_zeros(zeros)
+        tiles = _C.tile_codes(rows, k, group, bits)
+        return tiles, reference.tile_scales(scales), reference.tile_zeros(zeros, bits)
 
     nbytes = sum(t.nbytes for t in layer())
     x = x.to(dtype)
 
     def call(own: tuple[torch.Tensor, ...]) -> Callable[[], object]:
-        return lambda: ops.int4_linear(x, *own, None, None, k, n, group, compute_dtype)
+        return lambda: ops.quant_linear(x, *own, None, None, k, n, group, bits, compute_dtype)
 
     return turns([call(layer()) for _ in range(copies(nbytes))]), nbytes
 
@@ -96,17 +97,17 @@ def aten_int4(x: torch.Tensor, n: int, group: int) -> Callable[[], object]:
 def read_memory() -> Callable[[], object]:
     """The fastest reader in torch, of memory in large pages, as our weights have it."""
     codes = torch.zeros(READ_BYTES // 4096, 4096, dtype=torch.uint8)
-    parts = [_C.tile_int4(codes, 8192, 128).view(torch.float32) for _ in range(8)]
+    parts = [_C.tile_codes(codes, 8192, 128, 4).view(torch.float32) for _ in range(8)]
     return turns([lambda part=part: part.sum() for part in parts])
 
 
 def contenders(
-    k: int, n: int, rows: int, group: int, dtype: torch.dtype
+    k: int, n: int, rows: int, group: int, dtype: torch.dtype, bits: int
 ) -> tuple[dict[str, Callable[[], object]], int]:
     """Name -> call, and the bytes of our weight."""
     x = torch.randn(rows, k)
-    own, nbytes = ours(x, n, group, dtype)
-    calls = {"ours": own, "int8": ours(x, n, group, dtype, "int8")[0]}
+    own, nbytes = ours(x, n, group, dtype, bits=bits)
+    calls = {"ours": own, "int8": ours(x, n, group, dtype, "int8", bits)[0]}
     calls |= {"read": read_memory(), "bf16": linear(x, n, torch.bfloat16)}
     if rows <= 8 or dtype != torch.bfloat16:  # beyond, no peer comes near bf16 and one call takes long
         calls |= {"fp32": linear(x, n, torch.float32), "fp16": linear(x, n, torch.float16)}
@@ -139,7 +140,7 @@ def rounds(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
 
 def measure(k: int, n: int, rows: int, group: int, args: argparse.Namespace) -> Result:
     """Median times in seconds, ratios, bandwidths in bytes a second."""
-    calls, nbytes = contenders(k, n, rows, group, getattr(torch, args.dtype))
+    calls, nbytes = contenders(k, n, rows, group, getattr(torch, args.dtype), args.bits)
     calls["bf16"]()  # every thread exists when priorities are set
     with priority(args.realtime):
         times = rounds(calls, args.seconds)
@@ -206,13 +207,14 @@ def machine() -> Result:
     }
 
 
-def merge(path: Path, dtype: str, result: Result) -> None:
+def merge(path: Path, dtype: str, bits: int, result: Result) -> None:
     """Add a line to the file, in the place of one of the same shape and rows."""
-    fresh: Result = {"machine": machine(), "dtype": dtype, "results": []}
-    data = json.loads(path.read_text()) if path.exists() else fresh
-    if (data["machine"], data["dtype"]) != (fresh["machine"], dtype):
+    fresh: Result = {"machine": machine(), "dtype": dtype, "bits": bits, "results": []}
+    data = {"bits": 4} | (json.loads(path.read_text()) if path.exists() else fresh)
+    if any(data[key] != fresh[key] for key in ("machine", "dtype", "bits")):
         raise SystemExit(
-            f"{path} holds figures of {data['machine']} {data['dtype']}, not of this run: name another file"
+            f"{path} holds figures of {data['machine']} {data['dtype']}, {data['bits']} bits, not of this run: name "
+            "another file"
         )
     lines = {(-r["in"], r["out"], r["rows"]): r for r in (*data["results"], result)}
     data["results"] = [lines[key] for key in sorted(lines)]
@@ -224,6 +226,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--rows", default=ROWS)
     parser.add_argument("--group-size", type=int, help="default: 128, or 64 where 128 does not divide the width")
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=4, help="of our weight")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of our input")
@@ -238,7 +241,7 @@ def main() -> None:
             result = measure(k, n, rows, args.group_size or (128 if k % 128 == 0 else 64), args)
             print(describe(result), flush=True)
             if args.json:
-                merge(args.json, args.dtype, result)
+                merge(args.json, args.dtype, args.bits, result)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def autoawq(python: str, k: int, n: int) -> dict[str, object]:
 
 def layer(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     codes, scales, zeros = _C.quantize_weight(weight, GROUP)
-    tiles = _C.tile_int4(_C.pack_int4(codes), weight.shape[1], GROUP)
-    return tiles, reference.tile_scales(scales), reference.tile_zeros(zeros)
+    tiles = _C.tile_codes(_C.pack_int4(codes), weight.shape[1], GROUP, 4)
+    return tiles, reference.tile_scales(scales), reference.tile_zeros(zeros, 4)
 
 
 def contenders(k: int, n: int) -> dict[str, tuple[Callable[[], object], int]]:
@@ -62,7 +62,7 @@ def contenders(k: int, n: int) -> dict[str, tuple[Callable[[], object], int]]:
     codes, half = n * k, n * k // 2
     made = [torch.randint(0, 16, (n, k), dtype=torch.uint8) for _ in range(copies(codes))]
     packed = [_C.pack_int4(c) for c in made]
-    tiles = [_C.tile_int4(p, k, GROUP) for p in packed]
+    tiles = [_C.tile_codes(p, k, GROUP, 4) for p in packed]
     weight = torch.randn(n, k).bfloat16()
 
     def each(inputs: list[torch.Tensor], function: Callable[[torch.Tensor], object]) -> Callable[[], object]:
@@ -71,8 +71,8 @@ def contenders(k: int, n: int) -> dict[str, tuple[Callable[[], object], int]]:
     return {
         "pack": (each(made, _C.pack_int4), codes + half),
         "unpack": (each(packed, lambda p: _C.unpack_int4(p, k)), codes + half),
-        "tile": (each(packed, lambda p: _C.tile_int4(p, k, GROUP)), 2 * half),
-        "untile": (each(tiles, lambda t: _C.untile_int4(t, n, k, GROUP)), 2 * half),
+        "tile": (each(packed, lambda p: _C.tile_codes(p, k, GROUP, 4)), 2 * half),
+        "untile": (each(tiles, lambda t: _C.untile_codes(t, n, k, GROUP, 4)), 2 * half),
         "from float to layer": (lambda: layer(weight), 2 * codes + half),
     }
 

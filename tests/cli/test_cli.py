@@ -127,8 +127,8 @@ def test_doctor() -> None:
 
 def test_doctor_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """One level of kernels that is off by a thousandth is named, and the level in use stays what it was."""
-    right, before = qlinear.int4_linear, _C.isa()
-    monkeypatch.setattr(qlinear, "int4_linear", lambda *a: right(*a) * (1.001 if _C.isa() == "scalar" else 1))
+    right, before = qlinear.quant_linear, _C.isa()
+    monkeypatch.setattr(qlinear, "quant_linear", lambda *a: right(*a) * (1.001 if _C.isa() == "scalar" else 1))
     shown = runner.invoke(cli.app, ["doctor"])
     assert shown.exit_code == 1
     assert "the scalar kernels are off by 0.001" in shown.output and shown.output.count("are off by") == 1

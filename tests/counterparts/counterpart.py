@@ -17,7 +17,7 @@ import awq_ext
 import awq_ext._build
 from awq_ext.demo.data import calibration_batches
 from awq_ext.demo.model import VOCABULARY, load_demo_model
-from awq_ext.layers.ops import int4_weight
+from awq_ext.layers.ops import quant_weight
 
 PROGRAMS = Path(__file__).parent / "programs"
 FOLDER = os.environ.get("AWQ_EXT_COUNTERPARTS", "")
@@ -113,9 +113,11 @@ def weights_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Name of each quantized layer -> the weight it stands for, without its run-time scale, [out, in]."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, awq_ext.QuantLinear)}
     assert layers
-    sizes = {name: (layer.in_features, layer.out_features, layer.group_size) for name, layer in layers.items()}
+    sizes = {
+        name: (layer.in_features, layer.out_features, layer.group_size, layer.bits) for name, layer in layers.items()
+    }
     return {
-        name: int4_weight(layer.tiles, layer.tile_scales, layer.tile_zeros, *sizes[name]).to(dtype)
+        name: quant_weight(layer.tiles, layer.tile_scales, layer.tile_zeros, *sizes[name]).to(dtype)
         for name, layer in layers.items()
     }
 

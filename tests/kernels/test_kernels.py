@@ -123,25 +123,44 @@ def test_pack_int4(shape: tuple[int, int]) -> None:
     assert_same((_C.unpack_int4(packed, shape[1]),), (codes,))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 258), (40, 600)])
 @pytest.mark.parametrize("group_size", [-1, 128, 16, 7])
-def test_tile_int4(shape: tuple[int, int], group_size: int) -> None:
+def test_tile_codes(shape: tuple[int, int], group_size: int, bits: int) -> None:
     n, k = shape
-    packed = _C.pack_int4(torch.randint(0, 16, shape, dtype=torch.uint8))
-    tiles = _C.tile_int4(packed, k, group_size)
-    assert_same((tiles,), (reference.tile_int4(packed, k, group_size),))
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    rows = _C.pack_int4(codes) if bits == 4 else codes
+    tiles = _C.tile_codes(rows, k, group_size, bits)
+    assert_same((tiles,), (reference.tile_codes(rows, k, group_size, bits),))
     for module in (_C, reference):
-        assert_same((module.untile_int4(tiles, n, k, group_size),), (packed,))
+        assert_same((module.untile_codes(tiles, n, k, group_size, bits),), (rows,))
 
 
 def test_a_byte_of_a_tile() -> None:
     """Where csrc/base/layout.h says that a code is: byte 4j + 2r + q of a step, outputs j and 16 + j, channel 2q + r."""
     codes = torch.randint(0, 16, (64, 20), dtype=torch.uint8)
-    tiles = _C.tile_int4(_C.pack_int4(codes), 20, 10)  # steps: channels 0-3, 4-7, 8-9, 10-13, ...
+    tiles = _C.tile_codes(_C.pack_int4(codes), 20, 10, 4)  # steps: channels 0-3, 4-7, 8-9, 10-13, ...
     assert tiles.shape == (2, 6, 64)
     assert tiles[1, 4, 4 * 5 + 2 * 1 + 1] == codes[32 + 5, 17] | codes[32 + 21, 17] << 4
     assert tiles[0, 2, 2] == codes[0, 9] | codes[16, 9] << 4
     assert tiles[0, 2, 1] == 0
+
+
+def test_a_byte_of_a_tile_of_eight_bits() -> None:
+    """Likewise: byte 4j + 2r + q of a step is output j, channel 2q + r."""
+    codes = torch.randint(0, 256, (64, 20), dtype=torch.uint8)
+    tiles = _C.tile_codes(codes, 20, 10, 8)
+    assert tiles.shape == (2, 6, 128)
+    assert tiles[1, 4, 4 * 21 + 2 * 1 + 1] == codes[32 + 21, 17]
+    assert tiles[0, 2, 4 * 16 + 2] == codes[16, 9]
+    assert tiles[0, 2, 1] == 0
+
+
+@pytest.mark.parametrize("name", ["tile_codes", "untile_codes"])
+def test_tiles_of_other_widths(name: str) -> None:
+    args = (torch.zeros(4, 8, dtype=torch.uint8), *((4,) if name == "untile_codes" else ()), 8, 8)
+    with pytest.raises(ValueError, match=f"{name}: argument 'bits': expected 4 or 8, got 5"):
+        getattr(_C, name)(*args, 5)
 
 
 # --- losses: fp32 products, so bounds from the number of roundings ---------------------------------------------

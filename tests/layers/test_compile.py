@@ -62,7 +62,7 @@ def test_export_and_run(model: ByteLlama, compute_dtype: str) -> None:
     with torch.no_grad():
         exported = torch.export.export(model, (ids,))
         torch.testing.assert_close(exported.module()(ids), model(ids))
-    calls = [node for node in exported.graph.nodes if node.target is torch.ops.awq_ext.int4_linear.default]
+    calls = [node for node in exported.graph.nodes if node.target is torch.ops.awq_ext.quant_linear.default]
     assert len(calls) == sum(isinstance(module, QuantLinear) for module in model.modules())
     assert all(("int8" in node.args) == (compute_dtype == "int8") for node in calls)
 

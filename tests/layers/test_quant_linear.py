@@ -29,12 +29,13 @@ def layer(
     scaled: bool = True,
     dtype: torch.dtype = torch.float32,
     scale_dtype: torch.dtype = torch.float16,
+    bits: int = 4,
 ) -> QuantLinear:
     """A filled layer."""
     linear = nn.Linear(k, n, bias=bias, dtype=dtype)
-    made = QuantLinear.empty_like(linear, group, scaled, scale_dtype)
-    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k), group, scale_dtype=scale_dtype)
-    made.qweight, made.scales, made.zeros = _C.pack_int4(codes), scales, zeros
+    made = QuantLinear.empty_like(linear, group, scaled, scale_dtype, bits=bits)
+    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k), group, bits, scale_dtype=scale_dtype)
+    made.qweight, made.scales, made.zeros = _C.pack_int4(codes) if bits == 4 else codes, scales, zeros
     if scaled:
         made.pre_quant_scale = torch.rand(k) + 0.5
     made.bias = linear.bias
@@ -48,7 +49,7 @@ def exact_weight(module: QuantLinear) -> Tensor:
     qweight, scales, zeros = module.qweight, module.scales, module.zeros
     for n in range(module.out_features):
         for k in range(module.in_features):
-            code = int(qweight[n, k // 2]) >> 4 * (k % 2) & 15
+            code = int(qweight[n, k]) if module.bits == 8 else int(qweight[n, k // 2]) >> 4 * (k % 2) & 15
             out[n, k] = (code - int(zeros[n, k // g])) * float(scales[n, k // g])
     return out if module.pre_quant_scale is None else out * module.pre_quant_scale.double()
 
@@ -57,10 +58,11 @@ def exact_weight(module: QuantLinear) -> Tensor:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("k", "group"), [(72, 16), (13, -1), (70, 64)])
 @pytest.mark.parametrize("shape", [(1,), (3, 2), (40,), ()])
+@pytest.mark.parametrize("bits", [4, 8])
 def test_forward_is_a_linear_of_the_dequantized_weight(
-    k: int, group: int, scaled: bool, dtype: torch.dtype, shape: tuple[int, ...]
+    k: int, group: int, scaled: bool, dtype: torch.dtype, shape: tuple[int, ...], bits: int
 ) -> None:
-    module = layer(k, 7, group, scaled=scaled, dtype=dtype)
+    module = layer(k, 7, group, scaled=scaled, dtype=dtype, bits=bits)
     x = torch.randn(*shape, k).to(dtype)
     with torch.no_grad():
         found = module(x)
@@ -77,8 +79,9 @@ def test_forward_is_a_linear_of_the_dequantized_weight(
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double", "to"])
-def test_casts_keep_what_was_searched(cast: str, scale_dtype: torch.dtype) -> None:
-    module = layer(scale_dtype=scale_dtype)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_casts_keep_what_was_searched(cast: str, scale_dtype: torch.dtype, bits: int) -> None:
+    module = layer(scale_dtype=scale_dtype, bits=bits)
     before = {name: getattr(module, name).clone() for name in BUFFERS}
     changed = module.to(torch.bfloat16) if cast == "to" else getattr(module, cast)()
     assert changed is module
@@ -96,8 +99,9 @@ def test_the_weights_dtype_follows_a_cast(bias: bool) -> None:
     assert holder.to("cpu")[0].weight.dtype == torch.bfloat16
 
 
-def test_to_another_device_moves_everything() -> None:
-    module = layer().to("meta")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_to_another_device_moves_everything(bits: int) -> None:
+    module = layer(bits=bits).to("meta")
     assert all(t.is_meta for t in (*module.buffers(), *module.parameters()))
     assert module.scales.dtype == torch.float16
     assert module(torch.empty(3, 72, device="meta")).shape == (3, 9)
@@ -109,6 +113,14 @@ def test_rows_that_do_not_fit() -> None:
         module.qweight = torch.zeros(9, 35, dtype=torch.uint8)
     with pytest.raises(ValueError, match="zeros must be below 16, got 16"):
         module.zeros = torch.full((9, 5), 16, dtype=torch.uint8)
+    wide = layer(bits=8)
+    with pytest.raises(ValueError, match=r"qweight has shape \(9, 36\), this layer needs \(9, 72\)"):
+        wide.qweight = module.qweight
+    wide.zeros = torch.full((9, 5), 255, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="zeros must be below 256, got 256"):
+        wide.zeros = torch.full((9, 5), 256)
+    with pytest.raises(RuntimeError, match=r"qweight has shape \(9, 36\), this layer needs \(9, 72\)"):
+        wide.load_state_dict(module.state_dict())
     state = module.state_dict() | {"scales": torch.zeros(9, 6)}
     with pytest.raises(RuntimeError, match=r"scales has shape \(9, 6\), this layer needs \(9, 5\)"):
         layer().load_state_dict(state)
@@ -118,6 +130,11 @@ def test_rows_that_do_not_fit() -> None:
     assert layer().load_state_dict(incomplete, strict=False).missing_keys == ["zeros"]
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "more"'):
         layer().load_state_dict(module.state_dict() | {"more": torch.zeros(1)})
+
+
+def test_other_widths_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="bits=3: a QuantLinear has 4 or 8 bits"):
+        QuantLinear(8, 8, 8, bits=3)
 
 
 def test_shared_memory_is_shared_and_equal() -> None:
@@ -167,17 +184,19 @@ def save_and_load(module: Any) -> Any:
     [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), save_and_load],
     ids=["deepcopy", "pickle", "torch"],
 )
-def test_copies_are_equal_and_apart(copied: Any) -> None:
-    module = layer().eval()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_copies_are_equal_and_apart(copied: Any, bits: int) -> None:
+    module = layer(bits=bits).eval()
     assert_equal(module, copied(module))
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_state_dict_round_trip(assign: bool) -> None:
-    module = layer()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_state_dict_round_trip(assign: bool, bits: int) -> None:
+    module = layer(bits=bits)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     assert set(state) == {*BUFFERS, "bias"}
-    fresh = QuantLinear(72, 9, 16, pre_quant_scale=True)
+    fresh = QuantLinear(72, 9, 16, pre_quant_scale=True, bits=bits)
     assert fresh.load_state_dict(state, assign=assign).missing_keys == []
     assert_equal(module, fresh)
     assert set(layer(bias=False, scaled=False).state_dict()) == {"qweight", "scales", "zeros"}
@@ -188,9 +207,11 @@ def test_what_it_says_about_itself() -> None:
         "QuantLinear(in_features=72, out_features=9, bias=True, bits=4, group_size=16, pre_quant_scale=True)"
     )
     assert "pre_quant_scale" not in repr(layer(scaled=False))
+    assert "bits=8" in repr(layer(bits=8))
     # a tile of 18 steps of 64 bytes, 5 groups of 32 two-byte scales and half-byte zeros; 9 bias, 72 input scales of 4
     assert layer().nbytes == 18 * 64 + 5 * 32 * 2 + 5 * 16 + 4 * 9 + 4 * 72
     assert layer(k=13, group=-1, bias=False, scaled=False).nbytes == 4 * 64 + 32 * 2 + 16
+    assert layer(k=13, group=-1, bias=False, scaled=False, bits=8).nbytes == 4 * 128 + 32 * 2 + 32
 
 
 def stored(module: QuantLinear, directory: Path) -> QuantLinear:
@@ -198,8 +219,9 @@ def stored(module: QuantLinear, directory: Path) -> QuantLinear:
     return awq_ext.load(nn.Sequential(nn.Linear(72, 9)), directory)[0]
 
 
-def test_compute_dtype_stays_with_the_layer(tmp_path: Path) -> None:
-    module = layer()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compute_dtype_stays_with_the_layer(tmp_path: Path, bits: int) -> None:
+    module = layer(bits=bits)
     assert module.compute == "auto"
     assert awq_ext.set_compute_dtype(nn.Sequential(module, nn.ReLU()), "int8")[0] is module
     copies = [
@@ -219,8 +241,9 @@ def test_compute_dtype_stays_with_the_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_compute_dtype_changes_what_is_computed_a_little(dtype: torch.dtype) -> None:
-    module, x = layer(dtype=dtype), torch.randn(30, 72).to(dtype)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compute_dtype_changes_what_is_computed_a_little(dtype: torch.dtype, bits: int) -> None:
+    module, x = layer(dtype=dtype, bits=bits), torch.randn(30, 72).to(dtype)
     with torch.no_grad():
         before = module(x).double()
         module.compute = "int8"
@@ -252,8 +275,9 @@ def test_compute_dtypes_that_do_not_exist(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_weight_property(scaled: bool, dtype: torch.dtype) -> None:
-    module = layer(scaled=scaled, dtype=dtype)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_weight_property(scaled: bool, dtype: torch.dtype, bits: int) -> None:
+    module = layer(scaled=scaled, dtype=dtype, bits=bits)
     weight = module.weight
     assert not weight.requires_grad
     assert weight.dtype == dtype
@@ -263,8 +287,9 @@ def test_the_weight_property(scaled: bool, dtype: torch.dtype) -> None:
     assert torch.all((weight.double() - exact).abs() <= exact.abs() * (2.0**-23 + unit * 1.01))
 
 
-def test_gradients_reach_input_and_bias() -> None:
-    module = layer()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gradients_reach_input_and_bias(bits: int) -> None:
+    module = layer(bits=bits)
     x = torch.randn(4, 72, requires_grad=True)
     module(x).sum().backward()
     # nine products a component in fp32, two more for scale and input scale

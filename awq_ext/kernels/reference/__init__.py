@@ -11,19 +11,20 @@ from __future__ import annotations
 
 # ruff: noqa: F401  (imported for callers: reference.NAME)
 from .gptq import gptq_factor, gptq_quantize
-from .linear import RUN_CHANNELS, int4_linear, int4_weight, int8_activations
+from .linear import RUN_CHANNELS, int8_activations, quant_linear, quant_weight
 from .quantize import SCALE_RANGE, dequantize_weight, pack_int4, quantize_weight, unpack_int4
 from .refine import refine_quantized
 from .search import code_losses, quadratic_loss, scale_losses, search_clip
 from .sizes import expand_groups, group_count, group_length
 from .stats import ActivationStats
 from .tiles import (
+    TILE_BITS,
     TILE_OUTPUTS,
     step_count,
-    tile_int4,
+    tile_codes,
     tile_scales,
     tile_zeros,
-    untile_int4,
+    untile_codes,
     untile_scales,
     untile_zeros,
 )

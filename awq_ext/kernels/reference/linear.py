@@ -1,4 +1,4 @@
-"""The int4 Linear."""
+"""The Linear with weights of 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from .quantize import dequantize_weight, unpack_int4
 from .sizes import group_length
-from .tiles import untile_int4, untile_scales, untile_zeros
+from .tiles import untile_codes, untile_scales, untile_zeros
 
 
-def int4_weight(
-    tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int
+def quant_weight(
+    tiles: Tensor, scales: Tensor, zeros: Tensor, in_features: int, out_features: int, group_size: int, bits: int
 ) -> Tensor:
-    """Dequantize a tiled weight, (code - zero) * scale: fp32 [N, K]."""
-    codes = unpack_int4(untile_int4(tiles, out_features, in_features, group_size), in_features)
-    groups = untile_scales(scales, out_features), untile_zeros(zeros, out_features)
-    return dequantize_weight(codes, *groups, group_size)
+    """Dequantize a tiled weight of 4 or 8 bits, (code - zero) * scale: fp32 [N, K]."""
+    rows = untile_codes(tiles, out_features, in_features, group_size, bits)
+    groups = untile_scales(scales, out_features), untile_zeros(zeros, out_features, bits)
+    return dequantize_weight(unpack_int4(rows, in_features) if bits == 4 else rows, *groups, group_size)
 
 
 RUN_CHANNELS = 256  # the most channels that share a scale of int8 activations
@@ -39,7 +39,7 @@ def int8_activations(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
-def int4_linear(
+def quant_linear(
     x: Tensor,
     tiles: Tensor,
     scales: Tensor,
@@ -49,10 +49,12 @@ def int4_linear(
     in_features: int,
     out_features: int,
     group_size: int,
+    bits: int,
     compute_dtype: str = "auto",
 ) -> Tensor:
-    """Compute x [..., K] @ W^T + bias: [..., N], W int4 as tiles uint8 [T, S, 64], scales [T, G, 32] and zeros uint8 [T, G, 16].
+    """Compute x [..., K] @ W^T + bias: [..., N].
 
+    W of 4 or 8 bits: tiles uint8 [T, S, 16 bits], scales [T, G, 32] and zeros uint8 [T, G, 4 bits].
     pre_quant_scale fp32 [K] multiplies x first (1/s, where the scale s could not be folded). compute_dtype "int8" then rounds x
     to ``int8_activations``. Computed in fp32, returned in x's dtype.
     """
@@ -60,5 +62,5 @@ def int4_linear(
     if compute_dtype == "int8":
         q, scale = int8_activations(x32, group_size)
         x32 = q * scale
-    weight = int4_weight(tiles, scales, zeros, in_features, out_features, group_size)
+    weight = quant_weight(tiles, scales, zeros, in_features, out_features, group_size, bits)
     return torch.nn.functional.linear(x32, weight, None if bias is None else bias.float()).to(x.dtype)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import is_auto_awq_available
 
 import awq_ext
-from awq_ext.layers.ops import int4_weight
+from awq_ext.layers.ops import quant_weight
 
 assert transformers.__version__.startswith("4.")
 assert not is_auto_awq_available()
@@ -28,6 +28,6 @@ with torch.no_grad():
     found = {"logits": model(load_file(tokens)["tokens"], use_cache=False).logits.float()}
 for name, layer in model.named_modules():
     if isinstance(layer, awq_ext.QuantLinear):
-        sizes = (layer.in_features, layer.out_features, layer.group_size)
-        found[name] = int4_weight(layer.tiles, layer.tile_scales, layer.tile_zeros, *sizes).float()
+        sizes = (layer.in_features, layer.out_features, layer.group_size, layer.bits)
+        found[name] = quant_weight(layer.tiles, layer.tile_scales, layer.tile_zeros, *sizes).float()
 save_file(found, result)
