@@ -2,67 +2,87 @@
 
     python tests/benchmarks/bench_head.py MODEL_DIR --calib calib.txt --traffic code.txt de=multi-de.txt ... [--json FILE]
 
-Two parts. "alone": nothing but the head is quantized, in every way there is, so that its own cost is seen. "whole": the other
-layers are quantized by AWQ, the head left float, or in 8 or 4 bits. Calibration: --samples windows of --seq tokens; scoring: the
-first --tokens tokens of each text. Without MODEL_DIR and the texts nothing is measured, with exit code 2.
+The head is quantized by itself, on the hidden states that the float model gives it for the calibration text, in every way there
+is. Each then follows the float model's blocks (its cost alone) and blocks that AWQ quantized (its cost on top of theirs). Only the
+heads differ, so the hidden states of each text are computed once. Error feedback here has neither random tokens nor the model's
+own text, and weighs all rows alike. Calibration: --samples windows of --seq tokens; scoring: the first --tokens tokens of each
+text. Without MODEL_DIR and the texts nothing is measured, with exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 import awq_ext
 from awq_ext.cli import hf, texts
-from awq_ext.evaluation.comparison import Comparison
 from awq_ext.modules import output_embeddings
 
-BITS = {"int8": 8, "int4": 4}
-ALONE = {
-    "int8 rtn": ("int8", {"method": "rtn"}),
-    "int8 awq": ("int8", {"method": "awq"}),
-    "int4 rtn": ("int4", {"method": "rtn"}),
-    "int4 awq": ("int4", {"method": "awq"}),
-    "int4 awq, fold=always": ("int4", {"method": "awq", "fold": "always"}),
-    "int4 gptq": ("int4", {"method": "gptq"}),
-    "int4 awq+gptq": ("int4", {"method": "awq+gptq"}),
+HEADS: dict[str, dict[str, Any]] = {
+    "int8": {"head": "int8"},
+    "int8 awq": {"head": "int8", "per_layer": {"lm_head": {"method": "awq"}}},
+    "int4 rtn": {"head": "int4", "method": "rtn"},
+    "int4": {"head": "int4"},
+    'int4, fold="always"': {"head": "int4", "fold": "always"},
+    "int4 gptq": {"head": "int4", "method": "gptq", "objective": "layer"},
+    "int4 awq+gptq": {"head": "int4", "method": "awq+gptq", "objective": "layer"},
 }
 
 
-def name_of_head(model: Any) -> str:
-    head = output_embeddings(model)
-    return next(name for name, module in model.named_modules() if module is head)
+class Head(nn.Module):
+    """The output layer as a model of its own, [T, K] to [T, V]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.lm_head = copy.deepcopy(linear)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
 
 
-def alone(name: str) -> list[dict[str, Any]]:
-    """The head by each method, everything else float; per_layer, as head="int8" chooses a method by itself."""
-    return [
-        {"label": label, "head": head, "only": (name,), **settings, "per_layer": {name: {"method": settings["method"]}}}
-        for label, (head, settings) in ALONE.items()
-    ]
+@torch.no_grad()
+def hidden_states(model: nn.Module, windows: list[Tensor]) -> list[Tensor]:
+    """What the head reads, [T, K] of each window."""
+    seen: list[Tensor] = []
+    hook = output_embeddings(model).register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    for window in windows:
+        model(window, use_cache=False)
+    hook.remove()
+    return seen
 
 
-def whole() -> list[dict[str, Any]]:
-    """AWQ with the head in each of its forms."""
-    return [{"label": f"head {head}", "method": "awq", "head": head} for head in ("float", "int8", "int4")]
+@torch.no_grad()
+def score(head: nn.Module, hidden: list[Tensor], reference: list[Tensor], float_head: nn.Module, windows: list[Tensor]):
+    """Perplexity, and mean KL divergence from the float model, which reads ``reference``; of tokens 2 to the last."""
+    loss = divergence = count = 0.0
+    for x, y, ids in zip(hidden, reference, windows, strict=True):
+        ours = F.log_softmax(head(x[:-1]).float(), -1)
+        theirs = F.log_softmax(float_head(y[:-1]).float(), -1)
+        loss += F.nll_loss(ours, ids[0, 1:], reduction="sum").item()
+        divergence += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
+        count += len(ours)
+    return {"perplexity": math.exp(loss / count), "kl": divergence / count}
 
 
-def figures(found: Comparison) -> dict[str, Any]:
-    """Values with their intervals; of the head's row in the report the loss and RTN's."""
-    return {
-        row.label: {
-            "bytes": row.size_bytes,
-            "seconds": row.seconds,
-            "measures": {
-                text: {m: [one.value, one.low, one.high] for m, one in e.measures.items()}
-                for text, e in row.evaluations.items()
-            },
-        }
-        for row in found.rows
-    }
+def quantized(
+    linear: nn.Linear, calib: list[Tensor], settings: dict[str, Any], group_size: int
+) -> tuple[nn.Module, dict]:
+    """One head, and what the report and the clock say of it."""
+    start = time.perf_counter()
+    model = awq_ext.quantize(Head(linear), calib, group_size=group_size, progress=False, **settings)
+    row = model.awq_report["lm_head"]
+    facts = {"seconds": time.perf_counter() - start, "bytes": model.lm_head.nbytes}
+    return model, facts | {"loss": row.loss, "loss_rtn": row.loss_rtn}
 
 
 def main() -> None:
@@ -83,23 +103,33 @@ def main() -> None:
 
     tokenizer, model = hf.load_tokenizer(args.model), hf.load_model(args.model, "auto")
     calib = texts.windows(args.calib, tokenizer, args.samples, args.seq)
-    count = -(-args.tokens // args.seq)
     named = hf.named_texts(args.traffic)
-    traffic = {name: texts.windows([path], tokenizer, count, args.seq) for name, path in named.items()}
-    head = output_embeddings(model)
+    traffic = {n: texts.windows([path], tokenizer, -(-args.tokens // args.seq), args.seq) for n, path in named.items()}
+    linear = output_embeddings(model)
+    read = hidden_states(model, calib)
+    heads, facts = {"float": Head(linear)}, {"float": {"bytes": linear.weight.nbytes}}
+    for label, settings in HEADS.items():
+        heads[label], facts[label] = quantized(linear, read, settings, args.group_size)
+        print(label, facts[label], flush=True)
+    states = {"float": {name: hidden_states(model, windows) for name, windows in traffic.items()}}
+    awq_ext.quantize(model, calib, group_size=args.group_size, progress=False)
+    states["awq"] = {name: hidden_states(model, windows) for name, windows in traffic.items()}
     data: dict[str, Any] = {
         "model": args.model.absolute().name,
-        "head": [head.out_features, head.in_features],
+        "head": [linear.out_features, linear.in_features],
         "settings": {name: getattr(args, name) for name in ("group_size", "samples", "seq", "tokens")},
-        "traffic": list(traffic),
+        "heads": facts,
+        "blocks": {blocks: {} for blocks in states},
     }
-    for part, methods in (("whole", whole()), ("alone", alone(name_of_head(model)))):
-        found = awq_ext.compare(model, calib, traffic, methods, group_size=args.group_size)
-        print(f"\n== {part}")
-        print(found, flush=True)
-        data[part] = figures(found)
-        if args.json:
-            args.json.write_text(json.dumps(data, indent=1) + "\n")
+    for blocks, seen in states.items():
+        for label, head in heads.items():
+            data["blocks"][blocks][label] = {
+                name: score(head, seen[name], states["float"][name], heads["float"], windows)
+                for name, windows in traffic.items()
+            }
+            print(blocks, label, data["blocks"][blocks][label], flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import hf_directory
 import pytest
 import torch
 from counterparts.counterpart import assert_same_weights, clear_prompt, needed, quantized_llama, run, weights_of
@@ -37,7 +38,8 @@ def test_compressed_tensors_unpacks_a_head_that_was_tied(tmp_path: Path) -> None
 def test_gptqmodel_runs_it(tmp_path: Path) -> None:
     needed("gptqmodel")
     model = quantized_llama(head="int4", symmetric=True)
-    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gptq")
+    # it wants a tokenizer, whatever the model
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gptq", tokenizer=hf_directory.tokenizer())
     (prompt, _), out = clear_prompt(tmp_path, model), tmp_path / "out.safetensors"
     run("gptqmodel", "gptqmodel_logits.py", folder, prompt, out)
     with torch.no_grad():

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 folder, prompt, out = sys.argv[1:]
 tokens = load_file(prompt)["tokens"]
-model = GPTQModel.load(folder, device="cpu", backend=BACKEND.GPTQ_TORCH if hasattr(BACKEND, "GPTQ_TORCH") else BACKEND.TORCH)
+model = GPTQModel.load(
+    folder, device="cpu", backend=BACKEND.GPTQ_TORCH if hasattr(BACKEND, "GPTQ_TORCH") else BACKEND.TORCH
+)
 head = model.model.lm_head
 assert type(head).__module__.startswith("gptqmodel"), type(head)
 with torch.no_grad():
