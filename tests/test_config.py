@@ -77,10 +77,16 @@ def test_a_refused_choice_lists_the_choices(field: str) -> None:
     assert repr(getattr(AwqConfig(), field)) in str(caught.value)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_four_and_eight_bits_can_be_packed() -> None:
+    assert [AwqConfig(bits=bits).packed for bits in (4, 8)] == [True, True]
+    mixed = AwqConfig(per_layer={"*.down_proj": {"bits": 8}})
+    assert [mixed.for_layer(f"0.{name}_proj").bits for name in ("up", "down")] == [4, 8]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
 def test_other_bits_need_packed_false(bits: int) -> None:
     assert AwqConfig(bits=bits, packed=False).bits == bits
-    with pytest.raises(ValueError, match="packed=False"):
+    with pytest.raises(ValueError, match=f"bits={bits}: packed layers hold 4 or 8 bits.*packed=False"):
         AwqConfig(bits=bits)
 
 

@@ -86,7 +86,8 @@ def card(
     floats = sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in source.floats)
     before = floats + dtype.itemsize * sum(facts.in_features * facts.out_features for facts in summary.layers.values())
     sizes, usual = summary.group_sizes(), AwqConfig().to_dict()
-    return Card(format, len(summary.layers), sizes, summary.symmetric, report, base, before, stored, usual)
+    parts = (len(summary.layers), sizes, summary.symmetric, report, base, before, stored, usual)
+    return Card(format, *parts, summary.widths())
 
 
 def float_modules(source: QuantDir) -> Iterable[str]:

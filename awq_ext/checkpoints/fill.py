@@ -243,7 +243,14 @@ class _Plan:
         )
         scales = run_time_scales(packed, dtype, name)
         layer = QuantLinear(
-            packed.in_features, packed.out_features, packed.group_size, False, False, dtype, device="meta"
+            packed.in_features,
+            packed.out_features,
+            packed.group_size,
+            False,
+            False,
+            dtype,
+            device="meta",
+            bits=packed.bits,
         )
         move = lambda t: t if near.is_meta else t.to(near.device)  # noqa: E731
         layer.qweight, layer.scales, layer.zeros = move(packed.qweight), move(scales), move(packed.zeros)

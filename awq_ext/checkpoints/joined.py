@@ -110,7 +110,7 @@ def cut_layer(layer: PackedLinear, run: Run) -> PackedLinear:
 def join_layers(layers: Sequence[PackedLinear], names: Sequence[str]) -> PackedLinear:
     """Make one layer with the outputs of all, exactly. names: of the parts, for messages.
 
-    CheckpointError when they differ in input channels, groups, run-time scales, or in having a bias.
+    CheckpointError when they differ in input channels, bits, groups, run-time scales, or in having a bias.
     """
     first = layers[0]
     if len(layers) == 1:
@@ -131,6 +131,8 @@ def _difference(one: PackedLinear, other: PackedLinear) -> str:
     """Tell in what two layers differ that a joined one has only once, or ""."""
     if one.in_features != other.in_features:
         return f"input channels ({one.in_features}, {other.in_features})"
+    if one.bits != other.bits:
+        return f"bits ({one.bits}, {other.bits})"
     # a single group may be called -1 or by its length
     if one.groups != other.groups or (one.groups > 1 and one.group_size != other.group_size):
         return f"group sizes ({one.group_size}, {other.group_size})"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.quant_linear import TILED, QuantLinear
+from ..layers.quantized_weight import row_bytes
 from ..modules import heads_among
 from ..standins.expert_linears import ExpertLinears
 from .conversions import is_transformers_model
@@ -63,14 +64,16 @@ class ModelSource:
         if layer.tiles.is_meta:
             raise CheckpointError(f"{name} is on the meta device: it has no values to save")
         bias, scale = layer.bias, layer.pre_quant_scale
+        shape = (layer.out_features, row_bytes(layer.in_features, layer.bits))
         return PackedLinear(
-            qweight=torch.empty(layer.out_features, (layer.in_features + 1) // 2, dtype=torch.uint8, device="meta"),
+            qweight=torch.empty(shape, dtype=torch.uint8, device="meta"),
             scales=layer.scales.cpu(),
             zeros=layer.zeros.cpu(),
             in_features=layer.in_features,
             group_size=layer.group_size,
             bias=None if bias is None else bias.detach().cpu(),
             pre_quant_scale=None if scale is None else scale.cpu(),
+            bits=layer.bits,
         )
 
     def float_tensor(self, name: str) -> Tensor:

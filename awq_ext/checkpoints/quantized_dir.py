@@ -91,6 +91,10 @@ class QuantDir:
             raise CheckpointError(f"{self.folder}: layer {name} has no {leaf} of two dimensions")
         return shape[dimension]
 
+    def bits(self, name: str) -> int:
+        """Tell the width of a layer's codes from the config."""
+        return self.settings.bits(name)
+
     def float_tensor(self, name: str) -> Tensor:
         """Read one of ``floats``."""
         return self.shards.get(name)

@@ -95,6 +95,10 @@ class Renamed:
         """Make a layer that is only renamed of tensors that were read already; see QuantDir.layer."""
         return self.source.layer(self.layers[name], read)
 
+    def bits(self, name: str) -> int:
+        """See QuantDir.bits."""
+        return self.source.bits(self.layers[name])
+
     def runs(self, name: str) -> tuple[Run, ...]:
         """List the rows that make up a layer or float tensor; none where it is only renamed, or a converter makes it."""
         runs = self._rows.get(name) or self._cuts.get(name, ())

@@ -72,11 +72,12 @@ def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:  # of a tool that is not read here
         return facts | {"note": str(error)}
     sizes, of_layers = found.settings.group_sizes, found.settings.per_layer.values()
-    facts |= {"format": found.layout.name, "int4 layers": len(found.layers)}
+    widths = Counter(map(found.bits, found.layers))
+    facts |= {"format": found.layout.name} | {f"int{bits} layers": widths[bits] for bits in sorted(widths)}
     if scaled := sum("pre_quant_scale" in leaves for leaves in found.layers.values()):
         facts["scaled at run time"] = scaled
     if of_layers:
-        facts["group sizes"] = dict(Counter(str(size) for _, size in of_layers))
+        facts["group sizes"] = dict(Counter(str(size) for _, size, _ in of_layers))
     elif sizes:
         facts["group sizes"] = {str(sizes[0]): len(found.layers)} if len(sizes) == 1 else ", ".join(map(str, sizes))
     return facts

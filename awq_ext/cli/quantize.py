@@ -130,19 +130,19 @@ def quantize(
 
 
 def _refuse_other_bits(settings: list[str]) -> None:
-    """Say where to try what no int4 directory can hold: other bits, and weights that are only rounded."""
+    """Say where to try what no quantized directory can hold: other bits, and weights that are only rounded."""
     from ..config import understood
 
     try:
         asked = understood(dict(map(parse_setting, settings)))
     except TypeError:
         return  # read_settings says what is wrong
-    if asked.get("packed") is False or asked.get("bits", 4) in (2, 3, 5, 6, 7, 8):
+    if asked.get("packed") is False or asked.get("bits", 4) in (2, 3, 5, 6, 7):
         bits = asked.get("bits", 4)
         raise typer.BadParameter(
-            f"directories hold 4 bits, packed. What {bits} bits cost: awq-ext compare MODEL --calib ... --traffic ... "
+            f"directories hold 4 or 8 bits, packed. What {bits} bits cost: awq-ext compare MODEL --calib ... --traffic ... "
             f"--set bits={bits} --set packed=false. The weights rounded to {bits} bits as a float model, no smaller: in Python "
             f"awq_ext.quantize(model, calib, bits={bits}, packed=False), then model.save_pretrained(OUT). "
-            f'Some layers at 8 bits, kept as floats: --set \'per_layer={{"*.down_proj": {{"bits": 8, "packed": false}}}}\'',
+            'Some layers at 8 bits: --format native --set \'per_layer={"*.down_proj": {"bits": 8}}\'',
             param_hint="--set",
         )

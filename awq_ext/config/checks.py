@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.reference import TILE_BITS
 from .patterns import check_pattern
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
@@ -55,9 +56,9 @@ def check_values(config: Any) -> None:
 
 
 def _check_ranges(config: Any) -> None:
-    if config.packed and config.bits != 4:
+    if config.packed and config.bits not in TILE_BITS:
         raise ValueError(
-            f"AwqConfig.bits={config.bits}: packed layers hold 4 bits; use bits=4, or packed=False to try 2 to 8 bits"
+            f"AwqConfig.bits={config.bits}: packed layers hold 4 or 8 bits; use one of them, or packed=False to try 2 to 8"
         )
     if not 2 <= config.bits <= 8:
         raise ValueError(f"AwqConfig.bits={config.bits}: 2 to 8 are possible")

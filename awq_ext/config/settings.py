@@ -72,7 +72,7 @@ class AwqConfig:
 
     method: "awq" searches scales and clips; "gptq" rounds with error feedback (arXiv 2210.17323), each channel making up for
         the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
-    bits: 4, or 2 to 8 with ``packed=False``.
+    bits: 4 or 8, or 2 to 8 with ``packed=False``.
     group_size: input channels that share one scale and zero, -1 for the whole row; a short last group is fine.
     skip: what stays as it is, beside the output layer of language models: patterns of whole layer names (fnmatch, such as
         ``"*.router"``, or a regular expression after ``re:``), or functions of (name, module) that return a bool. A pattern that
@@ -84,7 +84,7 @@ class AwqConfig:
         A weight that it shares with the embedding stays there in float, and the two are no longer tied. ``quantize_head=True``
         is understood as head="int4".
     per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
-        ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8, "packed": False}}``.
+        ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8}}``.
     fold: "auto" folds scales into a norm or an earlier Linear where a numeric proof succeeds and divides at run time
         elsewhere; "never" always divides at run time; "always" leaves groups that cannot be folded unscaled, for formats
         that have no place for a run-time scale.
@@ -95,7 +95,7 @@ class AwqConfig:
 
     symmetric: zero fixed at the middle code instead of one zero per group.
     scale_dtype: storage type of the scales, "float16" or "bfloat16".
-    packed: True makes QuantLinear modules (int4); False leaves nn.Linear with fake-quantized weights, for experiments.
+    packed: True makes QuantLinear modules; False leaves nn.Linear with fake-quantized weights, for experiments.
     propagate: what the next block is calibrated on, outputs of the "float" or of the "quantized" blocks before it.
     clip: search range clipping: True for every layer, False for none, "auto" where it also lowers the error of the
         block's output (scores of queries and keys suffer from it).

@@ -20,24 +20,29 @@ from ..undo import interrupt
 
 
 def linear_bytes(layer: LayerReport) -> int:
-    """Compute the packed size of a Linear: its codes, and for each group of each row a 2-byte scale and a zero of half a byte."""
+    """Compute the packed size of a Linear: its codes, and for each group of each row a scale and a zero."""
     groups = reference.group_count(layer.in_features, layer.group_size)
-    return -(-layer.out_features * (layer.in_features * layer.bits + 20 * groups) // 8)
+    return -(-layer.out_features * (layer.in_features * layer.bits + group_bits(layer.bits) * groups) // 8)
+
+
+def group_bits(bits: int) -> int:
+    """Count the bits of a group's scale, two bytes, and zero: half a byte, or a whole one for codes of more than 4 bits."""
+    return 20 if bits <= 4 else 24
 
 
 def model_bytes(model: nn.Module, float_bytes: int | None = None) -> int:
-    """Count the bytes of parameters and buffers: int4 layers as they are, fake-quantized ones as if packed, the rest by dtype.
+    """Count the bytes of parameters and buffers: quantized layers as they are, fake-quantized ones as if packed, the rest by dtype.
 
     float_bytes: bytes of each of the rest instead, for weights that are held wider than they are stored.
     """
-    int4 = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     report = getattr(model, "awq_report", None)
     fake = {row.name: row for row in report.layers if row.status == "fake"} if isinstance(report, AwqReport) else {}
-    total = sum(module.nbytes for module in int4.values())
+    total = sum(module.nbytes for module in packed.values())
     total += sum(linear_bytes(row) for row in fake.values())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
-        if owner not in int4 and not (owner in fake and leaf == "weight"):
+        if owner not in packed and not (owner in fake and leaf == "weight"):
             total += tensor.numel() * (float_bytes or tensor.element_size())
     return total
 

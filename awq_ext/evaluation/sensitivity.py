@@ -17,13 +17,14 @@ from ..config import AwqConfig, configured
 from ..forwards.calls import Call, read_calls, run_call
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import distance_of, logits_of, norm_of, targets_of
+from ..kernels.reference import TILE_BITS
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
 from ..reporting.report import AwqReport
 from ..reporting.tables import Cell, Table, as_text
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap, Estimate, Measure
-from .cost import linear_bytes
+from .cost import group_bits, linear_bytes
 from .evaluate import window_scores
 from .shared_copy import SharedCopy
 
@@ -89,8 +90,8 @@ class Sensitivity:
     def keep(self, bits: float, upper: int | str = "float") -> Kept:
         """Choose the parts that save most cost for each bit more, within ``bits`` stored bits a weight on average.
 
-        upper: what they become: "float", or 5 to 8 (fake-quantized: int4 is the only packed width). A bit more makes rounding
-        errors half and squared ones a quarter, which is how the cost of ``upper`` bits is estimated.
+        upper: what they become: "float", or 5 to 8 bits (5 to 7 are fake-quantized: no packed layer has them). A bit more makes
+        rounding errors half and squared ones a quarter, which is how the cost of ``upper`` bits is estimated.
         Raises ValueError for a budget below what quantizing everything takes.
         """
         if upper != "float" and (
@@ -115,13 +116,17 @@ class Sensitivity:
         return Kept(names, self._settings(names, upper), used / weights, self.total - saved, self.total)
 
     def _more(self, part: Part, upper: int | str) -> float:
-        return part.float_bits - part.bits if upper == "float" else float(upper - self.config.bits)
+        if upper == "float":
+            return part.float_bits - part.bits
+        own = self.config.bits
+        groups = (part.bits - own) / group_bits(own)  # for each weight
+        return upper - own + (group_bits(upper) - group_bits(own)) * groups
 
     def _settings(self, names: Sequence[str], upper: int | str) -> dict[str, Any]:
         patterns = tuple(escape(name) for name in names)
         if upper == "float":
             return {"skip": (*self.config.skip, *patterns)}
-        fields = {"bits": upper, "packed": False}
+        fields = {"bits": upper} | ({} if upper in TILE_BITS else {"packed": False})
         return {"per_layer": {pattern: fields for pattern in patterns} | dict(self.config.per_layer)}
 
     def table(self, rows: int | None = None) -> Table:

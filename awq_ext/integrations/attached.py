@@ -87,7 +87,8 @@ def attach(model: nn.Module, format: str | None = None) -> None:
         kept = None if before is None else before.layout.name
         layout = LAYOUTS[format or kept or DEFAULT_FORMAT]
         # what else belongs there is known when the model is saved
-        config = AwqExtConfig(quant_method=quant_method(layout.name), bits=4)
+        bits = min(module.bits for module in part.modules() if isinstance(module, QuantLinear))
+        config = AwqExtConfig(quant_method=quant_method(layout.name), bits=bits)
         quantizer = AwqExtQuantizer(config)
         quantizer.layout = layout
         part.hf_quantizer, part.config.quantization_config = quantizer, config

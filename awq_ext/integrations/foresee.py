@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.formats import layout
-from ..checkpoints.formats.packed import SYMMETRIC_ZERO
+from ..checkpoints.formats.packed import middle_code
 from ..checkpoints.model_source import ModelSource, float_linears
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.write import summarize
@@ -66,8 +66,9 @@ def _chosen(opened: Session, blocks: Sequence[str] | None, scales: bool) -> dict
 
 def _stand_in(linear: nn.Linear, settings: AwqConfig, at_run_time: bool) -> QuantLinear:
     """Make a layer of the shape and settings of the one to be; its codes are memory that nobody touches."""
-    layer = QuantLinear.empty_like(linear, settings.group_size, at_run_time, settings.torch_scale_dtype)
-    zero = SYMMETRIC_ZERO - (not settings.symmetric)  # any other than the middle says that there are zeros
+    kind = {"scale_dtype": settings.torch_scale_dtype, "bits": settings.bits}
+    layer = QuantLinear.empty_like(linear, settings.group_size, at_run_time, **kind)
+    zero = middle_code(settings.bits) - (not settings.symmetric)  # any other than the middle says that there are zeros
     layer.zeros = torch.full_like(layer.zeros, zero)
     layer.bias = linear.bias
     return layer

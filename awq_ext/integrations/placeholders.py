@@ -42,7 +42,7 @@ class Placeholder(nn.Module):
         linear.bias = self._bias(packed)
         scales = run_time_scales(packed, linear.weight.dtype, self.name)
         parts = (part.to(device) for part in (packed.qweight, scales, packed.zeros))
-        weight = QuantizedWeight(*parts, packed.in_features, packed.group_size)
+        weight = QuantizedWeight(*parts, packed.in_features, packed.group_size, bits=packed.bits)
         scale = packed.pre_quant_scale
         layer = QuantLinear.from_packed(linear, weight, None if scale is None else scale.to(device))
         if self.files.in_memory is not None:
@@ -90,7 +90,7 @@ class JoinedLinear(Placeholder):
 
     def __init__(self, linear: nn.Linear, name: str, files: Renamed) -> None:
         super().__init__(linear, name, files)
-        size = linear.weight.nbytes if name not in files.layers else (linear.weight.numel() + 1) // 2
+        size = linear.weight.nbytes if name not in files.layers else linear.weight.numel() * files.bits(name) // 8 + 1
         self.register_buffer("room", torch.empty(size, dtype=torch.uint8, device="meta"), persistent=False)
         self._have_weight()
 

@@ -23,8 +23,8 @@ MARK = "<!-- awq_ext writes this card anew whenever the model is saved here; wit
 class Card:
     """What a card tells.
 
-    layers: how many are quantized; base: the float model's name, or ""; before, after: bytes of the weights; usual: the
-    settings that go without saying.
+    layers: how many are quantized; bits: that they have; base: the float model's name, or ""; before, after: bytes of the
+    weights; usual: the settings that go without saying.
     """
 
     format: str
@@ -36,17 +36,23 @@ class Card:
     before: int
     after: int
     usual: Mapping[str, Any]
+    bits: Sequence[int] = (4,)
 
     def text(self) -> str:
         """Render as Markdown, with the header that the Hugging Face hub reads."""
-        head = ["---", "library_name: transformers", "tags:", "- awq", "- int4", "- awq_ext"]
+        tags = [f"- int{bits}" for bits in self.bits]
+        head = ["---", "library_name: transformers", "tags:", "- awq", *tags, "- awq_ext"]
         if "/" in self.base:  # the name of a repository
             head += [f"base_model: {self.base}", "base_model_relation: quantized"]
         rows = "\n".join(f"| {name} | {value} |" for name, value in self._facts())
         use = "\n\n".join(_recipe(reader) for reader in readers(self.format))
-        title = f"# {self.base.rpartition('/')[2] or 'A model'} in 4 bits"
+        title = f"# {self.base.rpartition('/')[2] or 'A model'} in {self._widths} bits"
         parts = ["\n".join([*head, "---", MARK]), title, f"| | |\n|---|---|\n{rows}", "## Load and serve", use]
         return "\n\n".join(parts) + "\n"
+
+    @property
+    def _widths(self) -> str:
+        return " and ".join(map(str, self.bits))
 
     def _facts(self) -> list[tuple[str, str]]:
         facts = []
@@ -56,7 +62,12 @@ class Card:
             facts.append(("method", str(self.report.config.get("method", "awq"))))
         sizes = ", ".join("whole rows" if size == -1 else str(size) for size in self.group_sizes)
         zeros = "symmetric" if self.symmetric else "with zero points"
-        facts.append(("weights", f"4 bits, groups of {sizes}, {zeros}; {self.layers} layers; format `{self.format}`"))
+        facts.append(
+            (
+                "weights",
+                f"{self._widths} bits, groups of {sizes}, {zeros}; {self.layers} layers; format `{self.format}`",
+            )
+        )
         facts += _told(self.report, self.usual) if self.report is not None else []
         facts.append(("size of the weights", f"{format_bytes(self.before)} before, {format_bytes(self.after)} after"))
         return [*facts, ("made with", _versions())]

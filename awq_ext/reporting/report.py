@@ -18,7 +18,7 @@ class LayerReport:
 
     Rows count as ``AwqConfig.objective`` says: losses of methods with error feedback and of others do not compare.
 
-    status: "int4", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
+    status: "int4", "int8", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
     scale: "identity", "plain" or "duo"; alpha its exponent; power: of that scale, which error feedback was given (otherwise 1).
     applied: "norm" or "linear" (folded into one), "run time", "weights" (fake-quantized weights hold both) or "" (nothing to
     apply). group: the first Linear of the scale group, which shares the scale.

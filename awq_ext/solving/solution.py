@@ -143,7 +143,7 @@ class GroupSolution:
             name=task.name,
             in_features=task.linear.in_features,
             out_features=task.linear.out_features,
-            status="int4" if task.settings.packed else "fake",
+            status=f"int{task.settings.bits}" if task.settings.packed else "fake",
             bits=task.settings.bits,
             group_size=task.settings.group_size,
             method=layer.method,

@@ -23,11 +23,13 @@ def planned_bytes(surveys: Sequence[BlockSurvey], growth: float, config: AwqConf
     hidden = max(s.input_bytes for s in surveys) * growth
     statistics = max(statistics_bytes(s) + _centred_bytes(s, config) for s in surveys)
     weights = {name: linear.weight for s in surveys for name, linear in s.linears.items()}
-    made = sum(0.6 * w.numel() if config.for_layer(name).packed else w.nbytes for name, w in weights.items())
+    made = sum(
+        _code_bytes(config, n) * w.numel() if config.for_layer(n).packed else w.nbytes for n, w in weights.items()
+    )
     # three fp32 [K, K]: the factor; the whole second moment in panels, for refining; and damped, for the clips
     widths = [m.in_features for s in surveys for n, m in s.linears.items() if config.for_layer(n).uses_gptq]
     factored = 12 * max(widths, default=0) ** 2
-    return int(hidden + statistics + made + factored + max(_scratch_bytes(s) for s in surveys))
+    return int(hidden + statistics + made + factored + max(_scratch_bytes(s, config) for s in surveys))
 
 
 def statistics_bytes(surveyed: BlockSurvey) -> int:
@@ -36,13 +38,18 @@ def statistics_bytes(surveyed: BlockSurvey) -> int:
     return sum(4 * k * k + 16 * k for k in widths)
 
 
-def _scratch_bytes(surveyed: BlockSurvey) -> int:
+def _code_bytes(config: AwqConfig, name: str) -> float:
+    """Bytes of a quantized weight in memory, with its share of scales and zeros: only codes of 4 bits are packed."""
+    return 0.6 if config.for_layer(name).bits == 4 else 1.1
+
+
+def _scratch_bytes(surveyed: BlockSurvey, config: AwqConfig) -> int:
     """Estimate the bytes that solving a block needs for a while, beside its statistics."""
-    weights = [linear.weight for linear in surveyed.linears.values()]
+    weights = {name: linear.weight for name, linear in surveyed.linears.items()}
     moment = max((linear.in_features**2 for linear in surveyed.linears.values()), default=0)
-    trial = sum(weight.numel() * (weight.element_size() + 2 * 0.6) for weight in weights)
+    trial = sum(w.numel() * (w.element_size() + 2 * _code_bytes(config, name)) for name, w in weights.items())
     # the upper triangle in fp32, and the largest Linear in fp32 while a trial weight is made of it
-    largest = max((8 * weight.numel() for weight in weights), default=0)
+    largest = max((8 * weight.numel() for weight in weights.values()), default=0)
     return int(2 * moment + trial + largest + _KERNEL_SLAB)
 
 

@@ -68,6 +68,28 @@ def test_other_dtypes(dtype: torch.dtype, options: dict[str, Any], tmp_path: Pat
     assert (layer.dtype, layer.weight.dtype) == (dtype, dtype)
 
 
+MIXED = {"*.down_proj": {"bits": 8, "group_size": 32}, "layers.1.*": {"bits": 8, "symmetric": True}}
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 8, "fold": "never"}, {"per_layer": MIXED}])
+def test_eight_bits(options: dict[str, Any], meta: bool, tmp_path: Path) -> None:
+    model = quantized(**options)
+    awq_ext.set_compute_dtype(model, "int8")
+    awq_ext.save(model, tmp_path / "a")
+    with torch.device("meta" if meta else "cpu"):
+        empty = models.Net().eval()
+    assert_same_model(model, awq_ext.load(empty, tmp_path / "a"))
+    said = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    widths = {name: (*sizes, said["bits"])[2] for name, sizes in said["layers"].items()}
+    assert widths == {name: module.bits for name, module in model.named_modules() if hasattr(module, "bits")}
+    awq_ext.convert(tmp_path / "a", tmp_path / "b", "native")
+    assert_same_model(model, awq_ext.load(models.Net().eval(), tmp_path / "b"))
+    with pytest.raises(CheckpointError, match=r"(?s)'awq' cannot hold this model.*it has 8 bits, not 4"):
+        awq_ext.convert(tmp_path / "a", tmp_path / "c", "awq")
+    assert not (tmp_path / "c").exists()
+
+
 def test_loading_onto_a_quantized_model_replaces_it(tmp_path: Path) -> None:
     model, other = quantized(), quantized(group_size=32, symmetric=True, fold="never")
     awq_ext.save(model, tmp_path)

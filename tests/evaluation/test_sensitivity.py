@@ -110,7 +110,8 @@ def test_eight_bits_leave_a_little() -> None:
     kept = found.keep(bits=6.0, upper=8)
     assert kept.names == ("layer1",) and kept.bits == 6.0
     assert kept.cost == pytest.approx(1.0 + 9.0 / 256)
-    assert kept.settings == {"per_layer": {"layer1": {"bits": 8, "packed": False}}}
+    assert kept.settings == {"per_layer": {"layer1": {"bits": 8}}}
+    assert found.keep(bits=6.0, upper=7).settings == {"per_layer": {"layer1": {"bits": 7, "packed": False}}}
 
 
 def test_the_choice_is_near_the_best_there_is() -> None:

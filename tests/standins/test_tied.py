@@ -187,7 +187,7 @@ def test_heads_that_share_with_a_linear_are_left_alone() -> None:
     model.twin = nn.Linear(models.HIDDEN, models.VOCAB, bias=False)
     model.twin.weight = model.lm_head.weight
     assert tied_to_embedding(model, {"lm_head": model.lm_head}) == {}
-    with pytest.raises(ValueError, match="its weight is shared with embed.weight, twin.weight"):
+    with pytest.raises(ValueError, match=r"its weight is shared with embed\.weight, twin\.weight"):
         awq_ext.quantize(model, models.token_batches(), head="int4", **FAST)
 
 

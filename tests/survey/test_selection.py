@@ -138,6 +138,22 @@ def test_settings_by_layer() -> None:
     assert rows["layers.0.mlp.up_proj"].loss < 0.1 * rows["layers.1.mlp.up_proj"].loss  # 8 bits
 
 
+def test_layers_of_four_and_eight_bits_in_one_model() -> None:
+    """8 bits packed and 8 bits rounded in a float weight are the same weights, but for 1/s: multiplied by, or divided."""
+    mixed = quantized(per_layer={"layers.0.*": {"bits": 8}, "*.v_proj": {"bits": 8}}, fold="never")
+    rounded = quantized(per_layer={"layers.0.*": {"bits": 8, "packed": False}}, fold="never")
+    for name in EVERY:
+        row, layer = mixed.awq_report[name], mixed.get_submodule(name)
+        bits = 8 if name.startswith("layers.0.") or name.endswith("v_proj") else 4
+        assert (row.status, row.bits, layer.bits, layer.group_size) == (f"int{bits}", bits, bits, 16)
+        if name.startswith("layers.0."):
+            expected = rounded.get_submodule(name).weight.detach()
+            torch.testing.assert_close(layer.weight * 1.0, expected, rtol=2.0**-22, atol=0)
+    rows = mixed.awq_report
+    assert rows["layers.0.mlp.up_proj"].loss < 0.1 * rows["layers.1.mlp.up_proj"].loss
+    assert rows["layers.1.attention.v_proj"].group == "layers.1.attention.q_proj"
+
+
 def test_members_of_a_group_may_differ_in_bits_and_group_size() -> None:
     fields = {"*.k_proj": {"group_size": 32}, "*.v_proj": {"symmetric": True}}
     rows = {row.name: row for row in quantized(per_layer=fields).awq_report.layers}
@@ -164,7 +180,7 @@ def test_members_of_different_methods_share_no_scale() -> None:
         ({"*": 3}, TypeError, r"per_layer\['\*'\]=3"),
         ({3: {}}, TypeError, "a name pattern"),
         ({"*": {"fold": "never"}}, ValueError, r"sets fold: one layer can have its own method, bits"),
-        ({"*": {"bits": 8}}, ValueError, r"per_layer\['\*'\]: AwqConfig.bits=8: packed layers hold 4 bits"),
+        ({"*": {"bits": 6}}, ValueError, r"per_layer\['\*'\]: AwqConfig.bits=6: packed layers hold 4 or 8 bits"),
         ({"*": {"group_size": 20}}, ValueError, r"per_layer\['\*'\]: AwqConfig.group_size=20"),
         ({"*": {"bits": "4"}}, TypeError, r"per_layer\['\*'\]: AwqConfig.bits='4'"),
     ],

@@ -225,7 +225,7 @@ def _group_size(group: Mapping[str, Any], format: Any, place: str) -> int:
     if not isinstance(weights, dict):
         raise CheckpointError(f"{place}: weights={weights!r}, an object is needed")
     if (bits := int_setting(weights, "num_bits")) not in (None, 4):
-        raise CheckpointError(f"{place}: it has {bits} bits; awq_ext runs layers of 4 bits")
+        raise CheckpointError(f"{place}: it has {bits} bits; of this format awq_ext reads 4")
     if weights.get("type", "int") != "int" or group.get("input_activations") is not None:
         raise CheckpointError(f"{place}: only int4 weights with float activations can be read")
     require_known(group, _KNOWN_OF_GROUP, place)

@@ -51,6 +51,8 @@ class GemvFast(AwqLayout):
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:
         found = super().problems(name, layer) + group_size_problem(layer)
+        if layer.bits not in self.widths:
+            return found
         scales = self.stored_scales(layer)
         back = layer.zeros if scales is None else _zeros_back(scales, self._products(scales, layer.zeros))
         if back is None or bool(((back != layer.zeros) & (scales != 0)).any()):  # with a scale of 0 all zeros are one

@@ -27,11 +27,13 @@ class Facts:
     group_size: int
     groups: int
     symmetric: bool
+    bits: int = 4
 
     @classmethod
     def of(cls, layer: PackedLinear) -> Facts:
         """Collect them from one layer."""
-        return cls(layer.in_features, layer.out_features, layer.group_size, layer.groups, layer.symmetric)
+        sizes = (layer.in_features, layer.out_features, layer.group_size, layer.groups)
+        return cls(*sizes, layer.symmetric, layer.bits)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Summary:
         lengths = {facts.in_features for facts in self.layers.values()}
         same = len(lengths) == 1 and lengths == {facts.group_size for facts in self.layers.values()}
         return [lengths.pop()] if same else [-1]
+
+    def widths(self) -> list[int]:
+        """List the bits of the layers, the least first."""
+        return sorted({facts.bits for facts in self.layers.values()})
 
     def half_joined(self) -> list[str]:
         """Name the quantized layers that servers join with neighbours which are float, or have other groups."""
@@ -87,6 +93,7 @@ class Layout:
     rows_at: ClassVar[tuple[str, int]]  # the tensor and dimension that tell out_features
     optional: ClassVar[tuple[str, ...]] = ("bias",)
     scale_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16,)
+    widths: ClassVar[tuple[int, ...]] = (4,)  # bits that its layers can have
     mixes_group_sizes: ClassVar[bool] = False
     short_groups: ClassVar[bool] = False  # may the last group of a row be short
     run_time_scales: ClassVar[bool] = False
@@ -123,6 +130,9 @@ class Layout:
         """List what of ``layer`` this layout cannot hold, each with the choice that fixes it. Empty: :meth:`pack` is exact."""
         found = []
         n, k, g = layer.out_features, layer.in_features, layer.group_size
+        if layer.bits not in self.widths:
+            held = " or ".join(map(str, self.widths))
+            found.append(f'it has {layer.bits} bits, not {held}: use format="native", or quantize with bits={held}')
         if layer.pre_quant_scale is not None and not self.run_time_scales:
             found.append('its input is scaled at run time, for which there is no slot: quantize with fold="always"')
         if not self.short_groups and g != -1 and k % g:
@@ -151,9 +161,14 @@ class Layout:
         """List what does not fit of the model as a whole, in the same form as :meth:`problems`."""
         found = []
         if summary.heads and not self.quantized_heads:
+            others = (
+                '"compressed-tensors", "gptq" or '
+                if all(summary.layers[name].bits == 4 for name in summary.heads)
+                else ""
+            )
             found.append(
                 f"{', '.join(summary.heads)} is quantized, which readers of this format take for a float output layer: use "
-                'format="compressed-tensors", "gptq" or "native", or quantize with head="float"'
+                f'format={others}"native", or quantize with head="float"'
             )
         if summary.experts and not self.joined_experts:
             found.append(

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.reference import TILE_BITS
+from ...layers.quantized_weight import row_bytes
 from .in_memory import InMemory
 from .layout import FLOATS, Layout, Summary
 from .packed import CheckpointError, PackedLinear, expect
-from .settings import Settings, anything, checked_group_size, int_setting, require_bits, require_known
+from .settings import Settings, anything, checked_group_size, int_setting, require_known
 
 _KNOWN = dict.fromkeys(
     ("quant_method", "bits", "version", "layers", "experts", "modules_to_not_convert", "in_memory"), anything
@@ -21,9 +23,10 @@ _NO_WEIGHT = torch.empty(0, dtype=torch.uint8)
 
 
 class Native(Layout):
-    """qweight uint8 [N, ceil(K/2)], scales [N, G], zeros uint8 [N, G], pre_quant_scale fp32 [K]: docs/checkpoint.md.
+    """qweight uint8 [N, ceil(K/2)] or, for 8 bits, [N, K]; scales [N, G], zeros uint8 [N, G], pre_quant_scale fp32 [K].
 
-    The config has ``layers``: name -> [in_features, group_size], because shapes do not tell them; and ``experts``: name of a
+    See docs/checkpoint.md. The config has ``layers``: name -> [in_features, group_size], because shapes do not tell them, with the
+    bits as a third number where they are others than the config's ``bits``; and ``experts``: name of a
     parameter [E, N, K] whose matrices are layers -> how the model uses it (``experts.USES``); and ``in_memory`` where
     awq_ext.save wrote it. An empty ``weight`` stands where readers that do not know the layout would find none and go on with
     random weights, as Transformers does after a warning: of a wrong shape, it is an error to them.
@@ -34,6 +37,7 @@ class Native(Layout):
     suffixes = ("qweight", "scales", "zeros")
     optional = ("pre_quant_scale", "bias", "weight")
     scale_dtypes = (torch.float16, torch.bfloat16)
+    widths = TILE_BITS
     mixes_group_sizes = True
     quantized_heads = True
     short_groups = True
@@ -52,27 +56,29 @@ class Native(Layout):
         scale = tensors.get("pre_quant_scale")
         if len(settings.per_layer) != 1:
             raise CheckpointError("quantization_config does not describe this layer")
-        ((k, size),) = settings.per_layer.values()
+        ((k, size, bits),) = settings.per_layer.values()
         if qweight.dim() != 2:
             raise CheckpointError(f"qweight has shape {tuple(qweight.shape)}, two dimensions are needed")
         n = qweight.shape[0]
-        layer = PackedLinear(qweight, scales, zeros, k, size, self.bias_of(tensors, n), scale)
-        expect("qweight", qweight, (n, (k + 1) // 2), (torch.uint8,))
+        layer = PackedLinear(qweight, scales, zeros, k, size, self.bias_of(tensors, n), scale, bits=bits)
+        expect("qweight", qweight, (n, row_bytes(k, bits)), (torch.uint8,))
         expect("scales", scales, (n, layer.groups), FLOATS[:2])
         expect("zeros", zeros, (n, layer.groups), (torch.uint8,))
         expect("weight", tensors.get("weight", _NO_WEIGHT), (0,), (torch.uint8,))
-        if bool((zeros > 15).any()):
-            raise CheckpointError(f"zeros must be below 16, got {int(zeros.max())}")
+        if zeros.numel() and int(zeros.max()) >= 1 << bits:
+            raise CheckpointError(f"zeros must be below {1 << bits}, got {int(zeros.max())}")
         if scale is not None:
             expect("pre_quant_scale", scale, (k,), (torch.float32,))
         return layer
 
     def quantization_config(self, summary: Summary) -> dict[str, Any]:
+        usual = summary.widths()[0]
+        entries = {name: [facts.in_features, facts.group_size, facts.bits] for name, facts in summary.layers.items()}
         config = {
             "quant_method": "awq_ext",
-            "bits": 4,
+            "bits": usual,
             "version": 1,
-            "layers": {name: [facts.in_features, facts.group_size] for name, facts in summary.layers.items()},
+            "layers": {name: entry[: 2 if entry[2] == usual else 3] for name, entry in entries.items()},
             "experts": dict(summary.experts),
             "modules_to_not_convert": list(summary.float_linears) or None,
         }
@@ -81,26 +87,37 @@ class Native(Layout):
     def reads(self, config: Mapping[str, Any]) -> Settings | None:
         if config.get("quant_method") != "awq_ext":
             return None
-        require_bits(config, "bits")
+        usual = _checked_bits(4 if (said := int_setting(config, "bits")) is None else said)
         layers, version = config.get("layers"), int_setting(config, "version")
         if version != 1:
             raise CheckpointError(f"quantization_config: version {version}; this awq_ext reads version 1")
         require_known(config, _KNOWN)
-        if not isinstance(layers, dict) or not all(_is_pair(entry) for entry in layers.values()):
-            raise CheckpointError("quantization_config: layers must be name -> [in_features, group_size]")
+        if not isinstance(layers, dict) or not all(map(_is_entry, layers.values())):
+            raise CheckpointError(
+                "quantization_config: layers must be name -> [in_features, group_size] or [..., bits]"
+            )
         experts = config.get("experts", {})
         if not isinstance(experts, dict) or not all(isinstance(use, str) for use in experts.values()):
             raise CheckpointError("quantization_config: experts must be name -> use")
-        per_layer = {name: (k, checked_group_size(size)) for name, (k, size) in layers.items()}
+        per_layer = {
+            name: (k, checked_group_size(size), _checked_bits(own[0]) if own else usual)
+            for name, (k, size, *own) in layers.items()
+        }
         in_memory = InMemory.read(config["in_memory"]) if "in_memory" in config else None
-        if in_memory is not None and any(size != -1 and size % 8 for _, size in per_layer.values()):
+        if in_memory is not None and any(size != -1 and size % 8 for _, size, _ in per_layer.values()):
             raise CheckpointError("quantization_config: layers has a group size that is no multiple of 8")
-        sizes = tuple(dict.fromkeys(size for _, size in per_layer.values()))
+        sizes = tuple(dict.fromkeys(size for _, size, _ in per_layer.values()))
         return Settings(sizes, per_layer, experts=experts, in_memory=in_memory)
 
     def claims(self, leaves: Mapping[str, torch.dtype]) -> bool:
         return leaves.get("qweight") == torch.uint8 and "zeros" in leaves
 
 
-def _is_pair(entry: object) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and all(type(v) is int for v in entry) and entry[0] > 0
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) in (2, 3) and all(type(v) is int for v in entry) and entry[0] > 0
+
+
+def _checked_bits(bits: int) -> int:
+    if bits not in TILE_BITS:
+        raise CheckpointError(f"quantization_config: {bits} bits; awq_ext runs {' or '.join(map(str, TILE_BITS))}")
+    return bits

@@ -11,7 +11,12 @@ from torch import Tensor
 from ... import kernels
 from ...layers.quantized_weight import QuantizedWeight
 
-SYMMETRIC_ZERO = 8  # the middle code: what formats without zeros subtract
+SYMMETRIC_ZERO = 8  # the middle code of 4 bits: what formats without zeros subtract
+
+
+def middle_code(bits: int) -> int:
+    """Return the zero of symmetric weights."""
+    return 1 << (bits - 1)
 
 
 class CheckpointError(ValueError):
@@ -20,7 +25,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear(QuantizedWeight):
-    """A weight of 4 bits (zeros 0..15) with the rest of its Linear: bias [N]; pre_quant_scale fp32 [K] multiplies the input."""
+    """A weight of 4 or 8 bits (zeros below 2^bits) with the rest of its Linear.
+
+    bias [N]; pre_quant_scale fp32 [K] multiplies the input.
+    """
 
     bias: Tensor | None = None
     pre_quant_scale: Tensor | None = None
@@ -28,7 +36,7 @@ class PackedLinear(QuantizedWeight):
     @property
     def symmetric(self) -> bool:
         """Tell whether every zero is the middle code."""
-        return bool((self.zeros == SYMMETRIC_ZERO).all())
+        return bool((self.zeros == middle_code(self.bits)).all())
 
 
 def pack_rows(codes: Tensor) -> Tensor:

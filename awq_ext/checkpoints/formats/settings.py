@@ -80,12 +80,12 @@ class Settings:
     """What a quantization_config says about its layers.
 
     group_sizes: the sizes that occur; a layer has the one that fits its number of groups. per_layer: name -> (in_features,
-    group_size) where the shapes alone do not tell. rules: the first that fits a layer's name decides; problem: with layers that
-    none fits. zero_offset: added to a stored zero, modulo 16. experts, in_memory: as in Summary.
+    group_size, bits) where the shapes alone do not tell. rules: the first that fits a layer's name decides; problem: with layers
+    that none fits. zero_offset: added to a stored zero, modulo 16. experts, in_memory: as in Summary.
     """
 
     group_sizes: tuple[int, ...]
-    per_layer: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    per_layer: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     zero_offset: int = 0
     experts: Mapping[str, str] = field(default_factory=dict)
     in_memory: InMemory | None = None
@@ -101,6 +101,10 @@ class Settings:
             raise CheckpointError(problem)
         sizes = self.group_sizes if rule is None else (rule.group_size,)
         return replace(self, group_sizes=sizes, per_layer={}, rules=(), problem="")
+
+    def bits(self, name: str) -> int:
+        """Give the bits of one layer: 4, unless an entry of its own says otherwise."""
+        return self.per_layer[name][2] if name in self.per_layer else 4
 
     def group_size(self, in_features: int, groups: int, short: bool = False) -> int:
         """Find the size that makes ``groups`` groups of ``in_features`` channels, all full unless ``short``.
@@ -147,7 +151,7 @@ def _rule(key: str, said: Mapping[str, Any], group_size: int, bits: int | None) 
 
 
 def _bits_problem(bits: int | None, place: str) -> str:
-    return "" if bits in (None, 4) else f"it has {bits} bits ({place}); awq_ext runs layers of 4 bits"
+    return "" if bits in (None, 4) else f"it has {bits} bits ({place}); of this format awq_ext reads 4"
 
 
 def regex(pattern: str, place: str) -> Callable[[str], bool]:
@@ -173,7 +177,7 @@ def require_bits(config: Mapping[str, Any], *names: str) -> None:
     """Raise CheckpointError unless the config says four bits (or nothing)."""
     bits = int_setting(config, *names)
     if bits not in (None, 4):
-        raise CheckpointError(f"quantization_config: {bits} bits; awq_ext runs checkpoints of 4 bits")
+        raise CheckpointError(f"quantization_config: {bits} bits; of this format awq_ext reads 4")
 
 
 def checked_group_size(value: int | None, default: int | None = None) -> int:
