@@ -40,8 +40,11 @@ def assert_apart(model: Any, reference: Any) -> None:
 
 
 @TIED
-def test_the_model_in_memory(tied: bool) -> None:
-    model = quantized(tied)
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_the_model_in_memory(head: str, tied: bool) -> None:
+    model = quantized(tied, head=head)
+    assert model.awq_report["lm_head"].status == head == f"int{model.lm_head.bits}"
+    assert model.model.layers[0].mlp.up_proj.bits == 4
     assert_apart(model, model)
     assert_apart(copy.deepcopy(model), model)
     generated = model.generate(BATCH[:1], max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -63,8 +66,18 @@ def test_every_way_through_files(layout: str, tied: bool, tmp_path: Path) -> Non
         assert_apart(each, model)
 
 
-def test_save_and_load_bit_for_bit(tmp_path: Path) -> None:
-    model = quantized()
+def test_eight_bits_lose_next_to_nothing() -> None:
+    torch.manual_seed(0)
+    model = float_model(tie_word_embeddings=True)
+    wanted = logits(model)
+    awq_ext.quantize(model, [BATCH], **SETTINGS | {"head": "int8", "only": ("lm_head",)})
+    # a step of 1/255 of a group's range, errors even in it: a 255 * sqrt(12)th of at most 2 * 4 standard deviations
+    assert (logits(model) - wanted).norm() < 8 / 255 / 12**0.5 * wanted.norm()
+
+
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_save_and_load_bit_for_bit(head: str, tmp_path: Path) -> None:
+    model = quantized(head=head)
     folder = awq_ext.save(model, tmp_path / "model")
     for each in (
         awq_ext.load(float_model(tie_word_embeddings=True), folder),
@@ -120,6 +133,14 @@ def test_configs_of_files_name_the_head() -> None:
     assert LAYOUTS["gptq"].quantization_config(summary)["lm_head"] is True
     groups = LAYOUTS["compressed-tensors"].quantization_config(summary)["config_groups"]
     assert groups["group_0"]["targets"] == ["Linear", "lm_head"]
+
+
+@pytest.mark.parametrize("layout", ["awq", "compressed-tensors", "gptq"])
+def test_a_head_of_eight_bits_is_native_alone(layout: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r'lm_head: it has 8 bits, not 4: use format="native", .* head="int4"'):
+        awq_ext.save_pretrained(quantized(head="int8"), tmp_path / "model", format=layout)
+    folder = awq_ext.save_pretrained(quantized(head="int8"), tmp_path / "there", format="native")
+    assert_apart(load(folder), awq_ext.from_pretrained(folder))
 
 
 @pytest.mark.parametrize("loaded", [False, True])

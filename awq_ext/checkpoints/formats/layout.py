@@ -132,7 +132,10 @@ class Layout:
         n, k, g = layer.out_features, layer.in_features, layer.group_size
         if layer.bits not in self.widths:
             held = " or ".join(map(str, self.widths))
-            found.append(f'it has {layer.bits} bits, not {held}: use format="native", or quantize with bits={held}')
+            found.append(
+                f'it has {layer.bits} bits, not {held}: use format="native", or quantize with bits={held} (an output layer: with '
+                f'head="int{held}")'
+            )
         if layer.pre_quant_scale is not None and not self.run_time_scales:
             found.append('its input is scaled at run time, for which there is no slot: quantize with fold="always"')
         if not self.short_groups and g != -1 and k % g:
