@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import awq_ext
 from awq_ext import QuantLinear
+from awq_ext.reporting.tables import format_bytes
 from awq_ext.standins.tied import keep_untied, tied_to_embedding, with_own_weight
 from awq_ext.undo.journal import Journal
 
@@ -56,6 +57,18 @@ def test_the_report_has_the_loss_of_a_tied_head() -> None:
     }
     assert rows["float"].note == "the output layer, by its name"
     assert 0 < rows["int4"].loss <= rows["int4"].loss_rtn
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (models.TiedNet, "lm_head: {held} beside 7.8 KiB in float, which are the embedding alone now"),
+        (models.Net, "lm_head: {held} in place of 7.8 KiB in float"),
+    ],
+)
+def test_the_report_tells_what_the_head_takes(kind: type[nn.Module], says: str) -> None:
+    model = awq_ext.quantize(kind(), models.token_batches(), head="int8", **FAST)
+    assert says.format(held=format_bytes(model.lm_head.nbytes)) in model.awq_report.notes
 
 
 @pytest.mark.parametrize(
