@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_model.py [--blocks 16] [--vocabulary 128256] [--seconds 60] [--threads 2] [--json FILE]
 
-Random weights, tied to the embedding, rounded to nearest (method="rtn"): speed does not depend on their values. Decode: forwards of
+Random weights, tied to the embedding, rounded to nearest: speed does not depend on their values. Decode: forwards of
 one token each after a prompt of 16, with the model's cache. Prefill: one forward of --prompt tokens, logits of the last. All of it
 also with compute_dtype="int8". The models share their float weights. One round runs every variant once; a time is the least over
 all rounds, a ratio that of bf16's to its own.
@@ -23,8 +23,9 @@ from bench_linear import machine, priority
 from torch import nn
 
 import awq_ext
+from awq_ext.solving.codes import round_to_nearest
 
-HEADS = ("float", "int8", "int4")
+HEADS = {"float": 0, "int8": 8, "int4": 4}
 SHAPE = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -48,20 +49,24 @@ def float_model(blocks: int, vocabulary: int) -> nn.Module:
         torch.set_default_dtype(before)
 
 
-def variants(base: nn.Module, ids: torch.Tensor, group_size: int) -> dict[str, nn.Module]:
+def rounded(linear: nn.Linear, group_size: int, bits: int) -> awq_ext.QuantLinear:
+    """A layer of the weight rounded to nearest, without the losses that quantize() would measure."""
+    settings = awq_ext.AwqConfig(method="rtn", group_size=group_size, bits=bits)
+    return awq_ext.QuantLinear.from_packed(linear, round_to_nearest(linear.weight.detach(), settings))
+
+
+def variants(base: nn.Module, group_size: int) -> dict[str, nn.Module]:
     """Float and int4 models; those that differ in their heads share all else."""
-    found = {"bf16": base}
-    shared = {id(tensor): tensor for tensor in base.parameters()}
-    settings = {"method": "rtn", "group_size": group_size, "progress": False}
-    with_float_head = awq_ext.quantize(copy.deepcopy(base, dict(shared)), [ids], **settings)
-    blocks = {id(m): m for m in with_float_head.modules() if isinstance(m, awq_ext.QuantLinear)}
-    for head in HEADS:
-        model = copy.deepcopy(with_float_head, shared | blocks)
-        if head != "float":
-            alone = copy.deepcopy(base, dict(shared))
-            awq_ext.quantize(alone, [ids], head=head, only=("lm_head",), **settings)
-            model.set_output_embeddings(alone.lm_head)
-        found[f"int4, head {head}"] = model
+    shared: dict[int, object] = {id(tensor): tensor for tensor in base.parameters()}
+    found, int4 = {"bf16": base}, copy.deepcopy(base, dict(shared))
+    head = int4.get_output_embeddings()
+    for name, linear in [(n, m) for n, m in int4.named_modules() if isinstance(m, nn.Linear) and m is not head]:
+        int4.set_submodule(name, rounded(linear, group_size, 4))
+    shared |= {id(t): t for t in (*int4.parameters(), *int4.buffers())}
+    for label, bits in HEADS.items():
+        found[f"int4, head {label}"] = model = copy.deepcopy(int4, dict(shared))
+        if bits:
+            model.set_output_embeddings(rounded(head, group_size, bits))
     return found
 
 
@@ -101,7 +106,7 @@ def main() -> None:
     torch.manual_seed(0)
     base = float_model(args.blocks, args.vocabulary)
     ids = torch.randint(0, args.vocabulary, (1, max(args.prompt, 16 + args.new)))
-    models = variants(base, ids[:, :16], args.group_size)
+    models = variants(base, args.group_size)
     sizes = {name: sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for name, m in models.items()}
     data: dict[str, object] = {
         "machine": machine(),
