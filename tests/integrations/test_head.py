@@ -96,7 +96,7 @@ def test_a_config_that_says_tied_does_not_tie_a_head_of_ints(tmp_path: Path) -> 
         assert_apart(each, model)
 
 
-@pytest.mark.parametrize("layout", ["awq", "gemv", "gemv_fast", "modelopt"])
+@pytest.mark.parametrize("layout", ["awq", "gemv", "gemv_fast", "llm-awq", "modelopt"])
 def test_layouts_whose_readers_would_miss_it_are_refused(layout: str, tmp_path: Path) -> None:
     settings = {"group_size": 32, "head": "int4", "symmetric": True, "fold": "always", "method": "rtn"}
     says = r'lm_head is quantized.*format="compressed-tensors", "gptq" or "native", or quantize with head="float"'
