@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -46,6 +51,17 @@ def foldable_norms(model: nn.Module) -> dict[str, nn.Module]:
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """Return the layer that a model of transformers names as its head, whatever its attribute is called; else None."""
     return _named_by(model, "get_output_embeddings")
+
+
+def heads_among(model: nn.Module, layers: Mapping[str, M]) -> dict[str, M]:
+    """Select the output layers of a language model: what ``get_output_embeddings()`` returns, and what is called lm_head."""
+    head = output_embeddings(model)
+    return {name: one for name, one in layers.items() if one is head or called_head(name)}
+
+
+def called_head(name: str) -> bool:
+    """Tell by its name whether a layer is the output layer of a language model."""
+    return name.rpartition(".")[2] == "lm_head"
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -55,6 +55,8 @@ def test_the_defaults_are_those_of_the_paper() -> None:
         ("fold", True, ValueError),
         ("propagate", "int4", ValueError),
         ("packed", 0, ValueError),
+        ("head", "int3", ValueError),
+        ("head", True, ValueError),
         ("skip", "lm_head", TypeError),
         ("skip", (1,), TypeError),
         ("seq_len", 1, ValueError),
@@ -184,3 +186,24 @@ def test_what_the_kernels_get() -> None:
         "symmetric": False,
         "scale_dtype": torch.bfloat16,
     }
+
+
+def test_the_former_name_of_head() -> None:
+    assert AwqConfig(quantize_head=True).head == AwqConfig.from_dict({"quantize_head": True}).head == "int4"
+    assert AwqConfig(quantize_head=False).head == AwqConfig().head == "float"
+    with pytest.raises(TypeError, match="quantize_head=True sets head, which is given too"):
+        AwqConfig(quantize_head=True, head="int8")
+    with pytest.raises(ValueError, match="quantize_head=1: choose one of True, False"):
+        AwqConfig(quantize_head=1)
+
+
+def test_what_head_means_for_the_output_layer() -> None:
+    config = AwqConfig(head="int4", method="gptq", per_layer={"*head": {"group_size": 32}, "lm_*": {"group_size": 16}})
+    found = config.with_heads(["lm_head"]).for_layer("lm_head")
+    assert (found.bits, found.method, found.group_size) == (4, "gptq", 32)
+    assert config.with_heads(["lm_head"]).for_layer("a.head").group_size == 32
+    assert AwqConfig(head="int4", packed=False, bits=3).with_heads(["lm_head"]).for_layer("lm_head").bits == 4
+    own = AwqConfig(head="int4", packed=False, per_layer={"lm_head": {"bits": 3}}).with_heads(["lm_head"])
+    assert own.for_layer("lm_head").bits == 3
+    fake = AwqConfig(head="int8", packed=False).with_heads(["a+b.lm_head"]).for_layer("a+b.lm_head")
+    assert (fake.bits, fake.method) == (8, "rtn")

@@ -13,6 +13,7 @@ from ..layers.quant_linear import TILED, QuantLinear
 from ..modules import take_hooks
 from ..reporting.warn import warn
 from ..standins.standins import stand_in_as
+from ..standins.tied import keep_untied
 from ..standins.transposed import has_transposed_form
 from ..undo import interrupt
 from ..undo.journal import Journal
@@ -46,6 +47,7 @@ def place(
         plan.tell()  # here still nothing happens where a warning is made an error
         for name, layer in layers.items():
             journal.set_module(model, name, layer)
+        keep_untied(model, layers, journal)
         _assign(model, values, plan.tied)
     keep_apart(model, [name for name, _ in plan.untied])
     return model

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.quant_linear import TILED, QuantLinear
 from ..layers.quantized_weight import row_bytes
+from ..modules import heads_among
 from ..standins.expert_linears import ExpertLinears
 from .conversions import is_transformers_model
 from .formats import CheckpointError, InMemory, PackedLinear
@@ -37,6 +38,7 @@ class ModelSource:
                 f"{type(model).__name__} holds no QuantLinear: quantize it first (fake-quantized models, packed=False, are "
                 "ordinary float models: use torch.save or their own save_pretrained)"
             )
+        self.heads = list(heads_among(model, self.layers))
         self._floats = _float_tensors(model, whole)
         self.floats = list(self._floats)
         if meta := [name for name, tensor in self._floats.items() if tensor.is_meta]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modules import called_head
 from .formats import LAYOUTS, CheckpointError, Layout, PackedLinear, Settings
 from .shards import Shards, first_json
 from .version_1 import read_version_1
@@ -26,8 +27,8 @@ COMMON_LEAVES = {"weight", "bias"}
 class QuantDir:
     """A directory with a quantized checkpoint.
 
-    layers: quantized module -> its tensors by suffix; floats: names of all other tensors; config: config.json; tied: as in
-    InMemory.
+    layers: quantized module -> its tensors by suffix; heads: those that are output layers, by their names; floats: names of all
+    other tensors; config: config.json; tied: as in InMemory.
 
     CheckpointError when the directory is damaged, holds pickles, or is of no layout that can be read.
     """
@@ -44,6 +45,7 @@ class QuantDir:
         self.experts, self.in_memory = self.settings.experts, self.settings.in_memory
         self.tied = {} if self.in_memory is None else self.in_memory.tied
         self.layers = self._find_layers()
+        self.heads = [name for name in self.layers if called_head(name)]
         taken = {f"{name}.{leaf}".lstrip(".") for name, leaves in self.layers.items() for leaf in leaves}
         self.floats = [name for name in self.shards if name not in taken]
         self._check()

@@ -64,6 +64,7 @@ class Renamed:
             # files list expert 10 before expert 2, and converters join in the order they are given
             parts.sort(key=lambda part: natural_order(part.name))
             self._resolve(group, parts)
+        self.heads = [name for name, old in self.layers.items() if old in source.heads]
         self.dequantized = {} if to_files or self.in_memory is not None else self._dequantized()
         self.floats: Iterable[str] = [*self._homes, *self._cuts, *self.dequantized]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +39,7 @@ class Source(Protocol):
     """What has quantized layers and float tensors: a model or a QuantDir."""
 
     layers: Mapping[str, Any]
+    heads: Sequence[str]
     experts: Mapping[str, str]
     in_memory: InMemory | None
     floats: Iterable[str]
@@ -143,7 +144,8 @@ def summarize(
         facts[name] = Facts.of(layer)
         for problem in layout.problems(name, layer):
             found.setdefault(problem, []).append(name)
-    summary = Summary(facts, tuple(float_linears), source.experts, source.in_memory if layout.holds_memory else None)
+    in_memory = source.in_memory if layout.holds_memory else None
+    summary = Summary(facts, tuple(float_linears), source.experts, in_memory, source.heads)
     lines = [f"{_names(names)}: {problem}" for problem, names in found.items()]
     lines += layout.model_problems(summary)
     if lines:

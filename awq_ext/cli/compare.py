@@ -11,6 +11,7 @@ from .options import (
     Calib,
     Dtype,
     Field,
+    Head,
     JsonPath,
     ModelDir,
     Overwrite,
@@ -51,6 +52,7 @@ def compare(
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
     ] = 128,
+    head: Head = None,
     field: Field = None,
     samples: Samples = 32,
     seed: Seed = 0,
@@ -83,7 +85,7 @@ def compare(
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(traffic)
-    chosen = read_settings({"group_size": group_size, "seq_len": seq_len}, settings)
+    chosen = read_settings({"group_size": group_size, "seq_len": seq_len}, settings, head=head)
     methods = [parse_method(text) for text in method]
     try:
         read_methods(methods, chosen)  # before a model is loaded for nothing

@@ -104,6 +104,13 @@ def check_method(value: str) -> str:
     return _checked(value, METHODS)
 
 
+def check_head(value: str | None) -> str | None:
+    """Check that an output layer can be that; else a usage error."""
+    from ..config import HEADS
+
+    return None if value is None else _checked(value, HEADS)
+
+
 def check_dtype(value: str) -> str:
     """Check that a model can be computed in this dtype; else a usage error."""
     return _checked(value, DTYPES)
@@ -235,12 +242,18 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def read_settings(fields: Mapping[str, Any], more: Iterable[str], skip: Iterable[str] = ()) -> dict[str, Any]:
+def read_settings(
+    fields: Mapping[str, Any], more: Iterable[str], skip: Iterable[str] = (), head: str | None = None
+) -> dict[str, Any]:
     """Read fields of AwqConfig from options and ``--set``, checked before a model is loaded for nothing; else a usage error."""
     from ..config import AwqConfig, understood
 
     try:
         chosen = {**fields, **understood(dict(map(parse_setting, more)))}
+        if head is not None:
+            if "head" in chosen:
+                raise ValueError(f"--head {head} sets head, which --set gives too ({chosen['head']}): leave one out")
+            chosen["head"] = head
         if skip := tuple(skip):
             chosen["skip"] = (*AwqConfig.from_dict(chosen).skip, *skip)
         AwqConfig.from_dict(chosen)
@@ -289,6 +302,13 @@ Field = Annotated[
     typer.Option(help="The field or column that holds the text or the messages, in every file that has rows."),
 ]
 Seed = Annotated[int, typer.Option(help="Of the places in the texts that the windows are drawn from.")]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        callback=check_head,
+        help="The output layer: float (as it is, the default), int8 or int4. Tied to the embedding, it gets a weight of its own.",
+    ),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text, drawn evenly over all of it.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Tokens = Annotated[int, typer.Option(min=2, help="Tokens to score of each text; more make the intervals narrower.")]
@@ -302,7 +322,7 @@ Settings = Annotated[
         "--set",
         metavar="FIELD=VALUE",
         help="Any other field of AwqConfig (its docstring explains them), such as clip=false, symmetric=true, damping=0.5, "
-        "propagate=quantized, quantize_head=true, only='[\"*.mlp.*\"]'; AutoAWQ's w_bit, q_group_size and zero_point are "
+        "propagate=quantized, only='[\"*.mlp.*\"]'; AutoAWQ's w_bit, q_group_size and zero_point are "
         "understood too. May be repeated.",
     ),
 ]

@@ -13,6 +13,7 @@ from .options import (
     Calib,
     Dtype,
     Field,
+    Head,
     JsonPath,
     ModelDir,
     OverwriteFloat,
@@ -63,6 +64,7 @@ def quantize(
             "docs/formats.md.",
         ),
     ] = DEFAULT_FORMAT,
+    head: Head = None,
     field: Field = None,
     samples: Samples = 32,
     seed: Seed = 0,
@@ -72,7 +74,7 @@ def quantize(
         typer.Option(
             metavar="PATTERN",
             help="Layers that stay float, such as '*.router' or 're:.*[.][01][.]mlp.*', beside the output layer, which does "
-            "unless --set quantize_head=true. May be repeated.",
+            "unless --head says otherwise. May be repeated.",
         ),
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
@@ -129,7 +131,7 @@ def quantize(
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
     _refuse_other_bits(settings)
     chosen = read_settings(
-        {"method": method, "group_size": group_size, "fold": fold, "seq_len": seq_len}, settings, skip
+        {"method": method, "group_size": group_size, "fold": fold, "seq_len": seq_len}, settings, skip, head
     )
     set_threads(threads)
     console = console_for(json_path)

@@ -1,6 +1,6 @@
 """AwqConfig: what to do with a model, validated when it is made."""
 
-from .checks import FORMER_SKIP, GROUP_SIZES, METHODS, SCALE_DTYPES
+from .checks import FORMER_SKIP, GROUP_SIZES, HEADS, METHODS, SCALE_DTYPES
 from .names import did_you_mean
 from .patterns import fits, suggested
 from .settings import LAYER_FIELDS, AwqConfig, Selector, configured, understood
@@ -8,6 +8,7 @@ from .settings import LAYER_FIELDS, AwqConfig, Selector, configured, understood
 __all__ = [
     "FORMER_SKIP",
     "GROUP_SIZES",
+    "HEADS",
     "LAYER_FIELDS",
     "METHODS",
     "SCALE_DTYPES",

@@ -13,7 +13,8 @@ from .patterns import check_pattern
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 METHODS = ("awq", "rtn", "gptq", "awq+gptq")
-# What ``skip`` had by default before ``quantize_head``, and what people write out of habit: nothing needs to be fitted by them.
+HEADS = ("float", "int8", "int4")
+# What ``skip`` had by default before ``head``, and what people write out of habit: nothing needs to be fitted by them.
 FORMER_SKIP = ("lm_head", "*.lm_head", "*lm_head", "re:lm_head", "re:.*lm_head", "re:.*lm_head$", "<output embeddings>")
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": METHODS,
@@ -27,7 +28,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "objective": (None, "layer", "model"),
     "bias_correction": (True, False),
     "packed": (True, False),
-    "quantize_head": (True, False),
+    "head": HEADS,
 }
 _SMALLEST = {
     "n_grid": 1,

@@ -1,4 +1,4 @@
-"""Names of settings: those of AutoAWQ are translated, mistyped ones are answered with the nearest."""
+"""Names of settings: former ones and those of AutoAWQ are translated, mistyped ones are answered with the nearest."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _ELSEWHERE = {
     "targets": "only",
     "include": "only",
     "dynamic": "per_layer",
-    "lm_head": "quantize_head",
-    "quant_lm_head": "quantize_head",
+    "lm_head": "head",
+    "quant_lm_head": "head",
+    "quantize_lm_head": "head",
     "seqlen": "seq_len",
     "max_seq_length": "seq_len",
     "n_samples": "calib_loader, which decides how many samples there are",
@@ -34,17 +35,19 @@ _ELSEWHERE = {
 # AutoAWQ's version -> the name of the layout of files, None for what save_pretrained writes unasked.
 _VERSIONS = {"gemm": None, "exllama": None, "ipex": None, "marlin": None, "gemv": "gemv", "gemv_fast": "gemv_fast"}
 _AUTOAWQ = ("w_bit", "q_group_size", "zero_point", "modules_to_not_convert", "version", "quant_method")
+_FORMER = ("quantize_head",)
 
 
 def read_fields(given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """Translate AutoAWQ's names of settings to ours; TypeError for a name that is neither, with the nearest that is known.
+    """Translate AutoAWQ's and former names of settings; TypeError for a name that is neither, with the nearest that is known.
 
     w_bit is bits, q_group_size is group_size, zero_point is the opposite of symmetric, modules_to_not_convert lists parts of names
     to skip. version names a layout of files, which is chosen when saving: any but GEMM brings a warning that says how.
+    quantize_head, as head was called when it had two values, is head="int4" where it is True.
     """
     known, fields = list(known), {}
     for name, value in given.items():
-        pair = _translated(name, value) if name in _AUTOAWQ else {name: value}
+        pair = _translated(name, value) if name in (*_AUTOAWQ, *_FORMER) else {name: value}
         for ours, translated in pair.items():
             if ours not in known:
                 raise TypeError(unknown_field(ours, value, known))
@@ -66,6 +69,10 @@ def _translated(name: str, value: Any) -> dict[str, Any]:
     if name == "modules_to_not_convert":
         parts = [value] if isinstance(value, str) else value or []
         return {"skip": tuple(f"*{part}*" for part in parts)}
+    if name == "quantize_head":
+        if not isinstance(value, bool):
+            raise ValueError(f"AwqConfig: quantize_head={value!r}: choose one of True, False, or use head=")
+        return {"head": "int4" if value else "float"}
     if name == "quant_method":
         if value != "awq":
             raise TypeError(f"AwqConfig: quant_method={value!r} is the config of another method than AWQ")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from .checks import SCALE_DTYPES, check_values, checked_selectors
 from .names import read_fields
-from .patterns import fits
+from .patterns import REGEX, fits
 
 # Pattern of a module's name (see ``patterns.fits``), or a function of the name and the module.
 Selector = str | Callable[[str, nn.Module], bool]
@@ -31,6 +32,14 @@ LAYER_FIELDS = (
     "bias_correction",
     "packed",
 )
+
+# What ``head`` sets for the output layer. At 8 bits nothing that is searched lowers the error that rounding leaves
+# (docs/quality.md), and a scale that is divided by at run time takes time in each step.
+_HEAD_FIELDS: dict[str, dict[str, Any]] = {
+    "float": {},
+    "int4": {"bits": 4},
+    "int8": {"bits": 8, "method": "rtn"},
+}
 
 
 C = TypeVar("C", bound=type)
@@ -69,8 +78,11 @@ class AwqConfig:
         as ``"*.router"``, or a regular expression after ``re:``), or a function of (name, module) that returns a bool. A pattern
         that fits no layer is an error.
     only: the layers that alone are quantized, given like ``skip``; empty for all.
-    quantize_head: True quantizes the output layer of language models like any other (``lm_head``, and whatever
-        ``get_output_embeddings()`` returns).
+    head: the output layer of language models (what ``get_output_embeddings()`` returns, and what is called ``lm_head``): "float"
+        leaves it as it is, "int4" quantizes it like the other layers, "int8" rounds it to nearest in 8 bits. It has 4 or 8 bits
+        whatever ``bits`` says, and all else from the other fields; a pattern of ``per_layer`` that fits its name comes first.
+        A weight that it shares with the embedding stays there in float, and the two are no longer tied. ``quantize_head=True``
+        is understood as head="int4".
     per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
         ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8}}``.
     fold: where 1/s goes that makes up for a scale s. "auto": into the norm or Linear before, where a numeric proof shows that
@@ -137,7 +149,7 @@ class AwqConfig:
     min_weights: int = 0
     per_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     seq_len: int = 512
-    quantize_head: bool = False
+    head: str = "float"
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -233,6 +245,14 @@ class AwqConfig:
             if fits(pattern, name):
                 return replace(self, per_layer={}, **fields)
         return self
+
+    def with_heads(self, names: Iterable[str]) -> AwqConfig:
+        """These settings with what ``head`` means for the output layers called ``names``, before all other of ``per_layer``."""
+        heads = {}
+        for name in names:
+            own = next((fields for pattern, fields in self.per_layer.items() if fits(pattern, name)), {})
+            heads[REGEX + re.escape(name)] = {**_HEAD_FIELDS[self.head], **own}
+        return replace(self, per_layer={**heads, **self.per_layer})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; a function among ``skip`` or ``only`` becomes its name in brackets."""

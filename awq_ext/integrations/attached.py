@@ -1,4 +1,4 @@
-"""Give quantized Transformers models what their own save_pretrained needs to write a whole checkpoint."""
+"""Give quantized Transformers models what their own methods cannot know: how to save int4 layers, and not to resize them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..checkpoints.formats import LAYOUTS
 from ..checkpoints.model_source import origin
 from ..checkpoints.write import Overwrite, check_target, is_checkpoint_file
 from ..layers.quant_linear import QuantLinear
+from ..modules import input_embeddings, output_embeddings
 from ..reporting.readers import DEFAULT_FORMAT, quant_method
 from .hub import PUSH_OPTIONS, push_folder
 
@@ -90,8 +91,31 @@ def _saved_by_us(model: Any) -> bool:
 
 
 def stand_before(model: Any) -> None:
-    """Put our ``save_pretrained`` and ``push_to_hub`` before those of a Transformers model's class."""
-    model.save_pretrained, model.push_to_hub = Saver(model), Pusher(model)
+    """Put what a quantized model does otherwise before the methods of its Transformers class."""
+    model.save_pretrained, model.push_to_hub, model.resize_token_embeddings = (
+        Saver(model),
+        Pusher(model),
+        Resizer(model),
+    )
+
+
+class Resizer:
+    """Stands before Transformers' ``resize_token_embeddings``, which would fail halfway at an output layer of ints."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
+        """See ``transformers.PreTrainedModel.resize_token_embeddings``. RuntimeError where the output layer is quantized."""
+        model = self.model
+        rows = getattr(input_embeddings(model), "num_embeddings", None)
+        resizes = new_num_tokens not in (None, rows) or bool(args) or options.get("pad_to_multiple_of") is not None
+        if resizes and isinstance(output_embeddings(model), QuantLinear):
+            raise RuntimeError(
+                f"resize_token_embeddings({new_num_tokens}): the output layer of this {type(model).__name__} is quantized, and "
+                'cannot get other rows: resize the float model and quantize that, or quantize with head="float"'
+            )
+        return type(model).resize_token_embeddings(model, new_num_tokens, *args, **options)
 
 
 def attach(model: nn.Module, format: str | None = None) -> None:

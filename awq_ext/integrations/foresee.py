@@ -43,7 +43,7 @@ def check_format(
     target, config = layout(format), configured(config, overrides)
     with session(unwrapped(model), [example_batch], config, tokenizer, inputs) as opened:
         for name, (linear, at_run_time) in _chosen(opened, blocks, target.name != "native").items():
-            settings = config.for_layer(name)
+            settings = opened.config.for_layer(name)
             if settings.packed:
                 opened.journal.set_module(opened.model, name, _stand_in(linear, settings, at_run_time))
         opened.standins.put_back(opened.model, opened.journal)

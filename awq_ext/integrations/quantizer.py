@@ -22,6 +22,7 @@ from ..checkpoints.saved import found_report
 from ..layers.quant_linear import QuantLinear
 from ..standins.expert_linears import ExpertLinears
 from ..standins.fused import put_back
+from ..standins.tied import keep_untied
 from ..undo.journal import Journal
 from .attached import stand_before
 from .beside import summary_for, write_beside
@@ -53,6 +54,7 @@ class AwqExtQuantizer(HfQuantizer):
             self.files = Renamed(source, model)
         with Journal() as journal:
             take_apart(model, self.files, journal)
+            keep_untied(model, self.files.layers, journal)
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in self.files.layers:
             if name in modules:

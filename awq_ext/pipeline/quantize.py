@@ -23,7 +23,8 @@ from ..forwards.lockstep import Stop
 from ..forwards.memory import release_free_memory
 from ..forwards.probe import Probe, combined
 from ..layers.announcement import announce
-from ..modules import foldable_norms, input_embeddings, unwrapped
+from ..layers.quant_linear import QuantLinear
+from ..modules import foldable_norms, heads_among, input_embeddings, unwrapped
 from ..reporting.progress import Progress, draws_bars, say
 from ..reporting.report import AwqReport, LayerReport
 from ..reporting.tables import format_bytes
@@ -193,8 +194,20 @@ def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) 
     report.peak_memory_bytes = opened.memory.bytes()
     for name, reason in reasons_to_stay(opened.eligible, surveys).items():
         report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
-    report.notes += opened.standins.notes()
+    report.notes += opened.standins.notes() + _heads(opened)
     report.warnings += opened.standins.warnings(report.parameters)
+
+
+def _heads(opened: Session) -> list[str]:
+    """Tell what quantized output layers take; one that was tied is new beside the embedding."""
+    model, tied = opened.model, opened.standins.tied
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+    return [
+        f"{name}: {format_bytes(layer.nbytes)} {'beside' if name in tied else 'in place of'} "
+        f"{format_bytes(layer.in_features * layer.out_features * layer.dtype.itemsize)} in float"
+        f"{', which are the embedding alone now' if name in tied else ''}"
+        for name, layer in heads_among(model, layers).items()
+    ]
 
 
 def _warn_of_few_tokens(opened: Session) -> None:

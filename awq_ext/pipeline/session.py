@@ -15,6 +15,7 @@ from ..forwards.calls import Call, read_calls
 from ..forwards.lockstep import Stop, lockstep
 from ..forwards.memory import PeakMemory
 from ..forwards.mode import calibration_mode
+from ..modules import heads_among
 from ..standins.standins import StandIns
 from ..survey.selection import Eligible, check_layers, select_linears
 from ..survey.survey import BlockSurvey, survey_model
@@ -24,7 +25,10 @@ from ..undo.journal import Journal
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """The model, its calibration batches (``calls``, on the model's device), and the Linears that can be quantized."""
+    """The model, its calibration batches (``calls``, on the model's device), and the Linears that can be quantized.
+
+    config: the settings, with what ``head`` means for the output layers among them.
+    """
 
     model: nn.Module
     config: AwqConfig
@@ -72,6 +76,8 @@ def session(
         memory = PeakMemory(device)
         try:
             eligible, standins = select_linears(model, calls[0], config, journal)
+            if config.head != "float":
+                config = config.with_heads(heads_among(model, eligible.linears))
             yield Session(model, config, device, calls, journal, eligible, standins, memory)
         finally:
             if undo:

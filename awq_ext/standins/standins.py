@@ -15,6 +15,7 @@ from ..modules import parameter_owners
 from ..undo.journal import Journal
 from .expert_linears import ExpertLinears
 from .fused import find_fused, unfuse_as
+from .tied import keep_untied, tied_to_embedding, with_own_weight
 from .transposed import has_transposed_form, linear_of, multiplies_transposed, with_weight_of
 from .unfuse import Unfused, unfuse
 
@@ -24,10 +25,11 @@ _WORTH_A_WARNING = 0.01
 
 @dataclass
 class StandIns:
-    """What Linears stand in for: layers with a transposed weight, by name, and fused experts."""
+    """What Linears stand in for: layers with a transposed weight and tied heads, by name, and fused experts."""
 
     transposed: dict[str, nn.Module] = field(default_factory=dict)
     unfused: Unfused = field(default_factory=Unfused)
+    tied: dict[str, nn.Linear] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """Tell the report which experts run one by one now."""
@@ -54,6 +56,12 @@ class StandIns:
             if isinstance(now, nn.Linear):
                 same = now.weight.data_ptr() == original.weight.data_ptr()
                 journal.set_module(model, name, original if same else with_weight_of(original, now))
+        for name, original in self.tied.items():
+            now = model.get_submodule(name)
+            if isinstance(now, nn.Linear) and now.weight.data_ptr() == original.weight.data_ptr():
+                journal.set_module(model, name, original)
+            else:
+                keep_untied(model, (name,), journal)
         for fused in self.unfused.weights:
             fused.finish(journal)
         for name, config in self.unfused.configs.items():
@@ -68,14 +76,19 @@ def stand_in(
     excluded: Callable[[str, nn.Linear], str | None],
     journal: Journal,
     mode: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+    heads: Mapping[str, nn.Linear] | None = None,
 ) -> StandIns:
-    """Put Linears in place of transposed layers and fused experts. excluded: tells why a layer shall stay, or None.
+    """Put Linears in place of transposed layers, fused experts and those of ``heads`` whose weight is the embedding's too.
 
-    With fused experts the first batch runs up to three times, in ``mode``. Raises CalibrationError when the model rejects it.
+    excluded: tells why a layer shall stay, or None. With fused experts the first batch runs up to three times, in ``mode``. Raises
+    CalibrationError when the model rejects it.
     """
     result = StandIns(transposed_layers(model))
     for name, module in result.transposed.items():
         journal.set_module(model, name, linear_of(module))
+    result.tied = tied_to_embedding(model, heads or {})
+    for name, head in result.tied.items():
+        journal.set_module(model, name, with_own_weight(model, head))
     result.unfused = unfuse(model, call, find_fused(model, excluded), journal, mode)
     return result
 

@@ -13,10 +13,11 @@ from ..config import FORMER_SKIP, AwqConfig, Selector, fits, suggested
 from ..forwards.calls import Call
 from ..forwards.mode import calibration_mode
 from ..layers.quant_linear import QuantLinear
-from ..modules import output_embeddings, parameter_owners
+from ..modules import called_head, heads_among, output_embeddings, parameter_owners
 from ..standins.expert_linears import ROUTER
 from ..standins.fused import find_fused, routers_beside
 from ..standins.standins import StandIns, stand_in, transposed_layers
+from ..standins.tied import tied_to_embedding
 from ..standins.transposed import computes_linear, multiplies_transposed
 from ..undo.journal import Journal
 
@@ -32,7 +33,8 @@ class Eligible:
 def check_layers(model: nn.Module, config: AwqConfig) -> torch.device:
     """Return the device of the weights to quantize. No sample is read yet.
 
-    Raises ValueError if ``config`` leaves none, and for a pattern of ``skip`` or ``only`` that fits nothing.
+    Raises ValueError if ``config`` leaves none, for a pattern of ``skip`` or ``only`` that fits nothing, and for a ``head`` of a
+    model without one.
     """
     if type(model) is nn.Linear:
         raise ValueError(
@@ -41,6 +43,7 @@ def check_layers(model: nn.Module, config: AwqConfig) -> torch.device:
     excluded = Choice(model, config)
     eligible = eligible_linears(model, excluded)
     weights = [linear.weight for linear in eligible.linears.values()]
+    weights += [head.weight for head in tied_to_embedding(model, _wanted_heads(model, excluded, config)).values()]
     weights += [fused.original for fused in find_fused(model, excluded) if not fused.reason]
     weights += [module.weight for name, module in transposed_layers(model).items() if not excluded(name, module)]
     excluded.check_patterns()
@@ -59,10 +62,11 @@ def _refuse(model: nn.Module, eligible: Eligible) -> NoReturn:
 def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Journal) -> tuple[Eligible, StandIns]:
     """Select the Linears that ``config`` wants quantized, and put Linears in place of layers that hold weights otherwise.
 
-    Raises ValueError if there is none, or if a ``per_layer`` pattern fits none.
+    Raises ValueError if there is none, if a ``per_layer`` pattern fits none, or if a wanted output layer cannot be quantized.
     """
     excluded = Choice(model, config)
-    standins = stand_in(model, call, excluded, journal, calibration_mode)
+    heads = _wanted_heads(model, excluded, config)
+    standins = stand_in(model, call, excluded, journal, calibration_mode, heads)
     eligible = eligible_linears(model, excluded)
     eligible.reasons |= standins.unfused.reasons
     for name in routers_beside(model) & eligible.linears.keys():
@@ -70,6 +74,11 @@ def select_linears(model: nn.Module, call: Call, config: AwqConfig, journal: Jou
         eligible.reasons[name] = ROUTER
     if not eligible.linears:
         _refuse(model, eligible)
+    if heads and not heads.keys() & eligible.linears.keys():
+        reasons = "; ".join(f"{name}: {eligible.reasons[name]}" for name in heads)
+        raise ValueError(
+            f'AwqConfig.head={config.head!r}: the output layer cannot be quantized ({reasons}): use head="float"'
+        )
     for pattern in config.per_layer:
         if not any(fits(pattern, name) for name in eligible.linears):
             raise ValueError(_fits_none(f"per_layer[{pattern!r}]", pattern, list(eligible.linears)))
@@ -123,14 +132,24 @@ def _reason_to_leave(
     return None
 
 
-def heads_among(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Select the output layers of a language model: what ``get_output_embeddings()`` returns, and what is called lm_head."""
-    head = output_embeddings(model)
-    return {name: one for name, one in linears.items() if one is head or _called_head(name)}
-
-
-def _called_head(name: str) -> bool:
-    return name.rpartition(".")[2] == "lm_head"
+def _wanted_heads(
+    model: nn.Module, excluded: Callable[[str, nn.Linear], str | None], config: AwqConfig
+) -> dict[str, nn.Linear]:
+    """Select the output layers that ``config.head`` wants quantized, tied or not; ValueError for a model that has none."""
+    if config.head == "float":
+        return {}
+    linears = {name: one for name, one in model.named_modules(remove_duplicate=False) if isinstance(one, nn.Linear)}
+    heads = heads_among(model, linears)
+    if not heads:
+        named = output_embeddings(model)
+        what = (
+            "names no output layer" if named is None else f"has a {type(named).__name__} as its output layer, no Linear"
+        )
+        raise ValueError(
+            f"AwqConfig.head={config.head!r}: {type(model).__name__} {what} (get_output_embeddings(), or a Linear called "
+            'lm_head): use head="float", with which all other Linears are quantized'
+        )
+    return {name: head for name, head in heads.items() if excluded(name, head) is None}
 
 
 class Choice:
@@ -138,7 +157,7 @@ class Choice:
 
     def __init__(self, model: nn.Module, config: AwqConfig) -> None:
         self._model, self._config = model, config
-        self._head = None if config.quantize_head else output_embeddings(model)
+        self._head = output_embeddings(model) if config.head == "float" else None
         self._names: dict[str, None] = {}
 
     def __call__(self, name: str, module: nn.Module) -> str | None:
@@ -146,7 +165,7 @@ class Choice:
         self._names[name] = None
         if module is self._head:
             return "the model's output embeddings"
-        if not config.quantize_head and _called_head(name):
+        if config.head == "float" and called_head(name):
             return "the output layer, by its name"
         if any(_selects(selector, name, module) for selector in config.skip):
             return "skipped by pattern"

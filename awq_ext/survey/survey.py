@@ -14,13 +14,13 @@ from ..forwards.calls import CalibrationError, Call, run_call
 from ..forwards.hooks import Hooks
 from ..forwards.inputs import tensor_bytes
 from ..forwards.lockstep import Block
-from ..modules import norm_candidates
+from ..modules import heads_among, norm_candidates
 from ..undo import interrupt
 from .blocks import blocks_found, blocks_named, linears_of
 from .expert_groups import MixtureWatch
 from .groups import ScaleGroup, Watch
 from .mixtures import Mixture, find_mixtures
-from .selection import Eligible, heads_among
+from .selection import Eligible
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def survey_model(
     """Survey the blocks (found, or those called ``names``) by one batch; raise CalibrationError if it reaches no Linear."""
     mixtures = find_mixtures(model)
     blocks = blocks_found(model, call, mixtures) if names is None else blocks_named(model, names)
-    if names is None and config.quantize_head:  # it lies behind the blocks, and would be left out
+    if names is None and config.head != "float":  # it lies behind the blocks, and would be left out
         heads = heads_among(model, eligible.linears)
         blocks += [Block(name, head) for name, head in heads.items() if not any(linears_of(b, heads) for b in blocks)]
 

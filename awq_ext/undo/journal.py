@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -47,9 +48,11 @@ class Journal:
         tensor.copy_(values)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute of any object."""
+        """Set an attribute of any object; one that its class gave it is the class's again after an undo."""
         old = getattr(owner, name)
-        self._undo.append(lambda: setattr(owner, name, old))
+        static = inspect.getattr_static(type(owner), name, None)
+        inherited = name not in vars(owner) and static is not None and not hasattr(static, "__set__")
+        self._undo.append((lambda: delattr(owner, name)) if inherited else (lambda: setattr(owner, name, old)))
         setattr(owner, name, value)
 
     def replace_parameter(self, owner: nn.Module, name: str, module: nn.Module) -> None:

@@ -54,6 +54,8 @@ def test_autoawqs_names_work(model_dir: Path, calib: Path, tmp_path: Path) -> No
         (("--set", "clip=yes"), "clip='yes': choose one of 'auto', True, False"),
         (("--set", "skip=*.router"), "give a tuple of name patterns"),
         (("--skip", "re:("), "'re:(' is no regular expression"),
+        (("--head", "int5"), "int5 is not one of float, int8, int4"),
+        (("--head", "int8", "--set", "quantize_head=true"), "--head int8 sets head, which --set gives too (int4)"),
         (("--method", "aqw"), "aqw is not one of awq, rtn, gptq, awq+gptq (did you mean awq?)"),
         (("--format", "compresed-tensors"), "(did you mean compressed-tensors?)"),
         (("--dtype", "bf16"), "bf16 is not one of auto, bfloat16"),
@@ -100,3 +102,32 @@ def test_what_the_error_about_other_bits_names_works(model_dir: Path, calib: Pat
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float").eval()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("head", ["int8", "int4"])
+def test_the_output_layer(model_dir: Path, calib: Path, tmp_path: Path, head: str) -> None:
+    given = ("--head", head, "--method", "rtn", "--format", "native", "--json", "-")
+    rows = json.loads(quantize(model_dir, calib, tmp_path / "out", *given).stdout)["report"]["layers"]
+    assert {row["name"]: row["status"] for row in rows}["lm_head"] == head
+    loaded = awq_ext.from_pretrained(tmp_path / "out")
+    assert f"int{loaded.lm_head.bits}" == head
+
+
+def test_a_format_that_cannot_hold_the_output_layer_says_so_before_the_work(
+    model_dir: Path, calib: Path, tmp_path: Path
+) -> None:
+    shown = quantize(model_dir, calib, tmp_path / "out", "--head", "int4", "--group-size", 64, "--method", "rtn")
+    assert shown.exit_code == 1 and "nothing was quantized yet" in shown.output
+    assert "lm_head is quantized" in shown.output and 'format="compressed-tensors"' in shown.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_takes_the_output_layer(model_dir: Path, calib: Path) -> None:
+    shown = run(
+        *("compare", model_dir, "--calib", calib, "--traffic", calib, "--samples", 2, "--seq-len", 64, "--tokens", 128),
+        *("--method", "rtn", "--method", "rtn,head=float,label=floating", "--head", "int8", "--json", "-"),
+    )
+    assert shown.exit_code == 0, shown.output
+    rows = json.loads(shown.stdout)["rows"]
+    assert [row["config"] and row["config"]["head"] for row in rows] == [None, "int8", "float"]
+    assert rows[1]["size_bytes"] < rows[2]["size_bytes"]

@@ -77,8 +77,8 @@ def our_package_alone(folder: Path) -> Path:
     return folder
 
 
-def trained_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The demo's trained byte-level Llama as transformers' LlamaForCausalLM."""
+def trained_llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> nn.Module:
+    """The demo's trained byte-level Llama as transformers' LlamaForCausalLM; ``tied``: with the embedding as its head."""
     transformers = pytest.importorskip("transformers", reason="no counterpart tested: pip install awq-ext[hf]")
     demo = load_demo_model(dtype)
     sizes = demo.config
@@ -91,13 +91,16 @@ def trained_llama(dtype: torch.dtype = torch.float32) -> nn.Module:
         num_key_value_heads=sizes.kv_heads,
         rms_norm_eps=sizes.norm_eps,
         max_position_embeddings=sizes.context,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
     )
     model = transformers.LlamaForCausalLM(config)
     names = {name: name if name.startswith("lm_head") else f"model.{name}" for name in demo.state_dict()}
-    model.load_state_dict({names[name]: tensor for name, tensor in demo.state_dict().items()})
+    tensors = {names[name]: tensor for name, tensor in demo.state_dict().items()}
+    if tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors)
     return model.to(dtype).eval()
 
 
@@ -141,10 +144,10 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
-def quantized_llama(dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+def quantized_llama(dtype: torch.dtype = torch.float32, tied: bool = False, **settings: Any) -> nn.Module:
     """The same in int4, all scales folded, so that every layout can hold it."""
     chosen = {"group_size": 64, "fold": "always"} | settings
-    return awq_ext.quantize(trained_llama(dtype), calibration_batches(count=4), **chosen)
+    return awq_ext.quantize(trained_llama(dtype, tied), calibration_batches(count=4), **chosen)
 
 
 def weights_of(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -93,6 +93,20 @@ def test_a_second_adapter_and_float_layers() -> None:
     assert isinstance(layer.get_base_layer(), QuantLinear) and set(layer.lora_A) == {"default", "second"}
 
 
+def test_an_output_layer_of_ints_is_left_by_all_linear_and_can_be_named() -> None:
+    ids = torch.arange(8)[None]
+    model = quantized(head="int8")
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    assert "lm_head" not in adapters(adapted) and isinstance(model.lm_head, QuantLinear)
+    model = adapted.unload()
+    named = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
+    assert adapters(named) == {"lm_head"}
+    with torch.no_grad():
+        assert torch.equal(named(input_ids=ids).logits, wanted)  # a new adapter adds nothing
+
+
 def test_a_classifier_keeps_its_head() -> None:
     model = quantized("LlamaForSequenceClassification", skip=("score",))
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))

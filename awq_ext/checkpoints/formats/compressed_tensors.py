@@ -54,6 +54,7 @@ class CompressedTensors(Layout):
     optional = ("weight_zero_point", "weight_g_idx", "bias")
     scale_dtypes = (torch.float16, torch.bfloat16, torch.float32)
     mixes_group_sizes = True
+    quantized_heads = True
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         n, k = layer.out_features, layer.in_features
@@ -104,7 +105,8 @@ class CompressedTensors(Layout):
                 "actorder": None,
             }
             groups[f"group_{index}"] = {
-                "targets": ["Linear"] if len(schemes) == 1 else names,
+                # vLLM's output layer is of another class than Linear, and found by its name alone
+                "targets": ["Linear", *summary.heads] if len(schemes) == 1 else names,
                 "weights": weights,
                 "input_activations": None,
                 "output_activations": None,

@@ -39,6 +39,7 @@ class Gptq(Layout):
     suffixes = ("qweight", "qzeros", "scales")
     optional = ("bias", "g_idx")
     short_groups = True
+    quantized_heads = True
     divisors = (8, 8)
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:
@@ -91,7 +92,7 @@ class Gptq(Layout):
             "group_size": summary.group_sizes()[0],
             "desc_act": False,
             "sym": summary.symmetric,
-            "lm_head": "lm_head" in summary.layers,
+            "lm_head": bool(summary.heads),
             "checkpoint_format": "gptq",
             "modules_to_not_convert": list(summary.float_linears) or None,
         }

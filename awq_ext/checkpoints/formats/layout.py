@@ -41,13 +41,14 @@ class Summary:
     """What a config says of a model: its quantized layers by name, and the names of Linears left float.
 
     experts: parameters [E, N, K] of which ``layers`` has each matrix, as ``name.0``, ``name.1``, ... -> how the model uses them.
-    in_memory: what awq_ext.save adds.
+    in_memory: what awq_ext.save adds. heads: those of ``layers`` that are output layers of a language model.
     """
 
     layers: Mapping[str, Facts]
     float_linears: Sequence[str] = ()
     experts: Mapping[str, str] = field(default_factory=dict)
     in_memory: InMemory | None = None
+    heads: Sequence[str] = ()
 
     def group_sizes(self) -> list[int]:
         """List the sizes a reader must know: of layers with several groups; [-1] (or the rows' one length) if there is none."""
@@ -96,6 +97,7 @@ class Layout:
     mixes_group_sizes: ClassVar[bool] = False
     short_groups: ClassVar[bool] = False  # may the last group of a row be short
     run_time_scales: ClassVar[bool] = False
+    quantized_heads: ClassVar[bool] = False  # do its readers take an output layer of ints for what it is
     joined_experts: ClassVar[bool] = False  # experts under the names of transformers 5's parameters
     holds_memory: ClassVar[bool] = False  # all that a model has in memory: see InMemory
     divisors: ClassVar[tuple[int, int]] = (1, 1)  # of out_features and in_features
@@ -130,7 +132,10 @@ class Layout:
         n, k, g = layer.out_features, layer.in_features, layer.group_size
         if layer.bits not in self.widths:
             held = " or ".join(map(str, self.widths))
-            found.append(f'it has {layer.bits} bits, not {held}: use format="native", or quantize with bits={held}')
+            found.append(
+                f'it has {layer.bits} bits, not {held}: use format="native", or quantize with bits={held} (an output layer: with '
+                f'head="int{held}")'
+            )
         if layer.pre_quant_scale is not None and not self.run_time_scales:
             found.append('its input is scaled at run time, for which there is no slot: quantize with fold="always"')
         if not self.short_groups and g != -1 and k % g:
@@ -158,6 +163,16 @@ class Layout:
     def model_problems(self, summary: Summary) -> list[str]:
         """List what does not fit of the model as a whole, in the same form as :meth:`problems`."""
         found = []
+        if summary.heads and not self.quantized_heads:
+            others = (
+                '"compressed-tensors", "gptq" or '
+                if all(summary.layers[name].bits == 4 for name in summary.heads)
+                else ""
+            )
+            found.append(
+                f"{', '.join(summary.heads)} is quantized, which readers of this format take for a float output layer: use "
+                f'format={others}"native", or quantize with head="float"'
+            )
         if summary.experts and not self.joined_experts:
             found.append(
                 f"{next(iter(summary.experts))} and alike hold experts in a form of which this format's readers know none: "

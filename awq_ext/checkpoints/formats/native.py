@@ -39,6 +39,7 @@ class Native(Layout):
     scale_dtypes = (torch.float16, torch.bfloat16)
     widths = TILE_BITS
     mixes_group_sizes = True
+    quantized_heads = True
     short_groups = True
     run_time_scales = True
     joined_experts = True
