@@ -109,19 +109,21 @@ def random_layer(
     dtype: torch.dtype = torch.float16,
     bias: bool = False,
     scaled: bool = False,
+    bits: int = 4,
 ) -> PackedLinear:
-    """Codes of the whole range, zeros from 1 to 15 (0 is no zero that GPTQ can hold)."""
+    """Codes of the whole range, zeros from 1 up (0 is no zero that GPTQ can hold)."""
     groups = reference.group_count(k, g)
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    zeros = torch.randint(1, 16, (n, groups), dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    zeros = torch.randint(1, 2**bits, (n, groups), dtype=torch.uint8)
     return PackedLinear(
-        qweight=reference.pack_int4(codes),
+        qweight=reference.pack_int4(codes) if bits == 4 else codes,
         scales=(torch.rand(n, groups) * 0.02 + 0.001).to(dtype),
-        zeros=torch.full_like(zeros, 8) if symmetric else zeros,
+        zeros=torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros,
         in_features=k,
         group_size=g,
         bias=torch.randn(n).to(dtype) if bias else None,
         pre_quant_scale=torch.rand(k) + 0.5 if scaled else None,
+        bits=bits,
     )
 
 

@@ -306,6 +306,6 @@ def run_time_scales(packed: PackedLinear, dtype: torch.dtype, name: str) -> Tens
     if dtype in (torch.float16, torch.bfloat16):
         return packed.scales.to(dtype)
     raise CheckpointError(
-        f"layer {name!r} has float32 scales, which the int4 layers hold in 16 bits: give dtype=torch.float16 or "
+        f"layer {name!r} has float32 scales, which a QuantLinear holds in 16 bits: give dtype=torch.float16 or "
         "torch.bfloat16 to round them, as other readers of this format do"
     )

@@ -25,7 +25,7 @@ class QuantLoraLinear(lora.Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise RuntimeError that names the ways out."""
         raise RuntimeError(
-            "an adapter cannot be merged into an int4 layer: keep an adapter beside the layer (save_pretrained and "
+            "an adapter cannot be merged into a QuantLinear: keep an adapter beside the layer (save_pretrained and "
             "PeftModel.from_pretrained bring it back, vLLM serves it by --enable-lora), or merge it into the float model and "
             "quantize that: float_model = PeftModel.from_pretrained(float_model, directory).merge_and_unload()"
         )

@@ -31,7 +31,7 @@ class FrozenTensor(Tensor):
         named = dict(kwargs or {})
         if _writes(func, args, named):
             raise RuntimeError(
-                "the weight of an int4 layer is a dequantized copy, and what is written to it would be lost: keep an adapter "
+                "the weight of a QuantLinear is a dequantized copy, and what is written to it would be lost: keep an adapter "
                 "beside the layer (do not merge it), or merge it into the float model and quantize that again"
             )
         with DisableTorchFunctionSubclass():

@@ -47,16 +47,16 @@ inline Vec to_floats(VecInt v) { return __builtin_convertvector(v, Vec); }
 // The codes or zeros of the outputs j and 16 + j, in two registers. Of codes the bytes are used, of zeros the lanes.
 template <int Bits>
 __attribute__((always_inline)) inline void load_codes(const uint8_t* codes, VecInt (&w)[2]) {
+  prefetch(codes + kAheadBytes);
   if constexpr (Bits == 8) {
+    prefetch(codes + 64 + kAheadBytes);
     w[0] = load_ints(codes);
     w[1] = load_ints(codes + 64);
-    prefetch(codes + 64 + kAheadBytes);
   } else {
     const VecInt bits = load_ints(codes), low = splat_int(0x0f0f0f0f);
     w[0] = bits & low;
     w[1] = bits >> 4 & low;
   }
-  prefetch(codes + kAheadBytes);
 }
 
 template <int Bits>

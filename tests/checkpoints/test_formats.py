@@ -235,6 +235,38 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "native"])
+def test_eight_bits_are_for_the_native_layout(name: str) -> None:
+    (problem,) = LAYOUTS[name].problems("self_attn.q_proj", random_layer(k=256, g=64, symmetric=True, bits=8))
+    assert problem == 'it has 8 bits, not 4: use format="native", or quantize with bits=4'
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_eight_bits_there_and_back(symmetric: bool) -> None:
+    """Rows of codes are bytes, and the config names the bits of layers that have others than most."""
+    native = LAYOUTS["native"]
+    wide, narrow = random_layer(9, 37, 16, symmetric, bits=8, scaled=True), random_layer(9, 37, 16, symmetric)
+    assert native.problems("wide", wide) == []
+    tensors = native.pack(wide)
+    assert torch.equal(tensors["qweight"], wide.codes()) and wide.symmetric == symmetric
+    for layers, bits, entry in (
+        ({"wide": wide}, 8, [37, 16]),
+        ({"wide": wide, "narrow": narrow}, 4, [37, 16, 8]),
+        ({"narrow": narrow}, 4, None),
+    ):
+        config = native.quantization_config(Summary({name: Facts.of(layer) for name, layer in layers.items()}))
+        assert (config["bits"], config["layers"].get("wide")) == (bits, entry)
+        settings = native.reads(config)
+        for name, layer in layers.items():
+            back = native.unpack(native.pack(layer), settings.of(name))
+            assert_same(layer, back)
+            assert (back.bits, back.symmetric) == (layer.bits, symmetric)
+    with pytest.raises(CheckpointError, match="qweight has shape"):
+        native.unpack(native.pack(narrow), native.reads(config | {"bits": 8}).of("narrow"))
+    with pytest.raises(CheckpointError, match="5 bits; awq_ext runs 4 or 8"):
+        native.reads(config | {"layers": {"narrow": [37, 16, 5]}})
+
+
 @pytest.mark.parametrize("what", list(PROBLEMS))
 def test_problems_name_the_choice_that_fixes_them(what: str) -> None:
     name, options, text = PROBLEMS[what]

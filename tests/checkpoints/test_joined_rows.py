@@ -63,7 +63,7 @@ def equal(one: PackedLinear, other: PackedLinear) -> bool:
     return same and (one.in_features, one.group_size) == (other.in_features, other.group_size)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True, "scaled": True}, {"k": 37, "g": 16}, {"g": -1}])
+@pytest.mark.parametrize("options", [{}, {"bias": True, "scaled": True}, {"k": 37, "g": 16}, {"g": -1}, {"bits": 8}])
 def test_a_layer_cut_and_joined_again_is_the_same(options: dict[str, Any]) -> None:
     layer = random_layer(**{"n": 24} | options)
     parts = [cut_layer(layer, Run("x", low, high)) for low, high in ((0, 7), (7, 8), (8, 24))]
@@ -80,6 +80,7 @@ def test_a_layer_cut_and_joined_again_is_the_same(options: dict[str, Any]) -> No
     [
         ({"k": 48}, r"input channels \(64, 48\)"),
         ({"g": 32}, r"group sizes \(16, 32\)"),
+        ({"bits": 8}, r"bits \(4, 8\)"),
         ({"bias": True}, "biases: only one has any"),
         ({"scaled": True}, "run-time scales"),
     ],

@@ -198,6 +198,18 @@ def test_inspect_reads_every_layout(model_dir: Path, texts: dict[str, Path], lay
     assert facts["report"].startswith("14 of 15 Linears quantized")
 
 
+def test_eight_bits_on_the_command_line(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+    options = ["--format", "native", "--method", "rtn", "--group-size", 32]
+    for name, more, widths in (
+        ("all", ["--set", "bits=8"], {"int8 layers": 14}),
+        ("some", ["--set", 'per_layer={"*.down_proj": {"bits": 8}}'], {"int4 layers": 12, "int8 layers": 2}),
+    ):
+        made = run("quantize", model_dir, tmp_path / name, *calibration(texts), *options, *more)
+        assert made.exit_code == 0, made.output
+        facts = json.loads(run("inspect", tmp_path / name, "--json", "-").stdout)
+        assert {key: value for key, value in facts.items() if key.endswith(" layers")} == widths
+
+
 def test_a_missing_shard_is_noticed(model_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(model_dir, tmp_path / "m")
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
@@ -271,6 +283,7 @@ def test_a_mistake_is_one_line(
         (["--group-size", 128], ("in_features=64 is not a multiple of group_size=128", "--format native")),
         (["--group-size", 32, "--set", "fold=never"], ("its input is scaled at run time", 'fold="always"')),
         (["--group-size", 32, "--format", "modelopt"], ("symmetric=True",)),
+        (["--group-size", 32, "--set", "bits=8"], ("it has 8 bits, not 4", "--format native")),
         (["--group-size", 32, "--set", 'per_layer={"*up_proj": {"group_size": 16}}'], ("different group sizes",)),
     ],
 )

@@ -61,9 +61,11 @@ def adapters(model: nn.Module) -> set[str]:
     return {name.removeprefix("base_model.model.") for name in found}
 
 
-@pytest.mark.parametrize("targets", [NAMES, "all-linear"])
-def test_lora_learns_and_is_saved(targets: Any, tmp_path: Path) -> None:
-    model = quantized()
+@pytest.mark.parametrize(
+    ("targets", "options"), [(NAMES, {}), ("all-linear", {}), ("all-linear", {"per_layer": {"*.v_proj": {"bits": 8}}})]
+)
+def test_lora_learns_and_is_saved(targets: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    model = quantized(**options)
     before = {name: bits(value) for name, value in model.state_dict().items()}
     layers = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets))
@@ -78,7 +80,7 @@ def test_lora_learns_and_is_saved(targets: Any, tmp_path: Path) -> None:
         logits = adapted(input_ids=ids).logits
         adapted.unload()
         assert {name: bits(value) for name, value in model.state_dict().items()} == before
-        again = peft.PeftModel.from_pretrained(quantized(), tmp_path)
+        again = peft.PeftModel.from_pretrained(quantized(**options), tmp_path)
         assert torch.equal(again(input_ids=ids).logits, logits)
 
 

@@ -66,6 +66,21 @@ def test_every_layout_computes_what_the_model_in_memory_does(
     assert torch.equal(logits(awq_ext.load(float_model(dtype=dtype, **options), folder)), expected)
 
 
+@pytest.mark.parametrize("options", [{"bits": 8}, {"per_layer": {"*.down_proj": {"bits": 8}}}])
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])
+def test_eight_bits(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    if family == "Mixtral" and "per_layer" in options:
+        options = {"per_layer": {"*.experts.*": {"bits": 8}}}
+    model = quantized(family, symmetric=False, fold="auto", method="awq", n_grid=2, min_tokens=0, **options)
+    assert 8 in {module.bits for module in model.modules() if isinstance(module, QuantLinear)}
+    awq_ext.save_pretrained(model, tmp_path / "a", format="native")
+    awq_ext.convert(tmp_path / "a", tmp_path / "b", format="native")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert torch.equal(logits(awq_ext.from_pretrained(folder)), logits(model))
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert ("in 8 bits" if "bits" in options else "in 4 and 8 bits") in card and "- int8" in card
+
+
 @pytest.mark.parametrize("format", ["awq", "gemv", "gemv_fast", "llm-awq", "compressed-tensors", "native"])
 def test_zero_points(format: str, tmp_path: Path) -> None:
     model = quantized("Qwen2", symmetric=False)

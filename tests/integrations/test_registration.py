@@ -55,8 +55,9 @@ def test_loads_runs_and_saves(layout: str, tmp_path: Path) -> None:
             assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-def test_asymmetric_and_run_time_scales(tmp_path: Path) -> None:
-    model = quantized(symmetric=False, fold="never")
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"per_layer": {"*.down_proj": {"bits": 8}}}])
+def test_asymmetric_and_run_time_scales(options: dict[str, Any], tmp_path: Path) -> None:
+    model = quantized(symmetric=False, fold="never", **options)
     assert any(getattr(module, "pre_quant_scale", None) is not None for module in model.modules())
     folder = awq_ext.save_pretrained(model, tmp_path / "model", format="native")
     loaded = load(folder)
