@@ -82,7 +82,7 @@ class MemorySource:
         experts: dict[str, str] | None = None,
     ) -> None:
         self.layers, self.tensors, self.floats = layers, floats, list(floats)
-        self.in_memory, self.experts = in_memory, experts or {}
+        self.in_memory, self.experts, self.heads = in_memory, experts or {}, ()
 
     def layer(self, name: str) -> PackedLinear:
         return self.layers[name]

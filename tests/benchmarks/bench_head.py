@@ -38,6 +38,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "int4 awq+gptq": {"head": "int4", "method": "awq+gptq", "objective": "layer"},
 }
 
+Scores = dict[str, dict[str, float]]
+
 
 class Head(nn.Module):
     """The output layer as a model of its own, [T, K] to [T, V]."""
@@ -62,16 +64,20 @@ def hidden_states(model: nn.Module, windows: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def score(head: nn.Module, hidden: list[Tensor], reference: list[Tensor], float_head: nn.Module, windows: list[Tensor]):
-    """Perplexity, and mean KL divergence from the float model, which reads ``reference``; of tokens 2 to the last."""
-    loss = divergence = count = 0.0
+def scores(heads: dict[str, nn.Module], hidden: list[Tensor], reference: list[Tensor], windows: list[Tensor]) -> Scores:
+    """Perplexity of each head, and mean KL divergence from the float model, which reads ``reference``; of tokens 2 to the last."""
+    sums = {label: [0.0, 0.0] for label in heads}
+    count = sum(len(x) - 1 for x in hidden)
     for x, y, ids in zip(hidden, reference, windows, strict=True):
-        ours = F.log_softmax(head(x[:-1]).float(), -1)
-        theirs = F.log_softmax(float_head(y[:-1]).float(), -1)
-        loss += F.nll_loss(ours, ids[0, 1:], reduction="sum").item()
-        divergence += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
-        count += len(ours)
-    return {"perplexity": math.exp(loss / count), "kl": divergence / count}
+        theirs = F.log_softmax(heads["float"](y[:-1]).float(), -1)
+        for label, head in heads.items():
+            ours = F.log_softmax(head(x[:-1]).float(), -1)
+            sums[label][0] += F.nll_loss(ours, ids[0, 1:], reduction="sum").item()
+            sums[label][1] += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
+    return {
+        label: {"perplexity": math.exp(loss / count), "kl": divergence / count}
+        for label, (loss, divergence) in sums.items()
+    }
 
 
 def quantized(
@@ -111,25 +117,26 @@ def main() -> None:
     for label, settings in HEADS.items():
         heads[label], facts[label] = quantized(linear, read, settings, args.group_size)
         print(label, facts[label], flush=True)
-    states = {"float": {name: hidden_states(model, windows) for name, windows in traffic.items()}}
-    awq_ext.quantize(model, calib, group_size=args.group_size, progress=False)
-    states["awq"] = {name: hidden_states(model, windows) for name, windows in traffic.items()}
     data: dict[str, Any] = {
         "model": args.model.absolute().name,
         "head": [linear.out_features, linear.in_features],
         "settings": {name: getattr(args, name) for name in ("group_size", "samples", "seq", "tokens")},
         "heads": facts,
-        "blocks": {blocks: {} for blocks in states},
+        "blocks": {},
     }
-    for blocks, seen in states.items():
-        for label, head in heads.items():
-            data["blocks"][blocks][label] = {
-                name: score(head, seen[name], states["float"][name], heads["float"], windows)
-                for name, windows in traffic.items()
-            }
-            print(blocks, label, data["blocks"][blocks][label], flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    plain = {name: hidden_states(model, windows) for name, windows in traffic.items()}
+    for blocks in ("float", "awq"):
+        if blocks == "awq":
+            awq_ext.quantize(model, calib, group_size=args.group_size, progress=False)
+        found: dict[str, Scores] = {label: {} for label in heads}
+        for name, windows in traffic.items():
+            seen = plain[name] if blocks == "float" else hidden_states(model, windows)
+            for label, row in scores(heads, seen, plain[name], windows).items():
+                found[label][name] = row
+                print(blocks, label, name, row, flush=True)
+        data["blocks"][blocks] = found
+        if args.json:  # after each, so that an interrupt loses nothing that was measured
+            args.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":
