@@ -1,5 +1,8 @@
 #include "drivers/choice.h"
 
+#include "drivers/products.h"
+#include "drivers/quadratic.h"
+
 namespace awq {
 namespace {
 
@@ -47,6 +50,35 @@ Choice choose(const KernelTable& table, Dtype dtype, Compute compute, int64_t ro
                               : in_vectors(table, Element::f32, 1, rows);
 }
 
+namespace {
+
+// What quantize() computes: see stats.cpp, quadratic.cpp and refine_scales.cpp.
+void add_quantizing(const KernelTable& table, std::vector<Job>& jobs) {
+  const Bf16Products* products = table.bf16_products;
+  const bool tiles = on_tiles(products);
+  const std::string one = tiles                 ? "bf16 tiles"
+                          : products != nullptr ? "products of bf16 vectors"
+                                                : "fp32 FMA",
+                    fma = "fp32 FMA";
+  const char *exact = products != nullptr ? "exact products, fp32 sums" : "no fast products of bf16 here",
+             *none = products != nullptr ? "more than one term would be slower" : "no fast products of bf16 here";
+  jobs.push_back({"second moments of bf16 activations", one, exact});
+  jobs.push_back({"second moments of fp16 activations", tiles ? one + ", each activation in 2 terms" : fma,
+                  tiles ? "four exact products, fp32 sums" : none});
+  jobs.push_back({"second moments of fp32 activations, or of weighted rows",
+                  tiles ? one + ", each activation in 3 terms" : fma, tiles ? "six exact products, fp32 sums" : none});
+  jobs.push_back({"ranking of scales, fit of the groups' scales", one,
+                  products != nullptr ? "factors rounded to bf16, fp32 sums" : "no fast products of bf16 here"});
+  const std::string from = std::to_string(kSplitChannels);
+  if (tiles)
+    jobs.push_back({"losses, " + from + " channels or more", one + ", each factor in 2 terms",
+                    "off by no more than fp32 sums may be"});
+  jobs.push_back({tiles ? "losses, fewer channels; clips, error feedback" : "losses, clips, error feedback", fma,
+                  tiles ? "few sums, or sums that go on one from the other, as exact as fp32" : "as exact as fp32"});
+}
+
+}  // namespace
+
 std::vector<Job> describe_choices(const KernelTable& table) {
   std::vector<Job> jobs;
   const auto name = [](const Choice& c) -> std::string {
@@ -87,8 +119,7 @@ std::vector<Job> describe_choices(const KernelTable& table) {
   add("fp16 activations", Dtype::f16, Compute::automatic, vectors, tiles ? most : "no faster exact products of fp16");
   add("fp32 activations", Dtype::f32, Compute::automatic, vectors, tiles ? most : "no faster exact products of fp32");
   add("compute_dtype=\"int8\"", Dtype::bf16, Compute::int8, vectors, tiles ? most : "four products a lane");
-  jobs.push_back({"second moments and ranking, bf16", table.gemm_tile_bf16 != nullptr ? "products of bf16" : "fp32 FMA",
-                  table.gemm_tile_bf16 != nullptr ? "exact products, fp32 sums" : "no fast products of bf16 here"});
+  add_quantizing(table, jobs);
   return jobs;
 }
 
