@@ -21,6 +21,10 @@ _HOOKS = (
 )
 
 
+# The instruction sets whose products of bf16 are used to rank candidates and to fit scales.
+RANKS_IN_BF16 = {"avx512_bf16", "amx_plain", "amx_emulated", "amx"}
+
+
 def moment(k: int) -> Tensor:
     """Second moment of correlated channels of different size, one of them dead."""
     x = torch.randn(2 * k + 3, k) @ (torch.eye(k) + 0.3 * torch.randn(k, k) / k**0.5) * torch.rand(k).add(0.1)

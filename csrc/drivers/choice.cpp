@@ -1,5 +1,8 @@
 #include "drivers/choice.h"
 
+#include "drivers/products.h"
+#include "drivers/quadratic.h"
+
 namespace awq {
 namespace {
 
@@ -80,6 +83,24 @@ void describe(const KernelTable& table, const std::string& job, Dtype dtype, Com
   }
 }
 
+// What quantize() computes: see stats.cpp, quadratic.cpp and refine_scales.cpp.
+void describe_quantizing(const KernelTable& table, std::vector<Job>& jobs) {
+  const Bf16Products* products = table.bf16_products;
+  const bool tiles = on_tiles(products);
+  const std::string fma = "fp32 FMA", one = tiles                 ? "bf16 tiles"
+                                            : products != nullptr ? "products of bf16 vectors"
+                                                                  : fma;
+  jobs.push_back({"second moments of bf16 activations", one});
+  jobs.push_back({"second moments of fp16 activations", tiles ? one + ", each activation in 2 terms" : fma});
+  jobs.push_back(
+      {"second moments of fp32 activations, or of weighted rows", tiles ? one + ", each activation in 3 terms" : fma});
+  jobs.push_back({"ranking of scales, fit of the groups' scales", one});
+  if (tiles)
+    jobs.push_back(
+        {"losses, " + std::to_string(kSplitChannels) + " channels or more", one + ", each factor in 2 terms"});
+  jobs.push_back({tiles ? "losses, fewer channels; clips, error feedback" : "losses, clips, error feedback", fma});
+}
+
 }  // namespace
 
 std::vector<Job> describe_choices(const KernelTable& table) {
@@ -88,9 +109,7 @@ std::vector<Job> describe_choices(const KernelTable& table) {
   describe(table, "fp16 activations", Dtype::f16, Compute::automatic, jobs);
   describe(table, "fp32 activations", Dtype::f32, Compute::automatic, jobs);
   describe(table, "compute_dtype=\"int8\"", Dtype::bf16, Compute::int8, jobs);
-  const bool pairs = table.gemm_tile_bf16 != nullptr;
-  jobs.push_back({"second moments of bf16 activations", pairs ? "products of bf16 vectors" : "fp32 FMA"});
-  jobs.push_back({"ranking of candidates", pairs ? "products of bf16 vectors" : "fp32 FMA"});
+  describe_quantizing(table, jobs);
   return jobs;
 }
 

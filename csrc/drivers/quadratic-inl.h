@@ -12,8 +12,9 @@ namespace awq {
 template <class MakeRow>
 void quadratic_losses(const MomentPanels& g, int64_t count, int threads, const MakeRow& make_row, double* losses) {
   constexpr int64_t kSlabFloats = 4 << 20;  // 16 MiB of rows, and as much for their panels
-  constexpr int64_t kPanelsPerTask = 18;    // with a block of k about a quarter of a second-level cache
-  const int64_t mr = g.table().tile_rows, stride = g.row_stride(), blocks = g.block_count();
+  constexpr int64_t kPanelsPerTask = 18;    // with a block of k about a quarter of a second-level cache (of its 2 MiB
+                                            // where there are tile registers)
+  const int64_t mr = g.shape().rows, stride = g.row_stride(), blocks = g.block_count();
   const int64_t panel_bytes = row_panel_bytes(g);
   const int64_t slab_panels =
       std::min(ceil_div(count, mr), round_up(std::max<int64_t>(1, kSlabFloats / (stride * mr)), kPanelsPerTask));
@@ -37,6 +38,7 @@ void quadratic_losses(const MomentPanels& g, int64_t count, int threads, const M
     std::fill_n(parts.get(), blocks * used * mr, 0.0);
     const int64_t bundles = ceil_div(used, kPanelsPerTask);
     parallel_for(blocks * bundles, threads, [&](int64_t task, int) {  // the longest blocks come first
+      const ProductTask product_task(g.table(), g.precision());
       const int64_t block = task / bundles, p = task % bundles * kPanelsPerTask;
       g.add_block(block, panels.get() + p * panel_bytes, rows.get() + p * mr * stride,
                   std::min(kPanelsPerTask, used - p), parts.get() + (block * used + p) * mr);

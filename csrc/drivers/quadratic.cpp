@@ -7,31 +7,42 @@
 namespace awq {
 namespace {
 
-// Channels of the first factor in a block: 256 fp32 or 512 bf16, so that a panel's block (tile_cols wide) is 32 KiB at
-// the widest level and stays in the first-level cache while the row panels stream past it.
-int64_t block_channels(Precision precision) { return precision == Precision::bf16 ? 512 : 256; }
+// Channels of the first factor in a block: 256 fp32 or 512 bf16, so that a panel's block (a tile wide) is 32 KiB at the
+// widest level and stays in the first-level cache while the row panels stream past it; on tile registers kTileBlockK.
+int64_t block_channels(const KernelTable& table, Precision precision) {
+  if (precision == Precision::f32) return 256;
+  return on_tiles(table.bf16_products) ? kTileBlockK / terms_of(precision) : 512;
+}
 
 }  // namespace
 
 Precision ranking_precision(const KernelTable& table) {
-  return table.quadratic_tile_bf16 != nullptr ? Precision::bf16 : Precision::f32;
+  return table.bf16_products != nullptr ? Precision::bf16 : Precision::f32;
+}
+
+Precision loss_precision(const KernelTable& table, int64_t k) {
+  return on_tiles(table.bf16_products) && k >= kSplitChannels ? Precision::split : Precision::f32;
 }
 
 MomentPanels::MomentPanels(const KernelTable& table, Precision precision, int64_t k)
-    : table_(&table), precision_(precision), channels_(k), padded_(round_up(k, table.tile_cols)) {
+    : table_(&table),
+      precision_(precision),
+      shape_(tile_shape(table, precision)),
+      channels_(k),
+      padded_(round_up(k, shape_.cols)) {
   data_ = Buffer<char>(offset(count()) * value_bytes(precision));
 }
 
-// Panel j holds (j + 1) * tile_cols rows of tile_cols values.
+// Panel j holds the first (j + 1) * width rows of its `width` columns.
 int64_t MomentPanels::offset(int64_t panel) const {
-  const int64_t width = table_->tile_cols;
+  const int64_t width = shape_.cols;
   return panel * (panel + 1) / 2 * width * width;
 }
 
-int64_t MomentPanels::block_count() const { return ceil_div(padded_, block_channels(precision_)); }
+int64_t MomentPanels::block_count() const { return ceil_div(padded_, block_channels(*table_, precision_)); }
 
 void MomentPanels::fill(int64_t panel, const float* g, int64_t ld) {
-  const int64_t width = table_->tile_cols, first = panel * width, cols = std::min(width, channels_ - first);
+  const int64_t width = shape_.cols, first = panel * width, cols = std::min(width, channels_ - first);
   const int64_t length = first + width;
   // One strip of rows at a time is doubled, rounded and packed while it is in the cache.
   float strip[kMaxTileCols * kMaxTileCols];
@@ -50,8 +61,8 @@ void MomentPanels::fill(int64_t panel, const float* g, int64_t ld) {
 
 void MomentPanels::add_block(int64_t block, const void* row_panels, const float* rows, int64_t panels,
                              double* out) const {
-  const int64_t width = table_->tile_cols, mr = table_->tile_rows, size = block_channels(precision_),
-                begin = block * size, bytes = value_bytes(precision_);
+  const int64_t width = shape_.cols, mr = shape_.rows, size = block_channels(*table_, precision_), begin = block * size,
+                bytes = value_bytes(precision_);
   for (int64_t j = begin / width; j < count(); ++j) {
     const int64_t length = std::min((j + 1) * width, begin + size) - begin;
     const int64_t at = offset(j) + begin * width;
@@ -64,14 +75,22 @@ void MomentPanels::add_block(int64_t block, const void* row_panels, const float*
   }
 }
 
-void pack_column_square(const KernelTable& table, Precision precision, const float* square, void* out) {
-  const int64_t width = table.tile_cols;
+void pack_column_square(const KernelTable& table, Precision precision, float* square, void* out) {
+  const TileShape shape = tile_shape(table, precision);
+  const int64_t width = shape.cols;
   if (precision == Precision::f32) {
     std::copy_n(square, width * width, static_cast<float*>(out));
-  } else {
-    uint16_t halves[kMaxTileCols * kMaxTileCols];
-    table.from_float(square, Dtype::bf16, width * width, halves);
-    table.pack_column_pairs(halves, width, width, width, width, static_cast<uint16_t*>(out));
+    return;
+  }
+  const int terms = terms_of(precision);
+  uint16_t halves[kMaxTileCols * kMaxTileCols];
+  for (int t = 0; t < terms; ++t) {
+    if (terms == 1)
+      table.from_float(square, Dtype::bf16, width * width, halves);
+    else
+      table.bf16_products->split(square, width * width, halves);
+    table.bf16_products->pack_right(halves, width, width, width, terms,
+                                    static_cast<uint16_t*>(out) + t * shape.depth * width);
   }
 }
 
@@ -80,11 +99,12 @@ void add_form(const KernelTable& table, Precision precision, const void* a, cons
   if (precision == Precision::f32)
     table.quadratic_tile(static_cast<const float*>(a), static_cast<const float*>(b), k, e, lde, out);
   else
-    table.quadratic_tile_bf16(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), k, e, lde, out);
+    table.bf16_products->quadratic(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), k,
+                                   terms_of(precision), e, lde, out);
 }
 
 int64_t row_panel_bytes(const MomentPanels& g) {
-  return g.table().tile_rows * g.padded_channels() * value_bytes(g.precision());
+  return g.shape().rows * g.padded_channels() * value_bytes(g.precision());
 }
 
 void pack_row_panel(const KernelTable& table, Precision precision, float* rows, int64_t stride, int64_t k,
@@ -92,8 +112,10 @@ void pack_row_panel(const KernelTable& table, Precision precision, float* rows, 
   if (precision == Precision::f32) {
     table.pack_rows(rows, stride, k, static_cast<float*>(panel));
   } else {
-    for (int64_t r = 0; r < table.tile_rows; ++r) table.round_to_bf16(rows + r * stride, k);
-    table.pack_row_pairs(rows, stride, k, static_cast<uint16_t*>(panel));
+    const Bf16Products& products = *table.bf16_products;
+    for (int64_t r = 0; r < products.rows && precision == Precision::bf16; ++r)
+      table.round_to_bf16(rows + r * stride, k);
+    products.pack_rows(rows, stride, k, terms_of(precision), static_cast<uint16_t*>(panel));
   }
 }
 

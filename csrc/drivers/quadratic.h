@@ -1,6 +1,6 @@
 // e G e^T for many rows e and one symmetric G, without storing e G.
 //
-// G is cut into column panels J of tile_cols columns. By symmetry
+// G is cut into column panels J, as wide as a tile. By symmetry
 //
 //     e G e^T = sum over J of (2 sum over I < J of e_I G_IJ + e_J G_JJ) e_J^T,
 //
@@ -12,14 +12,10 @@
 #include <cstdint>
 
 #include "base/buffer.h"
+#include "drivers/products.h"
 #include "kernels/kernels.h"
 
 namespace awq {
-
-// How the factors are held. bf16 needs a level with the kernels for it.
-enum class Precision { f32, bf16 };
-
-constexpr int64_t value_bytes(Precision precision) { return precision == Precision::bf16 ? 2 : 4; }
 
 // The precision to rank candidates in: bf16 where the level has it. Rounding changes an entry by a relative error of at
 // most u = 2^-9, rms at most u / sqrt(3), with random sign. Let L = e G e^T and A = sum of e_i^2 G_ii, the loss that
@@ -29,25 +25,36 @@ constexpr int64_t value_bytes(Precision precision) { return precision == Precisi
 // candidate. Losses in reports are computed in fp32.
 Precision ranking_precision(const KernelTable& table);
 
+// The precision of losses over k channels that are to be as exact as in fp32. There a term e_i G_ij e_j passes 256
+// sums, those of a block of k, and a few more within the tile: it may be off by 290 * 2^-24. Split, where two terms of
+// each factor give four products on tile registers, both e_i and G_ij are off by at most 2^-17, together 256 * 2^-24,
+// because rounding to 8 bits leaves at most 2^-8, and rounding that again 2^-17. Of the sums, a term passes 16 within a
+// product of tiles, 4 for each 32 channels of a block of 192, and less than 10 more: it may be off by 306 * 2^-24 in
+// all. With fewer channels than kSplitChannels fp32 has fewer sums, and stays.
+Precision loss_precision(const KernelTable& table, int64_t k);
+constexpr int64_t kSplitChannels = 512;
+
 // G, k x k with row stride ld, as upper-triangular panels.
 class MomentPanels {
  public:
   MomentPanels(const KernelTable& table, Precision precision, int64_t k);
 
   // Panels can be filled in parallel: fill(j) for every j < count().
-  int64_t count() const { return padded_ / table_->tile_cols; }
+  int64_t count() const { return padded_ / shape_.cols; }
   void fill(int64_t panel, const float* g, int64_t ld);
 
   int64_t channels() const { return channels_; }
-  int64_t padded_channels() const { return padded_; }  // a multiple of tile_cols
+  int64_t padded_channels() const { return padded_; }  // a multiple of a tile's columns
   // Floats from one row of e to the next: one tile more than needed, because at a stride of a power of two the rows of
   // a tile would compete for the same few places in the first-level cache.
-  int64_t row_stride() const { return padded_ + table_->tile_cols; }
+  int64_t row_stride() const { return padded_ + shape_.cols; }
   Precision precision() const { return precision_; }
+  const TileShape& shape() const { return shape_; }
   const KernelTable& table() const { return *table_; }
 
   // out[r] += the part of e_r G e_r^T in which the channels of the first factor are those of block `block`, for
-  // `panels` packed row panels. rows: the same values in fp32, row_stride() apart; columns past channels() are 0.
+  // `panels` packed row panels. rows: the same values in fp32, row_stride() apart; columns past channels() are 0. To be
+  // called within a ProductTask.
   void add_block(int64_t block, const void* row_panels, const float* rows, int64_t panels, double* out) const;
   int64_t block_count() const;
 
@@ -56,18 +63,21 @@ class MomentPanels {
 
   const KernelTable* table_;
   Precision precision_;
+  TileShape shape_;
   int64_t channels_;
   int64_t padded_;
   Buffer<char> data_;
 };
 
-// Packs tile_cols contiguous rows of tile_cols values as a part of a column panel.
-void pack_column_square(const KernelTable& table, Precision precision, const float* square, void* out);
-// out[m] += a[m] b e[m]^T for k channels of a packed row panel a and a column panel b; e: fp32 at row stride lde.
+// Packs a square of contiguous values, as many rows as a tile has columns, as a part of a column panel. The square is
+// scratch afterwards.
+void pack_column_square(const KernelTable& table, Precision precision, float* square, void* out);
+// out[m] += a[m] b e[m]^T for k channels of a packed row panel a and a column panel b; e: fp32 at row stride lde. To be
+// called within a ProductTask.
 void add_form(const KernelTable& table, Precision precision, const void* a, const void* b, int64_t k, const float* e,
               int64_t lde, double* out);
-// Packs tile_rows rows of k values, `stride` apart, as one row panel (bf16: k even); bf16 rounds the rows first, in
-// place, so that both factors of a form e G e^T are the same numbers.
+// Packs a tile's rows of k values, `stride` apart, as one row panel (k a multiple of its depth); bf16 rounds the rows
+// first, in place, so that both factors of a form e G e^T are the same numbers.
 void pack_row_panel(const KernelTable& table, Precision precision, float* rows, int64_t stride, int64_t k, void* panel);
 // The same for rows that are multiplied with MomentPanels: row_stride() apart, columns past the end 0.
 void pack_row_panel(const MomentPanels& g, float* rows, void* panel);

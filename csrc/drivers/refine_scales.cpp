@@ -33,13 +33,14 @@ void prefetch(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
 }
 
-// H as panels of tile_cols columns, all rows of each; 0 past the last channel.
+// H as panels as wide as a tile, all rows of each; 0 past the last channel.
 class ColumnPanels {
  public:
   ColumnPanels(const KernelTable& table, Precision precision, const DampedMoment& h, int threads)
       : table_(table),
         precision_(precision),
-        width_(table.tile_cols),
+        shape_(tile_shape(table, precision)),
+        width_(shape_.cols),
         padded_(round_up(h.k, width_)),
         data_(padded_ * padded_ * value_bytes(precision)) {
     // By strips of rows, each of which is read as it lies in memory.
@@ -50,6 +51,7 @@ class ColumnPanels {
 
   int64_t padded_channels() const { return padded_; }
   Precision precision() const { return precision_; }
+  const TileShape& shape() const { return shape_; }
 
   // out[m] += a[m] H[row : row + length, panel j] e[m]^T for one packed row panel a of these channels.
   void add_form(int64_t j, int64_t row, int64_t length, const char* a, const float* e, int64_t lde, double* out) const {
@@ -73,6 +75,7 @@ class ColumnPanels {
 
   const KernelTable& table_;
   Precision precision_;
+  TileShape shape_;
   int64_t width_;
   int64_t padded_;
   Buffer<char> data_;
@@ -88,8 +91,8 @@ struct Quantized {
   uint16_t* scales;
 };
 
-// Up to max_panels row panels (of tile_rows weight rows) whose scales are refined side by side, so that they share the
-// parts of H that are read; with the scratch memory for that.
+// Up to max_panels row panels (of as many weight rows as a tile has) whose scales are refined side by side, so that
+// they share the parts of H that are read; with the scratch memory for that.
 class RefinedScales {
  public:
   RefinedScales(const KernelTable& table, const ColumnPanels& h, const Quantized& q, int64_t max_panels)
@@ -99,12 +102,15 @@ class RefinedScales {
         k_(q.weight.in_features),
         groups_(ceil_div(k_, q.spec.group_length)),
         bytes_(value_bytes(h.precision())),
-        max_rows_(max_panels * table.tile_rows),
+        shape_(h.shape()),
+        block_(on_tiles(h.precision() == Precision::bf16 ? table.bf16_products : nullptr) ? kTileBlockK
+                                                                                          : kBlockBytes / bytes_),
+        max_rows_(max_panels * shape_.rows),
         // One tile more because a group may begin and end within a panel of H, one as in MomentPanels::row_stride.
-        stride_(round_up(q.spec.group_length, table.tile_cols) + 2 * table.tile_cols),
+        stride_(round_up(q.spec.group_length, shape_.cols) + 2 * shape_.cols),
         steps_(max_rows_ * groups_),
         levels_(max_rows_ * stride_),
-        strip_(table.tile_rows * kStripStride),
+        strip_(shape_.rows * kStripStride),
         weights_(kStrip),
         errors_(max_rows_ * h.padded_channels() * bytes_),
         packed_levels_(max_rows_ * stride_ * bytes_),
@@ -115,7 +121,8 @@ class RefinedScales {
   void refine(int64_t first, int64_t rows, int64_t rounds) {
     first_ = first;
     rows_ = rows;
-    panels_ = ceil_div(rows, table_.tile_rows);
+    panels_ = ceil_div(rows, shape_.rows);
+    const ProductTask product_task(table_, h_.precision());
     table_.to_float(q_.scales + first * groups_, q_.spec.scale_dtype, rows * groups_, steps_.get());
     pack_errors(0, h_.padded_channels());
     for (int64_t round = 0; round < rounds; ++round)
@@ -128,12 +135,12 @@ class RefinedScales {
 
   void refine_group(int64_t g) {
     const int64_t begin = g * q_.spec.group_length, end = std::min(k_, begin + q_.spec.group_length);
-    const int64_t from = begin / 2 * 2, to = round_up(end, 2);  // whole pairs
-    const int64_t width = table_.tile_cols, first_panel = begin / width, panels = ceil_div(end, width) - first_panel;
+    const int64_t from = begin / align_ * align_, to = round_up(end, align_);
+    const int64_t width = shape_.cols, first_panel = begin / width, panels = ceil_div(end, width) - first_panel;
     load_levels(g, begin, end, first_panel * width, panels * width);
     for (int64_t p = 0; p < panels_; ++p)
       pack_row_panel(table_, h_.precision(), panel_levels(p) + from - first_panel * width, stride_, to - from,
-                     packed_levels_.get() + p * table_.tile_rows * (to - from) * bytes_);
+                     packed_levels_.get() + p * shape_.rows * (to - from) * bytes_);
     add_forms(errors_.get(), 0, h_.padded_channels(), first_panel, panels, along_.get());
     add_forms(packed_levels_.get(), from, to, first_panel, panels, size_.get());
     for (int64_t r = 0; r < rows_; ++r) {
@@ -146,36 +153,35 @@ class RefinedScales {
 
   // Writes levels [rows][count] from channel `origin` on, 0 outside the group.
   void load_levels(int64_t g, int64_t begin, int64_t end, int64_t origin, int64_t count) {
-    for (int64_t r = 0; r < panels_ * table_.tile_rows; ++r) {
+    for (int64_t r = 0; r < panels_ * shape_.rows; ++r) {
       float* out = levels_.get() + r * stride_;
       std::fill_n(out, count, 0.0f);
       if (r >= rows_) continue;
       const int64_t n = first_ + r;
-      prefetch_codes(r + table_.tile_rows, begin, end - begin);
+      prefetch_codes(r + shape_.rows, begin, end - begin);
       table_.dequantize_group(q_.codes + n * k_ + begin, end - begin, 1.0f, q_.zeros[n * groups_ + g],
                               out + begin - origin);
     }
   }
 
-  float* panel_levels(int64_t p) { return levels_.get() + p * table_.tile_rows * stride_; }
+  float* panel_levels(int64_t p) { return levels_.get() + p * shape_.rows * stride_; }
 
   // out[r] = a_r H[from : to, panels of the group] level_r^T, a packed; in blocks of k of about equal length, in each
   // of which all row panels stream past one panel of H.
   void add_forms(const char* a, int64_t from, int64_t to, int64_t first_panel, int64_t panels, double* out) {
-    const int64_t mr = table_.tile_rows, size = kBlockBytes / bytes_;
-    const int64_t blocks = std::max<int64_t>(1, (to - from + size / 2) / size);
-    const int64_t block = round_up(ceil_div(to - from, blocks), 2);
+    const int64_t mr = shape_.rows, blocks = std::max<int64_t>(1, (to - from + block_ / 2) / block_);
+    const int64_t block = round_up(ceil_div(to - from, blocks), align_);
     std::fill_n(out, panels_ * mr, 0.0);
     for (int64_t at = from; at < to; at += block)
       for (int64_t j = 0; j < panels; ++j)
         for (int64_t p = 0; p < panels_; ++p)
           h_.add_form(first_panel + j, at, std::min(block, to - at), a + (p * (to - from) + at - from) * mr * bytes_,
-                      panel_levels(p) + j * table_.tile_cols, stride_, out + p * mr);
+                      panel_levels(p) + j * shape_.cols, stride_, out + p * mr);
   }
 
-  // Packs the errors of channels from .. to (both even) under the current steps.
+  // Packs the errors of channels from .. to (both multiples of align_) under the current steps.
   void pack_errors(int64_t from, int64_t to) {
-    const int64_t mr = table_.tile_rows;
+    const int64_t mr = shape_.rows;
     for (int64_t at = from; at < to; at += kStrip) {
       const int64_t count = std::min(kStrip, to - at);
       for (int64_t p = 0; p < panels_; ++p) {
@@ -191,8 +197,8 @@ class RefinedScales {
     std::fill(out + there, out + count, 0.0f);
     if (there == 0) return;
     float* w = weights_.get();
-    prefetch_codes(r + table_.tile_rows, from, there);
-    prefetch_weights(r + table_.tile_rows, from, there);
+    prefetch_codes(r + shape_.rows, from, there);
+    prefetch_weights(r + shape_.rows, from, there);
     table_.to_float(q_.weight.at(n, from), q_.weight.dtype, there, w);
     if (q_.channel_scale != nullptr) table_.multiply(w, q_.channel_scale + from, there, w);
     const int64_t length = q_.spec.group_length, end = from + there;
@@ -218,6 +224,9 @@ class RefinedScales {
   int64_t k_;
   int64_t groups_;
   int64_t bytes_;
+  TileShape shape_;
+  int64_t block_;                                       // channels of a block of k, about
+  int64_t align_ = std::max<int64_t>(2, shape_.depth);  // blocks of k begin at a multiple
   int64_t max_rows_;
   int64_t stride_;
   int64_t first_ = 0, rows_ = 0, panels_ = 0;
@@ -235,7 +244,7 @@ void refine_scales(const KernelTable& table, const WeightView& weight, const Qua
   const Precision precision = damping < kLeastDamping ? Precision::f32 : ranking_precision(table);
   const ColumnPanels h(table, precision, {moment, weight.in_features, channel_scale, damping}, threads);
   const Quantized quantized{weight, spec, channel_scale, zeros, codes, scales};
-  const int64_t mr = table.tile_rows, total = ceil_div(weight.out_features, mr);
+  const int64_t mr = h.shape().rows, total = ceil_div(weight.out_features, mr);
   // In RefinedScales: packed errors, and levels both packed and not.
   const int64_t panel_bytes = mr * (weight.in_features + 2 * spec.group_length) * int64_t{sizeof(float)};
   const int64_t most = std::clamp<int64_t>(kScratchBytes / panel_bytes, 1, kPanelsPerTask);

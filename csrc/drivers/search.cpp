@@ -99,7 +99,7 @@ class ClipTask {
   ClipTask(const KernelTable& table, const QuantSpec& spec, int64_t max_panels)
       : table_(table),
         spec_(spec),
-        max_rows_(max_panels * table.tile_rows),
+        max_rows_(max_panels * table.tile_rows),  // all in fp32
         stride_(round_up(spec.group_length, table.tile_cols) + table.tile_cols),
         weights_(max_rows_ * stride_),
         scaled_(max_rows_ * stride_),
@@ -169,7 +169,7 @@ class ClipTask {
 
 void quadratic_loss(const KernelTable& table, const float* error, int64_t rows, int64_t in_features,
                     const float* moment, double* losses, int threads) {
-  const MomentPanels g = pack_moment(table, Precision::f32, moment, in_features, threads);
+  const MomentPanels g = pack_moment(table, loss_precision(table, in_features), moment, in_features, threads);
   const auto make_row = [&](int64_t r, float* row, int) {
     std::copy_n(error + r * in_features, in_features, row);
     std::fill_n(row + in_features, g.row_stride() - in_features, 0.0f);
@@ -181,7 +181,7 @@ void code_losses(const KernelTable& table, const WeightView& weight, const Codes
                  const float* divisor, const float* moment, double damping, double* plain, double* damped,
                  int threads) {
   const int64_t k = weight.in_features;
-  const MomentPanels g = pack_moment(table, Precision::f32, moment, k, threads);
+  const MomentPanels g = pack_moment(table, loss_precision(table, k), moment, k, threads);
   CodeErrors errors(table, weight, codes, channel_scale, divisor, threads);
   Buffer<float> diagonal(k);
   for (int64_t i = 0; i < k; ++i) diagonal.get()[i] = moment[i * k + i];
@@ -203,7 +203,7 @@ void scale_losses(const KernelTable& table, const WeightView& weight, const Quan
   const int64_t k = weight.in_features;
   const bool sampled = 0 < max_rows && max_rows < weight.out_features;
   const int64_t rows = sampled ? max_rows : weight.out_features;
-  const Precision precision = sampled ? ranking_precision(table) : Precision::f32;
+  const Precision precision = sampled ? ranking_precision(table) : loss_precision(table, k);
   const MomentPanels g = pack_moment(table, precision, moment, k, threads);
   Buffer<float> scratch(threads * 2 * k);
   // Candidates and rows as one long list: enough to keep any number of threads busy.

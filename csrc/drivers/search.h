@@ -10,14 +10,15 @@
 
 namespace awq {
 
-// losses[n] = e_n G e_n^T for the rows of error [N, K] (row stride K), G = moment [K, K]. In fp32, products and sums.
+// losses[n] = e_n G e_n^T for the rows of error [N, K] (row stride K), G = moment [K, K]. In loss_precision(): as in
+// fp32.
 void quadratic_loss(const KernelTable& table, const float* error, int64_t rows, int64_t in_features,
                     const float* moment, double* losses, int threads);
 
 // plain[n] = e_n G e_n^T, or 0 where rounding makes that negative. e_n is the error of row n: its dequantized values,
 // divided by channel_scale [K] and multiplied by divisor[n] (either may be null), minus the weight. damped[n] =
 // plain[n]
-// + damping * sum over k of e_nk^2 G_kk, unless damped is null. Errors and plain are computed in fp32 like
+// + damping * sum over k of e_nk^2 G_kk, unless damped is null. Errors are computed in fp32, plain like
 // quadratic_loss, the rest in fp64.
 void code_losses(const KernelTable& table, const WeightView& weight, const CodesView& codes, const float* channel_scale,
                  const float* divisor, const float* moment, double damping, double* plain, double* damped, int threads);

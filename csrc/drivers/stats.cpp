@@ -5,6 +5,7 @@
 #include "base/buffer.h"
 #include "base/layout.h"
 #include "base/parallel.h"
+#include "drivers/products.h"
 
 namespace awq {
 namespace {
@@ -12,101 +13,164 @@ namespace {
 // Rows that are packed and multiplied at a time. The sums of a chunk stay in registers, so longer chunks save passes
 // over the K x K result; a column panel of a chunk (64 KiB at the widest level) must stay in the second-level cache.
 constexpr int64_t kChunkRows = 512, kChunkRowsBf16 = 1024;
-// A task multiplies kRowPanels row panels, which stay in the second-level cache, with kColPanels column panels.
-constexpr int64_t kRowPanels = 18, kColPanels = 8;
+// A task multiplies `rows` row panels, which stay in the second-level cache, with `cols` column panels. Tiles of 32 x
+// 32 leave registers more often (kTileBlockK), and the task's part of the result must stay there too: with 1024 rows of
+// 12 and of 8 panels it takes 1.7 of 2 MiB.
+struct Bundle {
+  int64_t rows, cols;
+};
+constexpr Bundle kBundle = {18, 8}, kTileBundle = {12, 8};
+
+// How the rows of one call are multiplied.
+struct Form {
+  const KernelTable& table;
+  const Bf16Products* products;  // null: fp32
+  int terms;                     // of each number, in bf16
+  TileShape tile;
+  int64_t chunk_rows, block_rows;  // packed at a time, multiplied at a time
+  Bundle bundle;
+
+  int64_t value_bytes() const { return products == nullptr ? 4 : 2 * terms; }
+};
+
+Form form_of(const KernelTable& table, const CalibrationRows& x) {
+  const Bf16Products* products = table.bf16_products;
+  const int terms = x.weights != nullptr || x.dtype == Dtype::f32 ? 3 : x.dtype == Dtype::f16 ? 2 : 1;
+  if (products == nullptr || (terms > 1 && products->split == nullptr))
+    return {table, nullptr, 1, tile_shape(table, Precision::f32), kChunkRows, kChunkRows, kBundle};
+  const TileShape tile = tile_shape(table, Precision::bf16);
+  const int64_t chunk = kChunkRowsBf16 / terms / tile.depth * tile.depth;
+  if (!on_tiles(products)) return {table, products, terms, tile, chunk, chunk, kBundle};
+  return {table, products, terms, tile, chunk, kTileBlockK / terms, kTileBundle};
+}
 
 // One chunk of rows, packed twice: columns as the tile's rows and as the tile's columns.
 struct Chunk {
-  const KernelTable& table;
-  bool pairs;  // bf16 pairs instead of fp32
+  const Form& form;
   int64_t in_features;
-  int64_t depth;  // rows, even when in pairs
-  const char* row_panels;
-  const char* col_panels;
+  int64_t depth;  // rows, up to whole depths of a tile
+  char* row_panels;
+  char* col_panels;
 
-  int64_t value_bytes() const { return pairs ? 2 : 4; }
-
-  void add_tile(int64_t row_panel, int64_t col_panel, float* c, int64_t ldc) const {
-    const void* a = row_panels + row_panel * depth * table.tile_rows * value_bytes();
-    const void* b = col_panels + col_panel * depth * table.tile_cols * value_bytes();
-    if (pairs)
-      table.gemm_tile_bf16(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), depth, c, ldc);
+  // Adds the products of rows first .. first + count of the chunk.
+  void add_tile(int64_t row_panel, int64_t col_panel, int64_t first, int64_t count, float* c, int64_t ldc) const {
+    const void* a = row_panels + (row_panel * depth + first) * form.tile.rows * form.value_bytes();
+    const void* b = col_panels + (col_panel * depth + first) * form.tile.cols * form.value_bytes();
+    if (form.products != nullptr)
+      form.products->gemm(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), count, form.terms, c, ldc);
     else
-      table.gemm_tile(static_cast<const float*>(a), static_cast<const float*>(b), depth, c, ldc);
+      form.table.gemm_tile(static_cast<const float*>(a), static_cast<const float*>(b), count, c, ldc);
   }
 
   // A tile that reaches past the matrix goes through a buffer.
-  void add_edge_tile(int64_t row_panel, int64_t col_panel, float* moment) const {
+  void add_edge_tile(int64_t row_panel, int64_t col_panel, int64_t first, int64_t count, float* moment) const {
     float tile[kMaxTile] = {};
-    const int64_t mr = table.tile_rows, nr = table.tile_cols, i = row_panel * mr, j = col_panel * nr;
-    add_tile(row_panel, col_panel, tile, nr);
+    const int64_t mr = form.tile.rows, nr = form.tile.cols, i = row_panel * mr, j = col_panel * nr;
+    add_tile(row_panel, col_panel, first, count, tile, nr);
     for (int64_t m = 0; m < std::min(mr, in_features - i); ++m)
       for (int64_t n = 0; n < std::min(nr, in_features - j); ++n)
         moment[(i + m) * in_features + j + n] += tile[m * nr + n];
   }
 
   // Adds the tiles of the task's panels that reach the diagonal or lie above it.
-  void add_block(int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end, float* moment) const {
-    const int64_t mr = table.tile_rows, nr = table.tile_cols;
-    for (int64_t j = col_begin; j < col_end; ++j)
-      for (int64_t i = row_begin; i < row_end && i * mr < (j + 1) * nr; ++i) {
+  void add_block(int64_t row, int64_t col, int64_t first, int64_t count, float* moment) const {
+    const int64_t mr = form.tile.rows, nr = form.tile.cols;
+    const int64_t row_end = std::min(ceil_div(in_features, mr), row + form.bundle.rows);
+    const int64_t col_end = std::min(ceil_div(in_features, nr), col + form.bundle.cols);
+    for (int64_t j = col; j < col_end; ++j)
+      for (int64_t i = row; i < row_end && i * mr < (j + 1) * nr; ++i) {
         const bool inside = (i + 1) * mr <= in_features && (j + 1) * nr <= in_features;
         if (inside)
-          add_tile(i, j, moment + i * mr * in_features + j * nr, in_features);
+          add_tile(i, j, first, count, moment + i * mr * in_features + j * nr, in_features);
         else
-          add_edge_tile(i, j, moment);
+          add_edge_tile(i, j, first, count, moment);
       }
   }
 };
 
-// Packs columns first .. first + width of a chunk as panel first / width of `out`.
-void pack_panel(const Chunk& chunk, const void* x, int64_t rows, int64_t first, int64_t width, char* out) {
-  const int64_t k = chunk.in_features, cols = std::min(width, k - first), at = first * chunk.depth;
-  if (chunk.pairs) {
-    chunk.table.pack_column_pairs(static_cast<const uint16_t*>(x) + first, k, rows, cols, width,
-                                  reinterpret_cast<uint16_t*>(out) + at);
-  } else {
-    chunk.table.pack_columns(static_cast<const float*>(x) + first, k, rows, cols, width,
-                             reinterpret_cast<float*>(out) + at);
-  }
-}
+// `rows` rows ready to be packed: x itself, a copy in fp32 times the roots of the weights, or the terms of that.
+struct Source {
+  const void* data;
+  int64_t term_values;  // from one term to the next
+};
 
-// Packs `rows` rows both ways, in one parallel region.
-void pack_chunk(const Chunk& chunk, const void* x, int64_t rows, char* row_panels, char* col_panels, int threads) {
-  const int64_t mr = chunk.table.tile_rows, nr = chunk.table.tile_cols;
-  const int64_t row_count = ceil_div(chunk.in_features, mr), col_count = ceil_div(chunk.in_features, nr);
+// Packs the chunk both ways, in one parallel region.
+void pack_chunk(const Chunk& chunk, const Source& x, int64_t rows, int threads) {
+  const Form& form = chunk.form;
+  const int64_t k = chunk.in_features, mr = form.tile.rows, nr = form.tile.cols;
+  const int64_t row_count = ceil_div(k, mr), col_count = ceil_div(k, nr);
   parallel_for(row_count + col_count, threads, [&](int64_t task, int) {
-    if (task < row_count)
-      pack_panel(chunk, x, rows, task * mr, mr, row_panels);
-    else
-      pack_panel(chunk, x, rows, (task - row_count) * nr, nr, col_panels);
+    const bool left = task < row_count;
+    const int64_t width = left ? mr : nr, first = (left ? task : task - row_count) * width;
+    const int64_t cols = std::min(width, k - first);
+    char* out = (left ? chunk.row_panels : chunk.col_panels) + first * chunk.depth * form.value_bytes();
+    if (form.products == nullptr) {
+      const float* from = static_cast<const float*>(x.data) + first;
+      return form.table.pack_columns(from, k, rows, cols, width, reinterpret_cast<float*>(out));
+    }
+    const auto pack = left ? form.products->pack_left : form.products->pack_right;
+    for (int t = 0; t < form.terms; ++t)
+      pack(static_cast<const uint16_t*>(x.data) + t * x.term_values + first, k, rows, cols, form.terms,
+           reinterpret_cast<uint16_t*>(out) + t * form.tile.depth * width);
   });
 }
 
 void add_chunk(const Chunk& chunk, float* moment, int threads) {
-  const int64_t mr = chunk.table.tile_rows, nr = chunk.table.tile_cols;
-  const int64_t row_panels = ceil_div(chunk.in_features, mr), col_panels = ceil_div(chunk.in_features, nr);
-  const int64_t row_blocks = ceil_div(row_panels, kRowPanels), col_blocks = ceil_div(col_panels, kColPanels);
+  const Form& form = chunk.form;
+  const int64_t row_blocks = ceil_div(ceil_div(chunk.in_features, form.tile.rows), form.bundle.rows);
+  const int64_t col_blocks = ceil_div(ceil_div(chunk.in_features, form.tile.cols), form.bundle.cols);
   parallel_for(row_blocks * col_blocks, threads, [&](int64_t task, int) {
-    const int64_t row = task / col_blocks * kRowPanels, col = task % col_blocks * kColPanels;
-    chunk.add_block(row, std::min(row_panels, row + kRowPanels), col, std::min(col_panels, col + kColPanels), moment);
+    const ProductTask product_task(form.products);
+    const int64_t row = task / col_blocks * form.bundle.rows, col = task % col_blocks * form.bundle.cols;
+    for (int64_t first = 0; first < chunk.depth; first += form.block_rows)
+      chunk.add_block(row, col, first, std::min(form.block_rows, chunk.depth - first), moment);
   });
 }
 
-// Rows [first, first + count) ready to be packed: x itself, or a copy in fp32 times the roots of their weights.
-const void* packable(const KernelTable& table, const CalibrationRows& x, bool copy, int64_t first, int64_t count,
-                     float* copied, int threads) {
-  if (!copy) return x.row(first);
-  const int64_t k = x.in_features;
-  parallel_for(count, threads, [&](int64_t r, int) {
-    float* row = copied + r * k;
-    table.to_float(x.row(first + r), x.dtype, k, row);
-    if (x.roots == nullptr) return;
-    const float root = x.roots[first + r];
+// Rows that have to be copied before they can be packed.
+class Copies {
+ public:
+  Copies(const Form& form, const CalibrationRows& x, int64_t most_rows, int threads)
+      : form_(form),
+        x_(x),
+        threads_(threads),
+        terms_(form.products != nullptr && (form.terms > 1 || x.weights != nullptr)),
+        floats_(form.products == nullptr && (x.dtype != Dtype::f32 || x.weights != nullptr)),
+        values_(terms_    ? threads * x.in_features
+                : floats_ ? most_rows * x.in_features
+                          : 0),
+        halves_(terms_ ? form.terms * most_rows * x.in_features : 0) {}
+
+  // Of rows first .. first + count.
+  Source make(int64_t first, int64_t count) {
+    if (!terms_ && !floats_) return {x_.row(first), 0};
+    const int64_t k = x_.in_features, term_values = count * k;
+    parallel_for(count, threads_, [&](int64_t r, int thread) {
+      float* row = values_.get() + (terms_ ? thread : r) * k;
+      load(first + r, row);
+      for (int t = 0; terms_ && t < form_.terms; ++t)
+        form_.products->split(row, k, halves_.get() + t * term_values + r * k);
+    });
+    if (terms_) return {halves_.get(), term_values};
+    return {values_.get(), 0};
+  }
+
+ private:
+  void load(int64_t r, float* row) const {
+    const int64_t k = x_.in_features;
+    form_.table.to_float(x_.row(r), x_.dtype, k, row);
+    if (x_.roots == nullptr) return;
+    const float root = x_.roots[r];
     for (int64_t i = 0; i < k; ++i) row[i] *= root;
-  });
-  return copied;
-}
+  }
+
+  const Form& form_;
+  const CalibrationRows& x_;
+  int threads_;
+  bool terms_, floats_;
+  Buffer<float> values_;     // of each thread, or of each row
+  Buffer<uint16_t> halves_;  // [terms][rows][in_features]
+};
 
 }  // namespace
 
@@ -132,19 +196,15 @@ void add_sums(const KernelTable& table, const CalibrationRows& x, double* sum, d
 
 void add_second_moment(const KernelTable& table, const CalibrationRows& x, float* moment, int threads) {
   if (x.rows == 0) return;
-  const bool pairs = x.dtype == Dtype::bf16 && x.weights == nullptr && table.gemm_tile_bf16 != nullptr;
-  const bool copy = !pairs && (x.dtype != Dtype::f32 || x.weights != nullptr);
-  const int64_t k = x.in_features, value_bytes = pairs ? 2 : 4;
-  const int64_t chunk_rows = std::min(x.rows, pairs ? kChunkRowsBf16 : kChunkRows), depth = round_up(chunk_rows, 2);
-  Buffer<char> row_panels(depth * round_up(k, table.tile_rows) * value_bytes);
-  Buffer<char> col_panels(depth * round_up(k, table.tile_cols) * value_bytes);
-  Buffer<float> copied(copy ? chunk_rows * k : 0);
-  for (int64_t first = 0; first < x.rows; first += chunk_rows) {
-    const int64_t count = std::min(chunk_rows, x.rows - first);
-    const void* source = packable(table, x, copy, first, count, copied.get(), threads);
-    const int64_t depth_used = pairs ? round_up(count, 2) : count;
-    const Chunk chunk{table, pairs, k, depth_used, row_panels.get(), col_panels.get()};
-    pack_chunk(chunk, source, count, row_panels.get(), col_panels.get(), threads);
+  const Form form = form_of(table, x);
+  const int64_t k = x.in_features, most = std::min(x.rows, form.chunk_rows);
+  const int64_t depth = round_up(most, form.tile.depth) * form.value_bytes();
+  Buffer<char> row_panels(depth * round_up(k, form.tile.rows)), col_panels(depth * round_up(k, form.tile.cols));
+  Copies copies(form, x, most, threads);
+  for (int64_t first = 0; first < x.rows; first += most) {
+    const int64_t count = std::min(most, x.rows - first);
+    const Chunk chunk{form, k, round_up(count, form.tile.depth), row_panels.get(), col_panels.get()};
+    pack_chunk(chunk, copies.make(first, count), count, threads);
     add_chunk(chunk, moment, threads);
   }
 }

@@ -30,6 +30,10 @@ void add_sums(const KernelTable& table, const CalibrationRows& x, double* sum, d
 // nothing is lost against fp32. With weights, rows of root x are packed, rounded to fp32. Error of an entry: gamma *
 // sum of |w x_i x_j| with gamma = (rows of a chunk + number of chunks) * 2^-24; with weights 6 * 2^-24 more, 3 for each
 // factor: 2 from the root, 1 from its product with x.
+//
+// On tile registers fp16 rows have two terms, whose four products are exact, fp32 and weighted rows three, whose six
+// products may leave out 2^-24 of |w x_i x_j| (Bf16Products). Sums are shorter there than gamma says: of 32 rows a term
+// passes at most 16 sums and one for each product of terms, and those of small products are small.
 void add_second_moment(const KernelTable& table, const CalibrationRows& x, float* moment, int threads);
 
 // moment[j, i] = moment[i, j] for j > i.

@@ -78,18 +78,16 @@ __attribute__((always_inline)) inline void contract_bf16(Tile& tile, const uint1
   }
 }
 
-void gemm_tile_bf16(const uint16_t* a, const uint16_t* b, int64_t k, float* c, int64_t ldc) {
+void gemm_tile_bf16(const uint16_t* a, const uint16_t* b, int64_t k, int, float* c, int64_t ldc) {
   Tile tile = {};
   contract_bf16(tile, a, b, k);
   add_to(tile, c, ldc);
 }
 
-void quadratic_tile_bf16(const uint16_t* a, const uint16_t* b, int64_t k, const float* e, int64_t lde, double* out) {
+void quadratic_tile_bf16(const uint16_t* a, const uint16_t* b, int64_t k, int, const float* e, int64_t lde,
+                         double* out) {
   Tile tile = {};
   contract_bf16(tile, a, b, k);
   add_bilinear(tile, e, lde, out);
 }
-#else
-constexpr decltype(KernelTable::gemm_tile_bf16) gemm_tile_bf16 = nullptr;
-constexpr decltype(KernelTable::quadratic_tile_bf16) quadratic_tile_bf16 = nullptr;
 #endif

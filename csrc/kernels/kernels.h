@@ -13,9 +13,9 @@ enum class Dtype { f32, f16, bf16 };
 
 constexpr int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// Limits of a level's tile_rows, tile_cols and dot_rows, because drivers keep tiles on the stack. table-inl.h checks
-// each level; tile_cols must also divide kMaxTileCols.
-constexpr int kMaxTileRows = 14, kMaxTileCols = 32, kMaxDotRows = 12;
+// Limits of a level's tiles (tile_rows, tile_cols, those of Bf16Products) and of dot_rows, because drivers keep tiles
+// on the stack. table-inl.h checks each level; the columns of a tile must also divide kMaxTileCols.
+constexpr int kMaxTileRows = 32, kMaxTileCols = 32, kMaxDotRows = 12;
 constexpr int kMaxTile = kMaxTileRows * kMaxTileCols;
 
 // The range of a group's weights. lo <= 0 <= hi, because 0 must be among the quantized values. NaN is ignored.
@@ -99,6 +99,38 @@ struct TileProducts {
   void (*panel)(const WeightBlock* block, const uint32_t* values, const uint32_t* a, int rows, float* y, int64_t ldy);
 };
 
+// Matrix products of bf16 factors, on panels of their own but otherwise like gemm_tile and quadratic_tile of
+// KernelTable. Products are exact in fp32, sums are fp32; subnormal inputs and results count as 0.
+//
+// Where the level has `split`, a number may be held as up to three bf16 that add up to it, its terms. Both factors then
+// have as many, and of the products t_i u_j those with i + j <= 4 are added up: 1, 4 or 6. Rounding to nearest makes
+// t_2 at most 2^-8 of the number, t_3 at most 2^-17, and nothing is left after three. So the products left out, mostly
+// t_2 u_3 and t_3 u_2, are 2^-24 of x y at most, what one fp32 product is off by. (Terms cut off towards 0 reach 2^-7
+// and 2^-15, and would leave out eight times as much.) Three terms hold every fp32, two every fp16.
+struct Bf16Products {
+  int rows, cols;  // of a tile
+  int depth;       // the k that are packed at a time: a panel's k is a multiple of it
+  // Around all calls of gemm and quadratic in one thread. Between the two, nothing else may use its tile registers.
+  void (*begin)();
+  void (*end)();
+  // a: for every `depth` of k, for every term, [depth][rows] numbers in an order of the level's own; b likewise, with
+  // cols. So parts of a panel whose k is a multiple of depth are panels.
+  void (*gemm)(const uint16_t* a, const uint16_t* b, int64_t k, int terms, float* c, int64_t ldc);
+  void (*quadratic)(const uint16_t* a, const uint16_t* b, int64_t k, int terms, const float* e, int64_t lde,
+                    double* out);
+  // One term of a panel of several, at its place in the first `depth` of k. Columns [0, cols) of `k` rows of x (row
+  // stride ldx); other columns, and rows up to a multiple of depth, are 0.
+  void (*pack_left)(const uint16_t* x, int64_t ldx, int64_t k, int64_t cols, int terms, uint16_t* out);
+  void (*pack_right)(const uint16_t* x, int64_t ldx, int64_t k, int64_t cols, int terms, uint16_t* out);
+  // All terms of a left panel, from `rows` rows of x, k values each. One term is the upper half of each fp32: the
+  // caller has rounded it.
+  void (*pack_rows)(const float* x, int64_t ldx, int64_t k, int terms, uint16_t* out);
+  // Takes the next term off each x: term[i] = x[i] rounded to bf16, half to even, and x[i] = what is left of it,
+  // exactly. Towards 0 where rounding would overflow; of what is not finite, nothing is left. Null where more than one
+  // term is no faster than fp32.
+  void (*split)(float* x, int64_t n, uint16_t* term);
+};
+
 struct KernelTable {
   // dst[i] = (float)src[i], exact, subnormals included.
   void (*to_float)(const void* src, Dtype dtype, int64_t n, float* dst);
@@ -168,7 +200,7 @@ struct KernelTable {
                             double* abs_sum);
 
   // Matrix products run on packed panels. A tile is tile_rows x tile_cols outputs and lives in registers.
-  //   a: [k][tile_rows], b: [k][tile_cols]; the bf16 forms hold pairs, [k / 2][tile_rows][2], k even.
+  //   a: [k][tile_rows], b: [k][tile_cols]
   int tile_rows;
   int tile_cols;  // even
   // C[m * ldc + n] += sum over k of a[k][m] * b[k][n], by fp32 FMA (scalar level: product, then sum).
@@ -176,20 +208,13 @@ struct KernelTable {
   // out[m] += sum over n of (sum over k of a[k][m] * b[k][n]) * e[m * lde + n]: a bilinear form, the product never
   // stored.
   void (*quadratic_tile)(const float* a, const float* b, int64_t k, const float* e, int64_t lde, double* out);
-  // The same with bf16 factors, whose products are exact in fp32, and fp32 sums. Null where the level has no such
-  // instruction. Subnormal inputs and results are treated as 0.
-  void (*gemm_tile_bf16)(const uint16_t* a, const uint16_t* b, int64_t k, float* c, int64_t ldc);
-  void (*quadratic_tile_bf16)(const uint16_t* a, const uint16_t* b, int64_t k, const float* e, int64_t lde,
-                              double* out);
+  // The same with bf16 factors; null where the level has no fast products of these.
+  const Bf16Products* bf16_products;
 
-  // Columns [0, cols) of `rows` rows of x (row stride ldx) as a panel of `width` columns, the rest 0.
-  //   pack_columns: out [rows][width]; pack_column_pairs: bf16, out [ceil(rows / 2)][width][2].
+  // Columns [0, cols) of `rows` rows of x (row stride ldx) as a panel [rows][width], the rest 0.
   void (*pack_columns)(const float* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width, float* out);
-  void (*pack_column_pairs)(const uint16_t* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width, uint16_t* out);
-  // `tile_rows` rows of x, k values each, as a panel [k][tile_rows]; or as bf16 pairs [k / 2][tile_rows][2], k even,
-  // from the upper half of each fp32 (the caller has rounded it).
+  // `tile_rows` rows of x, k values each, as a panel [k][tile_rows].
   void (*pack_rows)(const float* x, int64_t ldx, int64_t k, float* out);
-  void (*pack_row_pairs)(const float* x, int64_t ldx, int64_t k, uint16_t* out);
 };
 
 // One for each level, defined in its file of this directory where the build's architecture has it; isa.cpp chooses.

@@ -1,4 +1,4 @@
-// Copies into the panels that gemm-inl.h reads, and the column sums over the same data.
+// Copies into the panels that gemm-inl.h and gemm-amx-inl.h read, and the column sums over the same data.
 
 void pack_columns(const float* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width, float* out) {
   for (int64_t r = 0; r < rows; ++r, x += ldx, out += width) {
@@ -7,7 +7,9 @@ void pack_columns(const float* x, int64_t ldx, int64_t rows, int64_t cols, int64
   }
 }
 
-void pack_column_pairs(const uint16_t* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width, uint16_t* out) {
+// out [ceil(rows / 2)][width][2]: pairs of consecutive rows.
+[[maybe_unused]] void pack_column_pairs(const uint16_t* x, int64_t ldx, int64_t rows, int64_t cols, int64_t width,
+                                        uint16_t* out) {
   for (int64_t r = 0; r < rows; r += 2, x += 2 * ldx, out += 2 * width) {
     const bool whole = r + 1 < rows;
     const uint16_t* next = whole ? x + ldx : x;
@@ -25,7 +27,8 @@ void pack_rows(const float* x, int64_t ldx, int64_t k, float* out) {
     for (int m = 0; m < kRows; ++m) out[m] = x[m * ldx + i];
 }
 
-void pack_row_pairs(const float* x, int64_t ldx, int64_t k, uint16_t* out) {
+#if defined(AWQ_LEVEL_BF16)
+void pack_row_pairs(const float* x, int64_t ldx, int64_t k, int, uint16_t* out) {
   for (int64_t i = 0; i < k; i += 2, out += 2 * kRows)
     for (int m = 0; m < kRows; ++m) {
       const float* row = x + m * ldx + i;
@@ -33,6 +36,12 @@ void pack_row_pairs(const float* x, int64_t ldx, int64_t k, uint16_t* out) {
       __builtin_memcpy(out + 2 * m, &pair, 4);
     }
 }
+
+template <int Width>
+void pack_pairs(const uint16_t* x, int64_t ldx, int64_t rows, int64_t cols, int, uint16_t* out) {
+  pack_column_pairs(x, ldx, rows, cols, Width, out);
+}
+#endif
 
 void add_sums(const float* x, int64_t n, double* sum, double* abs_sum) {
 #pragma omp simd

@@ -21,7 +21,8 @@ namespace {
 #if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED)
 #include "amx-tiles-inl.h"
 //
-#include "tile-amx-inl.h"  // uses the two above and tile-inl.h
+#include "gemm-amx-inl.h"  // these two use amx-tiles-inl.h
+#include "tile-amx-inl.h"  // and tile-inl.h, tile-bf16-inl.h and tile-int8-inl.h
 #endif
 
 static_assert(kRows <= kMaxTileRows && kDotRows <= kMaxDotRows, "drivers have no room for more rows: see kernels.h");
@@ -31,6 +32,25 @@ static_assert(kDotRows <= kRows, "interleave takes kRows rows at most");
 
 #if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED)
 constexpr TileProducts kTilesBf16 = tile_products<TileBf16>(), kTilesInt8 = tile_products<TileInt8>();
+constexpr Bf16Products kBf16Products = tile_matrix_products();
+#elif defined(AWQ_LEVEL_BF16)
+inline void no_state() {}
+constexpr Bf16Products kBf16Products = {kRows,
+                                        kWidth,
+                                        2,
+                                        no_state,
+                                        no_state,
+                                        gemm_tile_bf16,
+                                        quadratic_tile_bf16,
+                                        pack_pairs<kRows>,
+                                        pack_pairs<kWidth>,
+                                        pack_row_pairs,
+                                        nullptr};
+#endif
+#if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED) || defined(AWQ_LEVEL_BF16)
+static_assert(kBf16Products.rows <= kMaxTileRows && kBf16Products.cols <= kMaxTileCols &&
+                  kMaxTileCols % kBf16Products.cols == 0 && kBf16Products.cols % kBf16Products.depth == 0,
+              "drivers have no room for such tiles: see kernels.h");
 #endif
 
 constexpr KernelTable make_table() {
@@ -39,6 +59,9 @@ constexpr KernelTable make_table() {
   table.tiles_bf16 = &kTilesBf16;
   table.tiles_int8 = &kTilesInt8;
   table.keep_tiles = keep_tiles;
+#endif
+#if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED) || defined(AWQ_LEVEL_BF16)
+  table.bf16_products = &kBf16Products;
 #endif
   table.to_float = to_float;
   table.from_float = from_float;
@@ -65,12 +88,8 @@ constexpr KernelTable make_table() {
   table.tile_cols = kWidth;
   table.gemm_tile = gemm_tile;
   table.quadratic_tile = quadratic_tile;
-  table.gemm_tile_bf16 = gemm_tile_bf16;
-  table.quadratic_tile_bf16 = quadratic_tile_bf16;
   table.pack_columns = pack_columns;
-  table.pack_column_pairs = pack_column_pairs;
   table.pack_rows = pack_rows;
-  table.pack_row_pairs = pack_row_pairs;
   return table;
 }
 

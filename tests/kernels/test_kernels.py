@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checks import RANKS_IN_BF16
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -205,7 +206,7 @@ def test_scale_losses_of_some_rows(isa: str) -> None:
     expected = reference.scale_losses(weight, candidates, g, 128, max_rows=7)
     # bf16 factors where the level has them: each is off by at most 2^-9 relatively, with random signs; 2^-7 of the loss
     # is far outside what they add up to, and far inside the effect of a wrong row.
-    tolerance = 2.0**-7 if isa == "avx512_bf16" else 1e-5
+    tolerance = 2.0**-7 if isa in RANKS_IN_BF16 else 1e-5
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=0)
     all_rows = _C.scale_losses(weight, candidates, g, 128)
     assert torch.equal(_C.scale_losses(weight, candidates, g, 128, max_rows=60), all_rows)

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from checks import moment
+from checks import RANKS_IN_BF16, moment
 from torch import Tensor
 
 from awq_ext import _C
@@ -115,7 +115,7 @@ def test_scales_alone_are_set_to_their_best(
     weighed = h[:, last].abs() @ level[:, last].abs().T  # [K, N]
     sizes = (left.abs() * weighed.T).sum(1) / size
     allowed = EPS * (4 * k + 16) * sizes + 2.0**-11 * best.abs() + 2.0**-25
-    if kernels is _C and _C.isa() == "avx512_bf16":
+    if kernels is _C and _C.isa() in RANKS_IN_BF16:
         # The step moves by along / size, and both are sums with factors rounded by u at most: errors and H in the one, H
         # alone in the other, (along' / size' - along / size) = (along' - along - (size' - size) along / size) / size'.
         u = 2.0**-9
@@ -144,7 +144,7 @@ def test_fitted_scales_lose_as_little_on_every_level(isa: str, group_size: int, 
         loss, least = (refined_loss(weight, p, second_moment, group_size).sum() for p in (ours, expected))
         assert (loss - least).abs() <= tolerance * least
         assert loss < before * (1 - 20 * tolerance)
-        if isa != "avx512_bf16":
+        if isa not in RANKS_IN_BF16:
             assert (ours[1] != expected[1]).double().mean() < 0.01
 
 
