@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -27,16 +28,16 @@ _RULES: tuple[tuple[str, int | None], ...] = (
     (r"mamba_(d_head|head_dim|headdim)", 2 * HIDDEN // HEADS),
     (r"rotary_dim", HEAD // 2),
     (r"(.*_)?(head_dim|head_size|d_kv|dim_head|headdim|d_head)", HEAD),
-    (r"(.*_)?(num_(\w+_)?layers?|n_layers?|(en|de)coder_layers|num_blocks)", LAYERS),
+    (r"(.*_)?(num_(\w+_)?layers?|n_layers?|(en|de)coder_layers|num_blocks|num_self_attends_per_block)", LAYERS),
     (r".*_layer_period", 2),
     (r".*_layer_offset", 1),
-    (r"(.*_)?(num_(\w+_)?experts|n_routed_experts|moe_num_experts)", 4),
+    (r"(.*_)?(num_(\w+_)?experts|n_routed_experts|moe_num_experts|zero_expert_num)", 4),
     (r"(.*_)?(num_experts_per_tok(en)?|top_?k(_experts)?|moe_topk|moe_k|num_selected_experts)", 2),
     (r"topk_group|n_group|num_expert_group|mamba_n_?groups|n_groups", 1),
     (r"(.*_)?(intermediate_size(_\w+)?|ffn_dim|d_ff|dff|dim_ff|ffn_hidden_size|feed_forward_size|d_inner|n_inner)", INNER),
-    (r"(.*_)?(hidden_size(_\w+)?|d_model|n_embd|embed_dim|embed(ding)?_size|hidden_dim|dim|emb_dim|(lru_)?width)", HIDDEN),
-    (r"(.*_)?lora_rank", 16),
-    (r"(.*_)?(sliding_window|window_size|chunk_size)", 8),
+    (r"(.*_)?(hidden_size(_\w+)?|d_model|n_embd|embed_dim|embed(ding)?_size|hidden_dim|dim|emb_dim|(lru_)?width|d_latents)", HIDDEN),
+    (r"(.*_)?lora_rank|num_latents", 16),
+    (r"(.*_)?(sliding_window|window_size|chunk_size|attention_window)", 8),
     (r"image_size", PIXELS),
     (r"patch_size", PATCH),
     (r"depth", 1),
@@ -49,7 +50,7 @@ _NEEDED = {
     "n_routed_experts": 4,
     "moe_intermediate_size": INNER,
 }
-_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "blank_token_id": VOCAB - 1}
 _LAYER_COUNTS = re.compile(r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers")
 
 
@@ -67,7 +68,8 @@ def classes(kind: str) -> list[tuple[str, str]]:
 
 def small_config(config: Any, **extra: Any) -> Any:
     """A config like this default one, but of few and narrow layers."""
-    values = vars(config)  # not by attribute, which some refuse of what differs between layers
+    values = dict(vars(config))  # not by attribute, which some refuse of what differs between layers
+    values |= {name: values[other] for name, other in config.attribute_map.items() if other in values}
     layers = _layers(values)
     counts = _layer_counts(values)
     found: dict[str, Any] = {}
@@ -96,10 +98,11 @@ def _ruled(name: str, value: Any, values: dict[str, Any]) -> Any:
     if name in _TOKEN_IDS:
         return value if type(value) is int and value < VOCAB else _TOKEN_IDS[name]
     if type(value) in (list, tuple) and value and all(type(v) is int for v in value):
-        return type(value)(_ruled(name.removesuffix("s"), v, values) for v in value)
+        return type(value)(_ruled(name, v, values) for v in value)
     if type(value) is not int or value <= 0:
         return value
-    small = next((number for pattern, number in _RULES if re.fullmatch(pattern, name)), None)
+    spelled = (name, name.removesuffix("s"))
+    small = next((number for pattern, number in _RULES if any(re.fullmatch(pattern, one) for one in spelled)), None)
     if small == KV_HEADS and "heads" in name and value == values.get("num_attention_heads"):
         return HEADS  # latent attention, for one, has as many
     return value if small is None else small
@@ -133,13 +136,14 @@ def make(kind: str, model_type: str, name: str, seed: int = 0) -> Case:
     config = small_config(config, **EXTRA.get(model_type, {}) | EXTRA.get(name, {}))
     torch.manual_seed(seed)
     model = loud(model_class(config))
-    make_batch = BATCHES.get(name, _batch)
-    return Case(model, [make_batch(kind, config) for _ in range(6)])
+    make_batch = BATCHES.get(name) or functools.partial(_batch, kind)
+    return Case(model, [make_batch(config) for _ in range(6)])
 
 
 def _batch(kind: str, config: Any) -> dict[str, Tensor]:
     if kind == "IMAGE_CLASSIFICATION":
-        return {"pixel_values": torch.randn(2, 3, PIXELS, PIXELS)}
+        size = getattr(config, "image_size", PIXELS)
+        return {"pixel_values": torch.randn(2, 3, *(size if isinstance(size, (list, tuple)) else (size, size)))}
     ids = torch.randint(3, VOCAB, (2, TOKENS))
     if kind == "SEQ_TO_SEQ_CAUSAL_LM" and getattr(config, "is_encoder_decoder", False):
         return {"input_ids": ids, "decoder_input_ids": ids[:, :9].flip(1)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
@@ -16,7 +17,8 @@ class FrozenTensor(Tensor):
     """Tensor that reads like any other (results are plain Tensors), but cannot be written: in place, by ``.data`` or as ``out=``.
 
     A write raises RuntimeError. Otherwise what is written to a weight that is dequantized on every access would vanish silently:
-    PEFT, for one, merges an adapter by ``layer.weight.data += delta``.
+    PEFT, for one, merges an adapter by ``layer.weight.data += delta``. An operation in place that changes no value loses nothing,
+    and is let through: the first forward of transformers' RWKV divides the weights of its first blocks by 1.
     """
 
     @classmethod
@@ -29,13 +31,15 @@ class FrozenTensor(Tensor):
     ) -> Any:
         """Run an operation on such a tensor, unless it writes to it."""
         named = dict(kwargs or {})
-        if _writes(func, args, named):
+        if _writes(func, args, named) and not _changes_nothing(func, args, named):
             raise RuntimeError(
                 "the weight of an int4 layer is a dequantized copy, and what is written to it would be lost: keep an adapter "
                 "beside the layer (do not merge it), or merge it into the float model and quantize that again"
             )
         with DisableTorchFunctionSubclass():
             found = func(*args, **named)
+        if any(found is each for each in args) and _in_place(func):
+            return found
         if func == Tensor.data.__get__:  # ``weight.data += delta`` writes to the data
             return found.as_subclass(cls)
         # float() and the like return the tensor itself where there is nothing to do
@@ -49,14 +53,28 @@ class FrozenTensor(Tensor):
         return self.clone().__reduce_ex__(protocol)
 
 
+def _in_place(func: Callable[..., Any]) -> bool:
+    """Tell by its name whether an operation changes its first argument."""
+    name = getattr(func, "__name__", "")
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return name == "__setitem__" or (in_place and name not in _HARMLESS)
+
+
 def _writes(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> bool:
     """Tell whether ``func`` would change a FrozenTensor among its arguments."""
     # the functions of torch.nn.init pass their tensor by keyword
     target = args[0] if args else named.get("tensor")
     if isinstance(named.get("out"), FrozenTensor):
         return True
-    if not isinstance(target, FrozenTensor):
+    return isinstance(target, FrozenTensor) and (func == Tensor.data.__set__ or _in_place(func))
+
+
+@torch.no_grad()
+def _changes_nothing(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Try on a copy whether an operation in place leaves every value as it is."""
+    if not args or not _in_place(func) or isinstance(named.get("out"), FrozenTensor):
         return False
-    name = getattr(func, "__name__", "")
-    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-    return name == "__setitem__" or func == Tensor.data.__set__ or (in_place and name not in _HARMLESS)
+    with DisableTorchFunctionSubclass():
+        copy = args[0].clone()
+        func(copy, *args[1:], **named)
+        return torch.equal(copy, args[0])

@@ -58,6 +58,29 @@ def test_it_cannot_be_written(write: Callable[[Tensor], object]) -> None:
     assert torch.equal(layer.weight, before)
 
 
+def subtracted(weight: Tensor) -> None:
+    weight -= 0
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        subtracted,
+        lambda weight: weight.div_(2**0),
+        lambda weight: weight.data.mul_(1.0),
+        lambda weight: weight.copy_(weight.clone()),
+    ],
+)
+def test_what_changes_no_value_is_no_write(write: Callable[[Tensor], object]) -> None:
+    layer = made()
+    before = layer.weight.clone()
+    weight = layer.weight
+    write(weight)
+    assert torch.equal(weight, before) and torch.equal(layer.weight, before)
+    with pytest.raises(RuntimeError, match="dequantized copy"):
+        weight.add_(1)  # it is frozen still
+
+
 def test_results_are_plain_tensors() -> None:
     """Even where an operation returns its argument: what was copied on purpose can be written."""
     weight = made().weight
