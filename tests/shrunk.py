@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from architectures import HEADS, HIDDEN, INNER, LAYERS, TOKENS, VOCAB, Case, loud
-from shrunk_extra import BATCHES, EXTRA
-from torch import Tensor, nn
+from shrunk_extra import BATCHES, EXTRA, ROWS
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 # tables of transformers.models.auto.modeling_auto: model type -> class
 KINDS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION")
@@ -34,8 +36,14 @@ _RULES: tuple[tuple[str, int | None], ...] = (
     (r"(.*_)?(num_(\w+_)?experts|n_routed_experts|moe_num_experts|zero_expert_num)", 4),
     (r"(.*_)?(num_experts_per_tok(en)?|top_?k(_experts)?|moe_topk|moe_k|num_selected_experts)", 2),
     (r"topk_group|n_group|num_expert_group|mamba_n_?groups|n_groups", 1),
-    (r"(.*_)?(intermediate_size(_\w+)?|ffn_dim|d_ff|dff|dim_ff|ffn_hidden_size|feed_forward_size|d_inner|n_inner)", INNER),
-    (r"(.*_)?(hidden_size(_\w+)?|d_model|n_embd|embed_dim|embed(ding)?_size|hidden_dim|dim|emb_dim|(lru_)?width|d_latents)", HIDDEN),
+    (
+        r"(.*_)?(intermediate_size(_\w+)?|ffn_dim|d_ff|dff|dim_ff|ffn_hidden_size|feed_forward_size|d_inner|n_inner)",
+        INNER,
+    ),
+    (
+        r"(.*_)?(hidden_size(_\w+)?|d_model|n_embd|embed_dim|embed(ding)?_size|hidden_dim|dim|emb_dim|(lru_)?width|d_latents)",
+        HIDDEN,
+    ),
     (r"(.*_)?lora_rank|num_latents", 16),
     (r"(.*_)?(sliding_window|window_size|chunk_size|attention_window)", 8),
     (r"image_size", PIXELS),
@@ -50,7 +58,13 @@ _NEEDED = {
     "n_routed_experts": 4,
     "moe_intermediate_size": INNER,
 }
-_TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "blank_token_id": VOCAB - 1}
+_TOKEN_IDS = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "blank_token_id": VOCAB - 1,
+}
 _LAYER_COUNTS = re.compile(r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers")
 
 
@@ -124,7 +138,7 @@ def _layers(values: dict[str, Any]) -> list[int]:
 
 
 def make(kind: str, model_type: str, name: str, seed: int = 0) -> Case:
-    """The class ``name`` of transformers, small, and three batches; the same weights and batches for the same ``seed``."""
+    """The class ``name`` of transformers, small, and six batches; the same weights and batches for the same ``seed``."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -135,16 +149,36 @@ def make(kind: str, model_type: str, name: str, seed: int = 0) -> Case:
         config = parts[0]  # the text model of a larger one
     config = small_config(config, **EXTRA.get(model_type, {}) | EXTRA.get(name, {}))
     torch.manual_seed(seed)
-    model = loud(model_class(config))
+    case = Case(loud(model_class(config)), [])
     make_batch = BATCHES.get(name) or functools.partial(_batch, kind)
-    return Case(model, [make_batch(config) for _ in range(6)])
+    case.batches = [make_batch(config) for _ in range(6)]
+    _settle(case)
+    return case
+
+
+@torch.no_grad()
+def _settle(case: Case) -> None:
+    """Give convolutions weights as large as a trained model's, and the batch norms between them the statistics of a batch."""
+    for module in case.model.modules():
+        if isinstance(module, _ConvNd):
+            module.weight.copy_(torch.randn_like(module.weight) / module.weight[0].numel() ** 0.5)
+    norms = [module for module in case.model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    if norms:
+        case.model(**case.batches[0])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def _batch(kind: str, config: Any) -> dict[str, Tensor]:
     if kind == "IMAGE_CLASSIFICATION":
         size = getattr(config, "image_size", PIXELS)
-        return {"pixel_values": torch.randn(2, 3, *(size if isinstance(size, (list, tuple)) else (size, size)))}
-    ids = torch.randint(3, VOCAB, (2, TOKENS))
+        return {"pixel_values": torch.randn(ROWS, 3, *(size if isinstance(size, (list, tuple)) else (size, size)))}
+    ids = torch.randint(3, VOCAB, (ROWS, TOKENS))
     if kind == "SEQ_TO_SEQ_CAUSAL_LM" and getattr(config, "is_encoder_decoder", False):
         return {"input_ids": ids, "decoder_input_ids": ids[:, :9].flip(1)}
     return {"input_ids": ids}

@@ -10,7 +10,16 @@ from architectures import TOKENS, VOCAB
 from torch import Tensor
 
 Batch = dict[str, Any]
+ROWS = 8  # of a batch
 
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+_LAYERS_ALIKE = {"per_layer_config": {}, "head_dim": 16}
 # by model type or class: fields of the config, and of configs in it
 EXTRA: dict[str, dict[str, Any]] = {
     # both kinds of layers
@@ -52,17 +61,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": VOCAB, "pad_token_id": 0, "mask_token_id": 3},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
-    **dict.fromkeys(
-        ("qwen4_exp", "qwen4_exp_text"),
-        {
-            "indexer_n_heads": 4,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 8,
-            "indexer_budget": 16,
-            "indexer_compress_ratio": 4,
-        },
-    ),
-    **dict.fromkeys(("dots3_note", "dots3_note_text"), {"per_layer_config": {}, "head_dim": 16}),
+    "qwen4_exp": _INDEXER,
+    "qwen4_exp_text": _INDEXER,
+    "dots3_note": _LAYERS_ALIKE,
+    "dots3_note_text": _LAYERS_ALIKE,
     "vibevoice_asr": {
         "acoustic_tokenizer_chunk_size": 3200,
         "acoustic_tokenizer_encoder_config": {"num_filters": 2},
@@ -73,37 +75,37 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 def _codebooks(config: Any) -> Batch:
-    return {"input_ids": torch.randint(3, VOCAB, (2 * config.num_codebooks, TOKENS))}
+    return {"input_ids": torch.randint(3, VOCAB, (ROWS * config.num_codebooks, TOKENS))}
 
 
 def _no_cache(config: Any) -> Batch:
-    return {"input_ids": torch.randint(3, VOCAB, (2, TOKENS)), "use_cache": False}
+    return {"input_ids": torch.randint(3, VOCAB, (ROWS, TOKENS)), "use_cache": False}
 
 
 def _pixels_as_tokens(config: Any) -> Batch:
-    return {"input_ids": torch.randint(3, VOCAB, (2, TOKENS))}
+    return {"input_ids": torch.randint(3, VOCAB, (ROWS, TOKENS))}
 
 
 def _patches(config: Any) -> Batch:
     sizes = config.vision_config
     return {
-        "pixel_values": torch.randn(2, 16, 3 * sizes.patch_size**2),
-        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.int32),
-        "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
+        "pixel_values": torch.randn(ROWS, 16, 3 * sizes.patch_size**2),
+        "pixel_attention_mask": torch.ones(ROWS, 16, dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[4, 4]] * ROWS),
     }
 
 
 def _speech(config: Any) -> Batch:
     frames = 2 * config.downsample_factor * TOKENS
-    ids = torch.randint(3, VOCAB, (2, TOKENS))
-    return {"input_ids": ids, "input_features": torch.randn(2, config.audio_config.num_mel_bins, frames)}
+    ids = torch.randint(3, VOCAB, (ROWS, TOKENS))
+    return {"input_ids": ids, "input_features": torch.randn(ROWS, config.audio_config.num_mel_bins, frames)}
 
 
 def _words_about_a_picture(config: Any) -> Batch:
-    ids = torch.randint(3, VOCAB - 1, (2, TOKENS))
+    ids = torch.randint(3, VOCAB - 1, (ROWS, TOKENS))
     ids[:, 1:5] = config.image_token_index
     size = config.vision_config.image_size
-    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, size, size)}
+    return {"input_ids": ids, "pixel_values": torch.randn(ROWS, 3, size, size)}
 
 
 BATCHES: dict[str, Callable[[Any], dict[str, Tensor | Any]]] = {
@@ -114,4 +116,13 @@ BATCHES: dict[str, Callable[[Any], dict[str, Tensor | Any]]] = {
     "Siglip2ForImageClassification": _patches,
     "VoxtralRealtimeForConditionalGeneration": _speech,
     "ShieldGemma2ForImageClassification": _words_about_a_picture,
+}
+
+# classes that cannot be made: why, and what says so
+CANNOT: dict[str, tuple[str, str]] = {
+    "Gemma3nForConditionalGeneration": ("needs timm", "requires the timm library"),
+    "TimmWrapperForImageClassification": ("needs timm", "requires the timm library"),
+    "DinatForImageClassification": ("needs natten", "requires the natten library"),
+    "Gemma4AssistantForCausalLM": ("refuses its own default config", "hidden_size_per_layer_input must be 0"),
+    "Gemma4UnifiedAssistantForCausalLM": ("shares the states of a larger model", "layer types producing a cache"),
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_tables as quality
+import sweep_table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "docs/speed.md", "docs/architectures.md", "docs/quality.md", "docs/methods.md")
@@ -164,6 +165,7 @@ def peers(name: str) -> str:
 TABLES = {
     "folds": folds,
     "folded": folded,
+    "sweep": lambda: sweep_table.counts(read("sweep"), markdown),
     "linear": linear,
     "limits": limits,
     "summary": summary,
