@@ -29,6 +29,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "rwkv": {"num_hidden_layers": 4, "rescale_every": 2},
     # sizes that must fit each other
     "mamba2": {"head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 64},

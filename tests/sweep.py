@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import awq_ext
 
-SECONDS = 120  # after which a class is given up
+SECONDS = 300  # after which a class is given up
 CALIBRATION, FRESH = slice(3), slice(3, 6)  # batches
 EQUAL, NO_PLACE = "equal", "the format has no place for it"
 

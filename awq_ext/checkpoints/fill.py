@@ -249,7 +249,7 @@ class _Plan:
         if packed.pre_quant_scale is not None:
             layer.pre_quant_scale = move(packed.pre_quant_scale)
         layer.bias = self._bias(name, old, packed)
-        layer.compute = compute
+        layer.compute, layer.rescaled = compute, packed.rescaled
         take_hooks(layer, old)
         return layer.train(old.training)
 

@@ -69,6 +69,7 @@ class ModelSource:
             group_size=layer.group_size,
             bias=None if bias is None else bias.detach().cpu(),
             pre_quant_scale=None if scale is None else scale.cpu(),
+            rescaled=layer.rescaled,
         )
 
     def float_tensor(self, name: str) -> Tensor:

@@ -18,8 +18,10 @@ class FrozenTensor(Tensor):
 
     A write raises RuntimeError. Otherwise what is written to a weight that is dequantized on every access would vanish silently:
     PEFT, for one, merges an adapter by ``layer.weight.data += delta``. An operation in place that changes no value loses nothing,
-    and is let through: the first forward of transformers' RWKV divides the weights of its first blocks by 1.
+    and is let pass; so is a multiplication by ``rescaled``, which the weight has behind it (QuantLinear.rescaled).
     """
+
+    rescaled = 1.0
 
     @classmethod
     def __torch_function__(
@@ -31,15 +33,15 @@ class FrozenTensor(Tensor):
     ) -> Any:
         """Run an operation on such a tensor, unless it writes to it."""
         named = dict(kwargs or {})
-        if _writes(func, args, named) and not _changes_nothing(func, args, named):
+        if _writes(func, args, named):
+            if _is_done(func, args, named):
+                return args[0]
             raise RuntimeError(
                 "the weight of an int4 layer is a dequantized copy, and what is written to it would be lost: keep an adapter "
                 "beside the layer (do not merge it), or merge it into the float model and quantize that again"
             )
         with DisableTorchFunctionSubclass():
             found = func(*args, **named)
-        if any(found is each for each in args) and _in_place(func):
-            return found
         if func == Tensor.data.__get__:  # ``weight.data += delta`` writes to the data
             return found.as_subclass(cls)
         # float() and the like return the tensor itself where there is nothing to do
@@ -70,11 +72,11 @@ def _writes(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, A
 
 
 @torch.no_grad()
-def _changes_nothing(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> bool:
-    """Try on a copy whether an operation in place leaves every value as it is."""
+def _is_done(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Try on a copy whether an operation in place leaves every value as it is, or multiplies all by ``rescaled``."""
     if not args or not _in_place(func) or isinstance(named.get("out"), FrozenTensor):
         return False
     with DisableTorchFunctionSubclass():
         copy = args[0].clone()
         func(copy, *args[1:], **named)
-        return torch.equal(copy, args[0])
+        return torch.equal(copy, args[0]) or torch.equal(copy, args[0] * args[0].rescaled)

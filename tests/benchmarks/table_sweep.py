@@ -2,7 +2,8 @@
 
     python tests/benchmarks/table_sweep.py [--jobs 2] [--json docs/sweep.json] [WORD ...]
 
-A WORD chooses the classes whose kind, model type or name holds it. tests/sweep.py says what is measured.
+A WORD chooses the classes whose kind, model type or name holds it; the file keeps what it has of others. tests/sweep.py says what
+is measured.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ def main() -> None:
     torch.set_num_threads(1)
     chosen = [one for one in sweep.everything() if not args.words or any(w in "/".join(one) for w in args.words)]
     found: dict[str, dict[str, Any]] = {kind: {} for kind, *_ in chosen}
+    if args.json and args.words and args.json.exists():
+        found = json.loads(args.json.read_text())["kinds"]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for one, facts in pool.imap(examined, chosen):
             found[one[0]]["/".join(one[1:])] = facts
             print("/".join(one), json.dumps(facts), flush=True)
-    if args.json:
-        args.json.write_text(written(found))
+            if args.json:
+                args.json.write_text(written(found))
 
 
 def written(found: dict[str, dict[str, Any]]) -> str:

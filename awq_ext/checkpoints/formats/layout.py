@@ -27,11 +27,13 @@ class Facts:
     group_size: int
     groups: int
     symmetric: bool
+    rescaled: float = 1.0
 
     @classmethod
     def of(cls, layer: PackedLinear) -> Facts:
         """Collect them from one layer."""
-        return cls(layer.in_features, layer.out_features, layer.group_size, layer.groups, layer.symmetric)
+        sizes = (layer.in_features, layer.out_features, layer.group_size, layer.groups)
+        return cls(*sizes, layer.symmetric, layer.rescaled)
 
 
 @dataclass(frozen=True)

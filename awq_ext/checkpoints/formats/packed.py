@@ -20,10 +20,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear(QuantizedWeight):
-    """A weight of 4 bits (zeros 0..15) with the rest of its Linear: bias [N]; pre_quant_scale fp32 [K] multiplies the input."""
+    """A weight of 4 bits (zeros 0..15) with the rest of its Linear: bias [N]; pre_quant_scale fp32 [K] multiplies the input.
+
+    rescaled: see QuantLinear.
+    """
 
     bias: Tensor | None = None
     pre_quant_scale: Tensor | None = None
+    rescaled: float = 1.0
 
     @property
     def symmetric(self) -> bool:
