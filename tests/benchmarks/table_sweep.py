@@ -35,9 +35,8 @@ def examined(one: Class) -> tuple[Class, dict[str, Any]]:
     if not result.made:
         return one, {"problem": CANNOT.get(one[2], (result.problem,))[0]}
     facts = asdict(result) | {"ratio": None if math.isnan(result.ratio) else round(result.ratio, 3)}
-    return one, {
-        key: value for key, value in facts.items() if key not in ("made", "problem") or value == result.problem
-    }
+    kept = {key: value for key, value in facts.items() if key not in ("made", "problem")}
+    return one, kept | ({"problem": result.problem} if result.problem else {})
 
 
 def main() -> None:
