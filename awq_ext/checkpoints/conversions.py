@@ -72,6 +72,19 @@ class Conversions:
             return self._prefixed(name), None
         return new, pattern
 
+    def find_weight(self, layer: str) -> tuple[str, str | None]:
+        """Do the same for the weight of a quantized layer.
+
+        In files the layer is called like its weight, without ``.weight`` where that is called so. Some weights are not: to files,
+        ``proj.weight`` may become ``proj``, and from files the whole name is the weight's.
+        """
+        new, pattern = self.find(f"{layer}.weight")
+        if pattern is None and self.lacks(new):
+            whole = self.find(layer)
+            if not self.lacks(whole[0]):
+                return whole
+        return new, pattern
+
     def lacks(self, name: str) -> bool:
         """Tell whether the model has no tensor of this name, given by :meth:`find`."""
         return self._known is not None and name not in self._known

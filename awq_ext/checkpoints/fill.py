@@ -22,6 +22,7 @@ from .formats.packed import exactly, fitting_bias
 from .model_source import dropped_ties, keep_apart
 from .quantized_dir import QuantDir
 from .renaming import Renamed
+from .shards import aligned
 
 
 def place(
@@ -216,7 +217,7 @@ class _Plan:
 
     def _value(self, name: str, old: Tensor) -> Tensor:
         """Make what takes the place of one parameter or buffer."""
-        tensor = self.source.float_tensor(name)
+        tensor = aligned(self.source.float_tensor(name))
         if not isinstance(old, nn.Parameter):
             return tensor.to("cpu" if old.is_meta else old.device)
         if name in self._dequantized:
@@ -257,7 +258,7 @@ class _Plan:
         if packed.pre_quant_scale is not None:
             layer.pre_quant_scale = move(packed.pre_quant_scale)
         layer.bias = self._bias(name, old, packed)
-        layer.compute = compute
+        layer.compute, layer.rescaled = compute, packed.rescaled
         take_hooks(layer, old)
         return layer.train(old.training)
 

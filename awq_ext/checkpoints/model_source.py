@@ -74,6 +74,7 @@ class ModelSource:
             bias=None if bias is None else bias.detach().cpu(),
             pre_quant_scale=None if scale is None else scale.cpu(),
             bits=layer.bits,
+            rescaled=layer.rescaled,
         )
 
     def float_tensor(self, name: str) -> Tensor:

@@ -210,7 +210,7 @@ class Renamed:
         self.layers[name], self._rows[name] = runs[0].source, runs
 
     def _add_layer(self, name: str) -> None:
-        new, pattern = self._conversions.find(f"{name}.weight")
+        new, pattern = self._conversions.find_weight(name)
         if pattern is None:
             self._make(new.removesuffix(".weight"), (Run(name),))
         else:

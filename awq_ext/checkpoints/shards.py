@@ -22,6 +22,8 @@ _DTYPES = {
 }  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+_ALIGNMENT = 64  # bytes, of all that torch allocates on the CPU
+
 
 class Shards:
     """Names, dtypes and shapes of all tensors in the safetensors files of ``folder``; :meth:`get` reads one.
@@ -125,6 +127,14 @@ class Shards:
             prefix, _, leaf = name.rpartition(".")
             modules.setdefault(prefix, {})[leaf] = name
         return modules
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Give a tensor that lies anywhere in a mapped file a place such as torch allocates.
+
+    By the address of a weight oneDNN chooses how to convolve, and rounds otherwise: outputs would not be those in memory.
+    """
+    return tensor if tensor.is_meta or tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def read_json(path: Path) -> dict[str, Any]:

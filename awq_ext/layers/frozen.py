@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
@@ -16,8 +17,11 @@ class FrozenTensor(Tensor):
     """Tensor that reads like any other (results are plain Tensors), but cannot be written: in place, by ``.data`` or as ``out=``.
 
     A write raises RuntimeError. Otherwise what is written to a weight that is dequantized on every access would vanish silently:
-    PEFT, for one, merges an adapter by ``layer.weight.data += delta``.
+    PEFT, for one, merges an adapter by ``layer.weight.data += delta``. An operation in place that changes no value loses nothing,
+    and is let pass; so is a multiplication by ``rescaled``, which the weight has behind it (QuantLinear.rescaled).
     """
+
+    rescaled = 1.0
 
     @classmethod
     def __torch_function__(
@@ -30,6 +34,8 @@ class FrozenTensor(Tensor):
         """Run an operation on such a tensor, unless it writes to it."""
         named = dict(kwargs or {})
         if _writes(func, args, named):
+            if _is_done(func, args, named):
+                return args[0]
             raise RuntimeError(
                 "the weight of a QuantLinear is a dequantized copy, and what is written to it would be lost: keep an adapter "
                 "beside the layer (do not merge it), or merge it into the float model and quantize that again"
@@ -49,14 +55,28 @@ class FrozenTensor(Tensor):
         return self.clone().__reduce_ex__(protocol)
 
 
+def _in_place(func: Callable[..., Any]) -> bool:
+    """Tell by its name whether an operation changes its first argument."""
+    name = getattr(func, "__name__", "")
+    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return name == "__setitem__" or (in_place and name not in _HARMLESS)
+
+
 def _writes(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> bool:
     """Tell whether ``func`` would change a FrozenTensor among its arguments."""
     # the functions of torch.nn.init pass their tensor by keyword
     target = args[0] if args else named.get("tensor")
     if isinstance(named.get("out"), FrozenTensor):
         return True
-    if not isinstance(target, FrozenTensor):
+    return isinstance(target, FrozenTensor) and (func == Tensor.data.__set__ or _in_place(func))
+
+
+@torch.no_grad()
+def _is_done(func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Try on a copy whether an operation in place leaves every value as it is, or multiplies all by ``rescaled``."""
+    if not args or not _in_place(func) or isinstance(named.get("out"), FrozenTensor):
         return False
-    name = getattr(func, "__name__", "")
-    in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-    return name == "__setitem__" or func == Tensor.data.__set__ or (in_place and name not in _HARMLESS)
+    with DisableTorchFunctionSubclass():
+        copy = args[0].clone()
+        func(copy, *args[1:], **named)
+        return torch.equal(copy, args[0]) or torch.equal(copy, args[0] * args[0].rescaled)

@@ -39,8 +39,11 @@ class QuantLinear(nn.Module):
     an earlier operation.
     Activations fp32, bf16 or fp16 of any leading shape; the output has their dtype. The weight is frozen; gradients reach
     the input and the bias. ``compute`` says what the products are computed in (:func:`set_compute_dtype`).
+    ``rescaled``: a power of two by which the model's own forward had multiplied the weight when it was quantized, 1 for nearly all
+    models. The forward of the loaded model, which would do so again, may: nothing changes.
     """
 
+    rescaled = 1.0
     _compute = "auto"
     bits = 4  # of modules that were pickled before there were others
 
@@ -143,7 +146,10 @@ class QuantLinear(nn.Module):
         weight = quant_weight(self.tiles, self.tile_scales, self.tile_zeros, *sizes)
         if self.pre_quant_scale is not None:
             weight = weight * self.pre_quant_scale
-        return weight.to(self.dtype).as_subclass(FrozenTensor)
+        frozen = weight.to(self.dtype).as_subclass(FrozenTensor)
+        if self.rescaled != 1:
+            frozen.rescaled = self.rescaled
+        return frozen
 
     def to_tiles(self, name: str, rows: Tensor) -> Tensor:
         """Convert qweight, scales or zeros to the buffer ``TILED[name]``. ValueError if the shape or a zero does not fit."""

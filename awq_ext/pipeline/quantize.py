@@ -22,6 +22,7 @@ from ..forwards.calls import Call
 from ..forwards.lockstep import Stop
 from ..forwards.memory import release_free_memory
 from ..forwards.probe import Probe, combined
+from ..forwards.rescaled import Rescaling
 from ..layers.announcement import announce
 from ..layers.quant_linear import QuantLinear
 from ..modules import foldable_norms, heads_among, input_embeddings, unwrapped
@@ -74,10 +75,11 @@ def quantize(
     config = configured(config, overrides)
     started = time.perf_counter()
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
+    rescaling = Rescaling(model)
     with session(model, calib_loader, config, tokenizer, inputs, undo=False) as opened:
         _warn_of_few_tokens(opened)
         with opened.surveyed(blocks) as surveys:
-            run = _Run(opened, surveys, report, progress)
+            run = _Run(opened, surveys, report, progress, rescaling)
             with run.blocks() as visited:
                 for block in visited:
                     collected = run.collect(block)
@@ -114,8 +116,16 @@ class _Collected:
 class _Run:
     """The state of one quantize() call, and its three steps."""
 
-    def __init__(self, opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport, progress: bool) -> None:
+    def __init__(
+        self,
+        opened: Session,
+        surveys: Sequence[BlockSurvey],
+        report: AwqReport,
+        progress: bool,
+        rescaling: Rescaling,
+    ) -> None:
         self._session = opened
+        self._rescaling = rescaling
         self._surveys = surveys
         self._report = report
         self._progress = progress
@@ -179,7 +189,10 @@ class _Run:
         for group in groups:
             report.layers.extend(group.reports())
             for layer in group.layers:
-                journal.set_module(self._session.model, layer.task.name, build_layer(layer, group.fold))
+                built = build_layer(layer, group.fold)
+                if isinstance(built, QuantLinear):
+                    built.rescaled = self._rescaling.factor(layer.task.name, layer.task.linear.weight)
+                journal.set_module(self._session.model, layer.task.name, built)
                 report.quantized_parameters += layer.task.linear.weight.numel()
 
     def _bar(self) -> Progress:

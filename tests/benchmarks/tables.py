@@ -15,6 +15,7 @@ from typing import Any
 
 import quality_tables as quality
 import rival_tables
+import sweep_table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "docs/speed.md", "docs/architectures.md", "docs/quality.md", "docs/methods.md")
@@ -170,6 +171,7 @@ TABLES = {
     "rivals": rivals,
     "folds": folds,
     "folded": folded,
+    "sweep": lambda: sweep_table.counts(read("sweep"), markdown),
     "linear": linear,
     "limits": limits,
     "summary": summary,

@@ -58,6 +58,41 @@ def test_it_cannot_be_written(write: Callable[[Tensor], object]) -> None:
     assert torch.equal(layer.weight, before)
 
 
+def subtracted(weight: Tensor) -> None:
+    weight -= 0
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        subtracted,
+        lambda weight: weight.div_(2**0),
+        lambda weight: weight.data.mul_(1.0),
+        lambda weight: weight.copy_(weight.clone()),
+    ],
+)
+def test_what_changes_no_value_is_no_write(write: Callable[[Tensor], object]) -> None:
+    layer = made()
+    before = layer.weight.clone()
+    weight = layer.weight
+    write(weight)
+    assert torch.equal(weight, before) and torch.equal(layer.weight, before)
+    with pytest.raises(RuntimeError, match="dequantized copy"):
+        weight.add_(1)  # it is frozen still
+
+
+def test_a_multiplication_that_is_done_already_may_be_repeated() -> None:
+    layer = made()
+    layer.rescaled = 0.5
+    before = layer.weight.clone()
+    weight = layer.weight
+    assert weight.div_(2) is weight
+    assert torch.equal(weight, before) and torch.equal(layer.weight, before)
+    for write in (lambda: layer.weight.mul_(2), lambda: layer.weight.div_(4), lambda: layer.weight.data.div_(2)):
+        with pytest.raises(RuntimeError, match="dequantized copy"):
+            write()
+
+
 def test_results_are_plain_tensors() -> None:
     """Even where an operation returns its argument: what was copied on purpose can be written."""
     weight = made().weight

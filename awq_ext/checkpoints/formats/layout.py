@@ -28,12 +28,13 @@ class Facts:
     groups: int
     symmetric: bool
     bits: int = 4
+    rescaled: float = 1.0
 
     @classmethod
     def of(cls, layer: PackedLinear) -> Facts:
         """Collect them from one layer."""
         sizes = (layer.in_features, layer.out_features, layer.group_size, layer.groups)
-        return cls(*sizes, layer.symmetric, layer.bits)
+        return cls(*sizes, layer.symmetric, layer.bits, layer.rescaled)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ from .packed import CheckpointError, PackedLinear, expect
 from .settings import Settings, anything, checked_group_size, int_setting, require_known
 
 _KNOWN = dict.fromkeys(
-    ("quant_method", "bits", "version", "layers", "experts", "modules_to_not_convert", "in_memory"), anything
+    ("quant_method", "bits", "version", "layers", "experts", "rescaled", "modules_to_not_convert", "in_memory"),
+    anything,
 )
 
 _NO_WEIGHT = torch.empty(0, dtype=torch.uint8)
@@ -26,10 +28,10 @@ class Native(Layout):
     """qweight uint8 [N, ceil(K/2)] or, for 8 bits, [N, K]; scales [N, G], zeros uint8 [N, G], pre_quant_scale fp32 [K].
 
     See docs/checkpoint.md. The config has ``layers``: name -> [in_features, group_size], because shapes do not tell them, with the
-    bits as a third number where they are others than the config's ``bits``; and ``experts``: name of a
-    parameter [E, N, K] whose matrices are layers -> how the model uses it (``experts.USES``); and ``in_memory`` where
-    awq_ext.save wrote it. An empty ``weight`` stands where readers that do not know the layout would find none and go on with
-    random weights, as Transformers does after a warning: of a wrong shape, it is an error to them.
+    bits as a third number where they are others than the config's ``bits``; ``experts``: name of a parameter [E, N, K] whose
+    matrices are layers -> how the model uses it (``experts.USES``); ``rescaled``: name -> factor, where QuantLinear.rescaled is
+    not 1; and ``in_memory`` where awq_ext.save wrote it. An empty ``weight`` stands where readers that do not know the layout would
+    find none and go on with random weights, as Transformers does after a warning: of a wrong shape, it is an error to them.
     """
 
     name = "native"
@@ -56,11 +58,13 @@ class Native(Layout):
         scale = tensors.get("pre_quant_scale")
         if len(settings.per_layer) != 1:
             raise CheckpointError("quantization_config does not describe this layer")
-        ((k, size, bits),) = settings.per_layer.values()
+        ((name, (k, size, bits)),) = settings.per_layer.items()
+        factor = settings.rescaled.get(name, 1.0)
         if qweight.dim() != 2:
             raise CheckpointError(f"qweight has shape {tuple(qweight.shape)}, two dimensions are needed")
         n = qweight.shape[0]
-        layer = PackedLinear(qweight, scales, zeros, k, size, self.bias_of(tensors, n), scale, bits=bits)
+        bias = self.bias_of(tensors, n)
+        layer = PackedLinear(qweight, scales, zeros, k, size, bias, scale, bits=bits, rescaled=factor)
         expect("qweight", qweight, (n, row_bytes(k, bits)), (torch.uint8,))
         expect("scales", scales, (n, layer.groups), FLOATS[:2])
         expect("zeros", zeros, (n, layer.groups), (torch.uint8,))
@@ -82,6 +86,8 @@ class Native(Layout):
             "experts": dict(summary.experts),
             "modules_to_not_convert": list(summary.float_linears) or None,
         }
+        if rescaled := {name: facts.rescaled for name, facts in summary.layers.items() if facts.rescaled != 1}:
+            config["rescaled"] = rescaled
         return config if summary.in_memory is None else config | {"in_memory": summary.in_memory.entry()}
 
     def reads(self, config: Mapping[str, Any]) -> Settings | None:
@@ -99,6 +105,9 @@ class Native(Layout):
         experts = config.get("experts", {})
         if not isinstance(experts, dict) or not all(isinstance(use, str) for use in experts.values()):
             raise CheckpointError("quantization_config: experts must be name -> use")
+        rescaled = config.get("rescaled", {})
+        if not isinstance(rescaled, dict) or not all(_is_factor(name in layers, f) for name, f in rescaled.items()):
+            raise CheckpointError("quantization_config: rescaled must be name of a layer -> power of two")
         per_layer = {
             name: (k, checked_group_size(size), _checked_bits(own[0]) if own else usual)
             for name, (k, size, *own) in layers.items()
@@ -107,7 +116,7 @@ class Native(Layout):
         if in_memory is not None and any(size != -1 and size % 8 for _, size, _ in per_layer.values()):
             raise CheckpointError("quantization_config: layers has a group size that is no multiple of 8")
         sizes = tuple(dict.fromkeys(size for _, size, _ in per_layer.values()))
-        return Settings(sizes, per_layer, experts=experts, in_memory=in_memory)
+        return Settings(sizes, per_layer, experts=experts, in_memory=in_memory, rescaled=rescaled)
 
     def claims(self, leaves: Mapping[str, torch.dtype]) -> bool:
         return leaves.get("qweight") == torch.uint8 and "zeros" in leaves
@@ -121,3 +130,7 @@ def _checked_bits(bits: int) -> int:
     if bits not in TILE_BITS:
         raise CheckpointError(f"quantization_config: {bits} bits; awq_ext runs {' or '.join(map(str, TILE_BITS))}")
     return bits
+
+
+def _is_factor(known: bool, value: object) -> bool:
+    return known and isinstance(value, float) and math.isfinite(value) and math.frexp(value)[0] == 0.5

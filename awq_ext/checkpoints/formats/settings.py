@@ -81,7 +81,8 @@ class Settings:
 
     group_sizes: the sizes that occur; a layer has the one that fits its number of groups. per_layer: name -> (in_features,
     group_size, bits) where the shapes alone do not tell. rules: the first that fits a layer's name decides; problem: with layers
-    that none fits. zero_offset: added to a stored zero, modulo 16. experts, in_memory: as in Summary.
+    that none fits. zero_offset: added to a stored zero, modulo 16. experts, in_memory: as in Summary. rescaled: name -> what a
+    QuantLinear has under this name, where that is not 1.
     """
 
     group_sizes: tuple[int, ...]
@@ -91,6 +92,7 @@ class Settings:
     in_memory: InMemory | None = None
     rules: tuple[Rule, ...] = ()
     problem: str = ""
+    rescaled: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, name: str) -> Settings:
         """Give the settings of one layer. CheckpointError where the config says that it cannot be read."""
