@@ -90,15 +90,14 @@ void describe_quantizing(const KernelTable& table, std::vector<Job>& jobs) {
   const std::string fma = "fp32 FMA", one = tiles                 ? "bf16 tiles"
                                             : products != nullptr ? "products of bf16 vectors"
                                                                   : fma;
-  jobs.push_back({"second moments of bf16 activations", one});
-  jobs.push_back({"second moments of fp16 activations", tiles ? one + ", each activation in 2 terms" : fma});
-  jobs.push_back(
-      {"second moments of fp32 activations, or of weighted rows", tiles ? one + ", each activation in 3 terms" : fma});
-  jobs.push_back({"ranking of scales, fit of the groups' scales", one});
+  jobs.push_back({"second moments, bf16", one});
+  jobs.push_back({"second moments, fp16", tiles ? one + ", each activation in 2 terms" : fma});
+  jobs.push_back({"second moments, fp32 or weighted", tiles ? one + ", each activation in 3 terms" : fma});
+  jobs.push_back({"ranking and fit of scales", one});
   if (tiles)
     jobs.push_back(
         {"losses, " + std::to_string(kSplitChannels) + " channels or more", one + ", each factor in 2 terms"});
-  jobs.push_back({tiles ? "losses, fewer channels; clips, error feedback" : "losses, clips, error feedback", fma});
+  jobs.push_back({tiles ? "fewer; clips, error feedback" : "losses, clips, error feedback", fma});
 }
 
 }  // namespace

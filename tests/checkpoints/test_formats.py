@@ -238,7 +238,10 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "native"])
 def test_eight_bits_are_for_the_native_layout(name: str) -> None:
     (problem,) = LAYOUTS[name].problems("self_attn.q_proj", random_layer(k=256, g=64, symmetric=True, bits=8))
-    assert problem == 'it has 8 bits, not 4: use format="native", or quantize with bits=4 (an output layer: with head="int4")'
+    assert (
+        problem
+        == 'it has 8 bits, not 4: use format="native", or quantize with bits=4 (an output layer: with head="int4")'
+    )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
