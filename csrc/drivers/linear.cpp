@@ -106,7 +106,7 @@ void stream(const Call& c, int threads) {
   const int64_t tiles = tile_count(c.weight.out_features);
   const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * kStepBytes),
                                              ceil_div(tiles, kStreamTasks * threads), ceil_div(tiles, threads));
-  parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int) {
+  parallel_for<Threads::team_or_helpers>(ceil_div(tiles, bundle), threads, [&](int64_t task, int) {
     for (int64_t t = task * bundle; t < std::min(tiles, (task + 1) * bundle); ++t) {
       alignas(64) float sums[kMaxDotRows * kTileOutputs];
       std::fill(sums, sums + c.rows * kTileOutputs, 0.0f);
@@ -154,7 +154,7 @@ void take_turns(const Call& c, int threads) {
   const int64_t tile_values = c.way.panel ? most * kStepChannels * kTileOutputs : 0;
   const int64_t size = bundle * tile_values + c.rows * lds;
   Scratch<Part, float> scratch(threads * size);
-  parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
+  parallel_for<Threads::team_or_helpers>(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
     float *panel = scratch.get() + thread * size, *sums = panel + bundle * tile_values;
     std::memset(sums, 0, static_cast<size_t>(c.rows * lds) * 4);
     const int64_t tile = task * bundle, count = std::min(bundle, tiles - tile);
@@ -198,7 +198,7 @@ void int4_linear(const KernelTable& table, const TiledWeight& weight, const void
                  const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
   const int64_t chunks = row_chunks(weight, rows, threads), bytes = dtype_bytes(dtype);
   if (chunks == 1) return multiply_rows(table, weight, x, dtype, rows, input_scale, bias, compute, y, threads);
-  parallel_for(chunks, threads, [&](int64_t chunk, int) {
+  parallel_for<Threads::team_or_helpers>(chunks, threads, [&](int64_t chunk, int) {
     const int64_t first = chunk * rows / chunks, end = (chunk + 1) * rows / chunks;
     const char* from = static_cast<const char*>(x) + first * weight.in_features * bytes;
     char* to = static_cast<char*>(y) + first * weight.out_features * bytes;
