@@ -44,6 +44,8 @@ void helped(int64_t count, int threads, const Body& body) {
   awq::run_with_helpers(loop_of(count, body), threads);
 }
 
+void team_or_helpers(const Loop& loop, int threads) { awq::run_parallel(loop, threads, awq::Threads::team_or_helpers); }
+
 using Run = void (*)(const Loop&, int);
 
 // Every index once, no number on two threads at one time, loops within a body on its thread alone. What bodies write
@@ -111,7 +113,7 @@ bool team_runs_an_uneven_loop(int last_ms) {
     if (!omp_in_parallel()) team = false;
     if (i == 63) sleep_ms(last_ms);
   };
-  awq::run_parallel(loop_of(64, body), 2);
+  team_or_helpers(loop_of(64, body), 2);
   return team;
 }
 
@@ -128,7 +130,7 @@ void a_forked_child_has_threads_too(Run used_before) {
   const pid_t child = fork();
   if (child == 0) {
     alarm(60);  // seconds
-    fuzz(awq::run_parallel, 6, 50);
+    fuzz(team_or_helpers, 6, 50);
     helped(64, 2, [&](int64_t, int) { sleep_ms(1); });
     std::_Exit(0);
   }
@@ -143,11 +145,11 @@ int main(int, char** arguments) {
   fuzz(awq::run_with_helpers, 1, 600);
   fuzz_callers(awq::run_with_helpers, 4, 150);
   if (std::strcmp(arguments[1], "all") == 0) {
-    fuzz(awq::run_parallel, 2, 300);
-    fuzz_callers(awq::run_parallel, 4, 25);
+    fuzz(team_or_helpers, 2, 300);
+    fuzz_callers(team_or_helpers, 4, 25);
     helpers_take_over_and_leave_again();
     a_forked_child_has_threads_too(awq::run_with_helpers);
-    a_forked_child_has_threads_too(awq::run_parallel);
+    a_forked_child_has_threads_too(team_or_helpers);
   }
   std::printf("%lld checks\n", static_cast<long long>(checks.load()));
 }

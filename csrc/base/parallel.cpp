@@ -62,12 +62,13 @@ bool may_have_helpers() { return omp_get_proc_bind() == omp_proc_bind_false; }
 
 bool in_parallel() { return in_helped_loop() || omp_in_parallel(); }
 
-void run_parallel(const Loop& loop, int threads) {
+void run_parallel(const Loop& loop, int threads, Threads supply) {
   // In a child of fork() the team is gone, but OpenMP does not know that and would wait for it.
   if (is_forked_child()) return run_with_helpers(loop, threads);
-  if (now() < helpers_until.load(std::memory_order_relaxed) && may_have_helpers())
+  if (supply == Threads::team_or_helpers && now() < helpers_until.load(std::memory_order_relaxed) && may_have_helpers())
     return run_with_helpers(loop, threads);
-  if (const int64_t waited = run_with_team(loop, threads); waited > 0) note_late(waited);
+  const int64_t waited = run_with_team(loop, threads);
+  if (supply == Threads::team_or_helpers && waited > 0) note_late(waited);
 }
 
 }  // namespace awq

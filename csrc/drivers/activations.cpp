@@ -43,8 +43,9 @@ Activations::Activations(const KernelTable& table, const InputView& x, int64_t g
   const int workers = x.rows * x.in_features < kSerialNumbers ? 1 : threads;
   const int64_t scratch_size = x.in_features + rows(0) * row_elements_;
   Buffer<float> scratch(workers * scratch_size);
-  parallel_for(blocks_, workers,
-               [&](int64_t block, int thread) { pack_block(table, block, scratch.get() + thread * scratch_size); });
+  parallel_for<Threads::team_or_helpers>(blocks_, workers, [&](int64_t block, int thread) {
+    pack_block(table, block, scratch.get() + thread * scratch_size);
+  });
 }
 
 int64_t Activations::tile_words(int64_t step) const {

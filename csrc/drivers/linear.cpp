@@ -110,7 +110,7 @@ void stream(const Call& c, int threads) {
   const int64_t tiles = tile_count(c.weight.out_features);
   const int64_t bundle = std::clamp<int64_t>(kTaskBytes / (c.steps * step_bytes(c.weight.bits)),
                                              ceil_div(tiles, kStreamTasks * threads), ceil_div(tiles, threads));
-  parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int) {
+  parallel_for<Threads::team_or_helpers>(ceil_div(tiles, bundle), threads, [&](int64_t task, int) {
     const TileTask tile_task(c);
     for (int64_t t = task * bundle; t < std::min(tiles, (task + 1) * bundle); ++t) {
       alignas(64) float sums[std::max(kMaxDotRows, kMostTileRows) * kTileOutputs];
@@ -180,7 +180,7 @@ void take_turns(const Call& c, int threads) {
   const int64_t tile_values = panel ? panel_words(c, most) : 0, rows = c.element_rows();
   const int64_t size = round_up(bundle * tile_values + rows * lds, 16);  // whole cache lines
   Scratch<Part, uint32_t> scratch(threads * size);
-  parallel_for(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
+  parallel_for<Threads::team_or_helpers>(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
     const TileTask tile_task(c);
     uint32_t* values = scratch.get() + thread * size;
     float* sums = reinterpret_cast<float*>(values + bundle * tile_values);
@@ -223,7 +223,7 @@ void quant_linear(const KernelTable& table, const TiledWeight& weight, const voi
                   const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
   const int64_t chunks = row_chunks(weight, rows, threads), bytes = dtype_bytes(dtype);
   if (chunks == 1) return multiply_rows(table, weight, x, dtype, rows, input_scale, bias, compute, y, threads);
-  parallel_for(chunks, threads, [&](int64_t chunk, int) {
+  parallel_for<Threads::team_or_helpers>(chunks, threads, [&](int64_t chunk, int) {
     const int64_t first = chunk * rows / chunks, end = (chunk + 1) * rows / chunks;
     const char* from = static_cast<const char*>(x) + first * weight.in_features * bytes;
     char* to = static_cast<char*>(y) + first * weight.out_features * bytes;
