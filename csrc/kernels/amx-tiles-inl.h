@@ -92,22 +92,30 @@ inline void tile_store(void* p, int64_t stride) {
 
 // Subnormal inputs and results count as 0.
 inline float flush(float x) { return (to_bits(x) & 0x7f800000u) == 0 ? from_bits(to_bits(x) & 0x80000000u) : x; }
-inline float bf16_at(const unsigned char* p) {
-  uint16_t bits;
-  __builtin_memcpy(&bits, p, 2);
-  return flush(from_bits(static_cast<uint32_t>(bits) << 16));
+
+// The two bf16 of `count` words.
+inline void unpack_words(const unsigned char* words, int count, float* first, float* second) {
+  for (int i = 0; i < count; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, words + 4 * i, 4);
+    first[i] = flush(from_bits(bits << 16));
+    second[i] = flush(from_bits(bits & 0xffff0000u));
+  }
 }
 
 template <int Sum, int Left, int Right>
 inline void tile_dot_bf16() {
+  float first[kTileSide], second[kTileSide], right_first[kTileWords], right_second[kTileWords];
+  unpack_words(tiles.bytes[Right][0], tiles.depth * kTileSide, right_first, right_second);
   for (int m = 0; m < kTileSide; ++m) {
     float even[kTileSide] = {}, odd[kTileSide] = {};
+    unpack_words(tiles.bytes[Left][m], tiles.depth, first, second);
     for (int k = 0; k < tiles.depth; ++k) {
-      const unsigned char* right = tiles.bytes[Right][k];
-      const float first = bf16_at(tiles.bytes[Left][m] + 4 * k), second = bf16_at(tiles.bytes[Left][m] + 4 * k + 2);
+      const float *a = right_first + k * kTileSide, *b = right_second + k * kTileSide;
+#pragma omp simd
       for (int n = 0; n < kTileSide; ++n) {
-        even[n] = flush(even[n] + first * bf16_at(right + 4 * n));
-        odd[n] = flush(odd[n] + second * bf16_at(right + 4 * n + 2));
+        even[n] = flush(even[n] + first[k] * a[n]);
+        odd[n] = flush(odd[n] + second[k] * b[n]);
       }
     }
     float sum[kTileSide];
