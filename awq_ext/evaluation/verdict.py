@@ -1,0 +1,63 @@
+"""Sum up a comparison in one sentence: which method to take, all kinds of traffic together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from .comparison import FLOAT, Comparison, Variant
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """label: the method to take; text: why, in a sentence."""
+
+    label: str
+    text: str
+
+
+def verdict(found: Comparison) -> Verdict:
+    """Choose the method that none beats by more than the noise on any kind of traffic; else the one that loses least on average.
+
+    Of several, the smallest, then the one that took least time. Goes by perplexity, or by the first measure of models without it.
+    """
+    measure = "perplexity" if "perplexity" in found.measures else found.measures[0]
+    done = [row for row in found.rows[1:] if not row.error]
+    leaders = {name: found.best(name, measure) for name in found.traffic}
+    unbeaten = [row for row in done if all(row.label in labels for labels in leaders.values())]
+    if len(done) == 1:
+        return Verdict(
+            done[0].label, f"Only {_cost(done[0], found)} was tried: name others with --method to compare it."
+        )
+    if not unbeaten:
+        taken = min(done, key=lambda row: _mean_loss(row, found, measure))
+        each = ", ".join(f"{labels[0]} on {name}" for name, labels in leaders.items())
+        return Verdict(
+            taken.label, f"No method is best on every text ({each}): {_cost(taken, found)} loses least on average."
+        )
+    taken = min(unbeaten, key=lambda row: (row.size_bytes, row.seconds or 0.0))
+    if len(unbeaten) == 1:
+        return Verdict(taken.label, f"Take {_cost(taken, found)}: on no text is another better by more than the noise.")
+    others = ", ".join(row.label for row in unbeaten if row is not taken)
+    return Verdict(
+        taken.label,
+        f"Take {_cost(taken, found)}, the cheapest of those that do not differ by more than the noise ({others} beside it).",
+    )
+
+
+def _cost(row: Variant, found: Comparison) -> str:
+    return f"{row.label} ({row.size_bytes / found[FLOAT].size_bytes:.0%} of the float model's size)"
+
+
+def _mean_loss(row: Variant, found: Comparison, measure: str) -> float:
+    """Average how much worse than the best a method is, over kinds of traffic; perplexities by their logarithm."""
+    losses = []
+    for name in found.traffic:
+        one = row.evaluations[name].measures[measure]
+        best = found[found.best(name, measure)[0]].evaluations[name].measures[measure]
+        if measure == "perplexity":
+            losses.append(math.log(one.value) - math.log(best.value))
+        else:
+            losses.append(abs(one.value - best.value))
+    return fmean(losses)
