@@ -117,7 +117,8 @@ def compare(
     given = {"field": field, "samples": samples, "seed": seed, "seq-len": seq_len, "dtype": dtype, "device": device}
     parts = _beginning(model_dir, calib, given)
     following = next_command(parts, found[summed.label].config, AwqConfig().to_dict())
-    console.print(following, markup=False, soft_wrap=True)
+    none = "directories hold 4 or 8 bits, packed: name such methods, to see which of them to take"
+    console.print(f"next: {following or none}", markup=False, soft_wrap=True)
     write_json(found.to_dict() | {"verdict": summed.text, "take": summed.label, "next": following}, json_path)
 
 
@@ -135,16 +136,16 @@ def _last_name(model: Path) -> str:
 
 
 def next_command(parts: list[str], config: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """Write the command that makes a directory with the settings of a row, or why none does.
+    """Write the command that makes a directory with the settings of a row; "" where none does.
 
     parts: its beginning; usual: the settings that go without saying.
     """
     if not config["packed"] or config["bits"] not in (4, 8):
-        return f"next: directories hold 4 or 8 bits, packed, not {config['bits']} simulated: try --bits 8, or the other methods"
+        return ""
     said = {name: value for name, value in config.items() if value != usual[name] and name != "seq_len"}
     for name in ("method", "group_size", "bits"):
         if name in said:
             parts = [*parts, f"--{name.replace('_', '-')}", str(said.pop(name))]
     for name, value in said.items():
         parts = [*parts, "--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    return "next: awq-ext " + shlex.join(parts)
+    return shlex.join(["awq-ext", *parts])

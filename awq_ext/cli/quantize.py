@@ -240,5 +240,5 @@ def _refuse_other_bits(settings: list[str], bits: int | None) -> None:
             f"--set bits={bits} --set packed=false. The weights rounded to {bits} bits as a float model, no smaller: in Python "
             f"awq_ext.quantize(model, calib, bits={bits}, packed=False), then model.save_pretrained(OUT). "
             'Some layers at 8 bits: --format native --set \'per_layer={"*.down_proj": {"bits": 8}}\'',
-            param_hint="--set",
+            param_hint="--set" if bits is None else "--bits",
         )

@@ -17,7 +17,7 @@ from .comparison import plus_minus
 from .evaluate import Evaluation, evaluate
 
 # what the figures are called in reports and model cards
-HELD_OUT = "held-out calibration text"
+HELD_OUT = "held-out-calibration"
 WINDOWS = 4
 # of a window: 1,024 tokens in all, whose logits take 300 MiB in bf16 where a vocabulary has 150,000 tokens
 _TOKENS = 256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -20,9 +19,11 @@ class Verdict:
 def verdict(found: Comparison) -> Verdict:
     """Choose the method that none beats by more than the noise on any kind of traffic; else the one that loses least on average.
 
-    Of several, the smallest, then the one that took least time. Goes by perplexity, or by the first measure of models without it.
+    Of several, the smallest, then the one that took least time. Goes by the KL divergence from the float model, which tells methods
+    apart on fewer windows than perplexity does; for models without next-token logits, by the first measure.
     """
-    measure = "perplexity" if "perplexity" in found.measures else found.measures[0]
+    measure = "kl" if "kl" in found.measures else found.measures[0]
+    by = "KL divergence from the float model" if measure == "kl" else measure
     done = [row for row in found.rows[1:] if not row.error]
     leaders = {name: found.best(name, measure) for name in found.traffic}
     unbeaten = [row for row in done if all(row.label in labels for labels in leaders.values())]
@@ -34,15 +35,18 @@ def verdict(found: Comparison) -> Verdict:
         taken = min(done, key=lambda row: _mean_loss(row, found, measure))
         each = ", ".join(f"{labels[0]} on {name}" for name, labels in leaders.items())
         return Verdict(
-            taken.label, f"No method is best on every text ({each}): {_cost(taken, found)} loses least on average."
+            taken.label,
+            f"No method is best on every text ({each}): {_cost(taken, found)} loses least on average, by {by}.",
         )
     taken = min(unbeaten, key=lambda row: (row.size_bytes, row.seconds or 0.0))
     if len(unbeaten) == 1:
-        return Verdict(taken.label, f"Take {_cost(taken, found)}: on no text is another better by more than the noise.")
+        return Verdict(
+            taken.label, f"Take {_cost(taken, found)}: on no text is another better by more than the noise, by {by}."
+        )
     others = ", ".join(row.label for row in unbeaten if row is not taken)
     return Verdict(
         taken.label,
-        f"Take {_cost(taken, found)}, the cheapest of those that do not differ by more than the noise ({others} beside it).",
+        f"Take {_cost(taken, found)}, the cheapest of those that do not differ by more than the noise, by {by} (beside it: {others}).",
     )
 
 
@@ -51,13 +55,7 @@ def _cost(row: Variant, found: Comparison) -> str:
 
 
 def _mean_loss(row: Variant, found: Comparison, measure: str) -> float:
-    """Average how much worse than the best a method is, over kinds of traffic; perplexities by their logarithm."""
-    losses = []
-    for name in found.traffic:
-        one = row.evaluations[name].measures[measure]
-        best = found[found.best(name, measure)[0]].evaluations[name].measures[measure]
-        if measure == "perplexity":
-            losses.append(math.log(one.value) - math.log(best.value))
-        else:
-            losses.append(abs(one.value - best.value))
-    return fmean(losses)
+    """Average how much worse than the best a method is, over kinds of traffic."""
+    best = {name: found[found.best(name, measure)[0]] for name in found.traffic}
+    values = [(one.evaluations[name].measures[measure].value for one in (row, best[name])) for name in found.traffic]
+    return fmean(abs(own - least) for own, least in values)
