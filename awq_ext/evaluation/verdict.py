@@ -46,7 +46,7 @@ def verdict(found: Comparison) -> Verdict:
     others = ", ".join(row.label for row in unbeaten if row is not taken)
     return Verdict(
         taken.label,
-        f"Take {_cost(taken, found)}, the cheapest of those that do not differ by more than the noise, by {by} (beside it: {others}).",
+        f"Take {_cost(taken, found)}, the cheapest of those that differ by no more than the noise, by {by} (beside it: {others}).",
     )
 
 
@@ -56,6 +56,9 @@ def _cost(row: Variant, found: Comparison) -> str:
 
 def _mean_loss(row: Variant, found: Comparison, measure: str) -> float:
     """Average how much worse than the best a method is, over kinds of traffic."""
+
+    def value(one: Variant, name: str) -> float:
+        return one.evaluations[name].measures[measure].value
+
     best = {name: found[found.best(name, measure)[0]] for name in found.traffic}
-    values = [(one.evaluations[name].measures[measure].value for one in (row, best[name])) for name in found.traffic]
-    return fmean(abs(own - least) for own, least in values)
+    return fmean(abs(value(row, name) - value(best[name], name)) for name in found.traffic)
