@@ -7,8 +7,8 @@ fails with an undefined symbol or, worse, does not fail.
 from __future__ import annotations
 
 import importlib.util
-
-import torch
+import sys
+from importlib.metadata import PackageNotFoundError, version
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -16,6 +16,18 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 def public_version(version: str) -> str:
     """Cut ``2.13.0+cpu`` to ``2.13.0``: builds of one release for different devices share the interface."""
     return version.partition("+")[0]
+
+
+def running_version() -> str:
+    """Return torch's version: its own where it is loaded, else what pip knows of it, which takes no seconds."""
+    if "torch" not in sys.modules:
+        try:
+            return version("torch")
+        except PackageNotFoundError:
+            pass  # built in place, or missing: importing it says which
+    import torch
+
+    return torch.__version__
 
 
 def built_version() -> str | None:
@@ -41,7 +53,7 @@ def check(built: str | None = None, running: str | None = None, *, installed: bo
             "awq_ext was imported from a source tree in which the C++ extension has not been built: "
             "run `pip install -e .` there, or, if awq_ext is installed, leave that directory or use the `awq-ext` command."
         )
-    running = torch.__version__ if running is None else running
+    running = running_version() if running is None else running
     if public_version(built) != public_version(running):
         raise ImportError(
             f"awq_ext was built against torch {public_version(built)} but torch {running} is installed: "

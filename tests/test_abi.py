@@ -44,7 +44,7 @@ def test_a_missing_module_is_named() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_one_openmp_runtime() -> None:
     # in a process of its own: packages that other tests import may bring a runtime with them
-    done = run_python("-c", "import awq_ext._C; print(open('/proc/self/maps').read())")
+    done = run_python("-c", "import torch, awq_ext._C; print(open('/proc/self/maps').read())")
     assert done.returncode == 0, done.stderr
     found = {line.split()[-1] for line in done.stdout.splitlines() if "libgomp" in line}
     assert len(found) == 1, f"two OpenMP runtimes in one process: {found}"

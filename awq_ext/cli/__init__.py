@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import re
+from typing import Annotated
 
 import typer
 
@@ -15,7 +16,7 @@ from . import bench, compare, convert, demo, doctor, eval, inspect, quantize, re
 __all__ = ["app", "main"]
 app = typer.Typer(
     name="awq-ext",
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode="rich",
     help=(
@@ -34,6 +35,33 @@ app = typer.Typer(
         "Exit codes: 0 done, 1 failed (one line says why), 2 a wrong option, 130 interrupted."
     ),
 )
+
+
+TYPICAL = """\
+awq-ext quantize MODEL OUT --calib TEXT.jsonl     quantize a Hugging Face model, and see how far the result is from it
+awq-ext eval OUT TEXT.txt --reference MODEL       score the result on a text of yours
+awq-ext demo                                      see it work in about a minute; nothing is downloaded
+"""
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"awq-ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(f"{TYPICAL}\nawq-ext -h tells of all commands, awq-ext quantize -h of one.")
+        raise typer.Exit(code=2)
 
 
 for _module, _name in (

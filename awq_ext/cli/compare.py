@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .options import (
+    Bits,
     Calib,
+    Device,
     Dtype,
     Field,
     Head,
     JsonPath,
     ModelDir,
     Overwrite,
+    PerLayer,
     Revision,
     Samples,
     Seed,
@@ -53,13 +59,16 @@ def compare(
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
     ] = 128,
     head: Head = None,
+    bits: Bits = None,
     field: Field = None,
     samples: Samples = 32,
     seed: Seed = 0,
     seq_len: SeqLen = 512,
     tokens: Tokens = 8192,
     settings: Settings = [],  # noqa: B006
+    per_layer: PerLayer = [],  # noqa: B006
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     markdown: Annotated[
         Path | None, typer.Option(callback=check_output, help="Also write the table as Markdown.")
     ] = None,
@@ -73,33 +82,73 @@ def compare(
     """Quantize a model in several ways and score each on the kinds of text you serve.
 
     For every kind of traffic: perplexity, its distance from the float model's, the KL divergence and the share of tokens on
-    which both agree, with bootstrap intervals; what cannot be told apart from the best is marked. Nothing is written but the
-    tables.
+    which both agree, with bootstrap intervals; what cannot be told apart from the best is marked. The last lines say which method
+    to take, and by which command. Nothing is written but the tables.
 
     Example: awq-ext compare ./Llama --calib prompts.jsonl --traffic code=src.txt --traffic de.txt --method rtn --method awq
     """
     from .. import compare as compare_methods
+    from ..config import AwqConfig
     from ..evaluation.compare import read_methods
+    from ..evaluation.verdict import verdict
     from . import hf, texts
 
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(traffic)
-    chosen = read_settings({"group_size": group_size, "seq_len": seq_len}, settings, head=head)
+    fields = {"group_size": group_size, "bits": bits, "seq_len": seq_len}
+    chosen = read_settings(fields, settings, per_layer=per_layer, head=head)
     methods = [parse_method(text) for text in method]
     try:
         read_methods(methods, chosen)  # before a model is loaded for nothing
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--method") from None
     texts.check_field(field, [*calib, *named.values()])
-    model_dir = hf.folder(model_dir, revision, token)
-    tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
+    folder = hf.folder(model_dir, revision, token)
+    hf.refuse_quantized(folder)
+    tokenizer = hf.load_tokenizer(folder, trust_remote_code)
     batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
     scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
-    model = hf.load_model(model_dir, dtype, trust_remote_code)
+    model = hf.load_model(folder, dtype, trust_remote_code, device)
     hf.note_lengths(model, batches, samples)
-    found = compare_methods(model, batches, scored, methods, progress=console.is_terminal, **chosen)
+    found = compare_methods(model, batches, scored, methods, progress=True, **chosen)
     console.print(found)
     if markdown is not None:
         markdown.write_text(found.to_markdown(), encoding="utf-8")
-    write_json(found.to_dict(), json_path)
+    summed = verdict(found)
+    console.print(f"\n{summed.text}", markup=False, soft_wrap=True)
+    given = {"field": field, "samples": samples, "seed": seed, "seq-len": seq_len, "dtype": dtype, "device": device}
+    parts = _beginning(model_dir, calib, given)
+    following = next_command(parts, found[summed.label].config, AwqConfig().to_dict())
+    none = "directories hold 4 or 8 bits, packed: name such methods, to see which of them to take"
+    console.print(f"next: {following or none}", markup=False, soft_wrap=True)
+    write_json(found.to_dict() | {"verdict": summed.text, "take": summed.label, "next": following}, json_path)
+
+
+def _beginning(model: Path, calib: list[Path], given: Mapping[str, Any]) -> list[str]:
+    """Begin a command with the options that were given here and are not the usual ones."""
+    usual = {"field": None, "samples": 32, "seed": 0, "seq-len": 512, "dtype": "auto", "device": "cpu"}
+    parts = ["quantize", str(model), f"{_last_name(model)}-quantized"]
+    parts += [part for file in calib for part in ("--calib", str(file))]
+    return parts + [part for name, x in given.items() if x != usual[name] for part in (f"--{name}", str(x))]
+
+
+def _last_name(model: Path) -> str:
+    """Take the last part of a path, or of ORG/NAME@REVISION."""
+    return Path(str(model).partition("@")[0]).name or model.resolve().name
+
+
+def next_command(parts: list[str], config: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """Write the command that makes a directory with the settings of a row; "" where none does.
+
+    parts: its beginning; usual: the settings that go without saying.
+    """
+    if not config["packed"] or config["bits"] not in (4, 8):
+        return ""
+    said = {name: value for name, value in config.items() if value != usual[name] and name != "seq_len"}
+    for name in ("method", "group_size", "bits"):
+        if name in said:
+            parts = [*parts, f"--{name.replace('_', '-')}", str(said.pop(name))]
+    for name, value in said.items():
+        parts = [*parts, "--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    return shlex.join(["awq-ext", *parts])

@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..reporting.readers import DEFAULT_FORMAT
-from .options import OverwriteFloat, Revision, Token, check_directory, check_format, check_size, one_line_errors
+from .options import (
+    OverwriteFloat,
+    Revision,
+    Token,
+    check_directory,
+    check_format,
+    check_size,
+    console_for,
+    one_line_errors,
+)
 
 
 @one_line_errors
@@ -52,4 +60,4 @@ def convert(
 
     covered = check_directory(target, overwrite, overwrite_float, source)
     folder = run(folder_of_source(source, revision, token), target, format, max_shard_size, covered)
-    tell_readers(Console(), folder, format)
+    tell_readers(console_for(None), folder, format)

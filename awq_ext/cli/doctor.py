@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from importlib.util import find_spec
 
+from ..reporting.figures import key
 from ..reporting.tables import counted
 from .options import JsonPath, Overwrite, console_for, fact_table, fail, one_line_errors, write_json
 
@@ -134,6 +135,7 @@ def doctor(overwrite: Overwrite = False, json_path: JsonPath = None) -> None:
 
     AWQ_EXT_ISA=scalar (or another of the available levels) in the environment chooses other kernels.
     """
+    from .. import _C
     from ..evaluation.advice import one_sentence
     from ..evaluation.cost import layer_seconds
 
@@ -147,8 +149,10 @@ def doctor(overwrite: Overwrite = False, json_path: JsonPath = None) -> None:
     console.print(fact_table([*known, *((f"extra {extra}", state) for extra, state in optional)]))
     if slower:
         console.print(slower, markup=False, highlight=False)
+    jobs = dict(_C.choices())
     figures = {
-        "facts": dict(known),
+        "facts": {key(name): value for name, value in known if name not in jobs},
+        "jobs": [{"job": job, "kernel": kernel} for job, kernel in jobs.items()],
         "extras": dict(optional),
         "problems": problems,
         "seconds": seconds,

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from torch import Tensor, nn
 
-from ..modules import input_embeddings
 from ..reporting.tables import Cell, Table
 from .options import (
+    Device,
     Dtype,
     Field,
     JsonPath,
@@ -32,6 +31,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from .. import Evaluation
 
 
@@ -47,6 +48,7 @@ def eval(
     seq_len: SeqLen = 512,
     tokens: Tokens = 8192,
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     card: Annotated[
         bool,
         typer.Option("--card", help="Also write the figures into the model card and the report in MODEL, a directory."),
@@ -77,8 +79,10 @@ def eval(
         raise typer.BadParameter(f"{model_dir} is no directory of a quantized model", param_hint="--card")
     model_dir = hf.folder(model_dir, revision, token)
     tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
-    model = hf.load_model(model_dir, dtype, trust_remote_code)
-    other = None if reference is None else hf.load_model(hf.folder(reference, token=token), dtype, trust_remote_code)
+    model = hf.load_model(model_dir, dtype, trust_remote_code, device)
+    other = None
+    if reference is not None:
+        other = hf.load_model(hf.folder(reference, token=token), dtype, trust_remote_code, device)
     if other is not None and len(set(sizes := [_vocabulary(model), _vocabulary(other)]) - {None}) > 1:
         raise ValueError(
             f"{model_dir} has {sizes[0]} tokens, {reference} {sizes[1]}: a reference has the same tokenizer"
@@ -99,10 +103,7 @@ def score(
     from .. import evaluate
     from ..evaluation.comparison import plus_minus
 
-    found = {
-        name: evaluate(model, samples, reference=reference, progress=console.is_terminal)
-        for name, samples in scored.items()
-    }
+    found = {name: evaluate(model, samples, reference=reference, progress=True) for name, samples in scored.items()}
     measures = list(next(iter(found.values())).measures)
     rows = [
         [Cell(name), Cell(f"{one.tokens:,}"), *(Cell(plus_minus(one[measure])) for measure in measures)]
@@ -114,4 +115,6 @@ def score(
 
 def _vocabulary(model: nn.Module) -> int | None:
     """Count the tokens that a model can read; None where it does not tell, as classes of their own may not."""
+    from ..modules import input_embeddings
+
     return getattr(input_embeddings(model), "num_embeddings", None)

@@ -44,7 +44,7 @@ def folder(source: Path, revision: str | None = None, token: str | None = None) 
     return folder_of(name, named or revision, token)
 
 
-def load_model(directory: Path, dtype: str = "auto", trusted: bool = False) -> nn.Module:
+def load_model(directory: Path, dtype: str = "auto", trusted: bool = False, device: str = "cpu") -> nn.Module:
     """Load the causal language model of a directory, float or quantized in any layout, in evaluation mode.
 
     trusted: whether code that lies beside the weights may run. ValueError for a model that needs it otherwise.
@@ -55,7 +55,7 @@ def load_model(directory: Path, dtype: str = "auto", trusted: bool = False) -> n
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        return _load(directory, chosen, trusted)
+        return _load(directory, chosen, trusted).to(device)
     except (ValueError, OSError) as error:
         _ask_for_trust(directory, error, trusted)
         raise
@@ -125,6 +125,19 @@ def tell_readers(console: Console, directory: Path, format: str) -> None:
     console.print(f"written to {escape(str(directory))} ({format}), which these load:", soft_wrap=True)
     for line in lines(format, str(directory)):
         console.print(f"  {escape(line)}", soft_wrap=True, highlight=False)
+
+
+def refuse_quantized(directory: Path) -> None:
+    """Raise a usage error for the directory of a model that is quantized already."""
+    if not is_quantized(directory):
+        return
+    said = read_config(directory).get("quantization_config") or {}
+    bits = said.get("bits", said.get("w_bit", 4))
+    raise typer.BadParameter(
+        f"{directory} is already int{bits if isinstance(bits, int) else 4} ({said.get('quant_method', 'awq_ext')}): give the float "
+        "model that it was made from. awq-ext convert changes its layout, awq-ext inspect says what is in it",
+        param_hint="MODEL",
+    )
 
 
 def note_lengths(model: nn.Module, batches: Sequence[Tensor], wanted: int = 0) -> None:

@@ -7,11 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.quantized_dir import OTHER_CONFIGS, QuantDir
-from ..checkpoints.saved import read_report, report_exists
-from ..checkpoints.shards import INDEX, first_json
-from ..checkpoints.version_1 import VERSION_1
-from .hf import read_config
+from ..reporting.readers import loaders
 from .options import (
     JsonPath,
     ModelDir,
@@ -33,7 +29,7 @@ def inspect(
     overwrite: Overwrite = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Say what is in a model's directory, without loading its weights.
+    """Say what is in a model's directory, and who can load it, without loading its weights.
 
     Format, quantized layers with their bits and group sizes, tensors by dtype, bytes on disk, and whether the files are whole
     (headers and lengths are read, not values).
@@ -44,12 +40,21 @@ def inspect(
 
     facts = describe(folder(model_dir, revision, token))
     console = console_for(json_path)
-    console.print(fact_table((name, _shown(value)) for name, value in facts.items()))
+    shown = {name: value for name, value in facts.items() if name != "loaded_by"}
+    console.print(fact_table((name.replace("_", " "), _shown(value)) for name, value in shown.items()))
+    console.print("loaded by" if facts["loaded_by"] else "loaded by no tool that awq_ext knows", soft_wrap=True)
+    for reader in facts["loaded_by"]:
+        needs = f"  ({reader['needs']})" if reader["needs"] else ""
+        console.print(f"  {reader['program']}: {reader['command']}{needs}", soft_wrap=True, markup=False)
     write_json(facts, json_path)
 
 
 def describe(directory: Path) -> dict[str, Any]:
     """Collect what the files of a directory say. ValueError for one without safetensors files or with a damaged one."""
+    from ..checkpoints.saved import read_report, report_exists
+    from ..checkpoints.shards import INDEX, first_json
+    from .hf import read_config
+
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{directory} has no .safetensors file: there is nothing to inspect")
@@ -66,17 +71,22 @@ def describe(directory: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "model": ", ".join(config.get("architectures") or []) or config.get("model_type", "unknown"),
         "format": "float",
-        "bytes on disk": sum(file.stat().st_size for file in files),
-        "tensors": {dtype: f"{tensors[dtype]} with {elements[dtype]:,} values" for dtype in sorted(tensors)},
+        "bytes_on_disk": sum(file.stat().st_size for file in files),
+        "tensors": {dtype: {"tensors": tensors[dtype], "values": elements[dtype]} for dtype in sorted(tensors)},
     }
     facts |= _quantization(directory, config)
     if report_exists(directory):
         facts["report"] = read_report(directory).summary()
-    return facts
+    # what config.json does not tell of, no other tool can load; with a note: what awq_ext cannot read
+    known = bool(config) and "note" not in facts
+    return facts | {"loaded_by": loaders(facts["format"], str(directory)) if known else []}
 
 
 def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Describe the quantization of a directory, which config.json or another file of a tool tells; {} for a float one."""
+    from ..checkpoints.quantized_dir import OTHER_CONFIGS, QuantDir
+    from ..checkpoints.version_1 import VERSION_1
+
     if "quantization_config" not in config and not any((directory / n).exists() for n in (VERSION_1, *OTHER_CONFIGS)):
         return {}
     said = config.get("quantization_config") or {}
@@ -89,13 +99,13 @@ def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         return facts | {"note": str(error)}
     sizes, of_layers = found.settings.group_sizes, found.settings.per_layer.values()
     widths = Counter(map(found.bits, found.layers))
-    facts |= {"format": found.layout.name} | {f"int{bits} layers": widths[bits] for bits in sorted(widths)}
+    facts |= {"format": found.layout.name, "quantized_layers": {f"int{bits}": widths[bits] for bits in sorted(widths)}}
     if scaled := sum("pre_quant_scale" in leaves for leaves in found.layers.values()):
-        facts["scaled at run time"] = scaled
+        facts["scaled_at_run_time"] = scaled
     if of_layers:
-        facts["group sizes"] = dict(Counter(str(size) for _, size, _ in of_layers))
-    elif sizes:
-        facts["group sizes"] = {str(sizes[0]): len(found.layers)} if len(sizes) == 1 else ", ".join(map(str, sizes))
+        facts["group_sizes"] = dict(Counter(str(size) for _, size, _ in of_layers))
+    elif sizes:  # of several, how many layers have which is not told
+        facts["group_sizes"] = {str(size): len(found.layers) if len(sizes) == 1 else None for size in sizes}
     return facts
 
 
@@ -114,6 +124,10 @@ def read_header(file: Path) -> list[tuple[str, int]]:
 
 
 def _shown(value: Any) -> str:
+    """Write a fact for people: ``F32: 21 tensors, 1,234 values; U8: ...``."""
+    if isinstance(value, dict) and all(isinstance(held, dict) for held in value.values()):
+        each = {name: ", ".join(f"{count:,} {what}" for what, count in held.items()) for name, held in value.items()}
+        return _shown(each)
     if isinstance(value, dict):
-        return "; ".join(f"{name}: {held}" for name, held in value.items())
+        return "; ".join(name if held is None else f"{name}: {held}" for name, held in value.items())
     return f"{value:,}" if isinstance(value, int) else str(value)

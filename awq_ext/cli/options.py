@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,8 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..reporting.figures import as_json
+
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+PAGES = (".html", ".htm")
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -31,7 +34,7 @@ def fail(problem: object) -> typer.Exit:
 
 def say(text: str) -> None:
     """Print a line on standard error, in rich's markup."""
-    Console(stderr=True).print(text, soft_wrap=True)
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
 @contextmanager
@@ -128,12 +131,28 @@ def check_size(value: str) -> str:
 
 
 def _checked(value: str, choices: Iterable[str]) -> str:
+    """Find a choice however its letters are written; else a usage error that names the nearest."""
     from ..config import did_you_mean
 
     choices = list(choices)
-    if value not in choices:
-        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
-    return value
+    wanted = value.lower()
+    if wanted not in choices:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{did_you_mean(wanted, choices)}")
+    return wanted
+
+
+def check_device(value: str) -> str:
+    """Check that torch can compute on a device; else a usage error."""
+    import torch
+
+    try:
+        if torch.device(value).type != "meta":  # which holds no values
+            torch.zeros(1, device=value)
+            return value
+        reason = "it holds no values"
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+    raise typer.BadParameter(f"torch cannot compute on {value!r} here: {reason}")
 
 
 def check_output(context: typer.Context, value: Path | None) -> Path | None:
@@ -147,6 +166,13 @@ def check_output(context: typer.Context, value: Path | None) -> Path | None:
     if value.is_file() and not context.params.get("overwrite"):
         raise typer.BadParameter(f"{value} exists: give another, or --overwrite")
     return value
+
+
+def check_page(context: typer.Context, value: Path | None) -> Path | None:
+    """Check that a page can be written: see :func:`check_output`; a usage error for a name of another kind of file."""
+    if value is not None and value.suffix.lower() not in PAGES:
+        raise typer.BadParameter(f"{value}: the report is a web page: give a name that ends in {' or '.join(PAGES)}")
+    return check_output(context, value)
 
 
 def check_directory(out: Path, overwrite: bool, overwrite_float: Path | None, source: Path) -> Any:
@@ -201,6 +227,24 @@ def parse_method(text: str) -> dict[str, Any]:
     return {"label": text, "method": name} | dict(parse_setting(field) for field in fields)
 
 
+def parse_per_layer(text: str) -> dict[str, dict[str, Any]]:
+    """Parse ``*.down_proj:bits=8,group_size=64``, or JSON, to fields by pattern; a usage error for anything else."""
+    if text.lstrip().startswith("{"):
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is no JSON: {error}", param_hint="--per-layer") from None
+        if all(isinstance(fields, dict) for fields in found.values()):
+            return found
+    elif split := re.fullmatch(r"(.+):([^:=]+=[^:]*)", text):  # the last colon: regular expressions hold others
+        return {split[1]: dict(map(parse_setting, split[2].split(",")))}
+    raise typer.BadParameter(
+        f"{text!r} is not PATTERN:FIELD=VALUE, such as '*.down_proj:bits=8', nor JSON, such as "
+        '\'{"*.down_proj": {"bits": 8}}\'',
+        param_hint="--per-layer",
+    )
+
+
 def fact_table(facts: Iterable[tuple[str, str]]) -> Table:
     """Make a table of names and what they are, one on a line."""
     table = Table.grid(padding=(0, 2))
@@ -211,27 +255,18 @@ def fact_table(facts: Iterable[tuple[str, str]]) -> Table:
 
 def console_for(json_path: Path | None) -> Console:
     """Choose where the human output goes: to standard error when the figures go to standard output."""
-    return Console(stderr=json_path is not None and str(json_path) == "-")
+    return Console(stderr=json_path is not None and str(json_path) == "-", highlight=False)
 
 
 def write_json(figures: Mapping[str, Any], path: Path | None) -> None:
     """Write the figures to a file, or to standard output for "-"."""
     if path is None:
         return
-    text = json.dumps(_finite(figures), indent=1, default=str, allow_nan=False) + "\n"
+    text = as_json(figures)
     if str(path) == "-":
         sys.stdout.write(text)
     else:
         path.write_text(text, encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _finite(held) for name, held in value.items()}
-    return [_finite(held) for held in value] if isinstance(value, (list, tuple)) else value
 
 
 def set_threads(count: int | None) -> None:
@@ -243,13 +278,24 @@ def set_threads(count: int | None) -> None:
 
 
 def read_settings(
-    fields: Mapping[str, Any], more: Iterable[str], skip: Iterable[str] = (), head: str | None = None
+    fields: Mapping[str, Any],
+    more: Iterable[str],
+    skip: Iterable[str] = (),
+    per_layer: Iterable[str] = (),
+    head: str | None = None,
 ) -> dict[str, Any]:
-    """Read fields of AwqConfig from options and ``--set``, checked before a model is loaded for nothing; else a usage error."""
+    """Read fields of AwqConfig from options and ``--set``, checked before a model is loaded for nothing; else a usage error.
+
+    fields: those that are None keep their default. per_layer: as :func:`parse_per_layer` reads it, added to that of ``more``.
+    """
     from ..config import AwqConfig, understood
 
     try:
-        chosen = {**fields, **understood(dict(map(parse_setting, more)))}
+        chosen = {name: value for name, value in fields.items() if value is not None}
+        chosen |= understood(dict(map(parse_setting, more)))
+        for given in map(parse_per_layer, per_layer):
+            before = chosen.get("per_layer", {})
+            chosen["per_layer"] = {**before, **{name: {**before.get(name, {}), **given[name]} for name in given}}
         if head is not None:
             if "head" in chosen:
                 raise ValueError(f"--head {head} sets head, which --set gives too ({chosen['head']}): leave one out")
@@ -315,6 +361,27 @@ Tokens = Annotated[int, typer.Option(min=2, help="Tokens to score of each text; 
 Dtype = Annotated[
     str,
     typer.Option(callback=check_dtype, help="Compute in this dtype: auto (as stored), bfloat16, float16 or float32."),
+]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        max=8,
+        help="Bits of a weight: 4 unless said otherwise, or 8; others only in compare.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str, typer.Option(callback=check_device, help="Where to compute: cpu, cuda, cuda:1 or another device of torch's.")
+]
+PerLayer = Annotated[
+    list[str],
+    typer.Option(
+        "--per-layer",
+        metavar="PATTERN:FIELD=VALUE[,FIELD=VALUE...]",
+        help="Other bits, group_size or method for some layers: '*.down_proj:bits=8,group_size=64', or JSON: "
+        '\'{"*.down_proj": {"bits": 8}}\'. May be repeated; the first pattern that fits counts.',
+    ),
 ]
 Settings = Annotated[
     list[str],

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from ..reporting.readers import DEFAULT_FORMAT
+from ..reporting.tables import format_bytes
 from .options import (
+    Bits,
     Calib,
+    Device,
     Dtype,
     Field,
     Head,
     JsonPath,
     ModelDir,
     OverwriteFloat,
+    PerLayer,
     Revision,
     Samples,
     Seed,
@@ -30,15 +36,22 @@ from .options import (
     check_format,
     check_group_size,
     check_method,
-    check_output,
+    check_page,
     check_report_extra,
     console_for,
     one_line_errors,
     parse_setting,
     read_settings,
+    say,
     set_threads,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..evaluation.evaluate import Evaluation
+    from ..evaluation.held_out import Remembered
 
 
 @one_line_errors
@@ -56,6 +69,7 @@ def quantize(
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
     ] = 128,
+    bits: Bits = None,
     format: Annotated[
         str,
         typer.Option(
@@ -78,7 +92,9 @@ def quantize(
         ),
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
+    per_layer: PerLayer = [],  # noqa: B006
     dtype: Dtype = "auto",
+    device: Device = "cpu",
     traffic: Annotated[
         list[str],
         typer.Option(
@@ -89,7 +105,7 @@ def quantize(
     ] = [],  # noqa: B006
     tokens: Tokens = 8192,
     html: Annotated[
-        Path | None, typer.Option("--report", callback=check_output, help="Also write the report as an HTML page.")
+        Path | None, typer.Option("--report", callback=check_page, help="Also write the report as a page (.html).")
     ] = None,
     overwrite: Annotated[
         bool,
@@ -111,7 +127,8 @@ def quantize(
     The calibration text decides which channels are protected: take a few dozen windows of the traffic you serve (prompts with
     their answers, in the model's chat format), not only prose. [bold]awq-ext compare[/bold] tells which method suits it best.
 
-    With --traffic the result is scored too, and its model card says how far it is from the float model.
+    The last lines say what it cost: bytes, and the distance from the float model on calibration text that was left out. With
+    --traffic the result is scored on other texts too. The model card has these figures.
 
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
@@ -122,6 +139,8 @@ def quantize(
     from .. import quantize as quantize_model
     from ..checkpoints.formats import LAYOUTS
     from ..checkpoints.saved import record_scores
+    from ..evaluation.cost import model_bytes
+    from ..evaluation.held_out import WINDOWS
     from . import hf, texts
     from .eval import score
 
@@ -129,41 +148,91 @@ def quantize(
     if html is not None:
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
-    _refuse_other_bits(settings)
-    chosen = read_settings(
-        {"method": method, "group_size": group_size, "fold": fold, "seq_len": seq_len}, settings, skip, head
-    )
+    _refuse_other_bits(settings, bits)
+    fields = {"method": method, "group_size": group_size, "bits": bits, "fold": fold, "seq_len": seq_len}
+    chosen = read_settings(fields, settings, skip, per_layer, head)
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(traffic)
     texts.check_field(field, [*calib, *named.values()])
-    model_dir = hf.folder(model_dir, revision, token)
-    tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
-    batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
+    source = hf.folder(model_dir, revision, token)
+    hf.refuse_quantized(source)
+    tokenizer = hf.load_tokenizer(source, trust_remote_code)
+    batches, left = texts.drawn_and_left(calib, tokenizer, samples, seq_len, field, seed, WINDOWS)
     scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
-    model = hf.load_model(model_dir, dtype, trust_remote_code)
+    model = hf.load_model(source, dtype, trust_remote_code, device)
     hf.note_lengths(model, batches, samples)
     hf.check_format(model, batches[0], format, chosen)
+    before, remembered = model_bytes(model), _remembered(model, left)
     quantize_model(model, batches, **chosen)
     hf.save_model(model, out_dir, format, covered)
     report = model.awq_report
     if html is not None:
         report.to_html(html, overwrite)
     console.print(escape(report.summary()), soft_wrap=True)
-    if scored:  # only now: should it fail, the model is there
-        found = score(model, hf.load_model(model_dir, dtype, trust_remote_code), scored, str(out_dir), console)
-        report.evaluations = {name: one.to_dict() for name, one in found.items()}
+    sizes = {"before": before, "after": model_bytes(model)}
+    console.print(_size_line(sizes), highlight=False)
+    found, bad = _distance(model, remembered, console)  # only now: should it fail, the model is there
+    if scored:
+        found |= score(model, hf.load_model(source, dtype, trust_remote_code, device), scored, str(out_dir), console)
+    report.evaluations = {name: one.to_dict() for name, one in found.items()}
+    if found:
         record_scores(out_dir, report.evaluations)
     hf.tell_readers(console, out_dir, format)
-    write_json({"out": str(out_dir), "format": format, "report": report.to_dict()}, json_path)
+    following = _next(model_dir, out_dir, bool(scored), calib if bad else [])
+    console.print(f"next: {following}", soft_wrap=True, markup=False)
+    figures = {"out": str(out_dir), "format": format, "bytes": sizes, "next": following}
+    write_json(figures | {"report": report.to_dict()}, json_path)
 
 
-def _refuse_other_bits(settings: list[str]) -> None:
+def _size_line(sizes: dict[str, int]) -> str:
+    before, after = sizes["before"], sizes["after"]
+    return f"size: {format_bytes(before)} before, {format_bytes(after)} after ({after / before:.0%})"
+
+
+def _remembered(model: nn.Module, left: list[Any]) -> Remembered | None:
+    """Keep what the float model answers on text that calibration does not see; None, and a note, without such text."""
+    from ..evaluation.held_out import remember
+
+    if left:
+        return remember(model, left)
+    say(
+        "[yellow]note:[/yellow] calibration takes all of the text, so the distance from the float model is not measured: "
+        "give more text, or fewer --samples"
+    )
+    return None
+
+
+def _distance(model: nn.Module, before: Remembered | None, console: Console) -> tuple[dict[str, Evaluation], str]:
+    """Measure and tell the distance from the float model; also returns what is wrong with it, or ""."""
+    from ..evaluation import held_out
+
+    if before is None:
+        return {}, ""
+    found = held_out.distance(model, before)
+    console.print(held_out.told(found), soft_wrap=True, markup=False)
+    if bad := held_out.doubt(found):
+        say(f"[red]warning:[/red] {escape(bad)}")
+    return {held_out.HELD_OUT: found}, bad
+
+
+def _next(source: Path, out: Path, scored: bool, bad_calib: list[Path]) -> str:
+    """Write the command to run next: compare methods where the result is bad, else score it, or read what was done."""
+    if bad_calib:
+        calib = [part for file in bad_calib for part in ("--calib", str(file))]
+        methods = ["--method", "awq", "--method", "awq+gptq"]
+        return shlex.join(["awq-ext", "compare", str(source), *calib, "--traffic", "TEXT.txt", *methods])
+    if scored:
+        return shlex.join(["awq-ext", "report", str(out), "report.html"])
+    return shlex.join(["awq-ext", "eval", str(out), "TEXT.txt", "--reference", str(source), "--card"])
+
+
+def _refuse_other_bits(settings: list[str], bits: int | None) -> None:
     """Say where to try what no quantized directory can hold: other bits, and weights that are only rounded."""
     from ..config import understood
 
     try:
-        asked = understood(dict(map(parse_setting, settings)))
+        asked = ({} if bits is None else {"bits": bits}) | understood(dict(map(parse_setting, settings)))
     except TypeError:
         return  # read_settings says what is wrong
     if asked.get("packed") is False or asked.get("bits", 4) in (2, 3, 5, 6, 7):
@@ -173,5 +242,5 @@ def _refuse_other_bits(settings: list[str]) -> None:
             f"--set bits={bits} --set packed=false. The weights rounded to {bits} bits as a float model, no smaller: in Python "
             f"awq_ext.quantize(model, calib, bits={bits}, packed=False), then model.save_pretrained(OUT). "
             'Some layers at 8 bits: --format native --set \'per_layer={"*.down_proj": {"bits": 8}}\'',
-            param_hint="--set",
+            param_hint="--set" if bits is None else "--bits",
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .options import JsonPath, Overwrite, check_output, console_for, one_line_errors, write_json
+from .options import JsonPath, Overwrite, check_page, console_for, one_line_errors, write_json
 
 
 @one_line_errors
@@ -17,7 +17,8 @@ def report(
         Path, typer.Argument(exists=True, file_okay=False, metavar="MODEL", help="A directory that awq-ext wrote.")
     ],
     html: Annotated[
-        Path | None, typer.Argument(callback=check_output, metavar="[HTML]", help="Write a page here, self-contained.")
+        Path | None,
+        typer.Argument(callback=check_page, metavar="[HTML]", help="Write a page here (.html), self-contained."),
     ] = None,
     overwrite: Overwrite = False,
     json_path: JsonPath = None,

@@ -8,13 +8,14 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..forwards.samples import text_of
 
+T = TypeVar("T")
 PLAIN = (".txt", ".text", ".md", ".rst", ".py")
 SUFFIXES = (*PLAIN, ".jsonl", ".json", ".csv", ".parquet")
 # Characters: so much of a text is enough for a number of tokens, without tokenizing all of a large file.
@@ -119,19 +120,47 @@ def drawn_windows(
 
     Each text is cut into as many stretches as it gives windows, and one place is drawn in each, so that no part of it is left out.
     """
-    each = -(-count // len(paths))
+    return drawn_and_left(paths, tokenizer, count, length, field, seed)[0]
+
+
+def drawn_and_left(
+    paths: Sequence[Path],
+    tokenizer: Any,
+    count: int,
+    length: int,
+    field: str | None = None,
+    seed: int = 0,
+    left: int = 0,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Draw windows as :func:`drawn_windows` does, and up to ``left`` others from between them, which share no token with them.
+
+    A text that is all drawn leaves none.
+    """
+    each, each_left = -(-count // len(paths)), -(-left // len(paths))
     found: list[Tensor] = []
+    others: list[Tensor] = []
     for number, path in enumerate(paths):
         text = read_text(path, tokenizer, field)
         places = random.Random(f"{seed} {number}")
         room = length * _LONGEST_TOKEN
         if len(text) > 4 * each * room:  # too much to tokenize: windows begin at places in the text instead
-            parts = [_from_word(text, begin, room) for begin in _draw(len(text) - room, each, places)]
-            found += [_whole(part, tokenizer, length, path)[:1] for part in parts]
+            begins = _draw(len(text) - room, each, places)
+            gaps = [(one + room, other - room) for one, other in itertools.pairwise(begins) if other - one >= 2 * room]
+            between = [(begin + end) // 2 for begin, end in _evenly(gaps, each_left)]
+            for place, windows in [(begin, found) for begin in begins] + [(begin, others) for begin in between]:
+                windows.append(_whole(_from_word(text, place, room), tokenizer, length, path)[:1])
         else:
             whole = _whole(text, tokenizer, length, path)
-            found += [whole[i : i + 1] for i in _draw(len(whole), min(each, len(whole)), places)]
-    return found[:count]
+            chosen = _draw(len(whole), min(each, len(whole)), places)
+            found += [whole[i : i + 1] for i in chosen]
+            others += [whole[i : i + 1] for i in _evenly(sorted({*range(len(whole))} - {*chosen}), each_left)]
+    return found[:count], [one for one in others if not any(torch.equal(one, seen) for seen in found)][:left]
+
+
+def _evenly(items: Sequence[T], count: int) -> list[T]:
+    """Take up to ``count`` of items, spread over all of them."""
+    count = min(count, len(items))
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
 
 
 def _draw(size: int, count: int, places: random.Random) -> list[int]:

@@ -49,7 +49,7 @@ class DemoResult:
         figures = self.comparison.to_dict()
         for row in figures["rows"]:
             row["completion"] = self.completions[row["label"]].decode("utf-8", "replace")
-        pairs = {f"{bits} bit": (f"RTN {bits} bit", f"AWQ {bits} bit") for bits in BITS}
+        pairs = {f"{bits}_bit": (f"RTN {bits} bit", f"AWQ {bits} bit") for bits in BITS}
         return figures | {
             "group_size": self.group_size,
             "seconds": self.seconds,

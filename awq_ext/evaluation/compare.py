@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..config import AwqConfig, understood
 from ..forwards.calls import Call, read_calls
@@ -21,6 +20,7 @@ from ..forwards.outputs import targets_of
 from ..forwards.samples import rows_of_columns
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
+from ..reporting.progress import Progress
 from ..reporting.warn import warn
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap
@@ -76,7 +76,7 @@ def compare(
     run = _Run(unwrapped(model), _kept(calib), samples, {**scoring, "bootstrap": bootstrap}, speed_seconds, on_model)
     reading = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks}
     total = (1 + len(configs)) * len(samples) + len(configs)
-    with tqdm(total=total, desc="comparing", disable=not progress) as bar:
+    with Progress(total, "comparing", "step", progress) as bar:
         rows = [run.float_row(bar)]
         for label, config in configs.items():
             rows.append(run.attempt(label, config, reading, bar))
@@ -145,22 +145,22 @@ class _Run:
     speed_seconds: float
     on_model: Callable[[str, nn.Module], object] | None
 
-    def float_row(self, bar: tqdm) -> Variant:
-        bar.set_postfix_str(FLOAT)
+    def float_row(self, bar: Progress) -> Variant:
+        bar.note(FLOAT)
         evaluations = self._score(FLOAT, self.model, bar)
         return Variant(FLOAT, None, model_bytes(self.model), evaluations=evaluations)
 
-    def attempt(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: tqdm) -> Variant:
+    def attempt(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: Progress) -> Variant:
         """Quantize and score by one method; a row with the error if that fails."""
-        done = bar.n
+        done = bar.done
         try:
             return self._row(label, config, reading, bar)
         except Exception as error:  # hours of other methods must not be lost with this one
-            bar.update(done + 1 + len(self.samples) - bar.n)
+            bar.update(done + 1 + len(self.samples) - bar.done)
             return Variant(label, config.to_dict(), error=f"{type(error).__name__}: {error}")
 
-    def _row(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: tqdm) -> Variant:
-        bar.set_postfix_str(f"{label}: quantizing")
+    def _row(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: Progress) -> Variant:
+        bar.note(f"{label}: quantizing")
         copied = SharedCopy.of(self.model)
         began = time.perf_counter()
         with warnings.catch_warnings(record=True):  # they stand in the report
@@ -169,7 +169,7 @@ class _Run:
         seconds = time.perf_counter() - began
         copied.check()
         bar.update()
-        bar.set_postfix_str(f"{label}: scoring")
+        bar.note(f"{label}: scoring")
         return Variant(
             label,
             config.to_dict(),
@@ -182,7 +182,7 @@ class _Run:
             report=copied.module.awq_report,
         )
 
-    def _score(self, label: str, module: nn.Module, bar: tqdm) -> dict[str, Evaluation]:
+    def _score(self, label: str, module: nn.Module, bar: Progress) -> dict[str, Evaluation]:
         found = {}
         # next-token scores of the float model against itself are known: no divergence, full agreement
         reference = None if module is self.model and self.scoring["metric"] is None else self.model

@@ -120,11 +120,20 @@ class Comparison:
             cells = [row.label, size, f"{row.size_bytes / self.rows[0].size_bytes:.0%}"]
             cells.append("" if row.seconds is None else f"{row.seconds:.1f}")
             for call in timed:
-                own, beside = row.speeds.get(call, (math.nan, math.nan))
-                known = math.isfinite(own)
-                cells += [f"{own:,.0f}" if known else "", f"{own / beside:.2f}" if known and row.config else ""]
+                known = call in row.speeds
+                cells += [f"{row.speeds[call][0]:,.0f}" if known else ""]
+                cells += [self._times_float(row, call) if known and row.config else ""]
             rows.append([Cell(text) for text in cells])
         return Table(f"Cost ({counted(self.threads, 'thread')})", header, rows)
+
+    def _times_float(self, row: Variant, call: str) -> str:
+        """Divide by the float model's speed beside this method; say that speed where the float row has another.
+
+        Both took turns, so whatever else the machine did met both. The float row has the best of all methods' turns.
+        """
+        own, beside = row.speeds[call]
+        ratio = f"{own / beside:.2f}"
+        return ratio if ratio == f"{own / self.rows[0].speeds[call][0]:.2f}" else f"{ratio} of {beside:,.0f}"
 
     def _score_table(self, traffic: str) -> Table:
         language = "perplexity" in self.measures
@@ -167,6 +176,8 @@ class Comparison:
         lines = [f"±: half the {share} bootstrap interval over windows; {NOISE}: not told apart from the best (bold)"]
         if any(row.simulated for row in self.rows):
             lines.append("*: simulated, the size is what packed weights would take")
+        if any(" of " in self._times_float(row, call) for row in self._done for call in row.speeds):
+            lines.append("× float, of N: N is the float model's own speed in the turns that it took with this method")
         measure = "perplexity" if "perplexity" in self.measures else self.measures[0]
         for name in self.traffic:
             first, *ties = self.best(name, measure)

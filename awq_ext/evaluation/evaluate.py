@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..forwards.calls import Call, read_calls, run_call
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import IGNORED_LABEL, logits_of, targets_of
 from ..forwards.samples import is_ids
 from ..modules import unwrapped
+from ..reporting.progress import Progress
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap, Estimate, Measure
 
@@ -111,13 +111,13 @@ def evaluate(
         samples = [_as_called(sample, call) for sample, call in zip(samples, calls, strict=True)]
     started = time.perf_counter()
     scorer = _TokenScorer(model, reference is not None) if metric is None else _MetricScorer(metric)
-    with calibration_mode(model), calibration_mode(reference if reference is not None else nn.Module()):
-        for index, (sample, call) in enumerate(
-            tqdm(zip(samples, calls, strict=True), "scoring", len(calls), disable=not progress, leave=False)
-        ):
+    beside = calibration_mode(reference if reference is not None else nn.Module())
+    with calibration_mode(model), beside, Progress(len(calls), "scoring", "window", progress, part=True) as bar:
+        for index, (sample, call) in enumerate(zip(samples, calls, strict=True)):
             output = run_call(model, call, index)
             expected = None if reference is None else run_call(reference, call, index)
             scorer.add(output, expected, sample, call)
+            bar.update()
     measures = scorer.measures()
     counts = next(iter(measures.values())).counts
     return Evaluation(measures, bootstrap or Bootstrap(), len(counts), int(counts.sum()), time.perf_counter() - started)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 # called with the model, and the layout it came from: None where it was quantized in memory
-Listener = Callable[[nn.Module, "str | None"], None]
+Listener = Callable[["nn.Module", "str | None"], None]
 _listeners: list[Listener] = []
 
 

@@ -11,14 +11,17 @@ _SECONDS = 60.0
 
 
 class Progress:
-    """Counts steps of a known number; a context manager that ends the bar."""
+    """Counts steps of a known number; a context manager that ends the bar.
 
-    def __init__(self, total: int, what: str, unit: str, show: bool) -> None:
+    part: whether this is a part of other work; its bar is wiped out at the end, and no line says that it is done.
+    """
+
+    def __init__(self, total: int, what: str, unit: str, show: bool, part: bool = False) -> None:
         bar = show and draws_bars()
-        self._bar = tqdm(total=total, desc=what, unit=unit, disable=not bar)
+        self._bar = tqdm(total=total, desc=what, unit=unit, disable=not bar, leave=not part)
         self._lines = show and not bar
-        self._total, self._what, self._unit = total, what, unit
-        self._done = 0
+        self._total, self._what, self._unit, self._part = total, what, unit, part
+        self.done = 0
         self._started = self._told = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -31,15 +34,15 @@ class Progress:
         """Show a text beside the bar."""
         self._bar.set_postfix_str(text)
 
-    def update(self) -> None:
-        """Count one step, and print a line if the last one is a minute old, or all is done."""
-        self._done += 1
-        self._bar.update()
+    def update(self, count: int = 1) -> None:
+        """Count steps, and print a line if the last one is a minute old, or all is done."""
+        self.done += count
+        self._bar.update(count)
         now = time.monotonic()
-        if self._lines and (now - self._told >= _SECONDS or self._done == self._total):
+        if self._lines and (now - self._told >= _SECONDS or (self.done == self._total and not self._part)):
             self._told, took = now, now - self._started
-            left = took / self._done * (self._total - self._done)
-            say(f"{self._what}: {self._unit} {self._done}/{self._total}, {_minutes(took)}, about {_minutes(left)} left")
+            left = took / max(self.done, 1) * (self._total - self.done)
+            say(f"{self._what}: {self._unit} {self.done}/{self._total}, {_minutes(took)}, about {_minutes(left)} left")
 
 
 def draws_bars() -> bool:

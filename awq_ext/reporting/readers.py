@@ -26,6 +26,7 @@ _AUTO = 'transformers.AutoModelForCausalLM.from_pretrained("{}")'
 _OURS = Reader("awq_ext", 'awq_ext.from_pretrained("{}")', "python")
 _REGISTERED = Reader("Transformers on awq_ext", f"awq_ext.register_with_transformers(); {_AUTO}", "python")
 _AUTOAWQ = Reader("AutoAWQ, on a GPU", 'awq.AutoAWQForCausalLM.from_quantized("{}")', "python")
+_FLOAT = (_VLLM, Reader("Transformers", _AUTO, "python"))
 _OTHERS = {
     "awq": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install gptqmodel")),
     "compressed-tensors": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install compressed-tensors")),
@@ -43,10 +44,20 @@ def quant_method(format: str) -> str:
 
 
 def readers(format: str) -> tuple[Reader, ...]:
-    """List the programs that load directories of a layout, other tools first."""
+    """List the programs that load directories of a layout, other tools first; "float": of a model that is not quantized."""
+    if format == "float":
+        return _FLOAT
     # methods that register_with_transformers takes over unless told otherwise
     ours = (_OURS, _REGISTERED) if quant_method(format) in ("awq", "awq_ext", "modelopt") else (_OURS,)
     return (*_OTHERS.get(format, ()), *ours)
+
+
+def loaders(format: str, directory: str) -> list[dict[str, str]]:
+    """List who loads ``directory``, by which command, and what that needs, as plain values."""
+    return [
+        {"program": reader.name, "command": reader.command.format(directory), "needs": reader.needs}
+        for reader in readers(format)
+    ]
 
 
 def lines(format: str, directory: str) -> list[str]:

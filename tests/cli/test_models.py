@@ -43,7 +43,7 @@ def quantized(model_dir: Path, texts: dict[str, Path], tmp_path_factory: pytest.
     shown = run("quantize", model_dir, out, *calibration(texts), "--group-size", 32, "--set", "n_grid=4")
     assert shown.exit_code == 0, shown.output
     assert "14 of 15 Linears quantized" in shown.output and f"written to {out} (awq)" in shown.output
-    last = [line.strip() for line in shown.stdout.splitlines()[-4:]]
+    last = [line.strip() for line in shown.stdout.splitlines()[-5:]]
     assert last[0] == f"vLLM: vllm serve {out}" and last[2] == f'awq_ext: awq_ext.from_pretrained("{out}")'
     return out
 
@@ -131,12 +131,12 @@ def test_report(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
 def test_inspect(model_dir: Path, quantized: Path, tmp_path: Path) -> None:
     shown = run("inspect", quantized)
     assert shown.exit_code == 0, shown.output
-    for word in ("LlamaForCausalLM", "awq", "int4 layers", "32: 14", "14 of 15 Linears quantized"):
+    for word in ("LlamaForCausalLM", "awq", "int4: 14", "32: 14", "14 of 15 Linears quantized"):
         assert word in shown.output
     plain = run("inspect", model_dir, "--json", tmp_path / "i.json")
     assert plain.exit_code == 0
     facts = json.loads((tmp_path / "i.json").read_text())
-    assert facts["format"] == "float" and facts["tensors"]["F32"].startswith("21 with ")
+    assert facts["format"] == "float" and facts["tensors"]["F32"]["tensors"] == 21
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:5000])
@@ -194,7 +194,9 @@ def test_inspect_reads_every_layout(model_dir: Path, texts: dict[str, Path], lay
     made = run("quantize", model_dir, tmp_path / "out", *calibration(texts), *options)
     assert made.exit_code == 0, made.output
     facts = json.loads(run("inspect", tmp_path / "out", "--json", "-").stdout)
-    assert facts["format"] == layout and facts["int4 layers"] == 14 and facts["group sizes"] == {"32": 14}
+    assert (
+        facts["format"] == layout and facts["quantized_layers"] == {"int4": 14} and facts["group_sizes"] == {"32": 14}
+    )
     assert facts["report"].startswith("14 of 15 Linears quantized")
 
 

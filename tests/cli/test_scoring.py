@@ -57,7 +57,7 @@ def test_quantize_scores_what_it_made(made: Path, tmp_path: Path) -> None:
 
 def test_eval_puts_its_figures_into_the_card(made: Path, tmp_path: Path) -> None:
     assert quantize(made, tmp_path / "int4").exit_code == 0
-    assert "not measured" in (tmp_path / "int4" / "README.md").read_text()
+    assert "| scores on held-out-calibration | KL" in (tmp_path / "int4" / "README.md").read_text()
     sizes = ["--reference", made / "float", "--seq-len", 64, "--tokens", 256, "--card"]
     for name in ("code", "calib"):  # one after the other
         shown = run("eval", tmp_path / "int4", made / f"{name}.txt", *sizes)

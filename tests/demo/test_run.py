@@ -64,7 +64,7 @@ def test_verdict_says_what_the_figures_say(rtn: list[float], awq: list[float], s
 def test_gap_closed_is_of_the_printed_perplexities() -> None:
     found = compared(**{name: [math.log(p)] * 2 for name, p in {"float": 1.0, "rtn": 3.0, "awq": 2.0}.items()})
     result = run.DemoResult(found, {row.label: b"" for row in found.rows}, -1, 1.0)
-    assert result.to_dict()["gap_closed"] == pytest.approx({"4 bit": 0.5, "3 bit": 0.5})
+    assert result.to_dict()["gap_closed"] == pytest.approx({"4_bit": 0.5, "3_bit": 0.5})
     assert "closes [green]50%[/green]" in display.verdict(found, 3) and "(3.0000 against 2.0000)" in display.verdict(
         found, 3
     )
@@ -112,7 +112,7 @@ def test_demo_figures_are_finite(figures: dict) -> None:
 
 
 def test_awq_at_three_bits_is_not_worse_than_rtn(figures: dict) -> None:
-    assert figures["rtn_minus_awq"]["3 bit"]["high"] > 0
+    assert figures["rtn_minus_awq"]["3_bit"]["high"] > 0
 
 
 def test_size_formula_agrees_with_packed_layers() -> None:
