@@ -121,28 +121,6 @@ def choices(data: Data, markdown: Markdown) -> str:
     return markdown(head, rows)
 
 
-def heads(data: Data, markdown: Markdown) -> str:
-    """Every form of the output layer: its size, and perplexity and divergence behind float blocks and behind those of AWQ."""
-    s, facts = data["settings"], data["heads"]
-    texts = list(data["blocks"]["float"]["float"])
-    rows = [
-        [
-            blocks,
-            label,
-            f"{facts[label]['bytes'] / 1e6:.1f}",
-            *(f"{row[text]['perplexity']:.3f} / {row[text]['kl']:.5f}" for text in texts),
-        ]
-        for blocks, found in data["blocks"].items()
-        for label, row in found.items()
-    ]
-    n, k = data["head"]
-    text = (
-        f"{data['model']}, output layer {k} x {n}, groups of {s['group_size']}, {s['samples']} x {s['seq']} tokens of calibration, "
-        f"scored on {s['tokens']} tokens of each text: perplexity / KL divergence from the float model.\n\n"
-    )
-    return text + markdown(("blocks", "output layer", "its MB", *texts), rows)
-
-
 def peers(data: Data, markdown: Markdown, described: str) -> str:
     """Ours and other tools: perplexities, seconds, and how many times longer than ours the same method took."""
     results, s = data["results"], data["settings"]
