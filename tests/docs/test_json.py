@@ -23,8 +23,8 @@ def documented(name: str, at: str = "") -> dict[str, tuple[str, bool]]:
     """Key -> (type, whether it may be missing) of a table of the page; tables that it refers to are put in their places."""
     part = PAGE.read_text(encoding="utf-8").split(f"<!-- json: {name} -->")[1].strip().split("\n\n")[0]
     found: dict[str, tuple[str, bool]] = {}
-    for key, kind, _ in (line.strip("| ").split(" |", 2) for line in part.splitlines()[2:]):
-        key, kind = key.strip(), kind.strip()
+    for line in part.splitlines()[2:]:
+        key, kind = (cell.strip() for cell in line.split("|")[1:3])
         optional, place = key.endswith("?"), f"{at}{key.removesuffix('?')}"
         if kind in TYPES:
             found[place] = (kind, optional)
