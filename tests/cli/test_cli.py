@@ -111,16 +111,17 @@ def test_demo_without_text_fails_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
 def test_doctor(tmp_path: Path) -> None:
     shown = runner.invoke(cli.app, ["doctor", "--json", str(tmp_path / "doctor.json")])
     assert shown.exit_code == 0, shown.output
-    facts = json.loads((tmp_path / "doctor.json").read_text())["facts"]
+    written = json.loads((tmp_path / "doctor.json").read_text())
+    facts, jobs = written["facts"], {line["job"]: line["kernel"] for line in written["jobs"]}
     assert facts["awq_ext"] == awq_ext.__version__
-    assert facts["torch installed"] == torch.__version__
+    assert facts["torch_installed"] == torch.__version__
     assert facts["threads"] == str(torch.get_num_threads())
-    assert facts["kernels in use"].startswith(f"{_C.isa()}: ")
-    assert "scalar" in facts["kernels available"]
-    assert facts["processor"] and facts["memory read at"].endswith(" GB/s")
-    assert " GFLOP/s with 512 rows, " in facts["float bf16 product"] and " GFLOP/s with" in facts["int4 product"]
-    assert set(_C.choices()) <= set(facts.items())
-    for name in facts:
+    assert facts["kernels_in_use"].startswith(f"{_C.isa()}: ")
+    assert "scalar" in facts["kernels_available"]
+    assert facts["processor"] and facts["memory_read_at"].endswith(" GB/s")
+    assert " GFLOP/s with 512 rows, " in facts["float_bf16_product"] and " GFLOP/s with" in facts["int4_product"]
+    assert jobs == dict(_C.choices())
+    for name in (*jobs, "kernels in use", "memory read at"):
         assert name in shown.output
 
 
