@@ -1,102 +1,131 @@
-"""Show a DemoResult in the terminal: its tables, how to read them, and what each model writes."""
+"""Show the demo in the terminal: four parts, each a small table and what its figures say."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
 
-from rich.console import Console
-from rich.text import Text
+import torch
+from rich.console import Console, RenderableType
 
-from ..evaluation.comparison import FLOAT, Comparison
-from .run import BITS, PROMPT, TEXT, DemoResult, run_demo
-
-INTRODUCTION = (
-    "A byte-level Llama of 1.3 million parameters, trained on the source of Python's standard library, is rounded to 4 "
-    "and to 3 bits, {groups}: to the nearest value ([bold]RTN[/bold]), and after protecting the channels that matter to its "
-    "activations ([bold]AWQ[/bold]). Each is then scored on modules that neither training nor calibration has seen."
+from ..evaluation.bootstrap import Estimate
+from ..evaluation.comparison import FLOAT, Comparison, plus_minus
+from ..reporting.tables import Cell, Table, counted
+from .run import (
+    BITS,
+    DECODE,
+    OTHERS,
+    PREFILL,
+    RTN,
+    TEXT,
+    DemoResult,
+    LayerCost,
+    compare_methods,
+    measure_layer,
 )
-COLUMNS = """\
-MB          of the file: what is not quantized counts as bf16
-seconds     to quantize; RTN is calibrated too, to report its errors
-tokens/s    a token is a byte: 8 windows of text at once, or a single byte at
-            a time, as when generating
-perplexity  how many bytes the model hesitates between; lower is better
-kl, top1    how far its predictions are from the float model's, and how often
-            both find the same byte most likely"""
+from .theory import Example, example
+from .words import layer_words, verdict, what_scaling_does, which_hurts
+
+ROW_TITLE = "1. Which rounding hurts: a row of {weights} weights, rounded to {bits} bits"
+ROW = "A rounding error costs error x activation at the output."
+MODEL_TITLE = "Divergence (KL, in nats a byte)"
+LAYER_TITLE = "3. A layer of an 8B model, {shape}, on this machine ({threads})"
+MODEL = """\
+[bold]2. A whole model: how far is it from the float model?[/bold]
+
+A byte-level Llama of 1.3 million parameters, trained on the source of Python's
+standard library, is quantized {groups}, and predicts source that
+neither training nor calibration has seen. Divergence is how far its predictions
+are from the float model's; 0 is the same.
+"""
+NEXT = """\
+[bold]4. Your model[/bold]
+
+A Hugging Face directory, or a name on the hub (needs awq-ext\\[hf]). TEXT.txt is
+some of the text that the model will see; more accurate: --method awq+gptq.
+
+  [cyan]awq-ext quantize MODEL OUT --calib TEXT.txt[/cyan]
+
+Any nn.Module, with any iterable of input batches:
+
+  [cyan]import awq_ext[/cyan]
+  [cyan]model = awq_ext.quantize(model, batches)[/cyan]
+  [cyan]awq_ext.save(model, "my-model-int4")[/cyan]
+"""
 
 
 def group_words(group_size: int) -> str:
     """Say how many weights share a scale."""
-    return "one scale a row" if group_size == -1 else f"in groups of {group_size}"
+    return "with one scale a row" if group_size == -1 else f"in groups of {group_size}"
 
 
-def verdict(found: Comparison, bits: int) -> str:
-    """Compare RTN and AWQ at one width in a sentence, as far as the scored windows can tell."""
-    rtn, awq = f"RTN {bits} bit", f"AWQ {bits} bit"
-    gain, closed = found.difference(rtn, awq, TEXT), found.gap_closed(awq, TEXT, rtn)
-    one, other = (found[label].evaluations[TEXT].measures["perplexity"].value for label in (rtn, awq))
-    figures = f"({one:.4f} against {other:.4f})"
-    lead = f"[bold]{bits} bits[/bold]: "
-    if closed is None:
-        lead += "RTN costs nothing that this many bytes can show, so there is no gap to close; "
-        if gain.within_noise:
-            return lead + "AWQ does not differ from it measurably either."
-        return lead + f"AWQ is {'better' if gain.value > 0 else 'worse'} by {abs(gain.value):.4f}."
-    if gain.within_noise:
-        return lead + f"RTN hurts, but AWQ and RTN differ {figures} by less than the noise of this many bytes."
-    if gain.value < 0:
-        return lead + f"[red]AWQ is worse than RTN here[/red] {figures}."
-    return lead + f"AWQ closes [green]{closed:.0%}[/green] of the gap that RTN opens {figures}."
+def row_table(found: Example) -> Table:
+    """Show the loud channel, a quiet one, and the sum over all."""
+    header = ["channel", "activation", "weight", "RTN error", "costs", "AWQ scale", "error", "costs"]
+    rows = []
+    for name, i in (("the loud one", found.loud), ("a quiet one", found.quiet)):
+        figures = [f"{float(found.activations[i]):g}", f"{float(found.weights[i]):.2f}"]
+        figures += [f"{float(found.rtn.errors[i]):.3f}", f"{float(found.rtn.costs[i]):.2f}"]
+        figures += [
+            f"{float(found.scale[i]):.2f}",
+            f"{float(found.awq.errors[i]):.3f}",
+            f"{float(found.awq.costs[i]):.2f}",
+        ]
+        rows.append([Cell(name), *map(Cell, figures)])
+    best = found.awq.total < found.rtn.total
+    totals = [Cell(f"{found.rtn.total:.2f}", not best), Cell(""), Cell(""), Cell(f"{found.awq.total:.2f}", best)]
+    rows.append([Cell(f"all {len(found.weights)} together"), *[Cell("")] * 3, *totals])
+    title = ROW_TITLE.format(weights=len(found.weights), bits=found.bits)
+    return Table(title, header, rows)
 
 
-def reading_guide(found: Comparison) -> str:
-    """Say what the tables tell, in words that follow from their figures only."""
-    packed = found["AWQ 4 bit"]
-    own, beside = packed.speeds["steps"]
-    lines = [
-        *(verdict(found, bits) for bits in BITS),
-        f"[bold]size[/bold]: 4 bits take {packed.size_bytes / found[FLOAT].size_bytes:.0%} of bf16 (embedding and head "
-        "stay as they are, and in a model this small they count).",
-        f"[bold]speed[/bold]: one byte at a time, int4 runs at {own / beside:.2f} x the speed of fp32. This model fits in "
-        "the processor's cache; int4 saves memory traffic, which is what bounds models of billions of weights.",
-    ]
-    return "\n".join(f"- {line}" for line in lines)
+def model_table(found: Comparison) -> Table:
+    """Show the divergence of each method at each width, the least of each in bold, and how long quantizing took."""
+    header = ["method"]
+    for bits in BITS:
+        header += [f"{bits} bits", "file, MB"]
+    header.append("seconds to quantize")
+    original = f"{found[FLOAT].size_bytes / 1e6:.2f}"
+    rows = [[Cell(FLOAT), *[Cell("0"), Cell(original)] * len(BITS), Cell("")]]
+    best = {bits: min((RTN, *OTHERS), key=lambda method, bits=bits: _kl(found, method, bits).value) for bits in BITS}
+    for method in (RTN, *OTHERS):
+        cells = [Cell(method)]
+        for bits in BITS:
+            cells.append(Cell(plus_minus(_kl(found, method, bits)), best[bits] == method))
+            cells.append(Cell(f"{found[f'{method} {bits} bit'].size_bytes / 1e6:.2f}"))
+        rows.append([*cells, Cell(f"{found[f'{method} {BITS[0]} bit'].seconds:.1f}")])
+    return Table(MODEL_TITLE, header, rows)
 
 
-def printable(continuation: bytes) -> str:
-    """Decode bytes of the model for a terminal: no control characters but newlines."""
-    decoded = continuation.decode("utf-8", "replace")
-    return "".join(c if c == "\n" or c.isprintable() else "·" for c in decoded)
+def _kl(found: Comparison, method: str, bits: int) -> Estimate:
+    return found[f"{method} {bits} bit"].evaluations[TEXT]["kl"]
 
 
-def completions(written: Mapping[str, bytes]) -> Text:
-    """Show the prompt and what each model writes next; yellow once it leaves the float model's words."""
-    text = Text(printable(PROMPT), style="dim")
-    of_float = printable(written[FLOAT])
-    for label, continuation in written.items():
-        shown = printable(continuation)
-        same = next((i for i, (a, b) in enumerate(zip(shown, of_float, strict=False)) if a != b), len(shown))
-        text.append(f"\n{label}\n", style="not dim bold cyan")
-        text.append(shown[:same], style="not dim")
-        text.append(shown[same:] + "\n", style="not dim bold yellow")
-    return text
-
-
-def show(result: DemoResult, console: Console) -> None:
-    """Print everything."""
-    console.print(result.comparison)
-    console.print(COLUMNS, style="dim")
-    console.print("\n[bold]How to read it[/bold]")
-    console.print(reading_guide(result.comparison))
-    console.print("\n[bold]What each one writes[/bold] [dim](yellow once it leaves the float model's words)[/dim]")
-    console.print(completions(result.completions))
-    yours = "The same for your model: awq_ext.compare(model, calib_loader, traffic)"
-    console.print(f"[dim]{result.seconds:.0f} s in all. {yours}[/dim]")
+def layer_table(layer: LayerCost) -> Table:
+    """Show what a layer takes in bf16 and in int4."""
+    rows = [("weights, MB", f"{layer.float_bytes / 1e6:.1f}", f"{layer.int4_bytes / 1e6:.1f}")]
+    calls = {"decode: 1 row, a token at a time, µs": DECODE, f"prefill: {PREFILL} rows, a prompt at once, µs": PREFILL}
+    for name, count in calls.items():
+        took = layer.seconds[count]
+        rows.append((name, *(f"{took[kind] * 1e6:,.0f}" for kind in ("float", "int4"))))
+    shape = f"{layer.in_features} x {layer.out_features}"
+    title = LAYER_TITLE.format(shape=shape, threads=counted(torch.get_num_threads(), "thread"))
+    return Table(title, ["", "bf16", "int4"], [list(map(Cell, row)) for row in rows])
 
 
 def run_and_show(tokens: int, group_size: int, console: Console) -> DemoResult:
-    """Run the whole demo: say what happens, do it with a progress bar, print the result."""
-    console.print(INTRODUCTION.format(groups=group_words(group_size)) + "\n")
-    result = run_demo(tokens, group_size, progress=console.is_terminal)
-    show(result, console)
+    """Run the whole demo and print each part as soon as it is known."""
+
+    def say(*parts: RenderableType) -> None:
+        console.print(*parts, sep="\n", highlight=False)
+
+    began = time.perf_counter()
+    one = example()
+    say(row_table(one).to_rich(), ROW, f"- {which_hurts(one)}", f"- {what_scaling_does(one)}", "")
+    say(MODEL.format(groups=group_words(group_size)))
+    found = compare_methods(tokens, group_size, progress=console.is_terminal)
+    say(model_table(found).to_rich(), *(f"- {verdict(found, bits)}" for bits in BITS), "")
+    layer = measure_layer()
+    say(layer_table(layer).to_rich(), f"- {layer_words(layer)}", "", NEXT)
+    result = DemoResult(one, found, layer, group_size, time.perf_counter() - began)
+    say(f"[dim]{result.seconds:.0f} s in all. All figures were computed just now.[/dim]")
     return result

@@ -23,8 +23,13 @@ from ..undo import interrupt
 
 def linear_bytes(layer: LayerReport) -> int:
     """Compute the packed size of a Linear: its codes, and for each group of each row a scale and a zero."""
-    groups = reference.group_count(layer.in_features, layer.group_size)
-    return -(-layer.out_features * (layer.in_features * layer.bits + group_bits(layer.bits) * groups) // 8)
+    return packed_bytes(layer.in_features, layer.out_features, layer.group_size, layer.bits)
+
+
+def packed_bytes(in_features: int, out_features: int, group_size: int, bits: int) -> int:
+    """Compute the packed size of a weight [out_features, in_features]."""
+    groups = reference.group_count(in_features, group_size)
+    return -(-out_features * (in_features * bits + group_bits(bits) * groups) // 8)
 
 
 def group_bits(bits: int) -> int:
