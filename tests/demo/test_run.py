@@ -42,7 +42,7 @@ def test_json_of_a_result_is_finite(windows: int) -> None:
     result = run.DemoResult(example(), found, layer((1e-3, 2e-4), (0.1, 0.2)), -1, 1.0)
     figures = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert figures["layer"]["seconds"]["1"] == {"float": 1e-3, "int4": 2e-4}
-    assert figures["removed"]["AWQ+GPTQ 3 bit"]["share"] == pytest.approx(0.75)
+    assert figures["removed"]["AWQ+GPTQ_3_bit"]["share"] == pytest.approx(0.75)
     assert figures["example"]["rtn"]["costs"][figures["example"]["loud"]] > figures["example"]["awq"]["total"]
 
 
