@@ -180,7 +180,7 @@ def test_options_of_their_own(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--bits", 9], "not in the range"),
+        (["--bits", 9], "Invalid value for '--bits'"),
         (["--bits", 3], "directories hold 4 or 8 bits"),
         (["--device", "nowhere"], "torch cannot compute on 'nowhere' here"),
         (["--device", "meta"], "it holds no values"),
