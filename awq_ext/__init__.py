@@ -1,7 +1,7 @@
 """awq_ext: activation-aware weight quantization (AWQ, W4A16) of any PyTorch model, on the machine you have.
 
 The public names are loaded at their first use, and torch with them; at once where torch is there already. So ``awq-ext --help``
-does not wait for torch.
+does not wait for torch. The operators come with the names: who only loads a program that torch.export wrote imports torch first.
 """
 
 from __future__ import annotations

@@ -195,7 +195,11 @@ def _remembered(model: nn.Module, left: list[Any]) -> Remembered | None:
     from ..evaluation.held_out import remember
 
     if left:
-        return remember(model, left)
+        try:
+            return remember(model, left)
+        except ValueError as error:  # of a class of its own, which may return anything
+            say(f"[yellow]note:[/yellow] {escape(str(error))}")
+            return None
     say(
         "[yellow]note:[/yellow] calibration takes all of the text, so the distance from the float model is not measured: "
         "give more text, or fewer --samples"

@@ -143,6 +143,15 @@ def test_too_little_text_is_said(made: Path, tmp_path: Path) -> None:
     assert "KL divergence" not in shown.stdout and "not measured" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_model_without_logits_is_quantized_nevertheless(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out, "logits_of", lambda output: None)
+    shown = quantize(made, tmp_path / "out")
+    assert shown.exit_code == 0 and "its divergence cannot be measured" in shown.stderr, shown.output
+    assert "KL divergence" not in shown.stdout and (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_a_broken_result_is_said_in_words(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = awq_ext.quantize
 

@@ -22,7 +22,7 @@ def comparison(noise: float = 0.0, **losses: tuple[float, float]) -> Comparison:
     rows = [Variant("float", None, 1000, evaluations={name: scored(0.0, 0.0) for name in ("code", "prose")})]
     for number, (label, both) in enumerate(losses.items()):
         found = {name: scored(loss, noise) for name, loss in zip(("code", "prose"), both, strict=True)}
-        rows.append(Variant(label, {}, 250, seconds=float(number), evaluations=found))
+        rows.append(Variant(label, {"bits": 4}, 250, seconds=float(number), evaluations=found))
     return Comparison(rows, ["code", "prose"], 1, Bootstrap(resamples=200))
 
 

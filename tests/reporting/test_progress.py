@@ -16,11 +16,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("part", "last"), [(False, ["awq_ext: scoring: window 4/4, 3 min, about 0 s left"]), (True, [])]
+    ("part", "last"), [(False, ["awq_ext: scoring: window 4/4, 2 min, about 0 s left"]), (True, [])]
 )
 def test_a_line_a_minute(part: bool, last: list[str], clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(4, "scoring", "window", show=True, part=part) as bar:
-        for seconds in (45, 90, 140, 180):
+        for seconds in (45, 90, 100, 140):
             clock[0] = seconds
             bar.update()
         assert bar.done == 4
