@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import models
 import pytest
@@ -43,14 +44,21 @@ def _in_force(isa: str) -> Iterator[None]:
     _C.set_isa(before)
 
 
-@pytest.fixture(params=_C.available_isas())
+def _levels() -> list[Any]:
+    """All instruction sets; of the two that emulate tile registers, the slow one is tried with the exhaustive tests."""
+    names = _C.available_isas()
+    twice = "amx_emulated" in names
+    return [pytest.param(n, marks=pytest.mark.exhaustive) if twice and n == "amx_plain" else n for n in names]
+
+
+@pytest.fixture(params=_levels())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this processor in turn, in force during the test."""
     with _in_force(request.param):
         yield request.param
 
 
-@pytest.fixture(params=["reference", *_C.available_isas()])
+@pytest.fixture(params=["reference", *_levels()])
 def kernels(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The reference, which knows no instruction sets, and the compiled kernels on each of them."""
     if request.param == "reference":
