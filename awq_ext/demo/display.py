@@ -28,6 +28,9 @@ from .words import layer_words, verdict, what_scaling_does, which_hurts
 ROW_TITLE = "1. Which rounding hurts: a row of {weights} weights, rounded to {bits} bits"
 ROW = "A rounding error costs error x activation at the output."
 MODEL_TITLE = "Divergence (KL, in nats a byte)"
+MODEL_NOTE = f"""\
+±: half the 95% interval over windows of text. MB: of the file. seconds: to
+quantize to {BITS[0]} bits; RTN is calibrated too, to report its errors."""
 LAYER_TITLE = "3. A layer of an 8B model, {shape}, on this machine ({threads})"
 MODEL = """\
 [bold]2. A whole model: how far is it from the float model?[/bold]
@@ -82,8 +85,8 @@ def model_table(found: Comparison) -> Table:
     """Show the divergence of each method at each width, the least of each in bold, and how long quantizing took."""
     header = ["method"]
     for bits in BITS:
-        header += [f"{bits} bits", "file, MB"]
-    header.append("seconds to quantize")
+        header += [f"{bits} bits", "MB"]
+    header.append("seconds")
     original = f"{found[FLOAT].size_bytes / 1e6:.2f}"
     rows = [[Cell(FLOAT), *[Cell("0"), Cell(original)] * len(BITS), Cell("")]]
     best = {bits: min((RTN, *OTHERS), key=lambda method, bits=bits: _kl(found, method, bits).value) for bits in BITS}
@@ -123,7 +126,7 @@ def run_and_show(tokens: int, group_size: int, console: Console) -> DemoResult:
     say(row_table(one).to_rich(), ROW, f"- {which_hurts(one)}", f"- {what_scaling_does(one)}", "")
     say(MODEL.format(groups=group_words(group_size)))
     found = compare_methods(tokens, group_size, progress=console.is_terminal)
-    say(model_table(found).to_rich(), *(f"- {verdict(found, bits)}" for bits in BITS), "")
+    say(model_table(found).to_rich(), MODEL_NOTE, *(f"- {verdict(found, bits)}" for bits in BITS), "")
     layer = measure_layer()
     say(layer_table(layer).to_rich(), f"- {layer_words(layer)}", "", NEXT)
     result = DemoResult(one, found, layer, group_size, time.perf_counter() - began)

@@ -52,7 +52,17 @@ def test_tables_show_the_figures_within_80_columns() -> None:
     tables = [display.row_table(example()), display.model_table(found), display.layer_table(cost)]
     shown = as_text(*(table.to_rich() for table in tables), width=80)
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
-    for figure in ("0.300", "0.225", "0.075", "3,457", "469", "216,165", "232,521", "33.6", "8.7"):
+    for figure in (
+        "0.3000 ± 0.0000",
+        "0.2250 ± 0.0000",
+        "0.0750 ± 0.0000",
+        "3,457",
+        "469",
+        "216,165",
+        "232,521",
+        "33.6",
+        "8.7",
+    ):
         assert figure in shown
     best = [row[0].text for row in tables[1].rows if row[1].best]
     assert best == ["AWQ+GPTQ"]
