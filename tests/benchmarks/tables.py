@@ -111,6 +111,18 @@ def generate() -> str:
     return f"{data['model']}, groups of {data['group_size']}. {described(data)}.\n\n" + markdown(head, rows)
 
 
+def model() -> str:
+    data = read("bench_model")
+    head = ("", "MB", "decode", "prefill", 'decode, "int8"', 'prefill, "int8"')
+    cells = [(compute, job) for compute in ("auto", "int8") for job in ("decode", "prefill")]
+    rows = []
+    for name, size in data["bytes"].items():
+        figures = [(data[compute][job]["ms"][name], data[compute][job]["ratios"][name]) for compute, job in cells]
+        rows.append([name, f"{size / 1e6:,.0f}", *(f"{ms:.1f} ({times(ratio)})" for ms, ratio in figures)])
+    about = f"Milliseconds a token (speed beside bf16), prefill of {data['prompt']} tokens. {described(data)}."
+    return f"{about}\n\n" + markdown(head, rows)
+
+
 def int8() -> str:
     data = read("bench_int8")
     rows = [
@@ -176,6 +188,7 @@ TABLES = {
     "limits": limits,
     "summary": summary,
     "generate": generate,
+    "model": model,
     "int8": int8,
     "pack": pack,
     "methods": lambda: quality.all_cells(read("bench_methods"), markdown),
