@@ -40,6 +40,7 @@ class Native(Layout):
     mixes_group_sizes = True
     short_groups = True
     run_time_scales = True
+    holds_rescaled = True
     joined_experts = True
     holds_memory = True
 
