@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class Rescaling:
@@ -19,7 +20,7 @@ class Rescaling:
         self._rows: Mapping[str, Tensor] = {
             name: module.weight[:1].detach().clone()
             for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, nn.Linear) and not module.weight.is_meta and module.weight.is_floating_point()
+            if isinstance(module, nn.Linear) and _has_values(module.weight)
         }
 
     @torch.no_grad()
@@ -29,11 +30,15 @@ class Rescaling:
         if before is None or before.shape != now.shape or torch.equal(before, now):
             return 1.0
         factor = float(now.abs().max() / before.abs().max())
-        if not is_power_of_two(factor) or not torch.equal(before * factor, now):
+        if not _is_power_of_two(factor) or not torch.equal(before * factor, now):
             return 1.0
         return factor
 
 
-def is_power_of_two(value: float) -> bool:
+def _has_values(weight: Tensor) -> bool:
+    return not is_lazy(weight) and not weight.is_meta and weight.is_floating_point()
+
+
+def _is_power_of_two(value: float) -> bool:
     """Tell whether ``value`` is 2^k for an integer k, of either sign."""
     return math.isfinite(value) and math.frexp(value)[0] == 0.5

@@ -38,7 +38,8 @@ class FrozenTensor(Tensor):
                 return args[0]
             raise RuntimeError(
                 "the weight of a QuantLinear is a dequantized copy, and what is written to it would be lost: keep an adapter "
-                "beside the layer (do not merge it), or merge it into the float model and quantize that again"
+                "beside the layer (do not merge it), or merge it into the float model and quantize that again; where the model's "
+                "own first forward writes, quantize the float model before it runs"
             )
         with DisableTorchFunctionSubclass():
             found = func(*args, **named)

@@ -60,6 +60,14 @@ def test_a_loaded_model_does_not_divide_twice(tmp_path: Path) -> None:
         loaded.layers[1].down.weight.mul_(2)  # the way back is no division that was done
 
 
+def test_other_formats_have_no_place_for_it(tmp_path: Path) -> None:
+    model = awq_ext.quantize(loud(Halving()), BATCHES, method="rtn", **SETTINGS)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.down, layers\.2\.down: the model's own first forward"):
+        awq_ext.save_pretrained(model, tmp_path / "x")
+    awq_ext.save_pretrained(model, tmp_path / "x", format="native")
+    assert same_bits(output(awq_ext.load(Halving(), tmp_path / "x")), output(model))
+
+
 def test_what_cannot_be_told_is_refused_by_the_first_forward(tmp_path: Path) -> None:
     """The model had run before, so nobody knows what its weights were."""
     model = loud(Halving())

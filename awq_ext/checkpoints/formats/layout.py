@@ -99,6 +99,7 @@ class Layout:
     short_groups: ClassVar[bool] = False  # may the last group of a row be short
     run_time_scales: ClassVar[bool] = False
     quantized_heads: ClassVar[bool] = False  # do its readers take an output layer of ints for what it is
+    holds_rescaled: ClassVar[bool] = False
     joined_experts: ClassVar[bool] = False  # experts under the names of transformers 5's parameters
     holds_memory: ClassVar[bool] = False  # all that a model has in memory: see InMemory
     divisors: ClassVar[tuple[int, int]] = (1, 1)  # of out_features and in_features
@@ -147,6 +148,11 @@ class Layout:
         for value, what, divisor in zip((n, k), ("out_features", "in_features"), self.divisors, strict=True):
             if value % divisor:
                 found.append(f"{what}={value} is not a multiple of {divisor}: leave the layer float with skip=")
+        if layer.rescaled != 1 and not self.holds_rescaled:
+            found.append(
+                "the model's own first forward multiplies its weight in place, and would do so once more after loading: use "
+                'format="native", which tells it'
+            )
         if self.stored_scales(layer) is None:
             found.append(
                 f"its {str(layer.scales.dtype).removeprefix('torch.')} scales cannot be stored exactly as "

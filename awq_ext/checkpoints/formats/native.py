@@ -44,6 +44,7 @@ class Native(Layout):
     quantized_heads = True
     short_groups = True
     run_time_scales = True
+    holds_rescaled = True
     joined_experts = True
     holds_memory = True
 
