@@ -8,8 +8,9 @@
 // have passed a barrier before a region ends. Beside other work that is slow: everybody waits for a thread that is
 // ready but does not run, and those who wait keep the processors that it could run on. So when the loops of short calls
 // lose much time by that, helpers take over for a while. They sleep when there is nothing to do, and nobody waits for
-// one that has not begun. Between operators of torch, whose team goes on spinning, helpers are in each other's way:
-// they made quantize() slower by a third beside two busy processes, so its loops keep to the team.
+// one that has not begun. They made quantize() slower
+// by a third beside two busy processes, perhaps because torch's team goes on spinning between its operators, so the
+// loops of quantize() keep to the team.
 #pragma once
 
 #include <cstdint>
