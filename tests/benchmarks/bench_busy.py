@@ -1,4 +1,4 @@
-"""Times int4_linear and quantize() beside processes that keep a processor busy each, this build and another by turns.
+"""Times quant_linear and quantize() beside processes that keep a processor busy each, this build and another by turns.
 
     python tests/benchmarks/bench_busy.py [--against DIRECTORY] [--busy 0,1,2] [--rounds R] [--json FILE]
 
@@ -53,13 +53,13 @@ def linear_calls(k: int, n: int, rows: int) -> Callable[[], int]:
     codes, scales, zeros = _C.quantize_weight(torch.randn(n, k) / k**0.5, group, scale_dtype=torch.bfloat16)
     packed, x = _C.pack_int4(codes), torch.randn(rows, k).bfloat16()
     layers = [
-        (_C.tile_int4(packed, k, group), reference.tile_scales(scales), reference.tile_zeros(zeros))
+        (_C.tile_codes(packed, k, group, 4), reference.tile_scales(scales), reference.tile_zeros(zeros, 4))
         for _ in range(COPIES)
     ]
 
     def calls() -> int:
         for layer in layers:
-            ops.int4_linear(x, *layer, None, None, k, n, group, "auto")
+            ops.quant_linear(x, *layer, None, None, k, n, group, 4, "auto")
         return COPIES
 
     return calls
