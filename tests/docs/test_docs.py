@@ -1,4 +1,4 @@
-"""What the documentation shows on comparing runs as typed: every snippet of docs/compare.md and of the README's part on it."""
+"""What the documentation shows runs as typed: the README's example and the snippets on comparing."""
 
 from __future__ import annotations
 
@@ -76,17 +76,56 @@ def test_the_page_on_comparing(
         assert words in shown
 
 
-def test_the_readme_on_comparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_usage_page_on_comparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jinja2", reason="the report was NOT tested: pip install 'awq-ext[report]'")
     pytest.importorskip("matplotlib", reason="the report was NOT tested: pip install 'awq-ext[report]'")
     monkeypatch.chdir(tmp_path)
     known = names()
     known["model"].awq_report = known["quantized"].awq_report  # the snippets above it quantized the model
-    (snippet,) = (text for text in snippets("README.md", "python") if "awq_ext.compare(" in text)
+    (snippet,) = (text for text in snippets("docs/usage.md", "python") if "awq_ext.compare(" in text)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(compile(snippet, "README.md", "exec"), known)
+        exec(compile(snippet, "docs/usage.md", "exec"), known)
     assert "Heavy tails" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+HUB_NAME = "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def stand_in(folder: Path) -> Path:
+    """What stands for the hub's model: a directory whose widths the default groups of 128 divide."""
+    transformers = pytest.importorskip("transformers", reason="the examples were NOT tested: pip install 'awq-ext[hf]'")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260, "tie_word_embeddings": True}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(folder)
+    hf_directory.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, at import; and that windows are few
+def test_the_readmes_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In Python, then by the command; the hub's name is the only thing exchanged."""
+    model = stand_in(tmp_path / "model")
+    (tmp_path / "traffic.txt").write_text("".join(f"{i} questions and {i * i} answers\n" for i in range(400)))
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = snippets("README.md", "python")
+    assert HUB_NAME in snippet
+    known: dict[str, Any] = {}
+    exec(compile(snippet.replace(HUB_NAME, str(model)), "README.md", "exec"), known)
+    assert isinstance(known["model"].get_submodule("model.layers.1.mlp.up_proj"), awq_ext.QuantLinear)
+    assert "perplexity" in capsys.readouterr().out
+    (command,) = (text for text in snippets("README.md", "") if "awq-ext quantize" in text)
+    quantize, serve = command.replace(HUB_NAME, str(model)).replace(" qwen-int4", " again").splitlines()
+    shown = CliRunner().invoke(cli.app, shlex.split(quantize)[1:], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert serve in shown.output
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, at import

@@ -1,0 +1,132 @@
+"""The site's guides run as typed, quote messages that exist, and the reference lists the whole public API."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hf_directory
+import models
+import pytest
+import torch
+import yaml
+from torch import nn
+from typer.testing import CliRunner
+
+import awq_ext
+from awq_ext import cli
+
+transformers = pytest.importorskip("transformers", reason="the guides were NOT tested: pip install 'awq-ext[test]'")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import; and that windows are few
+ROOT = Path(__file__).parents[2]
+GUIDES = ROOT / "docs" / "guides"
+HUB_NAME = "Qwen/Qwen2.5-0.5B-Instruct"
+CODELESS = {"what-goes-wrong", "reference"}
+RUN = sorted({path.stem for path in GUIDES.glob("*.md")} - CODELESS)
+LONG = {"hugging-face", "choose-a-method", "calibrate"}  # most of the time that all take
+
+
+def blocks(page: str, language: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", (GUIDES / f"{page}.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    return [text for name, text in fences if name == language]
+
+
+def stand_in(folder: Path) -> Path:
+    """A directory like the hub's, of a model whose widths the default groups of 128 divide."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(folder)
+    hf_directory.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def llama(folder: Path) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def experts() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 260}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
+
+
+def known_names(page: str, folder: Path) -> dict[str, Any]:
+    """What the pages take for granted."""
+    windows, others = models.token_batches((40, 40, 40)), models.token_batches((30, 30))
+    names = {
+        "awq_ext": awq_ext,
+        "model": experts() if page == "mixture-of-experts" else llama(folder),
+        **{name: llama(folder) for name in ("other", "first", "second", "third")},
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
+        "calib_loader": windows,
+        "example": windows[0],
+        "windows": windows,
+        "code_windows": windows,
+        "json_windows": others,
+    }
+    if page == "lora":
+        names["quantized"] = awq_ext.quantize(llama(folder), windows, group_size=32, n_grid=2, progress=False)
+    return names
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.exhaustive) if page in LONG else page for page in RUN]
+)
+def test_the_guide_runs_as_typed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page == "lora":
+        pytest.importorskip("peft", reason="the guide on LoRA was NOT tested: pip install 'awq-ext[test]'")
+    folder = stand_in(tmp_path / "model")
+    for name in ("prompts.jsonl", "code.txt"):
+        row = '{"prompt": "a question", "completion": "its answer"}\n' if name.endswith("jsonl") else "a = 1\n"
+        (tmp_path / name).write_text(row * 200)
+    monkeypatch.chdir(tmp_path)
+    known, found = known_names(page, folder), blocks(page, "python")
+    assert found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for block in found:
+            exec(compile(block.replace(HUB_NAME, str(folder)), f"{page}.md", "exec"), known)
+    reported = [value for value in known.values() if isinstance(value, nn.Module) and hasattr(value, "awq_report")]
+    assert reported
+    for command in (line for text in blocks(page, "") for line in text.splitlines() if line.startswith("awq-ext ")):
+        shown = CliRunner().invoke(cli.app, shlex.split(command)[1:], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, shown.output
+
+
+def texts_of_the_program() -> list[str]:
+    """All texts in the package, with … where a value is put in."""
+    found = []
+    for file in (ROOT / "awq_ext").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_quoted_messages_are_those_of_the_program() -> None:
+    page = (GUIDES / "what-goes-wrong.md").read_text("utf-8").split("## No message")[0]
+    quoted = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(quoted) > 10
+    texts = texts_of_the_program()
+    assert [message for message in quoted if not any(message in text for text in texts)] == []
+
+
+def test_the_reference_lists_the_public_names() -> None:
+    listed = re.findall(r"^::: awq_ext\.(\w+)$", (GUIDES / "reference.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted([*listed, "__version__"]) == sorted(awq_ext.__all__)
+
+
+def test_every_page_is_in_the_sites_menu() -> None:
+    """The build says so too, but a plain pytest does not build the site."""
+    config = yaml.safe_load((ROOT / "docs" / "mkdocs.yml").read_text("utf-8"))
+    menu = re.findall(r"[\w./-]+\.md", str(config["nav"]))
+    pages = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
+    assert sorted(menu) == sorted([*pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
