@@ -17,12 +17,12 @@ import re
 import site
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import machinery, metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["dynamic_metadata"]
+__all__ = ["dynamic_metadata", "dynamic_wheel"]
 
 OLDEST = (2, 10)
 # Where no torch is installed. Pinned, because the newest one would be a CUDA build of gigabytes that no test has seen.
@@ -64,13 +64,19 @@ def build_requirements() -> list[str]:
     return [] if found_torch() else [f"torch=={PINNED}"]
 
 
-def dynamic_metadata(field: str, settings: dict[str, Any]) -> list[str]:
-    """``torch==<public version of the build>``, or the oldest that fits in a source distribution, and what ``static`` lists."""
-    if field != "dependencies":
-        raise ValueError(f"torch_requirement provides 'dependencies', not {field!r}")
+def dynamic_metadata(settings: Mapping[str, Any], project: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the run-time requirements: ``torch==<public version of the build>`` and ``others``.
+
+    Without torch, which only a source distribution is made without: the oldest that fits. The interface is scikit-build-core's.
+    """
     found = found_torch()
     torch = f"torch=={found[1]}" if found else f"torch>={'.'.join(map(str, OLDEST))}"
-    return [torch, *settings.get("static", [])]
+    return {"dependencies": [torch, *settings["others"]]}
+
+
+def dynamic_wheel(settings: Mapping[str, Any]) -> dict[str, bool]:
+    """Return which fields a wheel may have other than its source distribution, which is marked there."""
+    return {"dependencies": True}
 
 
 if __name__ == "__main__":
