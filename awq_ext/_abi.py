@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+REBUILD = "pip install --force-reinstall --no-deps ."  # which builds against the installed torch
 
 
 def public_version(version: str) -> str:
