@@ -35,6 +35,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "xlstm": {"hidden_size": 128},
     "neomme": {"head_dim": 16},
+    "pegasus_x": {"block_size": 8},
     "led": {"attention_window": 8},
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (4, 4)},
     "perceiver": {"num_cross_attention_heads": 1},
