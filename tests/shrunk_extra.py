@@ -39,6 +39,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "led": {"attention_window": 8},
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (4, 4)},
     "perceiver": {"num_cross_attention_heads": 1},
+    "PerceiverForImageClassificationLearned": {"image_size": 8},
     "bit": {"num_groups": 4},
     "cvt": {"depth": (1, 2, 3)},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},

@@ -22,11 +22,12 @@ def find_blocks(model: nn.Module) -> list[Block]:
     inner children count. If nothing is found the whole model is one block, named "".
     """
     found: list[Block] = []
+    taken: list[str] = []  # how the names begin of what lies in a module whose children are blocks
     for name, module in model.named_modules():
-        inside = any(name.startswith(block.name + ".") or name == block.name for block in found)
-        if inside or not _repeats(module):
+        if any(name.startswith(prefix) for prefix in taken) or not _repeats(module):
             continue
         prefix = f"{name}." if name else ""
+        taken.append(prefix)
         found.extend(Block(prefix + leaf, child) for leaf, child in _children(module))
     return found or [Block("", model)]
 
