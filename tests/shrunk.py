@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 # tables of transformers.models.auto.modeling_auto: model type -> class
 KINDS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION")
-PIXELS, PATCH = 32, 4
+PIXELS, PATCH, PICTURES, LABELS = 32, 4, 24, 16
 HEAD, KV_HEADS = HIDDEN // HEADS, 2
 
 # the first that fits a whole name counts (of a list, the name without its last s); None: the default stays
@@ -147,7 +147,8 @@ def make(kind: str, model_type: str, name: str, seed: int = 0) -> Case:
     parts = [part for part in vars(config).values() if type(part) is model_class.config_class]
     if parts and not isinstance(config, model_class.config_class):
         config = parts[0]  # the text model of a larger one
-    config = small_config(config, **EXTRA.get(model_type, {}) | EXTRA.get(name, {}))
+    extra = {"num_labels": LABELS} if kind == "IMAGE_CLASSIFICATION" else {}
+    config = small_config(config, **extra | EXTRA.get(model_type, {}) | EXTRA.get(name, {}))
     torch.manual_seed(seed)
     case = Case(loud(model_class(config)), [])
     make_batch = BATCHES.get(name) or functools.partial(_batch, kind)
@@ -177,7 +178,7 @@ def _settle(case: Case) -> None:
 def _batch(kind: str, config: Any) -> dict[str, Tensor]:
     if kind == "IMAGE_CLASSIFICATION":
         size = getattr(config, "image_size", PIXELS)
-        return {"pixel_values": torch.randn(ROWS, 3, *(size if isinstance(size, (list, tuple)) else (size, size)))}
+        return {"pixel_values": torch.randn(PICTURES, 3, *(size if isinstance(size, (list, tuple)) else (size, size)))}
     ids = torch.randint(3, VOCAB, (ROWS, TOKENS))
     if kind == "SEQ_TO_SEQ_CAUSAL_LM" and getattr(config, "is_encoder_decoder", False):
         return {"input_ids": ids, "decoder_input_ids": ids[:, :9].flip(1)}

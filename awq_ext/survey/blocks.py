@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -18,21 +18,31 @@ from .mixtures import Mixture
 def find_blocks(model: nn.Module) -> list[Block]:
     """Find the outermost repeated blocks, in module order: children of a ModuleList, or of a Sequential if all are of one class.
 
-    There must be at least two, each of them more than a Linear and with a Linear inside. If nothing is found the whole model is
-    one block, named "".
+    There must be at least two, each of them more than a Linear and with a Linear inside. Of lists in a list (stages of layers) the
+    inner children count. If nothing is found the whole model is one block, named "".
     """
     found: list[Block] = []
+    taken: list[str] = []  # how the names begin of what lies in a module whose children are blocks
     for name, module in model.named_modules():
-        inside = any(name.startswith(block.name + ".") or name == block.name for block in found)
-        if inside or not _repeats(module):
+        if any(name.startswith(prefix) for prefix in taken) or not _repeats(module):
             continue
         prefix = f"{name}." if name else ""
-        found.extend(Block(prefix + leaf, child) for leaf, child in module.named_children())
+        taken.append(prefix)
+        found.extend(Block(prefix + leaf, child) for leaf, child in _children(module))
     return found or [Block("", model)]
 
 
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """List the children of a module, in place of lists and dictionaries, which nobody calls, their own."""
+    for leaf, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from ((f"{leaf}.{name}", inner) for name, inner in _children(child))
+        else:
+            yield leaf, child
+
+
 def _repeats(module: nn.Module) -> bool:
-    children = list(module.children())
+    children = [child for _, child in _children(module)]
     if len(children) < 2 or not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return False
     if isinstance(module, nn.Sequential) and len({type(child) for child in children}) > 1:

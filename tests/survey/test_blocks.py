@@ -31,6 +31,18 @@ def test_outermost_lists_only() -> None:
     assert names(outer) == ["layers.0", "layers.1", "other.0", "other.1"]
 
 
+def test_stages_of_layers() -> None:
+    """A list is never called, whatever it holds."""
+
+    def stage() -> nn.ModuleList:
+        return nn.ModuleList(models.MlpBlock() for _ in range(2))
+
+    model = nn.Module()
+    model.stages = nn.ModuleList([stage(), nn.ModuleDict({"x": models.MlpBlock()}), models.MlpBlock()])
+    model.other = nn.ModuleList([nn.ModuleList([nn.ReLU(), models.MlpBlock()]), stage()])
+    assert names(model) == ["stages.0.0", "stages.0.1", "stages.1.x", "stages.2", "other.1.0", "other.1.1"]
+
+
 @pytest.mark.parametrize(
     "model",
     [
