@@ -24,6 +24,7 @@ SOURCES = {
     "csrc/base/helpers.cpp": [],
     "csrc/base/parallel.cpp": [],
     "csrc/drivers/activations.cpp": [],
+    "csrc/drivers/choice.cpp": [],
     "csrc/drivers/linear.cpp": [],
     "csrc/drivers/tiles.cpp": [],
     "tests/neon_kernels.cpp": [],

@@ -191,7 +191,7 @@ def test_a_signal_at_any_line(work: Callable[[models.Case], None], count: int | 
     def check(line: Line) -> None:
         if hasattr(case.model, "awq_report"):
             # it came when all was done
-            assert work is quantize and line[0] in AT_THE_END
+            assert work is quantize and (line[0] in AT_THE_END or line[-1] == "_attach")  # of the package's __init__
             assert isinstance(case.model.layers[2].mlp.down_proj, awq_ext.QuantLinear)
         else:
             before.assert_unchanged()
