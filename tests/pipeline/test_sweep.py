@@ -33,7 +33,7 @@ CHOSEN = {
     "SwinForImageClassification",
     "TimmWrapperForImageClassification",  # cannot be made
 }
-# No better than rounding on fresh batches, by chance: calibrated on few rows, of weights and batches drawn with other seeds they are
+# No better than rounding on fresh batches, by chance: calibrated on few rows. With other seeds of weights and batches they are
 # (UMT5 by 10 to 17%, LeViT by 5 to 41%).
 NOT_BETTER = {"UMT5ForConditionalGeneration", "LevitForImageClassificationWithTeacher"}
 
