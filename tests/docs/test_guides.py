@@ -129,4 +129,4 @@ def test_every_page_is_in_the_sites_menu() -> None:
     config = yaml.safe_load((ROOT / "docs" / "mkdocs.yml").read_text("utf-8"))
     menu = re.findall(r"[\w./-]+\.md", str(config["nav"]))
     pages = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
-    assert sorted(menu) == sorted([*pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
+    assert sorted(menu) == sorted([*pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md"])
