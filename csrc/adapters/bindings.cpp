@@ -8,6 +8,7 @@
 #include "drivers/tile_probe.h"
 #include "kernels/isa.h"
 #include "kernels/processor.h"
+#include "kernels/tile_check.h"
 
 namespace awq {
 namespace {
@@ -41,6 +42,11 @@ void bind_choices(py::module_& m) {
         return lines;
       },
       "What the instruction set in use computes each job with: pairs of job and kernel.");
+#if defined(__x86_64__)
+  m.def(
+      "emulated_tiles_agree", [] { return tiles_agree(kAmxEmulatedKernels, kAmxPlainKernels); },
+      "Run the check that decides whether AMX is used on the two emulations of it; needs AVX-512 with VNNI.");
+#endif
   m.def(
       "probe_tiles",
       [](int milliseconds) {

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "kernels/processor.h"
+#include "kernels/tile_check.h"
 
 namespace awq {
 namespace {
@@ -21,6 +22,15 @@ struct Level {
 bool always() { return true; }
 bool never() { return false; }
 
+#if defined(__x86_64__)
+// Tile registers count only where they compute what their plain form does. No processor that was at hand when they were
+// written has them, and some virtual machines lose what they hold.
+bool runs_amx() {
+  static const bool right = processor().amx && tiles_agree(kAmxKernels, kAmxEmulatedKernels);
+  return right;
+}
+#endif
+
 // In rising order: the last that runs and is fast here is the default. Whether an instruction exists says nothing about
 // its speed: a product of bf16 vectors is issued twice a cycle on AMD's Zen 5 and once in two on Zen 4, but once in
 // five cycles on Intel's Sapphire and Emerald Rapids, slower than fp32 FMA. Those have tile registers instead.
@@ -36,7 +46,7 @@ constexpr Level kLevels[] = {
      "no AMX here, and no products of bf16 that are known to be fast"},
     {Isa::avx512_bf16, "avx512_bf16", &kAvx512Bf16Kernels, [] { return processor().avx512_bf16; },
      [] { return processor().vendor == "AuthenticAMD"; }, "AMD's products of bf16 vectors are fast"},
-    {Isa::amx, "amx", &kAmxKernels, [] { return processor().amx; }, always,
+    {Isa::amx, "amx", &kAmxKernels, runs_amx, always,
      "tile registers do the most products a cycle; products of bf16 vectors are slow where they exist"},
 #elif defined(__aarch64__)
     {Isa::neon, "neon", &kNeonKernels, always, always, "every aarch64 processor has it"},

@@ -114,3 +114,8 @@ def test_levels_without_tiles_have_nothing_to_probe() -> None:
         assert _C.probe_tiles(5) == (0, 0, 0)
     finally:
         _C.set_isa(before)
+
+
+@pytest.mark.skipif("amx_emulated" not in LEVELS, reason="needs AVX-512 with products of bytes")
+def test_the_check_that_decides_about_amx_finds_both_emulations_equal() -> None:
+    assert _C.emulated_tiles_agree()

@@ -17,7 +17,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 
 def is_level(path: Path) -> bool:
     """A file of one instruction set, or a body that is compiled into it."""
-    compiled = path.suffix == ".cpp" and path.stem not in ("isa", "processor")
+    compiled = path.suffix == ".cpp" and path.stem not in ("isa", "processor", "tile_check")
     return path.parent.name == "kernels" and (compiled or path.name.endswith("-inl.h"))
 
 
