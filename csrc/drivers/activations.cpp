@@ -1,6 +1,5 @@
 #include "drivers/activations.h"
 
-#include <cmath>
 #include <cstring>
 
 #include "base/parallel.h"
@@ -95,7 +94,7 @@ void Activations::make_terms(const KernelTable& table, int64_t input, float* val
     if (in_bytes(element_))
       quantize_row(table, values, t + 1 < terms_ ? values : nullptr, out);
     else
-      split_row(values, out);
+      split_row(table, values, out);
   }
 }
 
@@ -109,23 +108,12 @@ void Activations::round_row(const KernelTable& table, const float* values, uint3
   }
 }
 
-// Takes the upper eight bits of each significand off the values, as a row of bf16.
-void Activations::split_row(float* values, uint32_t* out) const {
+// Takes a term off the values, as a row of bf16.
+void Activations::split_row(const KernelTable& table, float* values, uint32_t* out) const {
   std::memset(out, 0, static_cast<size_t>(row_elements_) * 4);
   for (int64_t begin = 0; begin < x_.in_features; begin += group_length_) {
     const int64_t length = std::min(group_length_, x_.in_features - begin);
-    char* to = reinterpret_cast<char*>(out);
-    for (int64_t i = begin; i < begin + length; ++i, to += 2) {
-      uint32_t bits;
-      std::memcpy(&bits, values + i, 4);
-      const bool finite = (bits & 0x7f800000u) != 0x7f800000u, nan = !finite && (bits & 0x7fffffu) != 0;
-      const uint32_t upper = bits & 0xffff0000u;
-      const uint16_t half = static_cast<uint16_t>(upper >> 16 | (nan ? 0x40 : 0));
-      std::memcpy(to, &half, 2);
-      float term;
-      std::memcpy(&term, &upper, 4);
-      values[i] = finite ? values[i] - term : 0.0f;
-    }
+    table.bf16_products->split(values + begin, length, reinterpret_cast<uint16_t*>(out));
     out += ceil_div(length, kStepChannels) * step_elements_;
   }
 }

@@ -30,8 +30,8 @@ constexpr bool on_tiles(Element element) { return element == Element::bf16_tile 
 constexpr bool in_bytes(Element element) { return element == Element::int8_step || element == Element::int8_tile; }
 
 // A row of activations may be held as several rows of elements, its terms, whose products are added: the first rounds
-// the row, each of the others what is left of it. With bf16 the rounding is towards 0, so that three terms hold every
-// bit of a float, and two those of a half, apart from what is subnormal as a bf16; with eight bits see choice.cpp. An
+// the row, each of the others what is left of it. In bf16, three terms hold every bit of a float, and two those of a
+// half, apart from what is subnormal as a bf16 (Bf16Products::split); with eight bits see choice.cpp. An
 // activation that is not finite makes a row's results NaN in bytes; in bf16 it is its own first term.
 //
 // Only one object at a time in a thread.
@@ -57,7 +57,7 @@ class Activations {
   // Writes the terms of an input row, row_elements_ apart. values: scratch of in_features floats.
   void make_terms(const KernelTable& table, int64_t input, float* values, uint32_t* out) const;
   void round_row(const KernelTable& table, const float* values, uint32_t* out) const;
-  void split_row(float* values, uint32_t* out) const;
+  void split_row(const KernelTable& table, float* values, uint32_t* out) const;
   void quantize_row(const KernelTable& table, const float* values, float* rest, uint32_t* out) const;
   void make_tiles(const uint32_t* rows, int count, uint32_t* out) const;
   // Number of a row's elements before a step.
