@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from awq_ext import _C
+from awq_ext.evaluation.processor import this_processor
 from awq_ext.kernels import reference
 from awq_ext.layers import ops
 
@@ -199,10 +199,8 @@ def describe(r: Result) -> str:
 
 
 def machine() -> Result:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": str(this_processor()),
         "cores": os.cpu_count(),
         "isa": _C.isa(),
         "threads": torch.get_num_threads(),
