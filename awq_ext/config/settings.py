@@ -34,7 +34,7 @@ LAYER_FIELDS = (
 )
 
 # What ``head`` sets for the output layer. At 8 bits rounding alone leaves a fifth of the best error at 4 bits
-# (docs/quality.md, "The output layer"), and a scale would have to be searched, and divided by in every step.
+# (docs/research.md, "The output layer"), and a scale would have to be searched, and divided by in every step.
 _HEAD_FIELDS: dict[str, dict[str, Any]] = {
     "float": {},
     "int4": {"bits": 4},
@@ -104,7 +104,7 @@ class AwqConfig:
         there are fewer, in proportion. The losses in the report always count every row.
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
     damping: what error feedback and refining add to each channel's second moment, as a share of it. The more, the less the
-        correlations between channels count: errors on the calibration text grow, errors on other text fall (docs/quality.md).
+        correlations between channels count: errors on the calibration text grow, errors on other text fall (docs/research.md).
     refine: rounds of coordinate descent after rounding, 0 for none. After error feedback they change the scales of weight groups
         and the codes; otherwise there is one round at most, on the scales alone.
     bias_correction: True lets the bias of a Linear take over the mean of its error (arXiv 1906.04721, section 4.2); scales and
@@ -117,7 +117,7 @@ class AwqConfig:
         their position in a window count on average. 0: all batches, each row by its own. That is closer still, and takes as much
         time as all the rest.
     random_tokens: more calibration batches, of random tokens, as a share of the number of those given. They show error feedback
-        what text unlike the calibration's needs (docs/quality.md). Only for models that read token ids and have
+        what text unlike the calibration's needs (docs/research.md). Only for models that read token ids and have
         ``get_input_embeddings()``. None: 0.25 with error feedback, otherwise 0.
     generated_tokens: likewise, batches of text that the model writes itself. Only for decoders that are called like those of
         transformers (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, otherwise 0.

@@ -54,7 +54,7 @@ def searched(task: LayerTask, quantizer: Quantizer, divisor: Tensor | None = Non
 def loss_after_gptq(task: LayerTask, rows: Tensor, quantizer: Quantizer) -> float:
     """Estimate from some output ``rows`` the squared output error that error feedback leaves, summed over the calibration rows.
 
-    Codes are not refined: that ranks scales no better (docs/quality.md) and would take as long again.
+    Codes are not refined: that ranks scales no better (docs/research.md) and would take as long again.
     """
     weight = task.weight[rows]
     found = quantizer.gptq(weight, task.settings, refined=False)

@@ -26,7 +26,7 @@ _FEWEST_ROWS = 64
 _STRIDE = 3
 _PROMISING = 4
 # Powers of the chosen scale that are tried with error feedback. Scales are chosen for rounding to nearest. Feedback makes up for
-# part of the error that they prevent, but not for what they cost the other channels of a weight group (docs/quality.md).
+# part of the error that they prevent, but not for what they cost the other channels of a weight group (docs/research.md).
 STRENGTHS = (1.0, 0.75, 0.5)
 
 

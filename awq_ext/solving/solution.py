@@ -18,7 +18,7 @@ from .bias import corrected, mean_error
 from .scales import ScaleChoice
 from .tasks import NO_ROWS, GroupTask, LayerTask
 
-# Searching around the mean saves about this share of what is left after the correction (docs/quality.md, "Linears with a bias").
+# Searching around the mean saves about this share of what is left after the correction (docs/research.md, "Linears with a bias").
 COARSE = 0.1
 
 

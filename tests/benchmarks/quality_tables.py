@@ -86,9 +86,9 @@ def summary(data: Data, markdown: Markdown) -> str:
     shared.remove("rtn")
     head = ("share of RTN's gap closed, perplexity / divergence", *shared)
     head += (
-        f"{BOTH} at least as good as both alone",
-        "or not told apart from the better",
-        "the best, or not told apart",
+        f"texts on which {BOTH} is at least as good as AWQ and GPTQ alone",
+        "or not significantly worse",
+        "the best of all, or not significantly different",
     )
 
     def row(name: str, cell: Data) -> list[str]:
@@ -140,5 +140,5 @@ def peers(data: Data, markdown: Markdown, described: str) -> str:
     head = f"{part}{s['model']}, 4 bits, groups of {s['group_size']}, {s['samples']} x {s['seq']} tokens of calibration"
     head += f", scored on {s['tokens']} tokens of each text. {described}." if texts else f". {described}."
     return f"{head[0].upper()}{head[1:]}\n\n" + markdown(
-        ("perplexity" if texts else "", *texts, "seconds", "times ours"), rows
+        ("perplexity" if texts else "", *texts, "seconds", "× awq_ext's time"), rows
     )
