@@ -52,9 +52,10 @@ def all_cells(data: Data, markdown: Markdown) -> str:
     for model, cells in data.items():
         for title, cell in cells.items():
             s = cell["settings"]
-            parts.append(
-                f"### {model}, {title}\n\nCalibrated on {s['samples']} x {s['seq']} tokens, scored on {s['tokens']} of each text."
+            calibrated = (
+                f"Calibrated on {s['samples']} x {s['seq']} tokens, scored on {s['tokens']} tokens of each text."
             )
+            parts.append(f"### {model}, {title}\n\n{calibrated}")
             parts += [one_cell(cell, measure, markdown) for measure in ("perplexity", "kl")]
     return "\n\n".join(parts)
 

@@ -18,7 +18,14 @@ import rival_tables
 import sweep_table
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "docs/speed.md", "docs/architectures.md", "docs/quality.md", "docs/research.md", "docs/methods.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/speed.md",
+    "docs/architectures.md",
+    "docs/quality.md",
+    "docs/research.md",
+    "docs/methods.md",
+)
 PEERS = ("bf16", "fp16", "fp32", "aten_int4")
 SUMMARY_SHAPE = (4096, 4096)
 Data = dict[str, Any]
