@@ -67,7 +67,18 @@ def linear() -> str:
         numbers = [f"{r['times']['ours'] * 1e6:.0f}", f"{r['gflops']:.0f}", share]
         return [f"{r['in']} x {r['out']}", r["rows"], *numbers, *cells, times(r["int8_ratios"]["bf16"])]
 
-    head = ("in x out", "rows", "us", "GFLOP/s", "of read bandwidth", "bf16", "fp16", "fp32", "aten int4", "int8: bf16")
+    head = (
+        "in x out",
+        "rows",
+        "awq_ext, us",
+        "GFLOP/s",
+        "of read bandwidth",
+        "bf16",
+        "fp16",
+        "fp32",
+        "torch's int4",
+        "int8: bf16",
+    )
     return f"Measured on: {described(data)}.\n\n" + markdown(head, map(row, data["results"]))
 
 
@@ -84,12 +95,12 @@ def limits() -> str:
     head = (
         "one row",
         "MB",
-        "read, GB/s",
-        "us to read",
-        "us",
-        "aten int4, us",
-        "aten int4 / reading",
-        "aten int4 / ours",
+        "plain read, GB/s",
+        "plain read, us",
+        "awq_ext, us",
+        "torch's int4, us",
+        "torch's int4 / read",
+        "torch's int4 / awq_ext",
     )
     return markdown(head, (row(r) for r in read("bench_linear")["results"] if r["rows"] == 1))
 
