@@ -53,7 +53,7 @@ def find_weights(
     generator = torch.Generator().manual_seed(0)
     found: list[dict[str, list[Tensor]]] = []
     read = {index: _longest_window(calls[index]) if batches else calls[index] for index in _spaced(len(calls), batches)}
-    bar = tqdm(read, desc="weighing rows", unit="batch", leave=False, disable=not progress)
+    bar = tqdm(read, desc="importance weights", unit="batch", leave=False, disable=not progress)
     with _without_gradients(model), _checkpointed([s.block.module for s in surveys], model), bar:
         for index in bar:
             squares = _squared_gradients(model, read[index], index, linears, generator, of_tokens)

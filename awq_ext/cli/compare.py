@@ -46,7 +46,11 @@ def compare(
     model_dir: ModelDir,
     calib: Calib,
     traffic: Annotated[
-        list[str], typer.Option(metavar="[NAME=]PATH", help="Text to score on, not that of --calib. May be repeated.")
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="Evaluation text, not that of --calib. May be repeated.",
+        ),
     ],
     method: Annotated[
         list[str],
@@ -81,9 +85,9 @@ def compare(
 ) -> None:
     """Quantize a model in several ways and score each on the kinds of text you serve.
 
-    For every kind of traffic: perplexity, its distance from the float model's, the KL divergence and the share of tokens on
-    which both agree, with bootstrap intervals; what cannot be told apart from the best is marked. The last lines say which method
-    to take, and by which command. Nothing is written but the tables.
+    For every evaluation text: perplexity, its distance from the float model's, the KL divergence and the share of tokens on which
+    both agree, with bootstrap intervals. Methods that are not significantly different from the best are marked. The last lines
+    say which method to take, and by which command. Nothing is written but the tables.
 
     Example: awq-ext compare ./Llama --calib prompts.jsonl --traffic code=src.txt --traffic de.txt --method rtn --method awq
     """

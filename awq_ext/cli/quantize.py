@@ -99,8 +99,8 @@ def quantize(
         list[str],
         typer.Option(
             metavar="[NAME=]PATH",
-            help="Text to score OUT on, not that of --calib: the distance from the float model, which is loaded once more for "
-            "it, goes into the model card. May be repeated.",
+            help="Evaluation text, not that of --calib. OUT is scored on it: the distance from the float model, which is "
+            "loaded once more for it, goes into the model card. May be repeated.",
         ),
     ] = [],  # noqa: B006
     tokens: Tokens = 8192,
@@ -124,8 +124,8 @@ def quantize(
 ) -> None:
     """Quantize a Hugging Face model to int4.
 
-    The calibration text decides which channels are protected: take a few dozen windows of the traffic you serve (prompts with
-    their answers, in the model's chat format), not only prose. [bold]awq-ext compare[/bold] tells which method suits it best.
+    The calibration text decides which channels are protected: take a few dozen windows of text like that which you serve (prompts
+    with their answers, in the model's chat format), not only prose. [bold]awq-ext compare[/bold] shows which method suits it best.
 
     The last lines say what it cost: bytes, and the distance from the float model on calibration text that was left out. With
     --traffic the result is scored on other texts too. The model card has these figures.

@@ -70,8 +70,8 @@ class AwqConfig:
 
     What most models need:
 
-    method: "awq" searches scales and clips; "gptq" rounds with error feedback (arXiv 2210.17323), each channel making up for
-        the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
+    method: "awq" searches scales and clips; "gptq" rounds with error feedback (arXiv 2210.17323): each channel makes up
+        for the errors of those before it; "awq+gptq" does so on weights that AWQ has scaled; "rtn" rounds to nearest.
     bits: 4 or 8, or 2 to 8 with ``packed=False``.
     group_size: input channels that share one scale and zero, -1 for the whole row; a short last group is fine.
     skip: layers that stay float, beside the output layer of language models. Each is a pattern of whole layer names (fnmatch, such
@@ -103,21 +103,22 @@ class AwqConfig:
     search_rows: output rows of a scale group on which candidates for its scale are ranked, 0 for all. Beyond 4096 input channels
         there are fewer, in proportion. The losses in the report always count every row.
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
-    damping: what error feedback and refining add to each channel's second moment, as a share of it. The more, the less the
-        correlations between channels count: errors on the calibration text grow, errors on other text fall (docs/research.md).
+    damping: what error feedback and refining add to each channel's second moment, as a share of it. With more damping the
+        correlations between channels count less: errors on the calibration text grow, errors on other text fall
+        (docs/research.md).
     refine: rounds of coordinate descent after rounding, 0 for none. After error feedback they change the scales of weight groups
         and the codes; otherwise there is one round at most, on the scales alone.
     bias_correction: True lets the bias of a Linear take over the mean of its error (arXiv 1906.04721, section 4.2); scales and
         clips are then chosen by the error that is left. Never with "rtn". False leaves biases alone.
-    objective: how much a Linear's error on a calibration row counts. "layer": its square. "model": the square, times how strongly
-        the model's output reacts to errors there, which a backward of the whole model tells (``calibration/importance.py``).
-        None: "model" with error feedback, if the model returns logits for every token id and can be differentiated; otherwise
-        "layer".
-    weighed_batches: how many batches get that backward (of token ids, one window of each). All other rows count what the rows at
-        their position in a window count on average. 0: all batches, each row by its own. That is closer still, and takes as much
-        time as all the rest.
-    random_tokens: more calibration batches, of random tokens, as a share of the number of those given. They show error feedback
-        what text unlike the calibration's needs (docs/research.md). Only for models that read token ids and have
+    objective: how much a Linear's error on a calibration row counts. "layer": all rows alike. "model": each row has an importance
+        weight, which says how strongly the model's output reacts to errors there; a backward of the whole model finds it
+        (``calibration/importance.py``). None: "model" with error feedback, if the model returns logits for every token id and can
+        be differentiated; otherwise "layer".
+    weighed_batches: how many batches get that backward (of token ids, one window of each). All other rows get the mean weight of
+        their position in a window. 0: all batches, and each row has its own weight. That comes closer still to the float model, and
+        takes as much time as all the rest.
+    random_tokens: further calibration batches, of random tokens, as a share of the number of those given. They help error
+        feedback on text unlike the calibration text (docs/research.md). Only for models that read token ids and have
         ``get_input_embeddings()``. None: 0.25 with error feedback, otherwise 0.
     generated_tokens: likewise, batches of text that the model writes itself. Only for decoders that are called like those of
         transformers (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, otherwise 0.

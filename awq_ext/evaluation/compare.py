@@ -1,4 +1,4 @@
-"""Quantize a model by several methods and score each result on every kind of traffic; the model stays as it is."""
+"""Quantize a model by several methods and score each result on every evaluation text; the model stays as it is."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> Comparison:
-    """Quantize ``model`` by each of ``methods`` and score every result on every kind of ``traffic``.
+    """Quantize ``model`` by each of ``methods`` and score every result on every text of ``traffic``.
 
-    calib, traffic["code"], ...: samples as :func:`awq_ext.quantize` reads them; score on others than you calibrate on.
+    calib: the calibration samples. traffic: evaluation samples by name, such as {"code": [...]}, like the text that you serve
+        and others than you calibrate on. All as :func:`awq_ext.quantize` reads them.
     methods: names ("rtn", "awq", ...), dicts of :class:`AwqConfig` fields (a "label" among them is the name in the table), or
         AwqConfig objects; or a dict of these by label. settings: fields that hold for all of them, such as ``group_size=64``.
     metric: as for :func:`awq_ext.evaluate`; None scores next tokens: perplexity, KL divergence and top-1 agreement with ``model``.

@@ -183,7 +183,7 @@ def test_differences_within_the_noise_are_marked() -> None:
         "b": (False, True),
         "c": (False, False),
     }
-    assert "x, by perplexity: a, b do not differ by more than the noise" in found.notes()
+    assert "x, by perplexity: a, b are not significantly different" in found.notes()
 
 
 def test_the_gap_that_is_closed() -> None:
