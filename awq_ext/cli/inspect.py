@@ -104,7 +104,7 @@ def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         facts["scaled_at_run_time"] = scaled
     if of_layers:
         facts["group_sizes"] = dict(Counter(str(size) for _, size, _ in of_layers))
-    elif sizes:  # of several, how many layers have which is not told
+    elif sizes:  # of several sizes, the files do not say how many layers have which
         facts["group_sizes"] = {str(size): len(found.layers) if len(sizes) == 1 else None for size in sizes}
     return facts
 
