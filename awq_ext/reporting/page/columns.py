@@ -58,13 +58,15 @@ def number(value: float | None, shown: str = "{:.3g}", heat: float | None = None
         return Cell("")
     if not math.isfinite(value):
         return Cell("not finite", math.inf)
-    return Cell(shown.format(value), value, None if heat is None else min(1.0, max(0.0, heat)))
+    return Cell(
+        shown.format(value), value, None if heat is None or not math.isfinite(heat) else min(1.0, max(0.0, heat))
+    )
 
 
 def layers(report: AwqReport) -> Sheet:
     """List the quantized layers."""
     rows = [row for row in report.layers if row.status != "float"]
-    titles = ("in", "out", "group", "bits a weight", "alpha", "loss", "loss / RTN's", "tokens")
+    titles = ("loss / RTN's", "loss", "alpha", "bits a weight", "group", "in", "out", "tokens")
     words = ("scale", "applied", "clip", "method", "note")
     columns = [Column("layer", False), Column("kind", False)]
     columns += [*map(Column, titles), *(Column(title, False) for title in words)]
@@ -81,13 +83,13 @@ def _layer(row: LayerReport, span: tuple[float, float]) -> list[Cell]:
     return [
         Cell(row.name),
         Cell(kind, kind=kind),
+        number(ratio, "{:.3f}", ratio),
+        number(row.loss, heat=warm),
+        number(row.alpha, "{:.2f}"),
+        number(stored_bits([row]), "{:.2f}"),
+        group,
         number(row.in_features, "{}"),
         number(row.out_features, "{}"),
-        group,
-        number(stored_bits([row]), "{:.2f}"),
-        number(row.alpha, "{:.2f}"),
-        number(row.loss, heat=warm),
-        number(ratio, "{:.3f}", ratio),
         number(row.tokens, "{:,}"),
         Cell(row.scale),
         Cell(row.applied),

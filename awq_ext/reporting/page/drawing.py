@@ -17,7 +17,7 @@ VARIABLES = {TEXT: "ink", LINE: "soft", QUIET: "quiet", PAPER: "paper", ACCENT: 
 VARIABLES |= {style.light: f"kind-{kind}" for kind, style in KINDS.items()}
 MOST_NAMED = 3  # labels in a plot
 _INCHES = 4.5  # width of a plot: shown as wide as on a phone, letters are as large as in the text around
-_ROOM = 0.09  # of the height of the axes, between two labels
+_ROOM, _RISE = 0.075, 0.06  # of the height of the axes: between two labels, and from a point up to its own
 _STYLE = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 10,
@@ -87,7 +87,7 @@ class Plot:
         found.sort()
         heights = []
         for up, *_ in found:
-            last = max(up, last + _ROOM, 0.02)
+            last = max(up + _RISE, last + _ROOM)
             heights.append(last)
         over = max(0.0, (heights[-1] if heights else 0.0) - 0.97)
         for index, ((_, right, x, y, text, color), height) in enumerate(zip(found, heights, strict=True)):

@@ -79,11 +79,11 @@ def divergences(report: AwqReport) -> list[Divergence]:
 def verdict(report: AwqReport) -> Verdict:
     """Judge the result in one sentence, by the largest divergence that was measured."""
     found = divergences(report)
-    size = f"{report.bytes_after / report.bytes_before:.0%} of its size" if report.bytes_before else "smaller"
+    size = f"{report.bytes_after / report.bytes_before:.0%} of its size" if report.bytes_before else "a smaller size"
     if not found:
         ratios = [row.loss / row.loss_rtn for row in report.layers if row.loss is not None and row.loss_rtn]
-        rest = f"; its layers have {median(ratios):.0%} of plain rounding's output error (median)" if ratios else ""
-        return Verdict("fair", f"{size.capitalize()}{rest}; how far it is from the float model was not measured.")
+        rest = f", with {median(ratios):.0%} of plain rounding's output error (median of the layers)" if ratios else ""
+        return Verdict("fair", f"The float model at {size}{rest}; how far it is from it was not measured.")
     worst = found[0]
     if not math.isfinite(worst.value):
         return Verdict("bad", f"Do not use it: on {worst.text} the model computes values that are not finite.")
@@ -154,7 +154,7 @@ def tiles(report: AwqReport) -> list[Tile]:
 def _divergence_tile(report: AwqReport) -> Tile:
     found = divergences(report)
     if not found:
-        return Tile("KL, nats a token", "not measured", "awq-ext eval --reference --card", "warn")
+        return Tile("KL, nats a token", "not measured", "by awq-ext eval, with the float model", "warn")
     worst = found[0]
     level = "" if worst.value <= LARGE else "bad"  # nan, too
     more = f"on {worst.text}" + (f", the worst of {len(found)}" if len(found) > 1 else "")

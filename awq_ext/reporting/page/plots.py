@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from ..report import TAIL_PLACES, AwqReport, LayerReport
@@ -11,7 +12,12 @@ from .layer_kinds import KINDS, by_kind, place_name
 
 def largest(rows: Sequence[LayerReport], value: Callable[[LayerReport], float]) -> list[LayerReport]:
     """Choose the layers that a plot names: those of the largest values, the first of equal ones."""
-    return sorted(rows, key=lambda row: -value(row))[:MOST_NAMED]
+    return sorted((row for row in rows if math.isfinite(value(row))), key=lambda row: -value(row))[:MOST_NAMED]
+
+
+def highest(values: Sequence[float]) -> float:
+    """Find the largest of values that an axis can reach to; 1 without any above zero."""
+    return max((value for value in values if value is not None and 0 < value < math.inf), default=1.0)
 
 
 def losses(report: AwqReport) -> str | None:
@@ -20,11 +26,11 @@ def losses(report: AwqReport) -> str | None:
     ratio = lambda row: row.loss / row.loss_rtn  # noqa: E731
 
     def draw(plot: Plot) -> None:
-        plot.axis.axhline(1, color=LINE, lw=1, ls="--")
+        plot.axis.axhline(1, color=QUIET, lw=1, zorder=0)
         plot.axis.annotate(
             "RTN", (1, 1), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right"
         )
-        plot.axis.set(ylabel="loss / RTN's loss", ylim=(0, max(1.12, 1.05 * max(map(ratio, rows)))))
+        plot.axis.set(ylabel="loss / RTN's loss", ylim=(0, max(1.12, 1.05 * highest(list(map(ratio, rows))))))
         # at RTN's own loss they are many and alike
         plot.points(rows, ratio, named=largest([row for row in rows if ratio(row) < 1], ratio))
 
@@ -56,9 +62,11 @@ def block_errors(report: AwqReport) -> str | None:
     def draw(plot: Plot) -> None:
         plot.axis.bar(*zip(*known, strict=True), color=ACCENT, width=0.75)
         x, error = max(known, key=lambda pair: pair[1])
-        plot.axis.annotate(f"{x}: {error:.2g}", (x, error), (0, 2), textcoords="offset points", ha="center")
+        # the outer ones would reach over the edge
+        beside = "left" if 8 * x < len(errors) else "right" if 8 * x > 7 * len(errors) else "center"
+        plot.axis.annotate(f"{x}: {error:.2g}", (x, error), (0, 2), textcoords="offset points", ha=beside)
         plot.axis.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-        plot.axis.set(xlabel="block", ylabel="relative output error", ylim=(0, 1.1 * error or 1))
+        plot.axis.set(xlabel="block", ylabel="relative output error", ylim=(0, 1.1 * highest([error])))
         whole_numbers(plot.axis)
 
     return drawn("blocks", "relative output error of each block", draw, legend=False) if known else None
@@ -88,7 +96,7 @@ def tails(report: AwqReport) -> str | None:
                 look = {"lw": 1.8, "alpha": 1, "zorder": 3} if row.name in bold else {"lw": 0.7, "alpha": 0.3}
                 look |= {"color": KINDS[kind].light, "label": kind if position == 0 else None}
                 plot.axis.plot(places, row.tail, **look)
-        plot.axis.set(xscale="log", yscale="log", ylim=(1e-2, None))
+        plot.axis.set(xscale="log", yscale="log", ylim=(1e-2, 4 * highest([row.tail[0] for row in rows])))
         plot.axis.set(xlabel="channels, most salient first", ylabel="salience / its mean")
         plot.axis.axhline(1, color=LINE, lw=0.8, ls=":")
         plot.axis.axvline(0.01, color=LINE, lw=0.8, ls=":")
@@ -112,7 +120,7 @@ def top_shares(report: AwqReport) -> str | None:
 
     def draw(plot: Plot) -> None:
         share = lambda row: row.top_share  # noqa: E731
-        plot.axis.set(ylabel="held by the top 1 %", ylim=(0, 1.06 * max(map(share, rows)) or 1))
+        plot.axis.set(ylabel="held by the top 1 %", ylim=(0, 1.06 * highest(list(map(share, rows)))))
         plot.points(rows, share, "{:.1%}", named=largest(rows, share))
         plot.axis.axhline(0.01, color=LINE, lw=0.8, ls=":")
         plot.axis.yaxis.set_major_formatter(percent)
@@ -130,7 +138,7 @@ def tokens(report: AwqReport) -> str | None:
         return None
 
     def draw(plot: Plot) -> None:
-        plot.axis.set(ylabel="tokens seen", ylim=(0, 1.05 * max(row.tokens for row in rows)))
+        plot.axis.set(ylabel="tokens seen", ylim=(0, 1.05 * highest([row.tokens for row in rows])))
         plot.points(rows, lambda row: row.tokens, "{:,}", named=largest(rows, lambda row: -row.tokens))
 
     return drawn("tokens", "calibration tokens that each layer saw", draw)

@@ -26,7 +26,7 @@ def report(**fields: Any) -> AwqReport:
 @pytest.mark.parametrize(
     ("evaluations", "level", "words"),
     [
-        ({}, "fair", ["25% of its size", "25% of plain rounding's output error", "not measured"]),
+        ({}, "fair", ["at 25% of its size", "25% of plain rounding's output error", "not measured"]),
         ({"a": score(0.125, 0.01), "code": score(0.25, 0.05)}, "good", ["0.25 ± 0.05 nats a token on code", "worst", "75%"]),
         ({"a": score(0.5)}, "good", ["0.5 nats a token on a (less than 0.5"]),
         ({"a": score(0.75)}, "bad", ["Far from the float model", "0.75 nats"]),

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import itertools
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -81,7 +82,7 @@ def test_it_tells_everything(report: AwqReport, html: Path) -> None:
     ):
         assert words in text
     assert f"{report.bytes_before:,} → {report.bytes_after:,} bytes" in text
-    for fact in (report.model, report.command, *report.versions.values(), report.date.partition("T")[0]):
+    for fact in (report.model, *report.command.split(), *report.versions.values(), report.date.partition("T")[0]):
         assert fact in text
     ratio = report["layers.0.up"].loss / report["layers.0.up"].loss_rtn
     assert f"{ratio:.3f}" in text
@@ -231,6 +232,10 @@ def test_reports_with_next_to_nothing(tmp_path: Path) -> None:
     rows += [
         LayerReport(f"<i>.{i}.q", 4, 4, "int4", loss=1.0, loss_rtn=2.0) for i in range(2)
     ]  # in a point's title, too
+    rows += [
+        LayerReport(f"h.{i}.k", 4, 4, "int4", loss=v, loss_rtn=1.0, tail=[0.0] * 14, top_share=v)
+        for i, v in enumerate((math.nan, math.inf))
+    ]
     found = AwqReport(layers=rows, blocks=[BlockReport("")], warnings=["<script>alert(1)</script>"])
     text = found.to_html(tmp_path / "r.html").read_text(encoding="utf-8")
     assert (
