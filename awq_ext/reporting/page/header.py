@@ -106,8 +106,8 @@ def between_texts(report: AwqReport) -> str:
     alike = [one.text for one in found[:-1] if not one.differs_from(best)]
     parts = [f"significantly larger on {', '.join(worse)}"] if worse else []
     parts += [f"not significantly different on {', '.join(alike)}"] if alike else []
-    advice = " Calibration text of that kind lessens it." if worse else ""
-    return f"Beside {best.text}, the divergence is {' and '.join(parts)} (at 5 %, from the intervals).{advice}"
+    advice = " More calibration text of that kind may lessen it." if worse else ""
+    return f"Compared with {best.text}, the divergence is {' and '.join(parts)} (at 5 %, from the intervals).{advice}"
 
 
 def facts(report: AwqReport) -> list[tuple[str, str]]:

@@ -43,7 +43,9 @@ def test_texts_are_compared_by_their_intervals() -> None:
     said = header.between_texts(
         report(evaluations={"a": score(0.1, 0.02), "b": score(0.11, 0.02), "c": score(0.2, 0.02)})
     )
-    assert "significantly larger on c and not significantly different on b (at 5 %" in said and "Beside a" in said
+    assert (
+        "significantly larger on c and not significantly different on b (at 5 %" in said and "Compared with a," in said
+    )
     # the difference is 0.028 with a standard error of 0.0144: just not; each interval alone would say so of 0.02 to 0.04 only
     assert "larger" not in header.between_texts(report(evaluations={"a": score(0.1, 0.02), "b": score(0.128, 0.02)}))
     assert "larger on b" in header.between_texts(report(evaluations={"a": score(0.1, 0.02), "b": score(0.13, 0.02)}))
