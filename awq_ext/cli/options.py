@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..reporting.figures import as_json
+from ..reporting.origin import command_text
 
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -243,6 +244,20 @@ def parse_per_layer(text: str) -> dict[str, dict[str, Any]]:
         '\'{"*.down_proj": {"bits": 8}}\'',
         param_hint="--per-layer",
     )
+
+
+def command_line(context: typer.Context) -> str:
+    """Write the running command with the arguments and options that were given, without the token and without folders."""
+    words = ["awq-ext", context.info_name or ""]
+    for param in context.command.params:
+        name, value = param.name or "", context.params.get(param.name or "")
+        given = context.get_parameter_source(name)
+        if name == "token" or given is None or given.name != "COMMANDLINE":
+            continue
+        option = [] if param.param_type_name == "argument" else [param.opts[0]]
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            words += option if one is True else [*option, str(one)]
+    return command_text(words)
 
 
 def fact_table(facts: Iterable[tuple[str, str]]) -> Table:

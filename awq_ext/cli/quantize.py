@@ -38,6 +38,7 @@ from .options import (
     check_method,
     check_page,
     check_report_extra,
+    command_line,
     console_for,
     one_line_errors,
     parse_setting,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 @one_line_errors
 def quantize(
+    context: typer.Context,
     model_dir: ModelDir,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Where the quantized model goes; made if need be.")],
     calib: Calib,
@@ -139,7 +141,6 @@ def quantize(
     from .. import quantize as quantize_model
     from ..checkpoints.formats import LAYOUTS
     from ..checkpoints.saved import record_scores
-    from ..evaluation.cost import model_bytes
     from ..evaluation.held_out import WINDOWS
     from . import hf, texts
     from .eval import score
@@ -163,14 +164,13 @@ def quantize(
     model = hf.load_model(source, dtype, trust_remote_code, device)
     hf.note_lengths(model, batches, samples)
     hf.check_format(model, batches[0], format, chosen)
-    before, remembered = model_bytes(model), _remembered(model, left)
+    remembered = _remembered(model, left)
     quantize_model(model, batches, **chosen)
-    hf.save_model(model, out_dir, format, covered)
     report = model.awq_report
-    if html is not None:
-        report.to_html(html, overwrite)
+    report.command = command_line(context)
+    hf.save_model(model, out_dir, format, covered)
     console.print(escape(report.summary()), soft_wrap=True)
-    sizes = {"before": before, "after": model_bytes(model)}
+    sizes = {"before": report.bytes_before, "after": report.bytes_after}
     console.print(_size_line(sizes), highlight=False)
     found, bad = _distance(model, remembered, console)  # only now: should it fail, the model is there
     if scored:
@@ -178,6 +178,8 @@ def quantize(
     report.evaluations = {name: one.to_dict() for name, one in found.items()}
     if found:
         record_scores(out_dir, report.evaluations)
+    if html is not None:
+        report.to_html(html, overwrite)
     hf.tell_readers(console, out_dir, format)
     following = _next(model_dir, out_dir, bool(scored), calib if bad else [])
     console.print(f"next: {following}", soft_wrap=True, markup=False)

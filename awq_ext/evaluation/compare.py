@@ -18,6 +18,7 @@ from ..forwards.memory import release_free_memory
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import targets_of
 from ..forwards.samples import rows_of_columns
+from ..layers.sizes import model_bytes
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
 from ..reporting.progress import Progress
@@ -25,7 +26,7 @@ from ..reporting.warn import warn
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap
 from .comparison import FLOAT, Comparison, Variant
-from .cost import model_bytes, race
+from .cost import race
 from .evaluate import Evaluation, Metric, evaluate
 from .shared_copy import SharedCopy
 

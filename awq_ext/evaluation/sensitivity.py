@@ -21,10 +21,10 @@ from ..kernels.reference import TILE_BITS
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
 from ..reporting.report import AwqReport
+from ..reporting.sizes import group_bits, stored_bits
 from ..reporting.tables import Cell, Table, as_text
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap, Estimate, Measure
-from .cost import group_bits, linear_bytes
 from .evaluate import window_scores
 from .shared_copy import SharedCopy
 
@@ -243,9 +243,8 @@ def _parts(report: AwqReport, by: str, model: nn.Module) -> dict[str, dict[str, 
 def _part(name: str, layers: tuple[str, ...], cost: Estimate, report: AwqReport, model: nn.Module) -> Part:
     rows = [report[layer] for layer in layers]
     weights = sum(row.in_features * row.out_features for row in rows)
-    stored = 8 * sum(linear_bytes(row) for row in rows) / weights
     float_bits = 8 * next(model.parameters()).element_size()
-    return Part(name, layers, weights, stored, float_bits, cost)
+    return Part(name, layers, weights, stored_bits(rows), float_bits, cost)
 
 
 class _swapped:

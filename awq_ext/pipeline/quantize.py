@@ -25,7 +25,10 @@ from ..forwards.probe import Probe, combined
 from ..forwards.rescaled import Rescaling
 from ..layers.announcement import announce
 from ..layers.quant_linear import QuantLinear
+from ..layers.sizes import model_bytes
 from ..modules import foldable_norms, heads_among, input_embeddings, unwrapped
+from ..reporting.model_card import base_name
+from ..reporting.origin import call_text, now, versions
 from ..reporting.progress import Progress, draws_bars, say
 from ..reporting.report import AwqReport, LayerReport
 from ..reporting.tables import format_bytes
@@ -38,8 +41,6 @@ from ..survey.survey import BlockSurvey, reasons_to_stay
 from ..undo import interrupt
 from ..undo.thread_state import restoring
 from .session import Session, session
-
-_FEW_TOKENS = 4000
 
 
 @restoring
@@ -74,10 +75,12 @@ def quantize(
     given, model = model, unwrapped(model)
     config = configured(config, overrides)
     started = time.perf_counter()
-    report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
+    report = _begun(model, config)
     rescaling = Rescaling(model)
     with session(model, calib_loader, config, tokenizer, inputs, undo=False) as opened:
-        _warn_of_few_tokens(opened)
+        report.calibration_tokens = _tokens(opened)
+        if report.few_tokens:
+            warn(report.few_tokens)
         with opened.surveyed(blocks) as surveys:
             run = _Run(opened, surveys, report, progress, rescaling)
             with run.blocks() as visited:
@@ -204,6 +207,7 @@ class _Run:
 def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) -> None:
     """Put the original layers back where their stand-ins stay float, and complete the report."""
     opened.standins.put_back(opened.model, opened.journal)
+    report.bytes_after = model_bytes(opened.model, report=report)
     report.peak_memory_bytes = opened.memory.bytes()
     for name, reason in reasons_to_stay(opened.eligible, surveys).items():
         report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
@@ -223,18 +227,27 @@ def _heads(opened: Session) -> list[str]:
     ]
 
 
-def _warn_of_few_tokens(opened: Session) -> None:
-    """Warn where a model that reads token ids is calibrated on few of them; plain rounding does not look at them."""
+def _begun(model: nn.Module, config: AwqConfig) -> AwqReport:
+    """Begin a report: which model, when, by what, and how large it is."""
+    name = base_name(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return AwqReport(
+        model=name or type(model).__name__,
+        date=now(),
+        versions=versions(),
+        command=call_text(config.to_dict(), AwqConfig().to_dict()),
+        config=config.to_dict(),
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes_before=model_bytes(model),
+    )
+
+
+def _tokens(opened: Session) -> int:
+    """Count the token ids that the model is calibrated on; 0 where it reads none, or every layer is only rounded."""
     config = opened.config
     settings = (config, *(config.for_layer(name) for name in opened.eligible.linears))
     if input_embeddings(opened.model) is None or all(one.method == "rtn" for one in settings):
-        return
-    tokens = sum(call.tokens for call in opened.calls)
-    if 0 < tokens < _FEW_TOKENS:
-        warn(
-            f"{tokens:,} calibration tokens are few: from about {_FEW_TOKENS:,} on the statistics of channels are steady "
-            "(32 windows of 512 tokens are usual)"
-        )
+        return 0
+    return sum(call.tokens for call in opened.calls)
 
 
 def _extra_calls(
