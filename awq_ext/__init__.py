@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from .pipeline.plan import GroupPlan, Plan, plan
     from .pipeline.quantize import quantize
     from .reporting.report import AwqReport, BlockReport, LayerReport
+    from .streaming.checkpoint import quantize_checkpoint
+    from .workdir.directory import ResumeError
 
 # the same for the running program: module -> its public names
 _PLACES = {
@@ -59,6 +61,8 @@ _PLACES = {
     "pipeline.plan": ("GroupPlan", "Plan", "plan"),
     "pipeline.quantize": ("quantize",),
     "reporting.report": ("AwqReport", "BlockReport", "LayerReport"),
+    "streaming.checkpoint": ("quantize_checkpoint",),
+    "workdir.directory": ("ResumeError",),
 }
 __version__ = _version("awq-ext")
 __all__ = [
@@ -75,6 +79,7 @@ __all__ = [
     "LayerReport",
     "Plan",
     "QuantLinear",
+    "ResumeError",
     "Salience",
     "Sensitivity",
     "__version__",
@@ -88,6 +93,7 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "quantize_checkpoint",
     "register_with_peft",
     "register_with_transformers",
     "salience",

@@ -18,10 +18,10 @@ LIST = re.compile(r"(?<=<!-- storeys -->\n\n).*?(?=\n\n<!-- end of storeys -->)"
 
 STOREYS = (
     ("cli",),
-    ("demo",),
+    ("demo", "streaming"),
     ("evaluation", "integrations"),
     ("pipeline", "checkpoints"),
-    ("solving",),
+    ("solving", "workdir"),
     ("folding", "calibration"),
     ("survey",),
     ("standins",),

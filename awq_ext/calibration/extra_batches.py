@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,11 +39,24 @@ def random_calls(model: nn.Module, calls: Sequence[Call], share: float) -> list[
     return _calls_of(model, calls, share, drawn, _RANDOM_HINT)
 
 
-def generated_calls(model: nn.Module, calls: Sequence[Call], share: float, progress: bool = False) -> list[Call]:
-    """Do the same with text sampled from the model; [] also where it cannot write any. Raises what the model raises."""
+def generated_calls(
+    model: nn.Module,
+    calls: Sequence[Call],
+    share: float,
+    progress: bool = False,
+    remember: Callable[[Callable[[], Tensor]], Tensor] = lambda make: make(),
+) -> list[Call]:
+    """Do the same with text sampled from the model; [] also where it cannot write any. Raises what the model raises.
+
+    remember: returns what the function that writes the text returned, int64 [n], now or in a run before.
+    """
     if share <= 0 or not can_generate(model):
         return []
-    return _calls_of(model, calls, share, partial(generated_tokens, model, progress=progress), _GENERATED_HINT)
+
+    def written(*arguments: Any) -> Tensor:
+        return remember(lambda: generated_tokens(model, *arguments, progress=progress))
+
+    return _calls_of(model, calls, share, written, _GENERATED_HINT)
 
 
 def _calls_of(model: nn.Module, calls: Sequence[Call], share: float, source: _Source, hint: str) -> list[Call]:

@@ -17,6 +17,9 @@ class Weights(Protocol):
     def begin(self, call: Call) -> None:
         """Start over for a batch that is about to run through a block."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all weights, by names that :func:`weights_of` understands."""
+
     def following(self, name: str, x: Tensor) -> Tensor | None:
         """Return the weights of the next input x [..., K] of a Linear: fp32 [rows]; None if unknown: all rows count alike then."""
 
@@ -33,6 +36,13 @@ class RowWeights:
     def begin(self, call: Call) -> None:
         """As :class:`Weights` says."""
         self._now, self._left = self._rows[id(call)], {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As :class:`Weights` says."""
+        rows = [self._rows[id(call)] for call in self._calls]
+        return {
+            f"{i} {k} {n}": x for i, mine in enumerate(rows) for n, seen in mine.items() for k, x in enumerate(seen)
+        }
 
     def following(self, name: str, x: Tensor) -> Tensor | None:
         """As :class:`Weights` says: None where x has another number of rows than when its weights were found."""
@@ -53,6 +63,10 @@ class PositionWeights:
         """As :class:`Weights` says."""
         self._call = call
 
+    def tensors(self) -> dict[str, Tensor]:
+        """As :class:`Weights` says."""
+        return dict(self._stretches)
+
     def following(self, name: str, x: Tensor) -> Tensor | None:
         """As :class:`Weights` says: None for inputs without a position, that is of fewer than three dimensions."""
         weights = self._stretches.get(name)
@@ -62,6 +76,17 @@ class PositionWeights:
         kept = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
         # positions past the windows that had a backward get the weight of their last stretch
         return weights[stretches_of(kept).clamp_max(len(weights) - 1)].flatten()
+
+
+def weights_of(tensors: Mapping[str, Tensor], by_position: bool, calls: Sequence[Call]) -> Weights:
+    """Make weights of what their ``tensors()`` returned, for the same calls; by_position: whether they were PositionWeights."""
+    if by_position:
+        return PositionWeights(tensors)
+    rows: list[dict[str, list[Tensor]]] = [{} for _ in calls]
+    for key, tensor in tensors.items():  # in the order in which they were listed
+        index, _, name = key.split(" ", 2)
+        rows[int(index)].setdefault(name, []).append(tensor)
+    return RowWeights(rows, calls)
 
 
 def stretches_of(kept: Tensor) -> Tensor:

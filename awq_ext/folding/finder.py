@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,17 @@ class _Pattern:
     kind: str = ""
     producer: tuple[int, int] = (-1, -1)
     rows: Tensor | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        rows = None if self.rows is None else self.rows.tolist()
+        return {"kind": self.kind, "producer": list(self.producer), "rows": rows}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any], device: torch.device) -> _Pattern:
+        """Inverse of :meth:`plain`."""
+        rows = None if plain["rows"] is None else torch.tensor(plain["rows"], device=device)
+        return cls(plain["kind"], tuple(plain["producer"]), rows)
 
 
 class FoldFinder:
@@ -50,6 +62,31 @@ class FoldFinder:
         if any(wanted) and all(fold is not None for fold, one in zip(folds, wanted, strict=True) if one):
             self._patterns[shape] = [_pattern(fold, members) for fold in folds]
         return folds
+
+    def remembered(
+        self, groups: Sequence[ScaleGroup], linears: Mapping[str, nn.Linear], wanted: Sequence[bool]
+    ) -> list[dict[str, Any] | None] | None:
+        """Return the folds that later blocks like this one are tried with, as plain values; None where there are none."""
+        members = [tuple(linears[name] for name in group.linears) for group in groups]
+        patterns = self._patterns.get(self._shape(groups, members, wanted))
+        if patterns is None:
+            return None
+        return [None if one is None else one.plain() for one in patterns]
+
+    def remember(
+        self,
+        groups: Sequence[ScaleGroup],
+        linears: Mapping[str, nn.Linear],
+        wanted: Sequence[bool],
+        plain: Sequence[Mapping[str, Any] | None] | None,
+    ) -> None:
+        """Go on as after the search of a block that :meth:`remembered` was asked of, in another process maybe."""
+        members = [tuple(linears[name] for name in group.linears) for group in groups]
+        shape = self._shape(groups, members, wanted)
+        self._patterns.pop(shape, None)
+        if plain is not None:
+            device = members[0][0].weight.device
+            self._patterns[shape] = [None if one is None else _Pattern.of(one, device) for one in plain]
 
     def _shape(
         self, groups: Sequence[ScaleGroup], members: Sequence[Sequence[nn.Linear]], wanted: Sequence[bool]

@@ -51,6 +51,11 @@ class Stop:
         """Positional and keyword arguments of that call."""
         return self._args, self._kwargs
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the batch waits here, and has not been advanced."""
+        return self._worker.stop is self
+
     def run_on_copies(self) -> Any:
         """Run the block on copies of its arguments and return its output; the forward stays where it is.
 
@@ -73,13 +78,16 @@ class Stop:
 class _Worker(greenlet.greenlet):
     """One batch's forward. Talks to its caller (the greenlet that made it) by switching values back and forth."""
 
-    def __init__(self, model: nn.Module, index: int, call: Call, home: ThreadState) -> None:
+    def __init__(
+        self, model: nn.Module, index: int, call: Call, home: ThreadState, waits: Callable[[Stop], None]
+    ) -> None:
         super().__init__(self._forward)
         # greenlets start with empty context variables; the forward must see those of the caller
         self.gr_context = contextvars.copy_context()
         self._model = model
         self._index = index
         self._home = home
+        self._waits = waits
         self.call = call
         self.stop: Stop | None = None
         self._result: Any = None
@@ -94,6 +102,7 @@ class _Worker(greenlet.greenlet):
     def pause(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Wait inside the forward and run what the caller requests, until it requests to go on (None)."""
         self.stop = Stop(self, block, args, kwargs)
+        self._waits(self.stop)
         while True:
             with other_state(self._home):
                 request = self.parent.switch()
@@ -123,15 +132,19 @@ class _Worker(greenlet.greenlet):
 
 @contextmanager
 def lockstep(
-    model: nn.Module, blocks: Sequence[Block], calls: Sequence[Call]
+    model: nn.Module,
+    blocks: Sequence[Block],
+    calls: Sequence[Call],
+    waits: Callable[[Stop], None] = lambda stop: None,
 ) -> Iterator[Iterator[tuple[Block, list[Stop]]]]:
     """Give an iterator over ``blocks`` (in calling order), each with the batches that wait at its entry.
 
     The body of the loop may run blocks on copies, and advance stops; those that it did not advance are advanced before the next
-    block. Leaving the context ends all forwards where they are (what follows the last block never runs) and removes every hook.
+    block. ``waits`` is called for each batch that begins to wait. Leaving the context ends all forwards where they are (what
+    follows the last block never runs) and removes every hook.
     """
     home = ThreadState.capture()
-    workers = [_Worker(model, i, call, home) for i, call in enumerate(calls)]
+    workers = [_Worker(model, i, call, home, waits) for i, call in enumerate(calls)]
     on = Hooks()
     try:
         for block in blocks:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,6 +70,32 @@ class FreeMemory:
         self._held = min(self._held, now)
 
 
+def anonymous_bytes() -> int:
+    """Return the bytes held beside mapped files, which the system can drop and read again; all bytes where it is not Linux."""
+    return _status_bytes("RssAnon") if _STATUS.exists() else resident_bytes()
+
+
+def available_bytes() -> int:
+    """Return the bytes of memory that this process could take now without swapping: Linux only, else 0."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 0
+    return min([free, *_limits_of_groups()])
+
+
+def _limits_of_groups() -> Iterator[int]:
+    """Yield what the control groups of this process (containers, batch jobs) leave it, page cache not counted."""
+    with suppress(OSError, ValueError):
+        place = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+        for folder in (Path("/sys/fs/cgroup") / place, Path("/sys/fs/cgroup")):
+            limit = folder / "memory.max"
+            if limit.exists() and (text := limit.read_text().strip()) != "max":
+                used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield max(0, int(text) - int(used["anon"]))
+
+
 class PeakMemory:
     """Measures the peak of host memory since it was made, or that of a GPU."""
 
@@ -91,3 +119,33 @@ class PeakMemory:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return _status_bytes("VmHWM") if self._resets else _peak_of_life()
+
+
+class PeakAnonymous:
+    """Measures the peak of :func:`anonymous_bytes`, of which the kernel keeps no mark: a thread looks every few milliseconds.
+
+    To be used as a context manager, whose end ends the thread.
+    """
+
+    def __init__(self, every: float = 0.01) -> None:
+        self.start = self._peak = anonymous_bytes()
+        self._every = every
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="awq_ext-memory", daemon=True)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._every):
+            self._peak = max(self._peak, anonymous_bytes())
+
+    def bytes(self) -> int:
+        """Return the peak so far."""
+        self._peak = max(self._peak, anonymous_bytes())
+        return self._peak
+
+    def __enter__(self) -> PeakAnonymous:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()

@@ -61,7 +61,7 @@ def with_local_code(config: dict[str, Any], source: Path | None) -> dict[str, An
     return config | {"auto_map": {kind: local(name) for kind, name in mapped.items()}}
 
 
-class _EmptyOnMeta(TorchFunctionMode):
+class EmptyOnMeta(TorchFunctionMode):
     """Make torch.empty, by which all large parameters come about, give meta tensors; what is computed (rotary tables) is real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -102,7 +102,7 @@ def empty_model(folder: Path, dtype: torch.dtype | None, options: Mapping[str, A
     wanted = dtype or getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
     if isinstance(wanted, str):
         wanted = getattr(torch, wanted)
-    with _default_dtype(wanted), _EmptyOnMeta(), torch.no_grad():
+    with _default_dtype(wanted), EmptyOnMeta(), torch.no_grad():
         if kind is not None and auto is None:
             return kind(config)
         return getattr(package, auto or "AutoModelForCausalLM").from_config(

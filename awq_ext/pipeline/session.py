@@ -13,7 +13,7 @@ from torch import nn
 from ..config import AwqConfig
 from ..forwards.calls import Call, read_calls
 from ..forwards.lockstep import Stop, lockstep
-from ..forwards.memory import PeakMemory
+from ..forwards.memory import PeakAnonymous, PeakMemory
 from ..forwards.mode import calibration_mode
 from ..modules import heads_among
 from ..standins.standins import StandIns
@@ -37,7 +37,7 @@ class Session:
     journal: Journal
     eligible: Eligible
     standins: StandIns
-    memory: PeakMemory
+    memory: PeakMemory | PeakAnonymous
 
     @contextmanager
     def surveyed(self, blocks: Sequence[str] | None) -> Iterator[list[BlockSurvey]]:
@@ -47,10 +47,16 @@ class Session:
 
     @contextmanager
     def visits(
-        self, surveys: Sequence[BlockSurvey], calls: Sequence[Call]
+        self,
+        surveys: Sequence[BlockSurvey],
+        calls: Sequence[Call],
+        waits: Callable[[Stop], None] = lambda stop: None,
     ) -> Iterator[Iterator[tuple[BlockSurvey, list[Stop]]]]:
-        """Run all ``calls`` in lockstep: the body sees each block with the batches that wait at its entry."""
-        with lockstep(self.model, [one.block for one in surveys], calls) as visits:
+        """Run all ``calls`` in lockstep: the body sees each block with the batches that wait at its entry.
+
+        waits: called for each batch that begins to wait.
+        """
+        with lockstep(self.model, [one.block for one in surveys], calls, waits) as visits:
             yield ((one, stops) for one, (_, stops) in zip(surveys, visits, strict=True))
 
 
@@ -63,17 +69,18 @@ def session(
     inputs: str | Callable[[Any], Any] = "all",
     *,
     undo: bool = True,
+    memory: PeakMemory | PeakAnonymous | None = None,
 ) -> Iterator[Session]:
     """Read the calibration samples, and find the Linears that can be quantized.
 
-    What the body or the stand-ins change through the journal is undone after an exception, with ``undo`` always. Raises what
-    ``check_layers``, ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for :func:`awq_ext.undo.interrupt.check`.
+    memory: measures the peak; None makes what measures that of the device. What the body or the stand-ins change through the
+    journal is undone after an exception, with ``undo`` always. Raises what ``check_layers``, ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for :func:`awq_ext.undo.interrupt.check`.
     """
     device = check_layers(model, config)
     calls = read_calls(samples, device, tokenizer, inputs, config.seq_len, model)
     # tensors made in inference mode could not be used in training later
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
-        memory = PeakMemory(device)
+        memory = memory or PeakMemory(device)
         try:
             eligible, standins = select_linears(model, calls[0], config, journal)
             if config.head != "float":

@@ -12,24 +12,32 @@ from .survey import BlockSurvey
 _KERNEL_SLAB = 32 << 20
 
 
-def planned_bytes(surveys: Sequence[BlockSurvey], growth: float, config: AwqConfig) -> int:
+def planned_bytes(
+    surveys: Sequence[BlockSurvey], growth: float, config: AwqConfig, streamed: bool = False, spilled: bool = False
+) -> int:
     """Estimate the bytes that quantizing adds to what one plain forward of the first batch needs.
 
     They are the sum of: hidden states of all batches (``growth`` times the first one's) at one block boundary; statistics of the
     largest block; all new layers (the float ones stay until the end, so that everything can be taken back); and scratch of one
     block. Scratch is its largest second moment, packed for the kernels (and factored, where errors are fed back), its quantized
     weights in float for trials, and its codes twice (with and without clips).
+
+    streamed: new layers go to a file, block by block. spilled: so do hidden states, but for those of two batches.
     """
-    hidden = max(s.input_bytes for s in surveys) * growth
+    hidden = max(s.input_bytes for s in surveys) * (min(growth, 2.0) if spilled else growth)
     statistics = max(statistics_bytes(s) + _centred_bytes(s, config) for s in surveys)
-    weights = {name: linear.weight for s in surveys for name, linear in s.linears.items()}
-    made = sum(
-        _code_bytes(config, n) * w.numel() if config.for_layer(n).packed else w.nbytes for n, w in weights.items()
-    )
+    made = (max if streamed else sum)(made_bytes([s], config) for s in surveys)
     # three fp32 [K, K]: the factor; the whole second moment in panels, for refining; and damped, for the clips
     widths = [m.in_features for s in surveys for n, m in s.linears.items() if config.for_layer(n).uses_gptq]
     factored = 12 * max(widths, default=0) ** 2
     return int(hidden + statistics + made + factored + max(_scratch_bytes(s, config) for s in surveys))
+
+
+def made_bytes(surveys: Sequence[BlockSurvey], config: AwqConfig) -> int:
+    """Add up the bytes of the layers that will be made."""
+    weights = {name: linear.weight for s in surveys for name, linear in s.linears.items()}
+    sizes = [_code_bytes(config, n) * w.numel() if config.for_layer(n).packed else w.nbytes for n, w in weights.items()]
+    return int(sum(sizes))
 
 
 def statistics_bytes(surveyed: BlockSurvey) -> int:

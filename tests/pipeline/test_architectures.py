@@ -175,7 +175,7 @@ def test_folded_float_weights_compute_what_the_model_did(name: str, monkeypatch:
         made.append(twin)
         return twin
 
-    monkeypatch.setattr(importlib.import_module("awq_ext.pipeline.quantize"), "build_layer", unrounded)
+    monkeypatch.setattr(importlib.import_module("awq_ext.pipeline.run"), "build_layer", unrounded)
     monkeypatch.setattr(StandIns, "put_back", lambda *_: None)  # would give float layers their own form back
     case = make_or_skip(name)
     before = [outputs(case.model, batch) for batch in case.batches]

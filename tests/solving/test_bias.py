@@ -174,7 +174,7 @@ def test_a_bias_is_corrected_before_a_fold_divides_it(
     method: str, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved = {}
-    quantizing = importlib.import_module("awq_ext.pipeline.quantize")
+    quantizing = importlib.import_module("awq_ext.pipeline.run")
     real = quantizing.build_layer
 
     def build(layer: Any, fold: Any) -> nn.Module:

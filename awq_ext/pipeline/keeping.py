@@ -1,0 +1,154 @@
+"""Keeping: where a run puts what it has finished, what it may hold in memory, and what it finds of a run before."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from torch import Tensor, nn
+
+from ..calibration.row_weights import PositionWeights, Weights, weights_of
+from ..config import AwqConfig
+from ..forwards.calls import Call
+from ..forwards.lockstep import Stop
+from ..forwards.memory import PeakAnonymous
+from ..forwards.spill import can_spill, spill
+from ..reporting.tables import format_bytes
+from ..survey.budget import made_bytes, planned_bytes
+from ..survey.survey import BlockSurvey
+from ..workdir.directory import WorkDirectory
+from ..workdir.fingerprint import fingerprint
+from ..workdir.result import BlockResult
+
+_MADV_PAGEOUT = 21  # linux/mman.h, since 5.4: drops clean pages, and destroys nothing
+
+
+class Keeping:
+    """How one run keeps what it makes; without a work directory it keeps all in memory.
+
+    streamed: the float weights are mapped from files. Their pages are given back once a block is finished, and its new layers are
+    mapped from the work directory. limit: bytes of memory, mapped files not counted, that a streamed run may take; beyond it hidden
+    states that wait go to files too.
+    """
+
+    def __init__(self, work: WorkDirectory | None = None, streamed: bool = False, limit: int | None = None) -> None:
+        self.work, self.streamed, self._limit = work, streamed, limit
+        self._started = time.perf_counter()
+        self._spills = False
+        self.seconds_before = 0.0  # of the runs that finished what this one found
+        self.peak_before = 0
+
+    @contextmanager
+    def measured(self) -> Iterator[PeakAnonymous | None]:
+        """Measure memory while the body runs as a streamed run counts it; None: as others do."""
+        if not self.streamed:
+            yield None
+            return
+        with PeakAnonymous() as memory:
+            yield memory
+
+    def begin(self, model: nn.Module, calls: Sequence[Call], config: AwqConfig, blocks: Sequence[str] | None) -> None:
+        """Check that the work directory, if there is one, holds the work of this very call. ResumeError if not."""
+        if self.work is not None:
+            self.work.begin(fingerprint(model, calls, config, blocks))
+
+    def plan(self, surveys: Sequence[BlockSurvey], growth: float, config: AwqConfig, base: int) -> int:
+        """Plan the peak of memory: ``base`` bytes, of a plain forward, and what comes on top. Check memory and disk for it.
+
+        ValueError for more than the limit, OSError for a disk that is too small.
+        """
+        planned = base + planned_bytes(surveys, growth, config, self.streamed)
+        if self._limit is not None and planned > self._limit and can_spill():
+            self._spills = True
+            planned = base + planned_bytes(surveys, growth, config, self.streamed, spilled=True)
+        if self._limit is not None and planned > self._limit:
+            raise ValueError(
+                f"quantizing block by block takes about {format_bytes(planned)} of memory, {format_bytes(base)} of it for a plain "
+                f"forward of the first batch; the limit is {format_bytes(self._limit)}: give shorter or smaller calibration "
+                "batches, or a larger max_memory (--max-memory)"
+            )
+        if self.work is not None:
+            left = [one for i, one in enumerate(surveys) if not self.holds(i)]
+            self.work.check_room(made_bytes(left, config), "what is finished")
+        return planned
+
+    def remember_text(self, make: Callable[[], Tensor]) -> Tensor:
+        """Return the text that ``make`` writes, int64 [n], written once for all runs."""
+        if self.work is None:
+            return make()
+        return self.work.remember("text", lambda: ({"text": make()}, {}))[0]["text"]
+
+    def remember_weights(self, calls: Sequence[Call], make: Callable[[], Weights]) -> Weights:
+        """Return the weights of the rows of ``calls`` that ``make`` finds, found once for all runs."""
+        if self.work is None:
+            return make()
+
+        def made() -> tuple[dict[str, Tensor], bool]:
+            weights = make()
+            return weights.tensors(), isinstance(weights, PositionWeights)
+
+        tensors, by_position = self.work.remember("weights", made)
+        return weights_of(tensors, by_position, calls)
+
+    def waits(self, stop: Stop) -> None:
+        """Move the hidden states of a batch that begins to wait to files, if memory is short."""
+        if self._spills and self.work is not None:
+            spill(stop.inputs, self.work.folder)
+
+    def has_all(self, surveys: Sequence[BlockSurvey]) -> bool:
+        """Tell whether every block is finished, so that no batch need run."""
+        return all(self.holds(index) for index, one in enumerate(surveys) if one.groups)
+
+    def holds(self, index: int) -> bool:
+        """Tell whether the block of this number is finished, and on the disk."""
+        return self.work is not None and self.work.has(_name(index))
+
+    def load(self, index: int, surveyed: BlockSurvey) -> BlockResult | None:
+        """Read what an earlier run found for a block; None if none finished it."""
+        found = None if self.work is None else self.work.load(_name(index))
+        if found is None:
+            return None
+        result = BlockResult.read(*found, surveyed.linears)
+        self.seconds_before, self.peak_before = result.elapsed, max(self.peak_before, result.peak_bytes)
+        return result
+
+    def store(self, index: int, result: BlockResult, peak: int) -> None:
+        """Write what was found for a block to the disk, where the next run finds it."""
+        if self.work is None:
+            return
+        result.elapsed = self.seconds_before + time.perf_counter() - self._started
+        result.peak_bytes = max(peak, self.peak_before)
+        self.work.store(_name(index), *result.stored())
+        if self.streamed:
+            mapped = self.work.load(_name(index))
+            assert mapped is not None
+            result.map_buffers(mapped[0])
+
+    def release(self, surveyed: BlockSurvey, result: BlockResult) -> None:
+        """Give back the pages of the float weights that are replaced. They stay readable: from the files, if need be."""
+        for name in result.modules if self.streamed else ():
+            page_out(surveyed.linears[name].weight)
+
+
+def _name(index: int) -> str:
+    return f"block-{index:04}"
+
+
+def page_out(tensor: Tensor) -> None:
+    """Tell the system that the memory of a tensor will not be read soon; only Linux is told, and nothing is ever lost."""
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.numel():
+        return
+    size = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // size) * size
+    end = (
+        (tensor.data_ptr() + tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize)
+        // size
+        * size
+    )
+    if end > start:
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)

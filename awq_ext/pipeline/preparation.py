@@ -1,0 +1,66 @@
+"""What is made before the first block: more batches than those given, and how much each row counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..calibration.extra_batches import generated_calls, random_calls
+from ..calibration.importance import find_weights
+from ..calibration.row_weights import Weights
+from ..config import AwqConfig
+from ..forwards.calls import Call
+from ..reporting.progress import draws_bars
+from ..reporting.report import AwqReport
+from ..survey.survey import BlockSurvey
+from ..workdir.directory import ResumeError
+from .keeping import Keeping
+
+
+def extra_calls(
+    model: nn.Module, calls: Sequence[Call], config: AwqConfig, report: AwqReport, progress: bool, keeping: Keeping
+) -> list[Call]:
+    """Make batches in addition to those given: of random tokens, and of text that the model generates if it can."""
+    drawn = random_calls(model, calls, config.random_share)
+    try:
+        written = generated_calls(
+            model, calls, config.generated_share, progress and draws_bars(), keeping.remember_text
+        )
+    except (ResumeError, OSError):  # of the work directory
+        raise
+    except Exception as error:  # the calls that were given will show whether the model works
+        written = []
+        report.notes.append(f"the model could not write text to calibrate on: {type(error).__name__}: {error}")
+    kinds = [(drawn, "of random tokens"), (written, "that the model wrote")]
+    added = " and ".join(f"{len(made)} {kind}" for made, kind in kinds if made)
+    if added:
+        report.notes.append(f"calibrated on {len(calls)} batches, and on {added}")
+    return drawn + written
+
+
+def row_weights(
+    model: nn.Module,
+    calls: Sequence[Call],
+    surveys: Sequence[BlockSurvey],
+    config: AwqConfig,
+    report: AwqReport,
+    progress: bool,
+    keeping: Keeping,
+) -> Weights | None:
+    """Weigh the calibration rows by how strongly the model's output reacts to errors in them; None if all count alike."""
+    if not config.weighs_rows:
+        return None
+    asked = config.objective is not None
+    shown = progress and draws_bars()
+    try:
+        return keeping.remember_weights(
+            calls, lambda: find_weights(model, calls, surveys, config.weighed_batches, shown, of_tokens=not asked)
+        )
+    except (ResumeError, OSError):
+        raise
+    except Exception as error:  # a model need not have gradients to be quantized
+        if asked:
+            raise
+        report.notes.append(f"all calibration rows count alike: {type(error).__name__}: {error}")
+        return None
