@@ -346,7 +346,7 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run the code beside the weights of a model with a class of its own. It can do whatever you can: read it first.",
+        help="Run Python code that comes with the model. It can do whatever you can, so read it first.",
     ),
 ]
 Calib = Annotated[
@@ -360,14 +360,14 @@ Calib = Annotated[
 ]
 Field = Annotated[
     str | None,
-    typer.Option(help="The field or column that holds the text or the messages, in every file that has rows."),
+    typer.Option(help="The column or field with the text or the messages, in .jsonl, .json, .csv and .parquet files."),
 ]
-Seed = Annotated[int, typer.Option(help="Of the places in the texts that the windows are drawn from.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random choice of windows.")]
 Head = Annotated[
     str | None,
     typer.Option(
         callback=check_head,
-        help="The output layer: float (as it is, the default), int8 or int4. Tied to the embedding, it gets a weight of its own.",
+        help="The output layer: float (the default), int8 or int4. If it is tied to the embedding, it gets a weight of its own.",
     ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text, drawn evenly over all of it.")]
@@ -382,7 +382,7 @@ Bits = Annotated[
     typer.Option(
         min=2,
         max=8,
-        help="Bits of a weight: 4 unless said otherwise, or 8; others only in compare.",
+        help="Bits of a weight: 4 (the default) or 8; 2, 3, 5, 6 and 7 only in compare.",
         show_default=False,
     ),
 ]
@@ -412,11 +412,11 @@ OverwriteFloat = Annotated[
     Path | None,
     typer.Option(
         metavar="OUT",
-        help="Replace even float weights in OUT, which is named once more here. Those of the source never are.",
+        help="Name OUT once more here to replace even float weights in it. Those of the source are never replaced.",
     ),
 ]
 # eager: it is read before the options whose files it is about
-Overwrite = Annotated[bool, typer.Option("--overwrite", is_eager=True, help="Replace files that are there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", is_eager=True, help="Replace existing files.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads, instead of torch's choice.")]
 JsonPath = Annotated[
     Path | None,

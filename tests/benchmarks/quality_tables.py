@@ -117,7 +117,7 @@ def choices(data: Data, markdown: Markdown) -> str:
     head = (
         "share of RTN's gap closed, perplexity / divergence",
         "other text, mean",
-        "what follows the calibration text",
+        "continuation of the calibration text",
     )
     return markdown(head, rows)
 

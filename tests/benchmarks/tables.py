@@ -111,9 +111,9 @@ def summary() -> str:
     chosen = [r for r in data["results"] if (r["in"], r["out"]) == SUMMARY_SHAPE]
     head = ("rows of activations", *(str(r["rows"]) for r in chosen))
     rows = [["microseconds", *(f"{r['times']['ours'] * 1e6:.0f}" for r in chosen)]]
-    for peer, name in (("bf16", "faster than torch's bf16 Linear"), ("aten_int4", "than its int4 kernel")):
+    for peer, name in (("bf16", "faster than torch's bf16 Linear"), ("aten_int4", "faster than torch's int4 kernel")):
         rows.append([name, *(times(r["ratios"].get(peer)) for r in chosen)])
-    rows.append(['`compute_dtype="int8"`, than bf16', *(times(r["int8_ratios"]["bf16"]) for r in chosen)])
+    rows.append(['`compute_dtype="int8"`, faster than bf16', *(times(r["int8_ratios"]["bf16"]) for r in chosen)])
     return markdown(head, rows) + f"\n\n{SUMMARY_SHAPE[0]} x {SUMMARY_SHAPE[1]}, groups of 128. {described(data)}."
 
 

@@ -232,7 +232,7 @@ def test_help_is_broken_where_the_terminal_ends() -> None:
     shown = runner.invoke(cli.app, ["quantize", "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
     lines = [line.strip() for line in shown.output.splitlines()]
     (line,) = (line for line in lines if line.startswith("The calibration text decides"))
-    assert line.endswith("awq-ext compare tells which method suits it best.")
+    assert line.endswith("awq-ext compare shows which method suits it best.")
 
 
 @pytest.mark.parametrize("command", ["quantize", "compare", "eval", "report", "inspect", "convert", "bench"])

@@ -137,7 +137,7 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, at import
 def test_the_command_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (command,) = (text for text in snippets("docs/compare.md", "") if "awq-ext compare" in text)
+    command = next(text for text in snippets("docs/compare.md", "") if "awq-ext compare" in text)
     hf_directory.make(tmp_path / "model")
     for name in ("src.txt", "de.txt"):
         (tmp_path / name).write_text(f"{name}: one line of it\n" * 100)
