@@ -85,7 +85,7 @@ def alphas(report: AwqReport) -> str | None:
 
 def tails(report: AwqReport) -> str | None:
     """Plot the salience of the channels, ranked: all lightly, those whose top 1 % hold most boldly and by name."""
-    rows = [row for row in report.layers if row.tail]
+    rows = [row for row in report.layers if row.tail and row.tail[0] > 0]  # silent inputs have none to show
     bold = {row.name for row in largest(rows, lambda row: row.top_share or 0.0)} if len(rows) > MOST_NAMED else set()
 
     def draw(plot: Plot) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from awq_ext import LayerReport
+from awq_ext.reporting.page import layer_kinds
 from awq_ext.reporting.page.layer_kinds import KINDS, by_kind, depth_of, in_blocks, kind_of, place_name
 
 LIGHT, DARK = "#ffffff", "#1b2229"  # --paper of page.css
@@ -35,6 +39,25 @@ def test_every_kind_has_a_colour_and_a_marker_of_its_own() -> None:
 def test_colours_are_told_from_their_ground(kind: str) -> None:
     assert contrast(KINDS[kind].light, LIGHT) >= 4.5
     assert contrast(KINDS[kind].dark, DARK) >= 4.5
+
+
+@pytest.mark.parametrize(("part", "paper"), [(0, LIGHT), (1, DARK)], ids=["light", "dark"])
+def test_the_warmest_cells_and_all_words_can_be_read(part: int, paper: str) -> None:
+    css = Path(layer_kinds.__file__).with_name("page.css").read_text()
+    found = {
+        name: values[part]
+        for name in re.findall(r"--([\w-]+):", css)
+        if len(values := re.findall(rf"--{name}: ([^;]+);", css)) == 2
+    }
+    assert re.sub("^#fff$", LIGHT, found["paper"]) == paper
+    (most,) = map(float, re.findall(r"rgb\(var\(--heat\) / calc\(var\(--h\) \* ([\d.]+)\)\)", css))
+    ground = [int(paper[i : i + 2], 16) for i in (1, 3, 5)]
+    warm = [round(most * int(h) + (1 - most) * g) for h, g in zip(found["heat"].split(), ground, strict=True)]
+    assert contrast(found["ink"], "#" + bytes(warm).hex()) >= 4.5
+    for name in ("ink", "soft", "good", "fair", "bad"):
+        assert contrast(found[name], paper) >= 4.5, name
+    for name in ("ink", "fair", "soft"):
+        assert contrast(found[name], found["warn-back"]) >= 4.5, name
 
 
 @pytest.mark.parametrize(

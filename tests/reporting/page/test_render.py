@@ -135,7 +135,7 @@ def assert_drawn(screenshot: Path, width: int, dark: bool) -> None:
     pixels = imread(screenshot)
     assert pixels.shape[1] == width
     seen = {tuple(pixel) for pixel in (pixels[..., :3] * 255).round().astype(int).reshape(-1, 3)}
-    wanted = [KINDS[kind].dark if dark else KINDS[kind].light for kind in ("up", "other")]
+    wanted = [KINDS[kind].dark if dark else KINDS[kind].light for kind in ("up", "down")]
     assert {tuple(bytes.fromhex(colour[1:])) for colour in wanted} <= seen
     assert (pixels[5, 5, :3].max() < 0.2) if dark else (pixels[5, 5, :3].min() > 0.9)
 
