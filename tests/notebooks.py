@@ -26,8 +26,9 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 CELL_SECONDS = 600
 # Cells with this tag in their metadata show what depends on the machine, such as timings: only the kinds of outputs are compared
 MACHINE_TAG = "machine"
-# What two processors may make of one decimal: RELATIVE of the larger, and LAST units of its last digit. Measured: with the
-# kernels of AVX2 and one thread instead of AVX-512 and two, in torch, oneDNN and here, the figures move by up to MOVED.
+# What two processors may make of one decimal: RELATIVE of the larger, and LAST units of its last digit. The kernels of AVX2 and one
+# thread, instead of AVX-512 and two, stay within that (AWQ_EXT_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+# OMP_NUM_THREADS=1).
 RELATIVE, LAST = 0.03, 2
 NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+])?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 # Seconds and memory are the machine's, in whatever sentence they stand; so is the length of a rule above a column
