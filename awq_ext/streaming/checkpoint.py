@@ -66,11 +66,11 @@ def quantize_checkpoint(
     format, overwrite: as for :func:`awq_ext.save_pretrained`.
     dtype: of the float model, None for that of the checkpoint. Another one writes the weights to the disk once more.
 
-    What is finished lies in ``dst.partial`` beside ``dst``, which vanishes once ``dst`` is there as a whole. After an interrupt of any
-    kind the same call goes on after the last finished block, and makes the same files. fresh: start over.
-    Returns ``dst``. Raises what ``quantize`` and ``save_pretrained`` raise: CheckpointError for quantized, damaged or pickled (.bin)
-    checkpoints and what ``format`` cannot hold; ResumeError for the work of another call, or of a running process; ValueError for too
-    small a ``max_memory``; OSError for too small a disk.
+    What is finished lies in ``dst.partial`` beside ``dst``, which vanishes once ``dst`` is there as a whole. After an interrupt of
+    any kind the same call goes on after the last finished block, and makes the same files. fresh: start over.
+    Returns ``dst``. Raises what ``quantize`` and ``save_pretrained`` raise: CheckpointError for quantized, damaged or pickled
+    (.bin) checkpoints and what ``format`` cannot hold; ResumeError for the work of another call, or of a running process;
+    ValueError for too small a ``max_memory``; OSError for too small a disk.
     """
     source, target = Path(src) if factory is not None else folder_of(src), Path(dst)
     limit, chosen = memory_limit(max_memory), configured(config, overrides)
