@@ -20,9 +20,10 @@ from ..checkpoints.quantized_dir import CONFIG
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
 from ..checkpoints.write import Overwrite
+from ..forwards.spill import can_spill
 from ..integrations import foresee
 from ..integrations.hub import folder_of
-from ..integrations.pretrained import from_pretrained, save_pretrained
+from ..integrations.pretrained import from_pretrained, write_pretrained
 from ..reporting.readers import lines
 from ..streaming.checkpoint import work_folder
 from .options import DTYPES, say
@@ -123,9 +124,11 @@ def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
         raise ValueError(f"{directory}: {what}: {' '.join(str(error).split())}") from error
 
 
-def save_model(model: nn.Module, directory: Path, format: str, overwrite: Overwrite = False) -> None:
-    """Write the quantized model with its tokenizer and its report."""
-    save_pretrained(model, directory, format, overwrite=overwrite)
+def save_model(
+    model: nn.Module, directory: Path, format: str, overwrite: Overwrite = False, spill: bool = False
+) -> None:
+    """Write the quantized model with its tokenizer and its report; with ``spill`` about one layer at a time is in memory."""
+    write_pretrained(model, directory, format, overwrite=overwrite, spill=spill and can_spill())
 
 
 def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> None:

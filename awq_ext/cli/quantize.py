@@ -185,7 +185,7 @@ def quantize(
         hf.check_format(model, batches[0], format, chosen)
         before, remembered = model_bytes(model), _remembered(model, left)
         at.quantize(batches, chosen)
-        hf.save_model(model, out_dir, format, covered)
+        hf.save_model(model, out_dir, format, covered, at.streamed)
         at.work.remove()
     report = model.awq_report
     if html is not None:

@@ -14,9 +14,10 @@ from torch import nn
 from ..checkpoints.formats import layout
 from ..checkpoints.write import Overwrite, check_target
 from ..config import AwqConfig, configured
+from ..forwards.spill import can_spill
 from ..integrations.foresee import check_format
 from ..integrations.hub import folder_of
-from ..integrations.pretrained import save_pretrained
+from ..integrations.pretrained import write_pretrained
 from ..pipeline.keeping import Keeping
 from ..pipeline.quantize import quantize_in
 from ..reporting.progress import say
@@ -82,7 +83,7 @@ def quantize_checkpoint(
     with streamed(source, target, dtype, trust_remote_code, factory, fresh, progress) as (model, work):
         check_format(model, samples[:1] and samples[0], format, chosen, **arguments)
         quantize_streamed(model, samples, chosen, work, limit, progress=progress, **arguments)
-        save_pretrained(model, target, format, overwrite=overwrite)
+        write_pretrained(model, target, format, overwrite=overwrite, spill=can_spill())
         work.remove()
     return target
 
