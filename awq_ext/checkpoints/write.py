@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..forwards.spill import mapped_copy
 from ..reporting.warn import warn
 from .atomic_directory import replaced
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
@@ -21,6 +22,8 @@ from .shards import INDEX, WEIGHTS, first_json
 from .version_1 import VERSION_1
 
 REPORT = "awq_report.json"
+# Bytes of a packed tensor that is worth a file of its own while a shard is collected.
+_WORTH_A_FILE = 1 << 20
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -171,13 +174,15 @@ def write(
     config: Mapping[str, Any],
     max_shard_size: int,
     extra: Callable[[Path], None] = lambda folder: None,
+    spill: bool = False,
 ) -> None:
     """Write ``source`` to ``directory`` in ``layout``, atomically: shards, index, config.json with quantization_config.
 
-    extra: writes further files into the folder it is given. One layer at a time is packed; one shard at a time is in memory.
+    extra: writes further files into the folder it is given. One layer at a time is packed; one shard at a time is in memory, or
+    with ``spill`` about one layer: what a shard is made of goes to files first, which are mapped.
     """
     with replaced(directory, is_checkpoint_file) as folder:
-        _write_shards(folder, _tensors(source, layout, summary), max_shard_size)
+        _write_shards(folder, _tensors(source, layout, summary), max_shard_size, spill)
         extra(folder)
         files = {
             CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},
@@ -200,7 +205,7 @@ def _tensors(source: Source, layout: Layout, summary: Summary) -> Iterator[dict[
         yield stored if any(tensor.numel() for tensor in stored.values()) else {}
 
 
-def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int) -> None:
+def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int, spill: bool = False) -> None:
     written: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     taken: set[int] = set()  # the storages of its tensors
@@ -221,7 +226,7 @@ def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int) 
         if shard and size + bytes_ > limit:
             flush()
             size = 0
-        shard.update({name: _storable(tensor, taken) for name, tensor in part.items()})
+        shard.update({name: _storable(tensor, taken, folder if spill else None) for name, tensor in part.items()})
         size += bytes_
         total += bytes_
     flush()
@@ -237,9 +242,15 @@ def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int) 
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _storable(tensor: Tensor, taken: set[int]) -> Tensor:
-    """Give a tensor the form that safetensors wants: on the CPU, contiguous, with a storage of its own, added to ``taken``."""
+def _storable(tensor: Tensor, taken: set[int], spill: Path | None = None) -> Tensor:
+    """Give a tensor the form that safetensors wants: on the CPU, contiguous, with a storage of its own, added to ``taken``.
+
+    spill: a folder for a file to map it from, if what was made of it is large and takes memory.
+    """
+    packed = tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16)  # floats are mapped already, or small
     tensor = tensor.detach().to("cpu").contiguous()
+    if spill is not None and packed and tensor.nbytes >= _WORTH_A_FILE:
+        tensor = mapped_copy(tensor, spill)
     if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.untyped_storage().data_ptr() in taken:
         tensor = tensor.clone()
     taken.add(tensor.untyped_storage().data_ptr())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from ..checkpoints.quantized_dir import CONFIG
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
 from ..checkpoints.write import Overwrite
+from ..forwards.spill import can_spill
 from ..integrations import foresee
 from ..integrations.hub import folder_of
-from ..integrations.pretrained import from_pretrained, save_pretrained
+from ..integrations.pretrained import from_pretrained, write_pretrained
 from ..reporting.readers import lines
+from ..streaming.checkpoint import work_folder
 from .options import DTYPES, say
 
 # of a batch: enough to see which layers a model calls
@@ -53,11 +56,27 @@ def load_model(directory: Path, dtype: str = "auto", trusted: bool = False, devi
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if not (directory / CONFIG).exists():
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
-    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        return _load(directory, chosen, trusted).to(device)
+        return _load(directory, chosen_dtype(dtype) or dtype, trusted).to(device)
     except (ValueError, OSError) as error:
         _ask_for_trust(directory, error, trusted)
+        raise
+
+
+def chosen_dtype(dtype: str) -> torch.dtype | None:
+    """Return what ``--dtype`` names; None for "auto"."""
+    return None if dtype == "auto" else getattr(torch, dtype)
+
+
+@contextmanager
+def told_to_go_on(out_dir: Path) -> Iterator[None]:
+    """Say after a Ctrl-C in the body that the same command goes on, where any block was finished."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        work = work_folder(out_dir)
+        if count := len(list(work.glob("block-*.safetensors"))):
+            say(f"{count} finished blocks are in {escape(str(work))}: the same command goes on from there")
         raise
 
 
@@ -105,9 +124,11 @@ def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
         raise ValueError(f"{directory}: {what}: {' '.join(str(error).split())}") from error
 
 
-def save_model(model: nn.Module, directory: Path, format: str, overwrite: Overwrite = False) -> None:
-    """Write the quantized model with its tokenizer and its report."""
-    save_pretrained(model, directory, format, overwrite=overwrite)
+def save_model(
+    model: nn.Module, directory: Path, format: str, overwrite: Overwrite = False, spill: bool = False
+) -> None:
+    """Write the quantized model with its tokenizer and its report; with ``spill`` about one layer at a time is in memory."""
+    write_pretrained(model, directory, format, overwrite=overwrite, spill=spill and can_spill())
 
 
 def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> None:

@@ -122,6 +122,17 @@ def quantize(
     token: Token = None,
     trust_remote_code: Trust = False,
     threads: Threads = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What the process may take, such as 12GB; by default 80 % of what is free. A larger model is read from its files, "
+            "block by block (CPU only).",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over, instead of going on where an interrupted command stopped.")
+    ] = False,
     json_path: JsonPath = None,
 ) -> None:
     """Quantize a Hugging Face model to int4.
@@ -134,14 +145,17 @@ def quantize(
 
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
+    Interrupted in any way, the same command goes on after the last finished block; until OUT is there, OUT.partial holds them.
+
     OUT holds config, tokenizer, weights, the report and a model card. Layouts without a place for scales that are applied at run
     time get a model whose scales are all folded (fold=always). What the layout cannot hold, such as widths that the group size does
     not divide, is said before the work begins.
     """
-    from .. import quantize as quantize_model
     from ..checkpoints.formats import LAYOUTS
     from ..checkpoints.saved import record_scores
     from ..evaluation.held_out import WINDOWS
+    from ..streaming.limits import memory_limit
+    from ..streaming.working import working
     from . import hf, texts
     from .eval import score
 
@@ -161,20 +175,27 @@ def quantize(
     tokenizer = hf.load_tokenizer(source, trust_remote_code)
     batches, left = texts.drawn_and_left(calib, tokenizer, samples, seq_len, field, seed, WINDOWS)
     scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
-    model = hf.load_model(source, dtype, trust_remote_code, device)
-    hf.note_lengths(model, batches, samples)
-    hf.check_format(model, batches[0], format, chosen)
-    remembered = _remembered(model, left)
-    quantize_model(model, batches, **chosen)
-    report = model.awq_report
-    report.command = command_line(context)
-    hf.save_model(model, out_dir, format, covered)
+    load = lambda: hf.load_model(source, dtype, trust_remote_code, device)  # noqa: E731
+    limit = memory_limit(max_memory) if device == "cpu" else None
+    with (
+        hf.told_to_go_on(out_dir),
+        working(source, out_dir, load, limit, hf.chosen_dtype(dtype), trust_remote_code, fresh) as at,
+    ):
+        model = at.model
+        hf.note_lengths(model, batches, samples)
+        hf.check_format(model, batches[0], format, chosen)
+        remembered = _remembered(model, left)
+        at.quantize(batches, chosen)
+        report = model.awq_report
+        report.command = command_line(context)
+        hf.save_model(model, out_dir, format, covered, at.streamed)
+        at.work.remove()
     console.print(escape(report.summary()), soft_wrap=True)
     sizes = {"before": report.bytes_before, "after": report.bytes_after}
     console.print(_size_line(sizes), highlight=False)
     found, bad = _distance(model, remembered, console)  # only now: should it fail, the model is there
     if scored:
-        found |= score(model, hf.load_model(source, dtype, trust_remote_code, device), scored, str(out_dir), console)
+        found |= score(model, load(), scored, str(out_dir), console)
     report.evaluations = {name: one.to_dict() for name, one in found.items()}
     if found:
         record_scores(out_dir, report.evaluations)

@@ -51,6 +51,20 @@ def save_pretrained(
     Raises CheckpointError, before anything is written, with a list of everything the format cannot hold and what to do about
     it; ValueError for an unknown format or size; TypeError for what are no evaluations.
     """
+    return write_pretrained(model, directory, format, max_shard_size, tokenizer, overwrite, evaluations)
+
+
+def write_pretrained(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    format: str,
+    max_shard_size: int | str = "5GB",
+    tokenizer: Any = None,
+    overwrite: Overwrite = False,
+    evaluations: Mapping[str, Any] | None = None,
+    spill: bool = False,
+) -> Path:
+    """Do what :func:`save_pretrained` does; with ``spill`` about one layer at a time is in memory."""
     target, limit, scores = layout(format), parse_size(max_shard_size), plain_scores(evaluations)
     model = unwrapped(model)
     check_target(Path(directory), overwrite, [origin(model)])
@@ -63,7 +77,7 @@ def save_pretrained(
         write_beside(model, folder, source, target, summary, stored, Path(directory), scores)
 
     config = huggingface.with_local_code(config_of(model), origin(model))
-    write(Path(directory), source, target, summary, config, limit, extra)
+    write(Path(directory), source, target, summary, config, limit, extra, spill)
     return Path(directory)
 
 

@@ -74,7 +74,8 @@ def session(
     """Read the calibration samples, and find the Linears that can be quantized.
 
     memory: measures the peak; None makes what measures that of the device. What the body or the stand-ins change through the
-    journal is undone after an exception, with ``undo`` always. Raises what ``check_layers``, ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for :func:`awq_ext.undo.interrupt.check`.
+    journal is undone after an exception, with ``undo`` always. Raises what ``check_layers``,
+    ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for :func:`awq_ext.undo.interrupt.check`.
     """
     device = check_layers(model, config)
     calls = read_calls(samples, device, tokenizer, inputs, config.seq_len, model)

@@ -14,9 +14,10 @@ from torch import nn
 from ..checkpoints.formats import layout
 from ..checkpoints.write import Overwrite, check_target
 from ..config import AwqConfig, configured
+from ..forwards.spill import can_spill
 from ..integrations.foresee import check_format
 from ..integrations.hub import folder_of
-from ..integrations.pretrained import save_pretrained
+from ..integrations.pretrained import write_pretrained
 from ..pipeline.keeping import Keeping
 from ..pipeline.quantize import quantize_in
 from ..reporting.progress import say
@@ -66,11 +67,11 @@ def quantize_checkpoint(
     format, overwrite: as for :func:`awq_ext.save_pretrained`.
     dtype: of the float model, None for that of the checkpoint. Another one writes the weights to the disk once more.
 
-    What is finished lies in ``dst.partial`` beside ``dst``, which vanishes once ``dst`` is there as a whole. After an interrupt of any
-    kind the same call goes on after the last finished block, and makes the same files. fresh: start over.
-    Returns ``dst``. Raises what ``quantize`` and ``save_pretrained`` raise: CheckpointError for quantized, damaged or pickled (.bin)
-    checkpoints and what ``format`` cannot hold; ResumeError for the work of another call, or of a running process; ValueError for too
-    small a ``max_memory``; OSError for too small a disk.
+    What is finished lies in ``dst.partial`` beside ``dst``, which vanishes once ``dst`` is there as a whole. After an interrupt of
+    any kind the same call goes on after the last finished block, and makes the same files. fresh: start over.
+    Returns ``dst``. Raises what ``quantize`` and ``save_pretrained`` raise: CheckpointError for quantized, damaged or pickled
+    (.bin) checkpoints and what ``format`` cannot hold; ResumeError for the work of another call, or of a running process;
+    ValueError for too small a ``max_memory``; OSError for too small a disk.
     """
     source, target = Path(src) if factory is not None else folder_of(src), Path(dst)
     limit, chosen = memory_limit(max_memory), configured(config, overrides)
@@ -82,7 +83,7 @@ def quantize_checkpoint(
     with streamed(source, target, dtype, trust_remote_code, factory, fresh, progress) as (model, work):
         check_format(model, samples[:1] and samples[0], format, chosen, **arguments)
         quantize_streamed(model, samples, chosen, work, limit, progress=progress, **arguments)
-        save_pretrained(model, target, format, overwrite=overwrite)
+        write_pretrained(model, target, format, overwrite=overwrite, spill=can_spill())
         work.remove()
     return target
 

@@ -21,6 +21,7 @@ from awq_ext import cli
 from awq_ext.cli import compare, hf, options, texts
 from awq_ext.config import AwqConfig
 from awq_ext.evaluation import held_out
+from awq_ext.streaming.working import Working
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import
 
@@ -153,15 +154,15 @@ def test_a_model_without_logits_is_quantized_nevertheless(
 
 
 def test_a_broken_result_is_said_in_words(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = awq_ext.quantize
+    real = Working.quantize
 
-    def broken(model: Any, *arguments: Any, **settings: Any) -> Any:
-        made = real(model, *arguments, **settings)
+    def broken(at: Working, *arguments: Any) -> Any:
+        made = real(at, *arguments)
         with torch.no_grad():
-            model.lm_head.weight.mul_(factor)
+            at.model.lm_head.weight.mul_(factor)
         return made
 
-    monkeypatch.setattr(awq_ext, "quantize", broken)
+    monkeypatch.setattr(Working, "quantize", broken)
     for factor, says in ((-30.0, "far from the float one"), (float("nan"), "not finite: it is broken")):
         shown = quantize(made, tmp_path / f"{factor}")
         assert shown.exit_code == 0 and says in shown.stderr, shown.output
