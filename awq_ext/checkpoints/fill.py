@@ -22,7 +22,6 @@ from .formats.packed import exactly, fitting_bias
 from .model_source import dropped_ties, keep_apart
 from .quantized_dir import QuantDir
 from .renaming import Renamed
-from .shards import aligned
 
 
 def place(
@@ -217,7 +216,7 @@ class _Plan:
 
     def _value(self, name: str, old: Tensor) -> Tensor:
         """Make what takes the place of one parameter or buffer."""
-        tensor = aligned(self.source.float_tensor(name))
+        tensor = self.source.float_tensor(name)
         if not isinstance(old, nn.Parameter):
             return tensor.to("cpu" if old.is_meta else old.device)
         if name in self._dequantized:
