@@ -70,7 +70,10 @@ class Shards:
         if not file.endswith(".safetensors") or Path(file).name != file or "\0" in file or "\\" in file:
             raise CheckpointError(problem)
         path, folder = self.folder / file, self.folder.resolve()
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a link to itself, before Python 3.13
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
         cached = folder.parent.name == "snapshots" and real.parent == folder.parent.parent / "blobs"
         if real.parent != folder and not cached:
             raise CheckpointError(f"{path} is a link to {real}, outside the directory")

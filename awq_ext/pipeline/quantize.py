@@ -19,6 +19,7 @@ from ..config import AwqConfig, configured
 from ..folding.finder import FoldFinder
 from ..folding.fold import Change, LinearFold
 from ..forwards.calls import Call
+from ..forwards.forked import finishing_after_fork
 from ..forwards.lockstep import Stop
 from ..forwards.memory import release_free_memory
 from ..forwards.probe import Probe, combined
@@ -42,6 +43,7 @@ from .session import Session, session
 _FEW_TOKENS = 4000
 
 
+@finishing_after_fork
 @restoring
 def quantize(
     model: nn.Module,

@@ -169,7 +169,9 @@ def regex(pattern: str, place: str) -> Callable[[str], bool]:
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{shown} is no pattern: {error}") from None
     if repeats is None:
-        raise CheckpointError(f"{shown} repeats what repeats itself, for which matching may take hours: write it without")
+        raise CheckpointError(
+            f"{shown} repeats what repeats itself, for which matching may take hours: write it without"
+        )
 
     def fits(name: str) -> bool:
         if math.comb(len(name) + repeats, repeats) > _MOST_WAYS:
@@ -180,7 +182,7 @@ def regex(pattern: str, place: str) -> Callable[[str], bool]:
 
 
 def _repeats(pattern: str) -> int | None:
-    """Count the repeats of a pattern that compiles; None where one stands around another, or around a choice: ``(a+)+``, ``(a|b)*``.
+    """Count the repeats of a pattern that compiles; None where one is around another, or a choice: ``(a+)+``, ``(a|b)*``.
 
     A name of n letters can be shared out among r repeats in about n^r / r! ways, and among nested ones in 2^n; those are what a
     match tries at worst. Escapes and classes are single letters here.
