@@ -140,6 +140,11 @@ def attack(draw: Callable[[Any], Any], good: Path, to: Path) -> None:
         assert ":" in name or same_bits(tensor, theirs[name])
 
 
+@pytest.mark.fault(
+    "Files of a checkpoint",
+    "In any format, any entry of a file changed, added or gone; bytes cut or changed; a folder, pipe or link in its place",
+    "Read right, or CheckpointError that names the directory; no crash, no hang, no other model",
+)
 @pytest.mark.parametrize("kind", KINDS)
 @EXAMPLES
 @given(data=st.data())
@@ -159,6 +164,9 @@ def test_many_more_of_them(kind: str, good: dict[str, Path], tmp_path: Path, dat
     attack(data.draw, good[kind], tmp_path)
 
 
+@pytest.mark.fault(
+    "Files of a checkpoint", "In any format, scales hold NaN or Inf", "CheckpointError that names the layer"
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_scales_that_are_no_numbers(kind: str, good: dict[str, Path], tmp_path: Path) -> None:
     """A layer with one such scale answers with NaN for ever after."""

@@ -52,6 +52,11 @@ SAVERS: dict[str, Callable[[nn.Module, Path], Any]] = {
 }
 
 
+@pytest.mark.fault(
+    "Writing a checkpoint",
+    "The disk is full after {bytes_} bytes of a file, in `{by}`",
+    "OSError that names the directory; what was there stays, nothing half written lies about",
+)
 @linux
 @pytest.mark.parametrize("by", list(SAVERS))
 @pytest.mark.parametrize("bytes_", [0, 100, 3000])
@@ -105,6 +110,11 @@ def on_a_disk(mount: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.fault(
+    "Writing a checkpoint",
+    "The disk has less room than the checkpoint needs",
+    "OSError that names the directory; what was there stays, nothing half written lies about",
+)
 @linux
 def test_a_small_disk(tmp_path: Path) -> None:
     said = on_a_disk(f"mount -t tmpfs -o size=64k none {tmp_path}", tmp_path)
@@ -112,6 +122,7 @@ def test_a_small_disk(tmp_path: Path) -> None:
     assert said.endswith("\n[]\n")
 
 
+@pytest.mark.fault("Writing a checkpoint", "The disk is read-only", "PermissionError before the work begins")
 @linux
 def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
     said = on_a_disk(f"mount -t tmpfs none {tmp_path} && mount -o remount,ro {tmp_path}", tmp_path)
@@ -120,6 +131,11 @@ def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
     assert said.endswith("\n[]\n")
 
 
+@pytest.mark.fault(
+    "Reading beside others",
+    "A file is cut short while it is read",
+    "CheckpointError; the process is not killed, because files are read and not mapped",
+)
 def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
     """Of a file mapped into memory, the next access would kill the process."""
     folder = awq_ext.save(quantized(), tmp_path / "x")
@@ -132,6 +148,9 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
         opened.read(name)
 
 
+@pytest.mark.fault(
+    "Reading beside others", "A file is written into while it is read", "CheckpointError; the model stays as it was"
+)
 def test_a_file_that_is_written_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, real = awq_ext.save(quantized(), tmp_path / "x"), quantized_dir.QuantDir.layer
 
@@ -149,6 +168,9 @@ def test_a_file_that_is_written_while_it_is_read(tmp_path: Path, monkeypatch: py
     before.assert_unchanged()
 
 
+@pytest.mark.fault(
+    "Reading beside others", "The files of a loaded model are overwritten or emptied", "The model keeps its weights"
+)
 def test_a_model_does_not_follow_its_files(tmp_path: Path) -> None:
     folder = awq_ext.save(quantized(), tmp_path / "x")
     model = awq_ext.load(models.make("mlp").model, folder)
@@ -160,6 +182,11 @@ def test_a_model_does_not_follow_its_files(tmp_path: Path) -> None:
         assert same_bits(tensor, expected[name])
 
 
+@pytest.mark.fault(
+    "Writing a checkpoint",
+    "Two processes save into one directory at once",
+    "Without overwrite one is told that the directory exists; with it the later one stays, whole",
+)
 def test_two_processes_save_into_one_directory(tmp_path: Path) -> None:
     """Without ``overwrite`` one of them does, however close they are; with it both, one after the other, and nothing is mixed."""
     models_ = [quantized(16), quantized(32)]
@@ -195,6 +222,11 @@ def test_two_processes_save_into_one_directory(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.fault(
+    "Writing a checkpoint",
+    "Another process is stopped just while it puts its directory in place",
+    "Ours waits a minute, then goes on",
+)
 def test_a_process_that_keeps_the_lock_does_not_stop_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic_directory, "_LONGEST_WAIT", 0.2)
     with atomic_directory._alone_in(tmp_path):
@@ -206,6 +238,11 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024))
 
 
+@pytest.mark.fault(
+    "Memory",
+    "The system refuses memory to `{what}`",
+    "MemoryError, or torch's RuntimeError with the size; the model stays as it was",
+)
 @linux
 @pytest.mark.parametrize("what", ["quantize", "forward"])
 @pytest.mark.parametrize("megabytes", [1, 24])
@@ -237,6 +274,11 @@ def test_memory_is_refused(what: str, megabytes: int) -> None:
     in_a_child(work)
 
 
+@pytest.mark.fault(
+    "Memory",
+    "A tensor of the files is larger than the memory",
+    "MemoryError that names the file, the tensor and its size",
+)
 @linux
 def test_memory_for_a_tensor_is_refused(tmp_path: Path) -> None:
     """A gigabyte of nothing: the file has holes, and takes no room on the disk."""
@@ -256,6 +298,7 @@ def test_memory_for_a_tensor_is_refused(tmp_path: Path) -> None:
     in_a_child(work)
 
 
+@pytest.mark.fault("Memory", "Memory runs out in the midst of `load`", "MemoryError; the model stays as it was")
 @pytest.mark.parametrize("call", [1, 4, 9])
 def test_memory_is_refused_in_the_midst_of_loading(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, model, real = awq_ext.save(quantized(), tmp_path / "x"), models.make("mlp").model, SafetensorsFile.read

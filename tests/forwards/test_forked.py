@@ -38,7 +38,7 @@ torch.set_num_threads(1)
 alone = quantized()(x)  # torch's own sums depend on the number of threads
 torch.set_num_threads(2)
 
-def one_layer():
+def forward():
     found = model[0](x)
     torch.set_num_threads(1)  # for torch's own comparison
     assert torch.equal(found, layer)
@@ -102,12 +102,22 @@ if __name__ == "__main__":
 )
 
 
-@pytest.mark.parametrize("what", ["one_layer", "quantize", "load", "save"])
+@pytest.mark.fault(
+    "Processes and threads",
+    "`{what}` in a child of fork() after torch's threads were used",
+    "It ends; work with torch's own operations runs on one thread there, with a warning",
+)
+@pytest.mark.parametrize("what", ["forward", "quantize", "load", "save"])
 def test_a_forked_child_comes_to_an_end(what: str) -> None:
     done = run_python("-W", "ignore::DeprecationWarning", "-c", FORK, what)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.fault(
+    "Processes and threads",
+    "Workers of a DataLoader ({start}) quantize, or call quantized layers",
+    "The results are those of the main process",
+)
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_data_loader(start: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     program = tmp_path_factory.mktemp("workers") / "program.py"  # spawn imports the main module, which needs a file

@@ -20,6 +20,11 @@ def quantized(name: str, compute: str) -> tuple[nn.Module, list[Tensor]]:
     return awq_ext.set_compute_dtype(model, compute), list(case.batches)
 
 
+@pytest.mark.fault(
+    "Processes and threads",
+    "Two models are called from eight threads at once, compute={compute}",
+    "The results are those of one call after the other",
+)
 @pytest.mark.parametrize("compute", ["auto", "int8"])
 @pytest.mark.parametrize("threads_of_torch", [1, 2])
 def test_two_models_in_eight_threads(compute: str, threads_of_torch: int) -> None:
@@ -39,6 +44,11 @@ def test_two_models_in_eight_threads(compute: str, threads_of_torch: int) -> Non
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.fault(
+    "Processes and threads",
+    "Several models are quantized in threads at once",
+    "The results are those of one after the other",
+)
 def test_models_are_quantized_in_several_threads() -> None:
     def run(seed: int) -> Tensor:
         model, batches = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32)), []

@@ -25,6 +25,7 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
+@pytest.mark.fault("Memory", "`{what}` is called a thousand times", "The process does not grow")
 @pytest.mark.parametrize("what", ["quantize", "load", "save"])
 def test_a_thousand_times(what: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
