@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..config import AwqConfig
+from ..forwards.forked import finishing_after_fork
 from ..reporting.model_card import BASE_CARD, CARD, Card, base_of, inherited_from, read_card, write_card
 from ..reporting.readers import DEFAULT_FORMAT
 from ..reporting.report import AwqReport
@@ -28,6 +29,7 @@ _WEIGHTS = (
 )  # fmt: skip
 
 
+@finishing_after_fork
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -69,7 +71,7 @@ def convert(
             inherited, beside = inherited_from(read_card(to)), (to / BASE_CARD).exists()
             write_card(to, replace(made, inherited=inherited, base_card=beside), folder)
 
-    write(folder, source, target, summary, config, limit, extra)
+    write(folder, source, target, summary, config, limit, extra, lambda: check_target(folder, overwrite))
     return folder
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..modules import called_head
 from .formats import LAYOUTS, CheckpointError, Layout, PackedLinear, Settings
+from .formats.packed import require_finite
 from .shards import Shards, first_json
 from .version_1 import read_version_1
 
@@ -63,9 +64,11 @@ class QuantDir:
             tensors[leaf] = read[leaf].cpu() if as_stored else self.shards.get(stored)
         settings = self._settings_of(name)
         try:
-            return self.layout.unpack(tensors, settings)
+            layer = self.layout.unpack(tensors, settings)
+            require_finite(layer)
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
+        return layer
 
     def _settings_of(self, name: str) -> Settings:
         try:
@@ -154,7 +157,15 @@ class QuantDir:
         }
 
     def _recognize(self, kinds: Mapping[str, Mapping[str, torch.dtype]]) -> tuple[Layout, Settings]:
-        config = self.quantization_config()
+        try:
+            return self._recognized(kinds, self.quantization_config())
+        except CheckpointError as error:
+            named = str(self.folder) in str(error)
+            raise error if named else CheckpointError(f"{self.folder}: {error}") from None
+
+    def _recognized(
+        self, kinds: Mapping[str, Mapping[str, torch.dtype]], config: Mapping[str, Any] | None
+    ) -> tuple[Layout, Settings]:
         # the one layout whose own tool writes no config
         bare = LAYOUTS["llm-awq"]
         if any(bare.claims(leaves) for leaves in kinds.values()):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import AwqConfig, understood
 from ..forwards.calls import Call, read_calls
+from ..forwards.forked import finishing_after_fork
 from ..forwards.memory import release_free_memory
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import targets_of
@@ -33,6 +34,7 @@ from .shared_copy import SharedCopy
 Method = str | Mapping[str, Any] | AwqConfig
 
 
+@finishing_after_fork
 @restoring
 def compare(
     model: nn.Module,

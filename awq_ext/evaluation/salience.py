@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..calibration.channels import Agreement, ChannelMeans, agreement, channel_salience, top_share
 from ..calibration.statistics import collect
 from ..config import AwqConfig
+from ..forwards.forked import finishing_after_fork
 from ..forwards.lockstep import Stop
 from ..modules import unwrapped
 from ..pipeline.session import Session, session
@@ -155,6 +156,7 @@ class _Seen:
         return x_mean * self.weight
 
 
+@finishing_after_fork
 @restoring
 def salience(
     model: nn.Module,

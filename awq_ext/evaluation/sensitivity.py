@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..config import AwqConfig, configured
 from ..forwards.calls import Call, read_calls, run_call
+from ..forwards.forked import finishing_after_fork
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import distance_of, logits_of, norm_of, targets_of
 from ..kernels.reference import TILE_BITS
@@ -166,6 +167,7 @@ def _range(estimate: Estimate) -> str:
     return "" if math.isnan(estimate.low) else f"{estimate.low:.2g} to {estimate.high:.2g}"
 
 
+@finishing_after_fork
 @restoring
 def sensitivity(
     model: nn.Module,

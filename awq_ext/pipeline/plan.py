@@ -12,6 +12,7 @@ from torch import nn
 from ..config import AwqConfig, configured
 from ..folding.finder import FoldFinder
 from ..folding.fold import Fold, NormFold
+from ..forwards.forked import finishing_after_fork
 from ..forwards.probe import Probe
 from ..modules import foldable_norms, unwrapped
 from ..reporting.tables import aligned, format_bytes
@@ -92,6 +93,7 @@ def _cells(group: GroupPlan) -> tuple[str, ...]:
     )
 
 
+@finishing_after_fork
 @restoring
 def plan(
     model: nn.Module,

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..config import AwqConfig, configured
+from ..forwards.forked import finishing_after_fork
 from ..forwards.rescaled import Rescaling
 from ..layers.announcement import announce
 from ..layers.quant_linear import QuantLinear
@@ -30,6 +31,7 @@ from .run import Run
 from .session import Session, session
 
 
+@finishing_after_fork
 @restoring
 def quantize(
     model: nn.Module,

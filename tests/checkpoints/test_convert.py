@@ -156,6 +156,9 @@ def test_nothing_is_dequantized_and_no_module_built(tmp_path: Path, monkeypatch:
     assert_holds(tmp_path / "b", layers)
 
 
+@pytest.mark.fault(
+    "Writing a checkpoint", "`convert` into the directory that it reads", "CheckpointError; the source stays"
+)
 def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
     layers = make_directory(tmp_path / "a")
     (tmp_path / "alias").symlink_to(tmp_path / "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,10 @@ from typing import Any
 from ...kernels.reference import group_count
 from .in_memory import InMemory
 from .packed import CheckpointError
+
+_LARGEST_GROUP = 2**31 - 1
+_MOST_WAYS = 10**8  # of sharing a name out among the repeats of a pattern: a few seconds
+_SHOWN = 80  # letters of a pattern or name, in an error
 
 Known = Mapping[str, Callable[[Any], bool]]
 
@@ -157,12 +162,49 @@ def _bits_problem(bits: int | None, place: str) -> str:
 
 
 def regex(pattern: str, place: str) -> Callable[[str], bool]:
-    """Compile a pattern that names must match from their beginning; CheckpointError for one that is none."""
+    """Compile a pattern that names must match from their beginning; CheckpointError for one that is none, or may take hours."""
+    shown = f"quantization_config: {place}: {pattern[:_SHOWN]!r}"
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise CheckpointError(f"quantization_config: {place}: {pattern!r} is no pattern: {error}") from None
-    return lambda name: compiled.match(name) is not None
+        compiled, repeats = re.compile(pattern), _repeats(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{shown} is no pattern: {error}") from None
+    if repeats is None:
+        raise CheckpointError(
+            f"{shown} repeats what repeats itself, for which matching may take hours: write it without"
+        )
+
+    def fits(name: str) -> bool:
+        if math.comb(len(name) + repeats, repeats) > _MOST_WAYS:
+            raise CheckpointError(f"{shown} has {repeats} repeats, for which matching {name[:_SHOWN]!r} may take hours")
+        return compiled.match(name) is not None
+
+    return fits
+
+
+def _repeats(pattern: str) -> int | None:
+    """Count the repeats of a pattern that compiles; None where one is around another, or a choice: ``(a+)+``, ``(a|b)*``.
+
+    A name of n letters can be shared out among r repeats in about n^r / r! ways, and among nested ones in 2^n; those are what a
+    match tries at worst. Escapes and classes are single letters here.
+    """
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
+    count, open_groups = 0, [False]  # whether they hold a repeat or a choice
+    held = False  # whether what was read last is a group that does
+    for token in re.findall(r"\(\?[a-zA-Z<=!:#P]*|(?:[*+?]|\{\d*,?\d*\})[?+]?|.", bare, flags=re.DOTALL):
+        was_held, held = held, False
+        if token.startswith("("):
+            open_groups.append(False)
+        elif token == ")" and len(open_groups) > 1:
+            held = open_groups.pop()
+            open_groups[-1] |= held
+        elif token == "|":
+            open_groups[-1] = True
+        elif token[0] in "*+?" or (token[0] == "{" and len(token) > 2):
+            if was_held and token[0] != "?":
+                return None
+            count += 1
+            open_groups[-1] = True
+    return count
 
 
 def int_setting(config: Mapping[str, Any], *names: str) -> int | None:
@@ -185,6 +227,7 @@ def require_bits(config: Mapping[str, Any], *names: str) -> None:
 def checked_group_size(value: int | None, default: int | None = None) -> int:
     """Check that a group size can be run, and return it; CheckpointError if it cannot."""
     value = default if value is None else value
-    if value is None or (value != -1 and value < 1):
-        raise CheckpointError(f"quantization_config: group_size={value!r}: a positive number or -1 is needed")
+    if value is None or (value != -1 and not 1 <= value <= _LARGEST_GROUP):
+        shown = value if value is None or abs(value) <= _LARGEST_GROUP else "a number of more than 31 bits"
+        raise CheckpointError(f"quantization_config: group_size={shown!r}: a positive number or -1 is needed")
     return value
