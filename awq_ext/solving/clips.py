@@ -35,11 +35,10 @@ def _doubtful(
     probe: Probe, solved: Mapping[str, LayerSolution], units: Sequence[list[LayerSolution]]
 ) -> list[list[LayerSolution]]:
     """Select the units without whose clips the block's output may be closer to the float one: by sketches, where there are any."""
-    sketches = {
-        layer.task.name: layer.unclipped.sketches() for unit in units for layer in unit if layer.unclipped.sketches
-    }
-    if not sketches:
+    layers = [layer for unit in units for layer in unit if layer.unclipped.sketches]
+    if not _sketches_pay(probe, [layer.task.weight for layer in layers]):
         return list(units)
+    sketches = {layer.task.name: layer.unclipped.sketches() for layer in layers}
     clipped = {name: pair[0] for name, pair in sketches.items()}
     substitutes = _substitutes({**solved, **clipped}.values())
     best = probe.distance(substitutes)
@@ -53,6 +52,15 @@ def _doubtful(
             best, substitutes = distance, trial
         found.append(unit)
     return found
+
+
+def _sketches_pay(probe: Probe, weights: Sequence[Tensor]) -> bool:
+    """Tell whether it saves time to solve only some of the ``weights`` without a clip.
+
+    To solve one takes about as long as a forward of K tokens through it. Sketches cost up to two more forwards of the block.
+    """
+    tokens = max((one.numel() // one.shape[-1] for one in probe.reference if one.numel()), default=0)
+    return sum(w.numel() * w.shape[1] for w in weights) > 2 * tokens * sum(w.numel() for w in weights)
 
 
 def _substitutes(layers: Iterable[LayerSolution]) -> dict[tuple[nn.Module, str], Tensor]:

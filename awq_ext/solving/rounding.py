@@ -17,6 +17,8 @@ from .gptq import Quantizer
 from .solution import LayerSolution, Unclipped
 from .tasks import LayerTask
 
+_FEWEST_ROWS = 64  # on which clipped and full ranges are compared
+
 
 def rounded(task: LayerTask, scale: Tensor | None = None, divisor: Tensor | None = None) -> LayerSolution:
     """Round to nearest under the given scale and divisor. A task with a problem gets no losses."""
@@ -51,6 +53,8 @@ def searched(task: LayerTask, quantizer: Quantizer, divisor: Tensor | None = Non
         full = solution(best)
         clipped = job.clipped(limit, best)
         return full if clipped is None else solution(clipped, Unclipped(lambda: full))
+    if task.settings.clip is False:
+        return solution(job.nearest(nearest))
     clipped = job.clipped(limit)
     if clipped is None:
         return solution(job.nearest(nearest))
@@ -141,7 +145,7 @@ class _Job:
         return trial if trial.loss < min(best.loss, limit) else best
 
     def clipped(self, limit: float, best: _Trial | None = None) -> _Trial | None:
-        """Round to clipped ranges; None unless they lose less than full ones on ``search_rows`` rows, and no more than ``limit``.
+        """Round to clipped ranges; None unless they lose less than full ones on some rows, and no more than ``limit``.
 
         best: the codes with full ranges; None: those rounded to nearest, of which then no other rows are needed. Rows do not
         depend on each other, so what was made to compare is a part of the result.
@@ -149,24 +153,35 @@ class _Job:
         if self.task.settings.clip is False:
             return None
         gptq, count = best is not None and best.gptq, len(self.task.weight)
-        rows = spread_rows(count, self.task.settings.search_rows, self.task.weight.device)
-        full = self.losses(self._made(rows), rows) if best is None else best.losses.at(rows)
+        rows = spread_rows(count, self._rows_to_compare, self.task.weight.device)
         clip = self._clip(rows, gptq)
-        found = self._made(rows, clip, gptq)
-        losses = self.losses(found, rows)
+        if best is None:  # both in one call: the second moment is packed once
+            ranges = torch.cat([clip, torch.ones_like(clip)])
+            found, losses = self._made(rows.repeat(2), ranges)
+            chosen = torch.arange(len(rows), device=rows.device)
+            full, losses, found = losses.at(chosen + len(rows)), losses.at(chosen), found.rows(chosen)
+        else:
+            found, losses = self._made(rows, clip, gptq)
+            full = best.losses.at(rows)
         if not self._judged(losses, rows, gptq) < self._judged(full, rows, gptq):
             return None
         if len(rows) < count:
             others = torch.ones(count, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
             rest = others.nonzero()[:, 0]
             clip_of_rest = self._clip(rest, gptq)
-            found_rest = self._made(rest, clip_of_rest, gptq)
+            found_rest, losses_of_rest = self._made(rest, clip_of_rest, gptq)
             order = torch.cat([rows, rest]).argsort()
             found = QuantizedWeight.joined([found, found_rest]).rows(order)
             clip = torch.cat([clip, clip_of_rest])[order]
-            losses = RowLosses.joined([losses, self.losses(found_rest, rest)]).at(order)
+            losses = RowLosses.joined([losses, losses_of_rest]).at(order)
         loss = _mean(self.task, losses)
         return _Trial(found, loss, losses, gptq, clip) if loss <= limit else None
+
+    @property
+    def _rows_to_compare(self) -> int:
+        """Rows on which clipped and full ranges are compared: an eighth, within bounds; 0 means all."""
+        wanted = self.task.settings.search_rows
+        return min(wanted, max(_FEWEST_ROWS, len(self.task.weight) // 8))
 
     def _clip(self, rows: Tensor, gptq: bool) -> Tensor:
         """Search for the ranges of some rows: fp32 [rows, G].
@@ -178,10 +193,11 @@ class _Job:
         second_moment = self.quantizer.damped(settings.damping) if gptq else self.task.second_moment
         return search_clip(self.weight(rows), second_moment, settings, self.quantizer.scale)
 
-    def _made(self, rows: Tensor, clip: Tensor | None = None, gptq: bool = False) -> QuantizedWeight:
-        """Round some rows as the result will be."""
+    def _made(self, rows: Tensor, clip: Tensor | None = None, gptq: bool = False) -> tuple[QuantizedWeight, RowLosses]:
+        """Round some rows as the result will be, and measure them."""
         rounding = self.quantizer.gptq if gptq else self.quantizer.nearest
-        return rounding(self.weight(rows), self.task.settings, clip)
+        found = rounding(self.weight(rows), self.task.settings, clip)
+        return found, self.losses(found, rows)
 
     def _judged(self, losses: RowLosses, rows: Tensor, damped: bool) -> float:
         """Sum the losses of ``rows`` in the space in which these are rounded; this sum decides on a clip."""
