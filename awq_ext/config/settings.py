@@ -100,7 +100,7 @@ class AwqConfig:
     clip: whether to try smaller weight ranges: True in every layer, False in none, "auto" where that lowers the error of the
         block's output too (queries and keys often lose by it).
     n_grid: steps of alpha in [0, 1] (AWQ, arXiv 2306.00978, equation 5).
-    search_rows: output rows of a scale group on which candidates for its scale are ranked, 0 for all. Beyond 4096 input channels
+    search_rows: output rows of a scale group on which candidates for its scale are ranked, 0 for all. Beyond 2048 input channels
         there are fewer, in proportion. The losses in the report always count every row.
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
     damping: what error feedback and refining add to each channel's second moment, as a share of it. With more damping the

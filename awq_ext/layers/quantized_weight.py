@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import kernels
@@ -64,3 +66,10 @@ class QuantizedWeight:
         """Select some output rows, by a slice or a Tensor of their numbers."""
         parts = (self.qweight[index], self.scales[index], self.zeros[index])
         return QuantizedWeight(*parts, self.in_features, self.group_size, bits=self.bits)
+
+    @staticmethod
+    def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Join the rows of several weights that are alike in all else."""
+        tensors = zip(*((one.qweight, one.scales, one.zeros) for one in parts), strict=True)
+        one = parts[0]
+        return QuantizedWeight(*map(torch.cat, tensors), one.in_features, one.group_size, bits=one.bits)

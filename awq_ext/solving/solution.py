@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +24,18 @@ COARSE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
+class Unclipped:
+    """What a layer with clipped ranges is with full ones, made when it is asked for.
+
+    solve: makes the solution. sketches: makes quick likenesses of the clipped solution and of this one, without losses, that differ
+    from each other as the two do; None where the solution itself is at hand.
+    """
+
+    solve: Callable[[], LayerSolution]
+    sketches: Callable[[], tuple[LayerSolution, LayerSolution]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class LayerSolution:
     """The codes that replace a Linear's weight, and their loss (mean squared output error per calibration row).
 
@@ -30,7 +43,7 @@ class LayerSolution:
     group's scale is folded into this Linear. loss_rtn: the loss of rounding to nearest. limit: the same once the bias takes over
     RTN's mean error; ``loss`` must not exceed it. All three losses are None for a task with a problem.
     gptq: whether the codes come from error feedback. corrects_bias: whether the bias takes over the mean error. bias_shift: what
-    is added to the bias, fp64 [N], once the codes are final. unclipped: where ranges are clipped, the solution with full ranges.
+    is added to the bias, fp64 [N], once the codes are final. unclipped: where ranges are clipped, the way to full ones.
     """
 
     task: LayerTask
@@ -42,7 +55,7 @@ class LayerSolution:
     loss_rtn: float | None = None
     gptq: bool = False
     corrects_bias: bool = False
-    unclipped: LayerSolution | None = None
+    unclipped: Unclipped | None = None
     bias_shift: Tensor | None = None
 
     @property
