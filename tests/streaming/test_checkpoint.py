@@ -25,7 +25,7 @@ from awq_ext.streaming.limits import memory_limit
 
 transformers = pytest.importorskip("transformers", reason="NOTHING STREAMED: pip install 'awq-ext[test]'")
 FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
-MEASURED = {"seconds", "calibration_seconds", "search_seconds", "planned_memory_bytes", "peak_memory_bytes"}
+MEASURED = {"date", "seconds", "calibration_seconds", "search_seconds", "planned_memory_bytes", "peak_memory_bytes"}
 WINDOWS = models.token_batches((20, 33, 20))
 
 
@@ -247,7 +247,7 @@ def test_the_command_streams_what_does_not_fit_and_goes_on(tmp_path: Path, monke
         return CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / out), *options, *more])
 
     monkeypatch.setattr("awq_ext.cli.quantize._next", lambda *_: "")
-    assert run("memory").exit_code == 0
+    assert run("memory/int4").exit_code == 0
     monkeypatch.setattr("awq_ext.streaming.working.float_bytes", lambda _: 1 << 60)
     real = Run.finished
 
@@ -257,9 +257,9 @@ def test_the_command_streams_what_does_not_fit_and_goes_on(tmp_path: Path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "finished", interrupted)
-        shown = run("out")
+        shown = run("streamed/int4")
     assert shown.exit_code == 130 and "1 finished blocks are in" in shown.stderr, shown.output
-    shown = run("out")
+    shown = run("streamed/int4")
     assert shown.exit_code == 0 and "of float weights are read from" in shown.stderr, shown.output
-    assert_same(tmp_path / "memory", tmp_path / "out")
-    assert not work_folder(tmp_path / "out").exists()
+    assert_same(tmp_path / "memory" / "int4", tmp_path / "streamed" / "int4")
+    assert not work_folder(tmp_path / "streamed" / "int4").exists()
