@@ -188,8 +188,8 @@ def write(
     config: Mapping[str, Any],
     max_shard_size: int,
     extra: Callable[[Path], None] = lambda folder: None,
-    spill: bool = False,
     allowed: Callable[[], None] = lambda: None,
+    spill: bool = False,
 ) -> None:
     """Write ``source`` to ``directory`` in ``layout``, atomically: shards, index, config.json with quantization_config.
 

@@ -80,7 +80,7 @@ def write_pretrained(
         write_beside(model, folder, source, target, summary, stored, Path(directory), scores)
 
     config = huggingface.with_local_code(config_of(model), origin(model))
-    write(Path(directory), source, target, summary, config, limit, extra, spill, allowed)
+    write(Path(directory), source, target, summary, config, limit, extra, allowed, spill)
     return Path(directory)
 
 
