@@ -74,7 +74,9 @@ class Run:
         self._rescaling, self._keeping = rescaling, keeping
         model, config = opened.model, opened.config
         self._calls = opened.calls + extra_calls(model, opened.calls, config, report, progress, keeping)
-        report.planned_memory_bytes = keeping.plan(surveys, growth_of(self._calls), config, opened.memory.bytes())
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        base, growth = opened.memory.bytes(), growth_of(self._calls)
+        report.planned_memory_bytes = keeping.plan(surveys, growth, config, base, size)
         self._weights = row_weights(model, self._calls, surveys, config, report, progress, keeping)
         self._biases = own_biases(model, opened.eligible.linears.values())
         self._finder = FoldFinder(foldable_norms(model))

@@ -230,7 +230,7 @@ def test_a_small_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: pytes
     case = models.make("llama")
     monkeypatch.setattr("awq_ext.workdir.directory.shutil.disk_usage", lambda _: type("", (), {"free": 1000}))
     monkeypatch.setattr(Run, "collect", lambda *_: 1 / 0)
-    with pytest.raises(OSError, match=r"what is finished needs about .* which has 1000 B left"):
+    with pytest.raises(OSError, match=r"what will be finished needs about .* which has 1000 B left"):
         awq_ext.quantize(case.model, case.batches, resume=tmp_path, **FAST)
 
 

@@ -263,3 +263,17 @@ def test_the_command_streams_what_does_not_fit_and_goes_on(tmp_path: Path, monke
     assert shown.exit_code == 0 and "of float weights are read from" in shown.stderr, shown.output
     assert_same(tmp_path / "memory" / "int4", tmp_path / "streamed" / "int4")
     assert not work_folder(tmp_path / "streamed" / "int4").exists()
+
+
+@pytest.mark.skipif(not can_spill(), reason="NOTHING SPILLED: POSIX alone removes mapped files")
+def test_a_full_disk_leaves_hidden_states_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = hf_directory.make(tmp_path / "float")
+    expected = in_memory(source, tmp_path / "memory")
+    monkeypatch.setattr("awq_ext.pipeline.keeping.planned_bytes", lambda *_, spilled=False: 0 if spilled else 1 << 50)
+    monkeypatch.setattr("awq_ext.pipeline.keeping.spill", full)
+    with pytest.warns(UserWarning, match="hidden states stay in memory from here on"):
+        made = awq_ext.quantize_checkpoint(source, tmp_path / "streamed", WINDOWS, max_memory="1TB", **FAST)
+    assert_same(expected, made)
