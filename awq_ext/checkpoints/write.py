@@ -117,10 +117,12 @@ def check_target(folder: Path, overwrite: Overwrite, sources: Iterable[Path | No
 
 
 def _require_writable(folder: Path) -> None:
-    """Raise PermissionError before hours of work whose result could not be written: into the parent, from where it is renamed."""
+    """Raise OSError before hours of work whose result could not be written: into the parent, from where it is renamed."""
     parent = folder.resolve().parent
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"it cannot be made: {parent} is a file", str(folder))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(
             errno.EACCES, f"{parent} cannot be written to, where the new directory is made: choose another", str(folder)

@@ -193,15 +193,8 @@ def check_directory(out: Path, overwrite: bool, overwrite_float: Path | None, so
     except ValueError as error:
         text = str(error).replace(f"overwrite={str(out)!r}", f"--overwrite-float {out}")
         raise typer.BadParameter(text, param_hint="OUT") from None
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError) as error:
         raise typer.BadParameter(f"{out}: {error.strerror}", param_hint="OUT") from None
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise typer.BadParameter(f"{out} cannot be made: {there} is a file", param_hint="OUT")
-    # it is made beside its place and moved there whole
-    where = there.parent if there == out.absolute() else there
-    if not os.access(where, os.W_OK):
-        raise typer.BadParameter(f"{out} cannot be made: no permission to write to {where}", param_hint="OUT")
     return covered
 
 
