@@ -47,6 +47,7 @@ def make(folder: Path, layers: int) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
+    transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     generator, home, shards = torch.Generator().manual_seed(0), {}, {}
