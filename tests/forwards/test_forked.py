@@ -47,7 +47,8 @@ def quantize():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.manual_seed(1)
-        again = awq_ext.quantize(made(), [torch.randn(64, 256)], group_size=64, n_grid=3, progress=False)
+        calibration = [torch.randn(64, 256)]
+        again = awq_ext.quantize(made(), calibration, group_size=64, n_grid=3, progress=False)
     assert any("quantize runs on one thread" in str(each.message) for each in caught)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
