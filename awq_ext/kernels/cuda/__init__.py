@@ -1,0 +1,11 @@
+"""The kernels of ``csrc/cuda``, under the names of ``reference``, for tensors on an NVIDIA GPU.
+
+They are in a library of their own, which a build with AWQ_EXT_CUDA=ON makes (docs/cuda.md); where it is missing ``reference`` does
+the work. Large matrix products, and Cholesky's factor, are torch's.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: F401  (imported for callers: cuda.NAME)
+from .library import found, state
+from .linear import quant_linear, quant_weight

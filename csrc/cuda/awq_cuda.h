@@ -1,0 +1,39 @@
+// The C interface of the CUDA kernels, which awq_ext/kernels/cuda calls through ctypes. What each function computes is
+// said in awq_ext/kernels/reference, layouts in base/layout.h.
+//
+// Every argument is a pointer or a 64-bit integer. Pointers are to contiguous memory of the device, aligned to 16 bytes
+// where a comment says so; an optional one may be null. `stream` is a cudaStream_t: functions only launch kernels on
+// it, they neither allocate nor wait, so a CUDA graph may capture them. A `type` is 0 for fp32, 1 for fp16, 2 for bf16.
+// Functions return 0 or the CUDA error of the launch. Callers check all shapes.
+#pragma once
+
+#include <cstdint>
+
+#define AWQ_CUDA_API extern "C" __attribute__((visibility("default")))
+
+// Raised whenever an argument is added or changes its meaning, so that a library of another version is not called.
+AWQ_CUDA_API int64_t awq_cuda_version();
+// The text of a CUDA error.
+AWQ_CUDA_API const char* awq_cuda_error(int64_t error);
+
+// --- linear.cu: codes, scales and zeros are a tiled weight, aligned to 16 bytes; group is the length of a full group
+// --
+
+// out [rows, pitch] of x's type, fp16 or bf16: x [rows, k] times scale fp32 [k] (optional), each group padded with
+// zeros to whole steps of 4 channels, and the row to `pitch`, a multiple of 8.
+AWQ_CUDA_API int64_t awq_cuda_arrange(void* stream, const void* x, int64_t type, const void* scale, int64_t rows,
+                                      int64_t k, int64_t group, int64_t pitch, void* out);
+// y [rows, n] of x's type, fp16 or bf16: x W^T + bias. x [rows, pitch], aligned to 16 bytes, as awq_cuda_arrange makes
+// it or where that would change nothing: pitch = k, a multiple of 8, group a multiple of 4 or all of k. bias: optional.
+AWQ_CUDA_API int64_t awq_cuda_linear(void* stream, const void* x, int64_t type, int64_t rows, int64_t pitch,
+                                     const void* codes, const void* scales, int64_t scale_type, const void* zeros,
+                                     const void* bias, int64_t bias_type, int64_t n, int64_t k, int64_t group,
+                                     int64_t bits, void* y);
+// The same for x fp32 [rows, k], with fp32 products.
+AWQ_CUDA_API int64_t awq_cuda_linear_f32(void* stream, const void* x, int64_t rows, const void* codes,
+                                         const void* scales, int64_t scale_type, const void* zeros, const void* bias,
+                                         int64_t bias_type, int64_t n, int64_t k, int64_t group, int64_t bits, void* y);
+// out [n, k] of `type`: the weight, rounded once where the type is not fp32.
+AWQ_CUDA_API int64_t awq_cuda_weight(void* stream, const void* codes, const void* scales, int64_t scale_type,
+                                     const void* zeros, int64_t n, int64_t k, int64_t group, int64_t bits, int64_t type,
+                                     void* out);
