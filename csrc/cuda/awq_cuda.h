@@ -37,3 +37,27 @@ AWQ_CUDA_API int64_t awq_cuda_linear_f32(void* stream, const void* x, int64_t ro
 AWQ_CUDA_API int64_t awq_cuda_weight(void* stream, const void* codes, const void* scales, int64_t scale_type,
                                      const void* zeros, int64_t n, int64_t k, int64_t group, int64_t bits, int64_t type,
                                      void* out);
+
+// --- quantize.cu -----------------------------------------------------------------------------------------------------
+
+// Rounds weight [n, k]: codes uint8 [n, k], scales [n, G] of scale_type, zeros uint8 [n, G]; all three null where only
+// `error` fp32 is wanted, value / channel_scale - weight: [n, k], or with by_group [G, n, group], a short last group
+// padded with 0. channel_scale fp32 [k], clip fp32 [n, G], error: optional.
+AWQ_CUDA_API int64_t awq_cuda_round(void* stream, const void* weight, int64_t type, int64_t n, int64_t k, int64_t group,
+                                    int64_t bits, int64_t symmetric, int64_t scale_type, const void* channel_scale,
+                                    const void* clip, void* codes, void* scales, void* zeros, void* error,
+                                    int64_t by_group);
+// out fp32 [n, k]: (code - zero) * scale / channel_scale * divisor - weight, the last three optional.
+AWQ_CUDA_API int64_t awq_cuda_dequantize(void* stream, const void* codes, const void* scales, int64_t scale_type,
+                                         const void* zeros, int64_t n, int64_t k, int64_t group, const void* weight,
+                                         int64_t type, const void* channel_scale, const void* divisor, void* out);
+
+// --- pack.cu: rows are [n, ceil(k / 2)] for 4 bits and [n, k] for 8 -------------------------------------------------
+
+AWQ_CUDA_API int64_t awq_cuda_pack(void* stream, const void* codes, int64_t n, int64_t k, void* packed);
+AWQ_CUDA_API int64_t awq_cuda_unpack(void* stream, const void* packed, int64_t n, int64_t k, void* codes);
+// tiles: aligned to 4 bytes.
+AWQ_CUDA_API int64_t awq_cuda_tile(void* stream, const void* rows, int64_t n, int64_t k, int64_t group, int64_t bits,
+                                   void* tiles);
+AWQ_CUDA_API int64_t awq_cuda_untile(void* stream, const void* tiles, int64_t n, int64_t k, int64_t group, int64_t bits,
+                                     void* rows);

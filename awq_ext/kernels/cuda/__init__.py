@@ -9,3 +9,4 @@ from __future__ import annotations
 # ruff: noqa: F401  (imported for callers: cuda.NAME)
 from .library import found, state
 from .linear import quant_linear, quant_weight
+from .quantize import dequantize_weight, pack_int4, quantize_weight, tile_codes, unpack_int4, untile_codes
