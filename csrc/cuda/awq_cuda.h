@@ -61,3 +61,43 @@ AWQ_CUDA_API int64_t awq_cuda_tile(void* stream, const void* rows, int64_t n, in
                                    void* tiles);
 AWQ_CUDA_API int64_t awq_cuda_untile(void* stream, const void* tiles, int64_t n, int64_t k, int64_t group, int64_t bits,
                                      void* rows);
+
+// --- stats.cu --------------------------------------------------------------------------------------------------------
+
+// Chunks in which so many rows are summed.
+AWQ_CUDA_API int64_t awq_cuda_chunks(int64_t rows);
+// Adds to sum fp64 [k] the sum of w x and to abs_sum fp64 [k] that of sqrt(w) |x|, over the rows of x [rows, k] whose
+// mask is not 0. weights fp32 [rows], mask uint8 [rows]: optional. kept fp32 [rows, k], optional: sqrt(w) x, 0 in other
+// rows. parts: room for fp64 [2, chunks, k].
+AWQ_CUDA_API int64_t awq_cuda_sum_rows(void* stream, const void* x, int64_t type, int64_t rows, int64_t k,
+                                       const void* weights, const void* mask, void* parts, void* sum, void* abs_sum,
+                                       void* kept);
+
+// --- search.cu -------------------------------------------------------------------------------------------------------
+
+// loss fp64 [n]: sum of product * error, both fp32 [n, k]; own fp64 [n], with diagonal fp32 [k] (both optional): sum of
+// error^2 * diagonal.
+AWQ_CUDA_API int64_t awq_cuda_forms(void* stream, const void* product, const void* error, const void* diagonal,
+                                    int64_t n, int64_t k, void* loss, void* own);
+// For product and error fp32 [groups, n, group]: where their sum of products is below best fp64 [n, groups], it is put
+// there, and *ratio (fp32, on the device) into chosen fp32 [n, groups].
+AWQ_CUDA_API int64_t awq_cuda_better_range(void* stream, const void* product, const void* error, int64_t n,
+                                           int64_t group, int64_t groups, const void* ratio, void* best, void* chosen);
+
+// --- descent.cu: weight fp32 [n, k] times the channel scale, steps fp32 [n, G], zeros uint8 [n, G], codes uint8 [n, k]
+// -
+
+// Rounds `count` <= 32 channels from place `first` on, in turn. sums fp32 [n, count]: of e_i M_ij over all places i
+// outside; matrix fp32, rows `pitch` apart: M within; order int64 [k], optional; error fp32 [n, k], by place.
+AWQ_CUDA_API int64_t awq_cuda_panel(void* stream, const void* sums, const void* matrix, int64_t pitch,
+                                    const void* weight, const void* order, const void* steps, const void* zeros,
+                                    int64_t n, int64_t k, int64_t group, int64_t first, int64_t count, int64_t bits,
+                                    void* error, void* codes);
+// levels fp32 [n, channels of group `at`]: code - zero.
+AWQ_CUDA_API int64_t awq_cuda_levels(void* stream, const void* codes, const void* zeros, int64_t n, int64_t k,
+                                     int64_t group, int64_t at, void* levels);
+// Sets the step of group `at` to its best value, and error fp32 [n, k] accordingly. pull, size fp32 [n, channels of the
+// group]: error times H, and levels times H within the group.
+AWQ_CUDA_API int64_t awq_cuda_move_step(void* stream, const void* weight, const void* codes, const void* zeros,
+                                        int64_t n, int64_t k, int64_t group, int64_t at, int64_t scale_type,
+                                        const void* pull, const void* size, void* steps, void* error);

@@ -7,6 +7,10 @@ the work. Large matrix products, and Cholesky's factor, are torch's.
 from __future__ import annotations
 
 # ruff: noqa: F401  (imported for callers: cuda.NAME)
+from ..reference import gptq_factor
+from .descent import gptq_quantize, refine_quantized
 from .library import found, state
 from .linear import quant_linear, quant_weight
 from .quantize import dequantize_weight, pack_int4, quantize_weight, tile_codes, unpack_int4, untile_codes
+from .search import code_losses, quadratic_loss, scale_losses, search_clip
+from .stats import ActivationStats

@@ -21,13 +21,19 @@ class Library:
     """A loaded library. ``device``: the type of device whose memory its functions take, "cpu" for the emulated one of the tests."""
 
     def __init__(self, file: Path, device: str = "cuda") -> None:
-        self.device = device
+        self.file, self.device = file, device
         self._functions = ctypes.CDLL(str(file))
         self._functions.awq_cuda_version.restype = ctypes.c_int64
         self._functions.awq_cuda_error.restype = ctypes.c_char_p
         self._functions.awq_cuda_error.argtypes = [ctypes.c_int64]
         if (version := self._functions.awq_cuda_version()) != VERSION:
             raise OSError(f"{file} is of version {version}, this package calls version {VERSION}: build it again")
+
+    def value(self, name: str, argument: int) -> int:
+        """Return what ``awq_cuda_<name>``, which launches nothing, says of a number."""
+        function = getattr(self._functions, f"awq_cuda_{name}")
+        function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_int64
+        return int(function(argument))
 
     def call(self, name: str, *arguments: int) -> None:
         """Call ``awq_cuda_<name>``. RuntimeError with CUDA's own words if the launch fails."""
@@ -78,6 +84,13 @@ def using(library: Library) -> Iterator[None]:
         yield
     finally:
         _substitute.pop()
+
+
+def value(name: str, argument: int) -> int:
+    """Return what ``awq_cuda_<name>`` says of a number. RuntimeError where there is no library."""
+    if (library := found()) is None:
+        raise RuntimeError(f"awq_ext's CUDA kernels are missing: {state()}")
+    return library.value(name, argument)
 
 
 def run(name: str, on: Tensor, *arguments: Tensor | int | None) -> None:

@@ -1,0 +1,127 @@
+"""Which kernels run where, and a whole model quantized on the emulated GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import emulated_gpu
+import models
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import awq_ext
+from awq_ext import _C, kernels
+from awq_ext.kernels import cuda, reference
+from awq_ext.kernels.cuda import library
+from awq_ext.layers import ops
+
+
+def test_every_function_of_the_reference_is_there() -> None:
+    dispatched = [name for name in vars(kernels) if callable(getattr(kernels, name)) and hasattr(_C, name)]
+    assert len(dispatched) >= 13
+    for name in (*dispatched, "ActivationStats"):
+        assert callable(getattr(cuda, name)), name
+        assert hasattr(reference, name)
+
+
+def test_the_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.kernels_for("cpu") is _C
+    assert kernels.kernels_for("cuda") is cuda  # the emulated library is in force here
+    assert kernels.kernels_for("meta") is reference
+    monkeypatch.setenv("AWQ_EXT_BACKEND", "reference")
+    assert kernels.kernels_for("cuda") is reference
+    monkeypatch.delenv("AWQ_EXT_BACKEND")
+    with monkeypatch.context() as bare:
+        bare.setattr(library, "_substitute", [])
+        if not torch.cuda.is_available():
+            assert kernels.kernels_for("cuda") is reference
+            assert library.state().startswith("not ")
+
+
+@pytest.mark.parametrize("name", ["quant_linear", "quant_weight"])
+def test_operators_have_a_cuda_kernel(name: str) -> None:
+    for key in ("CUDA", *(["AutocastCUDA"] if name == "quant_linear" else [])):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"awq_ext::{name}", key)
+
+
+def test_what_cuda_tensors_would_run_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "kernels_for", lambda device: cuda)
+    monkeypatch.setattr(ops, "kernels_for", lambda device: cuda)
+    layer = awq_ext.QuantLinear(24, 12, 8)
+    calls = []
+    monkeypatch.setattr(cuda, "quant_linear", lambda *args: calls.append(args) or reference.quant_linear(*args))
+    sizes = (layer.tiles, layer.tile_scales, layer.tile_zeros, None, None, 24, 12, 8, 4)
+    y = ops._on_gpu("quant_linear")(torch.randn(2, 24), *sizes, "auto")
+    assert y.shape == (2, 12)
+    assert len(calls) == 1
+
+
+def test_fake_tensors_on_a_gpu() -> None:
+    # autograd asks for a stream, which aborts a torch without CUDA
+    with FakeTensorMode(), torch.no_grad():
+        layer = awq_ext.QuantLinear(24, 12, 8, device="cuda")
+        x = torch.randn(3, 24, device="cuda", dtype=torch.bfloat16)
+        assert (layer(x).shape, layer(x).dtype, layer(x).device.type) == ((3, 12), torch.bfloat16, "cuda")
+
+
+def test_a_layer_keeps_its_bytes_when_it_moves() -> None:
+    """The compute layout is one for all devices: nothing is converted."""
+    layer = awq_ext.QuantLinear(24, 12, 8)
+    layer.qweight = torch.randint(0, 256, (12, 12), dtype=torch.uint8)
+    moved = {name: buffer.to("meta") for name, buffer in layer.named_buffers()}
+    assert {name: (b.shape, b.dtype) for name, b in moved.items()} == {
+        name: (b.shape, b.dtype) for name, b in layer.to("meta").named_buffers()
+    }
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_a_model_is_quantized(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that quantizing asks of kernels, end to end: losses are those of the reference."""
+    losses = {}
+    for name, module in (("reference", reference), ("cuda", cuda)):
+        monkeypatch.setattr(kernels, "kernels_for", lambda device, module=module: module)
+        torch.manual_seed(0)
+        case = models.make("llama")
+        awq_ext.quantize(case.model, case.batches, method=method, group_size=16, n_grid=4)
+        losses[name] = sum(layer.loss or 0.0 for layer in case.model.awq_report.layers)
+    assert losses["reference"] > 0
+    assert losses["cuda"] == pytest.approx(losses["reference"], rel=0.02)
+
+
+def test_a_failed_launch_says_what_to_do(gpu: library.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = SimpleNamespace(awq_cuda_tile=lambda *_: 7, awq_cuda_error=gpu._functions.awq_cuda_error)
+    functions.awq_cuda_tile.argtypes = []
+    monkeypatch.setattr(gpu, "_functions", functions)
+    with pytest.raises(RuntimeError, match=r"'tile' could not be started: an error .*AWQ_EXT_BACKEND=reference"):
+        cuda.tile_codes(torch.zeros(1, 2, dtype=torch.uint8), 4, -1, 4)
+
+
+def test_a_library_that_is_missing_or_of_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="missing"):
+        library.Library(tmp_path / "missing.so")
+    monkeypatch.setattr(library, "VERSION", 99)
+    with pytest.raises(OSError, match="is of version 1, this package calls version 99: build it again"):
+        library.Library(Path(emulated_gpu.load().file))
+    with monkeypatch.context() as bare:
+        bare.setattr(library, "_substitute", [])
+        with pytest.raises(RuntimeError, match="cannot run on cpu: "):
+            cuda.pack_int4(torch.zeros(1, 2, dtype=torch.uint8))
+
+
+def test_python_calls_functions_with_as_many_arguments_as_they_have(gpu: library.Library) -> None:
+    """What ctypes was told, by the calls of all tests so far and those here, is what the header says."""
+    header = (emulated_gpu.CSRC / "cuda" / "awq_cuda.h").read_text()
+    declared = {name: arguments.count(",") + 1 for name, arguments in re.findall(r"awq_cuda_(\w+)\(([^)]*)\);", header)}
+    called: dict[str, int] = {}
+    for file in Path(cuda.__file__).parent.glob("*.py"):
+        for name in re.findall(r"\brun\(\s*\"(\w+)\"", file.read_text()):
+            called[name] = declared[name]
+    assert set(called) | {"version", "error", "chunks"} == set(declared)
+    test_a_model_is_quantized("awq+gptq", pytest.MonkeyPatch())
+    for name in called:
+        types = getattr(gpu._functions, f"awq_cuda_{name}").argtypes
+        if types is not None:
+            assert len(types) == declared[name], name
