@@ -29,6 +29,7 @@ def facts() -> list[tuple[str, str]]:
 
     from .. import _C, __version__, _abi
     from ..evaluation.processor import this_processor
+    from ..kernels.cuda import state
 
     return [
         ("awq_ext", __version__),
@@ -38,6 +39,7 @@ def facts() -> list[tuple[str, str]]:
         ("torch built against", _abi.built_version() or "unknown"),
         ("kernels in use", f"{_C.isa()}: {why_these_kernels()}"),
         ("kernels available", ", ".join(_C.available_isas())),
+        ("CUDA kernels", state()),
         ("threads", str(torch.get_num_threads())),
         *_C.choices(),
     ]
