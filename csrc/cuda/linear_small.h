@@ -59,7 +59,7 @@ __device__ inline void read_ahead(const Weight& w, int tile, Cursor& at, int cou
 constexpr int most_warps(int eights) { return eights == 4 ? 8 : 16; }
 
 template <int kBits, bool kHalf, int kEights>
-__global__ void __launch_bounds__(most_warps(kEights) * kWarp) linear_small(Weight w, LinearRows rows) {
+__global__ void __launch_bounds__(most_warps(kEights) * kWarp, 1) linear_small(Weight w, LinearRows rows) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
   const int tile = static_cast<int>(blockIdx.x);
