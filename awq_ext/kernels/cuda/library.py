@@ -101,11 +101,13 @@ def run(name: str, on: Tensor, *arguments: Tensor | int | None) -> None:
     values = [
         0 if a is None else a.data_ptr() if isinstance(a, Tensor) else int(a) for a in arguments
     ]  # which `arguments` keeps alive
-    if on.is_cuda:
+    if not on.is_cuda:
+        library.call(name, 0, *values)
+    elif on.device.index == torch.cuda.current_device():  # nearly always: no need to pay for a guard
+        library.call(name, torch.cuda.current_stream(on.device).cuda_stream, *values)
+    else:
         with torch.cuda.device(on.device):
             library.call(name, torch.cuda.current_stream(on.device).cuda_stream, *values)
-    else:
-        library.call(name, 0, *values)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -69,6 +69,21 @@ def test_fake_tensors_on_a_gpu() -> None:
         assert (layer(x).shape, layer(x).dtype, layer(x).device.type) == ((3, 12), torch.bfloat16, "cuda")
 
 
+def test_autocast_on_a_gpu_casts_as_a_linear_does() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        layer, x = awq_ext.QuantLinear(24, 12, 8, device="cuda"), torch.randn(3, 24, device="cuda")
+        weight = torch.randn(12, 24, device="cuda")
+        torch.set_autocast_enabled("cuda", True)  # torch.autocast would refuse: there is no GPU
+        try:
+            for dtype in (torch.float16, torch.bfloat16):
+                torch.set_autocast_dtype("cuda", dtype)
+                assert layer(x).dtype == torch.nn.functional.linear(x, weight).dtype == dtype
+        finally:
+            torch.set_autocast_dtype("cuda", torch.float16)
+            torch.set_autocast_enabled("cuda", False)
+        assert layer(x).dtype == torch.float32
+
+
 def test_a_layer_keeps_its_bytes_when_it_moves() -> None:
     """The compute layout is one for all devices: nothing is converted."""
     layer = awq_ext.QuantLinear(24, 12, 8)
