@@ -39,7 +39,9 @@ def _cache() -> Path:
     headers = sorted([*(CSRC / "cuda").rglob("*.h"), CSRC / "base" / "layout.h"])
     text = b"".join(file.read_bytes() for file in [*sources(), *headers]) + " ".join(FLAGS).encode()
     folder = Path(tempfile.gettempdir()) / f"awq_ext-emulated-{os.getuid()}" / hashlib.sha256(text).hexdigest()[:16]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    assert folder.parent.stat().st_uid == os.getuid(), f"{folder.parent} belongs to somebody else"
     return folder
 
 

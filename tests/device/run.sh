@@ -6,15 +6,16 @@
 #   bash tests/device/run.sh [OUT.json]            default: device.json
 #   bash tests/device/run.sh --check [OUT.json]    without a GPU: says what is there, and runs the checks and the benchmark on the
 #                                                  emulated GPU, at tiny sizes, with the awq_ext that python finds
+#   bash tests/device/run.sh --build [90a]         without a GPU: builds for an architecture, and imports what was built
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 root=$PWD
 
-check=""
-if [ "${1:-}" = "--check" ]; then
-  check=yes
-  shift
-fi
+check="" only=""
+case "${1:-}" in
+  --check) check=yes; shift ;;
+  --build) only=${2:-90a}; shift $(($# > 1 ? 2 : 1)) ;;
+esac
 out=$(realpath -m "${1:-device.json}")
 python=${PYTHON:-python3}
 work=$(mktemp -d)
@@ -41,12 +42,13 @@ if [ -n "$check" ]; then
   emulated=(--emulated)
   export PYTHONPATH="$PWD:$PWD/tests:$PWD/tests/device"
 else
-  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || stop "torch sees no GPU: try --check"
+  [ -n "$only" ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || stop "torch sees no GPU: try --check"
   command -v nvcc >/dev/null || stop "nvcc is not on the path"
   command -v cmake >/dev/null || stop "cmake is not on the path: pip install cmake ninja"
   step "build"
   # sm_90 and newer have instructions that only their own code may use: the letter a
-  architecture=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9) + "-real")')
+  architecture=$only-real
+  [ -n "$only" ] || architecture=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9) + "-real")')
   generator=()
   command -v ninja >/dev/null && generator=(-G Ninja)
   cmake -S . -B "$work/build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(command -v "$python")" \
@@ -61,6 +63,9 @@ else
   printf 'Metadata-Version: 2.1\nName: awq-ext\nVersion: %s\n' "$version" >"$work/site/awq_ext-$version.dist-info/METADATA"
   export PYTHONPATH="$work/site:$PWD/tests:$PWD/tests/device"
   cd "$work" || exit 1 # so that the source tree does not stand before what was built
+  "$python" -c 'import awq_ext, sys; from awq_ext.kernels.cuda.library import FILE, Library; print(Library(FILE).file)' ||
+    stop "what was built cannot be imported"
+  [ -z "$only" ] || exit 0
   "$python" -c 'from awq_ext.kernels.cuda import found, state; import sys; print(state()); sys.exit(found() is None)' ||
     stop "the library that was built cannot be used"
 fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,14 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "torch sees no GPU: try --check" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.exhaustive  # minutes: it builds everything
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="the build of the CUDA kernels is NOT tested: no nvcc")
+def test_what_it_builds_can_be_imported() -> None:
+    done = run("--build", "80")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "libawq_cuda.so" in done.stdout
 
 
 @pytest.mark.exhaustive  # a minute
