@@ -42,6 +42,36 @@ __device__ inline void fill_stage(GemmStage<kBits>& stage, const Weight& w, cons
   }
 }
 
+// Writes the sums of a warp: rows from `first` on, outputs of a tile.
+template <bool kHalf>
+__device__ inline void store_tile(const Weight& w, const LinearRows& rows, int64_t tile, int64_t first,
+                                  const LaneSums<8>& sums) {
+  constexpr Type kType = kHalf ? Type::f16 : Type::bf16;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t output = tile * 32 + 16 * h + 2 * g;
+    if (output >= w.n) continue;
+    const bool both = output + 1 < w.n;
+    const float bias[2] = {bias_at(rows, output), both ? bias_at(rows, output + 1) : 0.0f};
+#pragma unroll
+    for (int r = 0; r < 8; ++r)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t row = first + 8 * r + 2 * t + i, at = row * w.n + output;
+        if (row >= rows.rows) continue;
+        const float y[2] = {sums.total[h][r][i] + bias[0], sums.total[h][r][2 + i] + bias[1]};
+        if (w.n % 2 == 0) {  // two at a time
+          const uint32_t low = bits_in(y[0], kType), high = bits_in(y[1], kType);
+          reinterpret_cast<uint32_t*>(rows.y)[at / 2] = high << 16 | low;
+        } else {
+          store(rows.y, kType, at, y[0]);
+          if (both) store(rows.y, kType, at + 1, y[1]);
+        }
+      }
+  }
+}
+
 template <int kBits, bool kHalf>
 __global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearRows rows) {
   auto* stages = reinterpret_cast<GemmStage<kBits>*>(shared_memory());
@@ -50,7 +80,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearR
   const int tile = static_cast<int>(blockIdx.x) * kGemmTiles + tile_here;
   const int chunks = (w.steps + 3) / 4, rounds = (w.steps + kGemmSteps - 1) / kGemmSteps;
 
-  float total[2][8][4] = {}, part[2][8][4] = {};
+  LaneSums<8> sums;
   GroupBits<kBits> bits = {}, next = {};
   Decoder<kBits, kHalf> decoder = {};
   if (tile < w.tiles) next.read(w, tile, 0, g);
@@ -76,61 +106,19 @@ __global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearR
         if (++group < w.groups && tile < w.tiles) next.read(w, tile, group, g);
       }
       const uint8_t* step = stage.codes + (tile_here * kGemmSteps + c * 4 + t) * (16 * kBits);
-      const LaneWords<kBits> words = load_words<kBits>(step, g);
       uint32_t a[2][4];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) decoder.fragment(words, h, a[h]);
+      decoder.fragments(load_words<kBits>(step, g), a);
 #pragma unroll
       for (int r = 0; r < 8; ++r) {
-        struct alignas(8) Four {
-          uint32_t b[2];
-        };
         const int row = half * 64 + 8 * r + g;
-        const Four x = *reinterpret_cast<const Four*>(stage.x + row * 128 + (c ^ (row % 4)) * 32 + 8 * t);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) multiply<kHalf>(part[h][r], a[h], x.b);
+        const uint8_t* x = stage.x + row * 128 + (c ^ (row % 4)) * 32 + 8 * t;
+        sums.template multiply<kHalf>(a, r, *reinterpret_cast<const Activations*>(x));
       }
-      if (--left > 0) continue;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float low = bits.scale(w, h, 0), high = bits.scale(w, h, 1);
-#pragma unroll
-        for (int r = 0; r < 8; ++r)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            total[h][r][i] = fma_rn(i < 2 ? low : high, part[h][r][i], total[h][r][i]);
-            part[h][r][i] = 0.0f;
-          }
-      }
+      if (--left == 0) sums.end_group(w, bits);
     }
   }
   wait_copies<0>();
-
-  constexpr Type kType = kHalf ? Type::f16 : Type::bf16;
-  const bool paired = w.n % 2 == 0;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int64_t output = static_cast<int64_t>(tile) * 32 + 16 * h + 2 * g;
-    if (output >= w.n) continue;
-    const bool both = output + 1 < w.n;
-    const float bias[2] = {bias_at(rows, output), both ? bias_at(rows, output + 1) : 0.0f};
-#pragma unroll
-    for (int r = 0; r < 8; ++r)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t row = static_cast<int64_t>(blockIdx.y) * kGemmRows + half * 64 + 8 * r + 2 * t + i;
-        if (row >= rows.rows) continue;
-        const float y[2] = {total[h][r][i] + bias[0], total[h][r][2 + i] + bias[1]};
-        const int64_t at = row * w.n + output;
-        if (paired) {
-          const uint32_t low = bits_in(y[0], kType), high = bits_in(y[1], kType);
-          reinterpret_cast<uint32_t*>(rows.y)[at / 2] = high << 16 | low;
-        } else {
-          store(rows.y, kType, at, y[0]);
-          if (both) store(rows.y, kType, at + 1, y[1]);
-        }
-      }
-  }
+  store_tile<kHalf>(w, rows, tile, static_cast<int64_t>(blockIdx.y) * kGemmRows + half * 64, sums);
 }
 
 }  // namespace awq::cuda

@@ -55,41 +55,52 @@ __device__ inline void read_ahead(const Weight& w, int tile, Cursor& at, int cou
   }
 }
 
+// Adds up what the warps of a block have summed, and writes it.
+template <bool kHalf, int kEights>
+__device__ inline void store_rows(const Weight& w, const LinearRows& rows, const LaneSums<kEights>& lane_sums) {
+  constexpr int kSums = 8 * kEights;  // of a lane
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  float* sums = reinterpret_cast<float*>(shared_memory());
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[(warp * kSums + i) * kWarp + lane] = lane_sums.total[i / 4 % 2][i / 8][i % 4];
+  sync_block();
+  for (int e = static_cast<int>(threadIdx.x); e < kSums * kWarp; e += static_cast<int>(blockDim.x)) {
+    float sum = 0.0f;
+    for (int v = 0; v < warps; ++v) sum += sums[v * kSums * kWarp + e];
+    const int i = e / kWarp, of = e % kWarp;
+    const int64_t row = static_cast<int64_t>(blockIdx.y) * (8 * kEights) + 8 * (i / 8) + 2 * (of % 4) + i % 2;
+    const int64_t output = static_cast<int64_t>(blockIdx.x) * 32 + 16 * (i / 4 % 2) + 2 * (of / 4) + i % 4 / 2;
+    if (row < rows.rows && output < w.n)
+      store(rows.y, kHalf ? Type::f16 : Type::bf16, row * w.n + output, sum + bias_at(rows, output));
+  }
+}
+
+// The lane's activations of row `row`, in step `step` of the group at `at`; 0 past either end.
+__device__ inline Activations read_row(const Weight& w, const LinearRows& rows, int64_t row, Cursor at, int step) {
+  if (step >= steps_of(w, at.group) || row >= rows.rows) return {{0, 0}};
+  const int64_t channel = 4 * (static_cast<int64_t>(at.group) * w.group_steps + step);
+  return *reinterpret_cast<const Activations*>(rows.x + row * rows.pitch + channel);
+}
+
 // kEights: rows of a block, in eights. Shared memory: the sums of each warp, fp32 [8 kEights][32].
 constexpr int most_warps(int eights) { return eights == 4 ? 8 : 16; }
 
 template <int kBits, bool kHalf, int kEights>
 __global__ void __launch_bounds__(most_warps(kEights) * kWarp, 1) linear_small(Weight w, LinearRows rows) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
-  const int tile = static_cast<int>(blockIdx.x);
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * (8 * kEights);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, tile = static_cast<int>(blockIdx.x);
+  const int64_t warp = static_cast<int>(threadIdx.x) / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
   const int group_chunks = (w.group_steps + 3) / 4;
   const int chunks = (w.groups - 1) * group_chunks + (steps_of(w, w.groups - 1) + 3) / 4;
-  const int begin = static_cast<int>(static_cast<int64_t>(chunks) * warp / warps);
-  const int end = static_cast<int>(static_cast<int64_t>(chunks) * (warp + 1) / warps);
+  const int begin = static_cast<int>(chunks * warp / warps), end = static_cast<int>(chunks * (warp + 1) / warps);
 
-  float total[kEights][2][4] = {}, part[kEights][2][4] = {};
+  LaneSums<kEights> sums;
   GroupBits<kBits> bits = {};
   Decoder<kBits, kHalf> decoder = {};
-  auto fold = [&] {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float low = bits.scale(w, h, 0), high = bits.scale(w, h, 1);
-#pragma unroll
-      for (int r = 0; r < kEights; ++r)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          total[r][h][i] = fma_rn(i < 2 ? low : high, part[r][h][i], total[r][h][i]);
-          part[r][h][i] = 0.0f;
-        }
-    }
-  };
-
   Cursor here{begin / group_chunks, begin % group_chunks}, ahead = here;
   LaneWords<kBits> words[kAhead], next[kAhead];
   read_ahead<kBits>(w, tile, ahead, end - begin, lane, next);
-  int open = -1;  // the group that `part` belongs to
+  int open = -1;  // the group that is being added up
   for (int chunk = begin; chunk < end; chunk += kAhead) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) words[u] = next[u];
@@ -98,46 +109,23 @@ __global__ void __launch_bounds__(most_warps(kEights) * kWarp, 1) linear_small(W
     for (int u = 0; u < kAhead; ++u) {
       if (chunk + u >= end) continue;
       if (here.group != open) {
-        if (open >= 0) fold();
+        if (open >= 0) sums.end_group(w, bits);
         open = here.group;
-        bits.read(w, tile, open, g);
+        bits.read(w, tile, open, lane / 4);
         decoder.set(bits);
       }
-      const int step = here.chunk * 4 + t;
-      const bool there = step < steps_of(w, here.group);
-      const int64_t channel = 4 * (static_cast<int64_t>(here.group) * w.group_steps + step);
       uint32_t a[2][4];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) decoder.fragment(words[u], h, a[h]);
+      decoder.fragments(words[u], a);
 #pragma unroll
       for (int r = 0; r < kEights; ++r) {
-        struct alignas(8) Four {
-          uint32_t b[2];
-        } x = {{0, 0}};
-        const int64_t row = first_row + 8 * r + g;
-        if (there && row < rows.rows) x = *reinterpret_cast<const Four*>(rows.x + row * rows.pitch + channel);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) multiply<kHalf>(part[r][h], a[h], x.b);
+        const int64_t row = static_cast<int64_t>(blockIdx.y) * (8 * kEights) + 8 * r + lane / 4;
+        sums.template multiply<kHalf>(a, r, read_row(w, rows, row, here, here.chunk * 4 + lane % 4));
       }
       here.next(w);
     }
   }
-  if (open >= 0) fold();
-
-  constexpr int kSums = 8 * kEights;  // of a lane
-  float* sums = reinterpret_cast<float*>(shared_memory());
-#pragma unroll
-  for (int i = 0; i < kSums; ++i) sums[(warp * kSums + i) * kWarp + lane] = total[i / 8][i / 4 % 2][i % 4];
-  sync_block();
-  for (int e = static_cast<int>(threadIdx.x); e < kSums * kWarp; e += static_cast<int>(blockDim.x)) {
-    float sum = 0.0f;
-    for (int v = 0; v < warps; ++v) sum += sums[v * kSums * kWarp + e];
-    const int i = e / kWarp, of = e % kWarp;
-    const int64_t row = first_row + 8 * (i / 8) + 2 * (of % 4) + i % 2;
-    const int64_t output = static_cast<int64_t>(tile) * 32 + 16 * (i / 4 % 2) + 2 * (of / 4) + i % 4 / 2;
-    if (row < rows.rows && output < w.n)
-      store(rows.y, kHalf ? Type::f16 : Type::bf16, row * w.n + output, sum + bias_at(rows, output));
-  }
+  if (open >= 0) sums.end_group(w, bits);
+  store_rows<kHalf>(w, rows, sums);
 }
 
 }  // namespace awq::cuda

@@ -120,6 +120,11 @@ struct Decoder {
     }
   }
 
+  __device__ void fragments(const LaneWords<kBits>& words, uint32_t (&a)[2][4]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) fragment(words, h, a[h]);
+  }
+
   // The fragment of A of outputs 16 h ..
   __device__ void fragment(const LaneWords<kBits>& words, int h, uint32_t (&a)[4]) const {
     constexpr uint32_t kMask = kBits == 4 ? 0x000f000fu : 0x00ff00ffu;
@@ -131,12 +136,43 @@ struct Decoder {
   }
 };
 
-template <bool kHalf>
-__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (kHalf)
-    mma_f16(c, a, b);
-  else
-    mma_bf16(c, a, b);
-}
+// Eight bytes of a row of activations: the fragment of B for the lane's four channels.
+struct alignas(8) Activations {
+  uint32_t b[2];
+};
+
+// The sums of a lane for 32 outputs and 8 kEights rows, fragments of C: [h][r][i] belongs to output 16 h + 2g + i / 2
+// and row 8 r + 2t + i % 2.
+template <int kEights>
+struct LaneSums {
+  float total[2][kEights][4] = {};
+  float part[2][kEights][4] = {};  // of the group that is being added up, without its scale
+
+  template <bool kHalf>
+  __device__ void multiply(const uint32_t (&a)[2][4], int r, const Activations& x) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if constexpr (kHalf)
+        mma_f16(part[h][r], a[h], x.b);
+      else
+        mma_bf16(part[h][r], a[h], x.b);
+    }
+  }
+
+  template <int kBits>
+  __device__ void end_group(const Weight& w, const GroupBits<kBits>& bits) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float low = bits.scale(w, h, 0), high = bits.scale(w, h, 1);
+#pragma unroll
+      for (int r = 0; r < kEights; ++r)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[h][r][i] = fma_rn(i < 2 ? low : high, part[h][r][i], total[h][r][i]);
+          part[h][r][i] = 0.0f;
+        }
+    }
+  }
+};
 
 }  // namespace awq::cuda
