@@ -13,6 +13,9 @@
 
 // Raised whenever an argument is added or changes its meaning, so that a library of another version is not called.
 AWQ_CUDA_API int64_t awq_cuda_version();
+// 0, or the error of looking up a kernel on the current device: a driver too old for the CUDA runtime in this library,
+// or a device for which it holds no code.
+AWQ_CUDA_API int64_t awq_cuda_usable();
 // The text of a CUDA error.
 AWQ_CUDA_API const char* awq_cuda_error(int64_t error);
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds against the torch there, checks the CUDA kernels on the GPU, times them, and writes one JSON file.
-# Takes less than five minutes on eight cores. Needs python with torch (built with CUDA), cmake, ninja or make, g++ and nvcc; the
-# source tree is left as it is.
+# Takes less than five minutes on eight cores. Needs python with torch (built with CUDA) and awq_ext's dependencies (numpy, tqdm,
+# safetensors, greenlet, rich, typer), cmake, ninja or make, g++ and nvcc; the source tree is left as it is.
 #
 #   bash tests/device/run.sh [OUT.json]            default: device.json
 #   bash tests/device/run.sh --check [OUT.json]    without a GPU: says what is there, and runs the checks and the benchmark on the

@@ -29,6 +29,12 @@ class Library:
         if (version := self._functions.awq_cuda_version()) != VERSION:
             raise OSError(f"{file} is of version {version}, this package calls version {VERSION}: build it again")
 
+    def problem(self) -> str:
+        """Say why kernels cannot run on torch's current device, in CUDA's own words; "" where they can."""
+        self._functions.awq_cuda_usable.restype = ctypes.c_int64
+        error = self._functions.awq_cuda_usable()
+        return self._functions.awq_cuda_error(error).decode() if error else ""
+
     def value(self, name: str, argument: int) -> int:
         """Return what ``awq_cuda_<name>``, which launches nothing, says of a number."""
         function = getattr(self._functions, f"awq_cuda_{name}")
@@ -58,9 +64,13 @@ def _look() -> tuple[Library | None, str]:
     if not torch.cuda.is_available():
         return None, "not used: torch sees no GPU"
     try:
-        return Library(FILE), f"in use, torch's CUDA {torch.version.cuda}"
+        library = Library(FILE)
     except OSError as error:
         return None, f"not usable: {error}"
+    torch.cuda.current_stream()  # sets up torch's context, in which the kernels run
+    if problem := library.problem():
+        return None, f"not usable: {problem}"
+    return library, f"in use, torch's CUDA {torch.version.cuda}"
 
 
 _substitute: list[Library] = []

@@ -130,12 +130,30 @@ def test_a_library_that_is_missing_or_of_another_version(monkeypatch: pytest.Mon
             cuda.pack_int4(torch.zeros(1, 2, dtype=torch.uint8))
 
 
+def test_a_library_that_cannot_run_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a driver that is older than the runtime in the library: the reference works on."""
+    loaded = emulated_gpu.load()
+    assert loaded.problem() == ""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(library, "FILE", loaded.file)
+    assert library._look.__wrapped__()[1] == "in use, torch's CUDA 13.0"
+    monkeypatch.setattr(library.Library, "problem", lambda self: "the driver is too old")
+    assert library._look.__wrapped__() == (None, "not usable: the driver is too old")
+    monkeypatch.setattr(library, "FILE", loaded.file.parent / "missing.so")
+    assert library._look.__wrapped__()[1].startswith("not built: ")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(library, "FILE", loaded.file)
+    assert library._look.__wrapped__() == (None, "not used: torch sees no GPU")
+
+
 def test_python_calls_functions_with_as_many_arguments_as_they_have(gpu: library.Library) -> None:
     """ctypes cannot know: it is told by the first call of each, which all are here."""
     header = (emulated_gpu.CSRC / "cuda" / "awq_cuda.h").read_text()
     declared = {name: arguments.count(",") + 1 for name, arguments in re.findall(r"awq_cuda_(\w+)\(([^)]*)\);", header)}
     called = {name for file in Path(cuda.__file__).parent.glob("*.py") for name in CALL.findall(file.read_text())}
-    assert called | {"version", "error", "chunks"} == set(declared)
+    assert called | {"version", "error", "usable", "chunks"} == set(declared)
     weight, moment, order = torch.randn(3, 12), torch.eye(12), torch.arange(12)
     codes, scales, zeros = cuda.quantize_weight(weight, 4)
     cuda.gptq_quantize(weight, moment, order, 4)
