@@ -1,16 +1,19 @@
 """The operators of ``torch.ops.awq_ext`` that a quantized layer calls: autograd, autocast, torch.compile and export see them.
 
-``awq_ext._C`` registers the schemas, the CPU kernels, the gradient and the autocast rule; this file registers the kernels of all
-other devices, and the shape functions.
+``awq_ext._C`` registers the schemas, the CPU kernels, the gradient and the CPU's autocast rule; this file registers the kernels of
+all other devices, CUDA's autocast rule, and the shape functions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (importing _C registers the operators)
-from ..kernels import reference
+from ..kernels import kernels_for, reference
 
 __all__ = ["quant_linear", "quant_weight"]
 
@@ -73,9 +76,28 @@ def _weight_shape(
     return scales.new_empty((out_features, in_features), dtype=torch.float32)
 
 
+def _on_gpu(name: str) -> Callable[..., Tensor]:
+    """Make the operator's function for CUDA tensors: our kernels where they were built, else the reference."""
+
+    def run(*args: Any) -> Tensor:
+        return getattr(kernels_for(args[0].device), name)(*args)
+
+    return run
+
+
+def _autocast_on_gpu(x: Tensor, *args: Any) -> Tensor:
+    """Cast the input as autocast does that of a Linear: the output has the dtype that it is cast to."""
+    if x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype("cuda"))
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)):
+        return torch.ops.awq_ext.quant_linear.default(x, *args)
+
+
 for _name, _function, _shape in (
-    ("awq_ext::quant_linear", reference.quant_linear, _linear_shape),
-    ("awq_ext::quant_weight", reference.quant_weight, _weight_shape),
+    ("quant_linear", reference.quant_linear, _linear_shape),
+    ("quant_weight", reference.quant_weight, _weight_shape),
 ):
-    torch.library.impl(_name, "CompositeExplicitAutograd")(_function)
-    torch.library.register_fake(_name)(_shape)
+    torch.library.impl(f"awq_ext::{_name}", "CompositeExplicitAutograd")(_function)
+    torch.library.impl(f"awq_ext::{_name}", "CUDA")(_on_gpu(_name))
+    torch.library.register_fake(f"awq_ext::{_name}")(_shape)
+torch.library.impl("awq_ext::quant_linear", "AutocastCUDA")(_autocast_on_gpu)
