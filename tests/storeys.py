@@ -21,7 +21,7 @@ STOREYS = (
     ("demo",),
     ("evaluation", "integrations"),
     ("pipeline", "checkpoints"),
-    ("solving",),
+    ("solving", "tuning"),
     ("folding", "calibration"),
     ("survey",),
     ("standins",),

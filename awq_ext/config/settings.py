@@ -121,6 +121,10 @@ class AwqConfig:
         ``get_input_embeddings()``. None: 0.25 with error feedback, otherwise 0.
     generated_tokens: likewise, batches of text that the model writes itself. Only for decoders that are called like those of
         transformers (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, otherwise 0.
+    tune_scales: passes over the calibration batches in which the scales of all weight groups are tuned end to end, by gradient
+        steps on the model's KL divergence from the float model; 0 for none. Codes and zeros stay. One batch of eight takes no part,
+        and the old scales come back unless the divergence there falls. A batch of a pass takes as long as four forwards. Only for
+        models that return logits for every token id and can be differentiated: others are left untuned, with a note in the report.
     min_weights: Linears with fewer weights stay as they are.
     """
 
@@ -142,6 +146,7 @@ class AwqConfig:
     weighed_batches: int = 4
     random_tokens: float | None = None
     generated_tokens: float | None = None
+    tune_scales: int = 0
     packed: bool = True
     skip: tuple[Selector, ...] = ()
     only: tuple[Selector, ...] = ()

@@ -38,6 +38,7 @@ from ..survey.survey import BlockSurvey, reasons_to_stay
 from ..undo import interrupt
 from ..undo.thread_state import restoring
 from .session import Session, session
+from .tuning import ScaleTuning
 
 _FEW_TOKENS = 4000
 
@@ -85,6 +86,7 @@ def quantize(
                     collected = run.collect(block)
                     groups = run.solve(block, collected)
                     run.swap(block, groups)
+            run.tune()
         _finish(opened, surveys, report)
         report.seconds = time.perf_counter() - started
         for text in report.warnings:
@@ -114,7 +116,7 @@ class _Collected:
 
 
 class _Run:
-    """The state of one quantize() call, and its three steps."""
+    """The state of one quantize() call, and its steps: three for each block, and one for all."""
 
     def __init__(
         self,
@@ -131,7 +133,8 @@ class _Run:
         self._progress = progress
         model, config = opened.model, opened.config
         self._calls = opened.calls + _extra_calls(model, opened.calls, config, report, progress)
-        planned = planned_bytes(surveys, growth_of(self._calls), config)
+        self._tuning = ScaleTuning(model, self._calls, config, report, progress)
+        planned = planned_bytes(surveys, growth_of(self._calls), config) + self._tuning.planned_bytes(surveys, config)
         report.planned_memory_bytes = opened.memory.bytes() + planned
         self._weights = _row_weights(model, self._calls, surveys, config, report, progress)
         self._biases = own_biases(model, opened.eligible.linears.values())
@@ -192,8 +195,12 @@ class _Run:
                 built = build_layer(layer, group.fold)
                 if isinstance(built, QuantLinear):
                     built.rescaled = self._rescaling.factor(layer.task.name, layer.task.linear.weight)
-                journal.set_module(self._session.model, layer.task.name, built)
+                journal.set_module(self._session.model, layer.task.name, self._tuning.layer(layer, built))
                 report.quantized_parameters += layer.task.linear.weight.numel()
+
+    def tune(self) -> None:
+        """Tune the scales of all layers end to end, if that is wanted."""
+        self._tuning.finish(self._surveys, self._session.journal)
 
     def _bar(self) -> Progress:
         if self._progress:

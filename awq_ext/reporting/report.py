@@ -66,7 +66,7 @@ class AwqReport:
     """The record of one :func:`awq_ext.quantize` call; ``print(model.awq_report)`` shows it as a table.
 
     calibration_seconds: forwards of all batches and streaming statistics, which grow with the calibration set;
-    search_seconds: scales, folds, clips, rounding, which do not.
+    search_seconds: scales, folds, clips, rounding, which do not. tuning_seconds: of ``tune_scales``.
     evaluations: scores by the name of the text, as ``Evaluation.to_dict()`` gives them; quantize() leaves it empty,
         ``save_pretrained(..., evaluations=)``, ``awq-ext quantize --traffic`` and ``awq-ext eval --card`` fill it.
     """
@@ -79,6 +79,7 @@ class AwqReport:
     seconds: float = 0.0
     calibration_seconds: float = 0.0
     search_seconds: float = 0.0
+    tuning_seconds: float = 0.0
     planned_memory_bytes: int = 0
     peak_memory_bytes: int = 0
     warnings: list[str] = field(default_factory=list)

@@ -174,3 +174,17 @@ def build_layer(layer: LayerSolution, fold: Fold | None) -> nn.Module:
     linear.bias = old.bias
     take_hooks(linear, old)
     return linear.train(old.training)
+
+
+@torch.no_grad()
+def trainable_layer(layer: LayerSolution) -> QuantLinear:
+    """Build a layer that computes what a fake-quantized Linear does, and whose scales can be trained: its codes as 8 bits."""
+    found = layer.found
+    wide = QuantizedWeight(found.codes(), found.scales, found.zeros, found.in_features, found.group_size, bits=8)
+    pre_quant_scale = None if layer.scale is None else 1 / layer.scale
+    return QuantLinear.from_packed(layer.task.linear, wide, pre_quant_scale)
+
+
+def with_scales(layer: LayerSolution, scales: Tensor) -> LayerSolution:
+    """Give a solution other scales of its weight groups, fp16 or bf16 [N, G]; its losses are those of the old ones."""
+    return replace(layer, found=replace(layer.found, scales=scales))

@@ -1,0 +1,94 @@
+"""Tuning of scales within quantize(): what the float model predicts is kept before the blocks are solved, and used after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..config import AwqConfig
+from ..forwards.calls import Call
+from ..kernels.reference import group_count
+from ..layers.quant_linear import QuantLinear
+from ..reporting.progress import draws_bars
+from ..reporting.report import AwqReport
+from ..solving.solution import LayerSolution, build_layer, trainable_layer, with_scales
+from ..survey.survey import BlockSurvey
+from ..tuning.predictions import Predictions
+from ..tuning.scales import Tuning, float_predictions, tune_scales, tuning_bytes
+from ..undo.journal import Journal
+
+
+class ScaleTuning:
+    """Tuning of the scales of all layers that a quantize() call makes. Without ``tune_scales``, or logits, it does nothing.
+
+    A model that cannot be tuned is quantized all the same, and a note in the report says why.
+    """
+
+    def __init__(
+        self, model: nn.Module, calls: Sequence[Call], config: AwqConfig, report: AwqReport, progress: bool
+    ) -> None:
+        self._model, self._calls, self._passes, self._report = model, calls, config.tune_scales, report
+        self._progress = progress and draws_bars()
+        self._layers: dict[str, tuple[QuantLinear, LayerSolution]] = {}
+        self._predictions: list[Predictions] | None = None
+        if not self._passes:
+            return
+        started = time.perf_counter()
+        try:
+            self._predictions = float_predictions(model, calls, self._progress)
+        except Exception as error:  # whoever cannot predict tokens can be quantized
+            self._note(error)
+        report.tuning_seconds = time.perf_counter() - started
+
+    @property
+    def wanted(self) -> bool:
+        """Whether layers will be tuned."""
+        return self._predictions is not None
+
+    def planned_bytes(self, surveys: Sequence[BlockSurvey], config: AwqConfig) -> int:
+        """Estimate what tuning holds: predictions, and what belongs to each scale. Activations of a block are not counted."""
+        if not self.wanted:
+            return 0
+        weights = ((config.for_layer(name), linear.weight) for s in surveys for name, linear in s.linears.items())
+        return tuning_bytes(self._calls, sum(len(w) * group_count(w.shape[1], one.group_size) for one, w in weights))
+
+    def layer(self, solution: LayerSolution, built: nn.Module) -> nn.Module:
+        """Take part in the making of a layer: return ``built``, or what stands for it until it is tuned."""
+        if not self.wanted:
+            return built
+        tuned = built if isinstance(built, QuantLinear) else trainable_layer(solution)
+        self._layers[solution.task.name] = tuned, solution
+        return tuned
+
+    def finish(self, surveys: Sequence[BlockSurvey], journal: Journal) -> None:
+        """Tune the scales, once all layers are in the model; then put fake-quantized Linears in their places."""
+        if not self.wanted:
+            return
+        started = time.perf_counter()
+        blocks = [surveyed.block.module for surveyed in surveys]
+        batches = list(zip(self._calls, self._predictions, strict=True))
+        try:
+            layers = [layer for layer, _ in self._layers.values()]
+            self._tell(tune_scales(self._model, blocks, layers, batches, self._passes, self._progress))
+        except Exception as error:  # a model need not have gradients to be quantized
+            self._note(error)
+        for name, (layer, solution) in self._layers.items():
+            if not solution.task.settings.packed:
+                journal.set_module(self._model, name, build_layer(with_scales(solution, layer.scales), None))
+        self._report.tuning_seconds += time.perf_counter() - started
+
+    def _tell(self, tuning: Tuning) -> None:
+        moved = f"{tuning.before:.4g} -> {tuning.after:.4g} nats a token"
+        kept = (
+            "scales of weight groups tuned"
+            if tuning.kept
+            else "scales of weight groups stay as they were: tuning gained nothing"
+        )
+        self._report.notes.append(
+            f"{kept} ({tuning.batches} batches; divergence from the float model on {tuning.held} others {moved})"
+        )
+
+    def _note(self, error: Exception) -> None:
+        self._report.notes.append(f"scales of weight groups not tuned: {type(error).__name__}: {error}")
