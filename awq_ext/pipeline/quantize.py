@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..calibration.builtin import builtin_calibration, is_builtin
 from ..calibration.extra_batches import generated_calls, random_calls
 from ..calibration.importance import find_weights
 from ..calibration.padding import warnings_for
@@ -62,6 +63,8 @@ def quantize(
     calib_loader: iterable of samples, each a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
         ``attention_mask`` marks 0 do not count), a list of token ids or, with ``tokenizer``, a str, a list of messages, or a row of
         a data set with "text", "messages", "conversations" or "prompt" and "completion". Tensors are moved to the model's device.
+        "builtin" (with ``tokenizer``): a small mix of languages and code that ships with the package, and as much text that the
+        model writes itself (``generated_tokens``). Text of your own traffic is better.
     inputs: what of a sample the model is called with: "all"; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
     config, overrides: an :class:`AwqConfig` or a dict of its fields (or AutoAWQ's), and fields by name, such as ``group_size=64``.
@@ -74,6 +77,8 @@ def quantize(
     """
     given, model = model, unwrapped(model)
     config = configured(config, overrides)
+    if is_builtin(calib_loader):
+        calib_loader, config = builtin_calibration(tokenizer, config)
     started = time.perf_counter()
     report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
     rescaling = Rescaling(model)
