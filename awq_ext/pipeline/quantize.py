@@ -39,7 +39,7 @@ from ..survey.survey import BlockSurvey, reasons_to_stay
 from ..undo import interrupt
 from ..undo.thread_state import restoring
 from .session import Session, session
-from .tuning import ScaleTuning
+from .tuning import ScaleTuning, planned_tuning_bytes
 
 _FEW_TOKENS = 4000
 
@@ -139,7 +139,8 @@ class _Run:
         model, config = opened.model, opened.config
         self._calls = opened.calls + _extra_calls(model, opened.calls, config, report, progress)
         self._tuning = ScaleTuning(model, self._calls, config, report, progress)
-        planned = planned_bytes(surveys, growth_of(self._calls), config) + self._tuning.planned_bytes(surveys, config)
+        planned = planned_bytes(surveys, growth_of(self._calls), config)
+        planned += planned_tuning_bytes(surveys, self._calls, 1.0, config) if self._tuning.wanted else 0
         report.planned_memory_bytes = opened.memory.bytes() + planned
         self._weights = _row_weights(model, self._calls, surveys, config, report, progress)
         self._biases = own_biases(model, opened.eligible.linears.values())

@@ -20,6 +20,20 @@ from ..tuning.scales import Tuning, float_predictions, tune_scales, tuning_bytes
 from ..undo.journal import Journal
 
 
+def planned_tuning_bytes(
+    surveys: Sequence[BlockSurvey], calls: Sequence[Call], batches: float, config: AwqConfig
+) -> int:
+    """Estimate what ``tune_scales`` holds: predictions for ``batches`` times ``calls``, and what belongs to each scale.
+
+    As with ``objective="model"``, the activations of one block and the logits of a batch are not counted.
+    """
+    if not config.tune_scales:
+        return 0
+    weights = ((config.for_layer(name), linear.weight) for s in surveys for name, linear in s.linears.items())
+    groups = sum(len(w) * group_count(w.shape[1], settings.group_size) for settings, w in weights)
+    return tuning_bytes(int(batches * sum(call.tokens for call in calls)), groups)
+
+
 class ScaleTuning:
     """Tuning of the scales of all layers that a quantize() call makes. Without ``tune_scales``, or logits, it does nothing.
 
@@ -46,13 +60,6 @@ class ScaleTuning:
     def wanted(self) -> bool:
         """Whether layers will be tuned."""
         return self._predictions is not None
-
-    def planned_bytes(self, surveys: Sequence[BlockSurvey], config: AwqConfig) -> int:
-        """Estimate what tuning holds: predictions, and what belongs to each scale. Activations of a block are not counted."""
-        if not self.wanted:
-            return 0
-        weights = ((config.for_layer(name), linear.weight) for s in surveys for name, linear in s.linears.items())
-        return tuning_bytes(self._calls, sum(len(w) * group_count(w.shape[1], one.group_size) for one, w in weights))
 
     def layer(self, solution: LayerSolution, built: nn.Module) -> nn.Module:
         """Take part in the making of a layer: return ``built``, or what stands for it until it is tuned."""

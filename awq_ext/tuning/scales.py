@@ -59,9 +59,12 @@ def float_predictions(model: nn.Module, calls: Sequence[Call], progress: bool = 
     return kept
 
 
-def tuning_bytes(calls: Sequence[Call], groups: int) -> int:
-    """Estimate what tuning holds beside the model: predictions, and for each group's scale 3 fp32 of Adam's and 3 copies."""
-    return BYTES * sum(call.tokens for call in calls) + 24 * groups
+def tuning_bytes(tokens: int, groups: int) -> int:
+    """Estimate what tuning holds beside the model: predictions of each token, and for each group's scale eight numbers.
+
+    Five are fp32 (its start, its step, two means of Adam's, a gradient), three 16-bit (old, new, the gradient's).
+    """
+    return BYTES * tokens + 26 * groups
 
 
 def tune_scales(
