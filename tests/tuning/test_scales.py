@@ -69,6 +69,30 @@ def test_passes_agree_whatever_the_number_of_threads(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(one[1].float(), other[1].float(), rtol=2**-10, atol=0)
 
 
+@pytest.mark.parametrize("rate, expected", [(2e-3, 2.0), (8e-2, 0.5)])
+def test_the_held_out_batches_choose_how_far_to_go(
+    monkeypatch: pytest.MonkeyPatch, rate: float, expected: float
+) -> None:
+    """Steps that are too small are made longer, those that are too large shorter."""
+    monkeypatch.setattr(scales, "RATE", rate)
+    model, layers, given = made()
+    tuning = tune_scales(model, list(model.layers), layers, given, passes=2)
+    chosen = state(layers)
+    monkeypatch.setattr(scales, "LENGTHS", ())
+    other, layers, given = made()
+    plain = tune_scales(other, list(other.layers), layers, given, passes=2)
+    assert tuning.after < plain.after
+    assert tuning.before == plain.before
+    if plain.kept:
+        start = state(made()[1])
+        for (_, new, _), layer, (_, old, _) in zip(chosen, layers, start, strict=True):
+            filled = old > 0
+            ratio = (new[filled].float() / old[filled].float()).log() / (
+                layer.tile_scales[filled] / old[filled]
+            ).float().log()
+            assert float(ratio[ratio.isfinite()].median()) == pytest.approx(expected, rel=0.05)
+
+
 def test_scales_that_gain_nothing_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layers, given = made()
     monkeypatch.setattr(scales, "RATE", 3.0)
