@@ -118,6 +118,7 @@ class AwqConfig:
         steps on the model's KL divergence from the float model; 0 for none. Codes and zeros stay. One batch of eight takes no part,
         and the old scales come back unless the divergence there falls. A batch of a pass takes as long as four forwards. Only for
         models that return logits for every token id and can be differentiated: others are left untuned, with a note in the report.
+        Text unlike all calibration batches may lose by it, above all with few of them (docs/research-notes-tuning.md).
 
     How it is calibrated:
 
