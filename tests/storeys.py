@@ -21,7 +21,7 @@ STOREYS = (
     ("demo", "streaming"),
     ("evaluation", "integrations"),
     ("pipeline", "checkpoints"),
-    ("solving", "workdir"),
+    ("solving", "tuning", "workdir"),
     ("folding", "calibration"),
     ("survey",),
     ("standins",),

@@ -37,6 +37,7 @@ from .options import (
     parse_method,
     read_settings,
     set_threads,
+    with_builtin,
     write_json,
 )
 
@@ -56,7 +57,8 @@ def compare(
         list[str],
         typer.Option(
             metavar="NAME[,FIELD=VALUE...]",
-            help="rtn, awq, gptq or awq+gptq, with settings of its own: 'awq,clip=false,label=bare'. May be repeated.",
+            help="rtn, awq, gptq or awq+gptq, or an effort (fast, balanced, best), with settings of its own: "
+            "'awq,clip=false,label=bare'. May be repeated.",
         ),
     ] = ["rtn", "awq"],  # noqa: B006
     group_size: Annotated[
@@ -101,7 +103,7 @@ def compare(
     console = console_for(json_path)
     named = hf.named_texts(traffic)
     fields = {"group_size": group_size, "bits": bits, "seq_len": seq_len}
-    chosen = read_settings(fields, settings, per_layer=per_layer, head=head)
+    chosen = with_builtin(calib, read_settings(fields, settings, per_layer=per_layer, head=head))
     methods = [parse_method(text) for text in method]
     try:
         read_methods(methods, chosen)  # before a model is loaded for nothing

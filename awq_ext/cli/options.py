@@ -101,11 +101,36 @@ def check_format(value: str) -> str:
     return _checked(value, LAYOUTS)
 
 
-def check_method(value: str) -> str:
+def check_method(value: str | None) -> str | None:
     """Check that there is such a method; else a usage error."""
     from ..config import METHODS
 
-    return _checked(value, METHODS)
+    return None if value is None else _checked(value, METHODS)
+
+
+def check_calib(value: list[Path]) -> list[Path]:
+    """Check that texts are there, or built in; else a usage error."""
+    from .texts import is_builtin
+
+    for path in value:
+        if not (path.is_file() or is_builtin(path)):
+            raise typer.BadParameter(f"File '{path}' {'is a directory' if path.is_dir() else 'does not exist'}.")
+    return value
+
+
+def with_builtin(calib: Iterable[Path], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Let a model that is calibrated on the built-in texts write some of its own too, unless the settings say how much."""
+    from ..calibration.builtin import WRITTEN
+    from .texts import is_builtin
+
+    return {"generated_tokens": WRITTEN, **chosen} if any(map(is_builtin, calib)) else chosen
+
+
+def check_effort(value: str | None) -> str | None:
+    """Check that there is such an effort; else a usage error."""
+    from ..config import EFFORTS
+
+    return None if value is None else _checked(value, EFFORTS)
 
 
 def check_head(value: str | None) -> str | None:
@@ -218,9 +243,11 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def parse_method(text: str) -> dict[str, Any]:
-    """Parse ``awq,clip=false,label=no clip`` to fields of AwqConfig and a label."""
+    """Parse ``awq,clip=false,label=no clip`` to fields of AwqConfig and a label; a name may be that of an effort."""
+    from ..config import EFFORTS
+
     name, *fields = text.split(",")
-    return {"label": text, "method": name} | dict(parse_setting(field) for field in fields)
+    return {"label": text, "effort" if name in EFFORTS else "method": name} | dict(map(parse_setting, fields))
 
 
 def parse_per_layer(text: str) -> dict[str, dict[str, Any]]:
@@ -347,10 +374,10 @@ Trust = Annotated[
 Calib = Annotated[
     list[Path],
     typer.Option(
-        exists=True,
-        dir_okay=False,
+        callback=check_calib,
         help="Text to calibrate on: .txt, or .jsonl, .json, .csv or .parquet with 'text', 'messages', 'conversations' or "
-        "'prompt' and 'completion'. May be repeated.",
+        "'prompt' and 'completion'. May be repeated. builtin: a small mix of languages and code that ships with the package, and "
+        "text that the model writes itself.",
     ),
 ]
 Field = Annotated[
@@ -363,6 +390,15 @@ Head = Annotated[
     typer.Option(
         callback=check_head,
         help="The output layer: float (the default), int8 or int4. If it is tied to the embedding, it gets a weight of its own.",
+    ),
+]
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        callback=check_effort,
+        help="fast (awq), balanced (awq+gptq) or best (awq+gptq, then all scales tuned end to end): settings by the time that they "
+        "take. Options and --set count more.",
+        show_default=False,
     ),
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Windows of calibration text, drawn evenly over all of it.")]

@@ -17,6 +17,7 @@ from .options import (
     Calib,
     Device,
     Dtype,
+    Effort,
     Field,
     Head,
     JsonPath,
@@ -45,6 +46,7 @@ from .options import (
     read_settings,
     say,
     set_threads,
+    with_builtin,
     write_json,
 )
 
@@ -62,12 +64,14 @@ def quantize(
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Where the quantized model goes; made if need be.")],
     calib: Calib,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             callback=check_method,
-            help="awq (searched scales), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).",
+            help="awq (searched scales; the default), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).",
+            show_default=False,
         ),
-    ] = "awq",
+    ] = None,
+    effort: Effort = None,
     group_size: Annotated[
         int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
     ] = 128,
@@ -164,8 +168,15 @@ def quantize(
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
     _refuse_other_bits(settings, bits)
-    fields = {"method": method, "group_size": group_size, "bits": bits, "fold": fold, "seq_len": seq_len}
-    chosen = read_settings(fields, settings, skip, per_layer, head)
+    fields = {
+        "effort": effort,
+        "method": method,
+        "group_size": group_size,
+        "bits": bits,
+        "fold": fold,
+        "seq_len": seq_len,
+    }
+    chosen = with_builtin(calib, read_settings(fields, settings, skip, per_layer, head))
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(traffic)

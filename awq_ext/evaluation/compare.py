@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import AwqConfig, understood
+from ..config import EFFORTS, AwqConfig, understood
 from ..forwards.calls import Call, read_calls
 from ..forwards.forked import finishing_after_fork
 from ..forwards.memory import release_free_memory
@@ -121,7 +121,7 @@ def _read_method(method: Method, settings: dict[str, Any]) -> tuple[str, AwqConf
     if isinstance(method, AwqConfig):
         return _label(method.to_dict()), replace(method, **settings)
     if isinstance(method, str):
-        return method, AwqConfig(**settings | {"method": method})
+        return method, AwqConfig(**settings | understood({"effort" if method in EFFORTS else "method": method}))
     if not isinstance(method, Mapping):
         raise TypeError(f"methods: {method!r} is a {type(method).__name__}: give a name, a dict or an AwqConfig")
     try:

@@ -21,6 +21,7 @@ from ..survey.budget import planned_bytes
 from ..survey.survey import reasons_to_stay
 from ..undo.thread_state import restoring
 from .session import Session, session
+from .tuning import planned_tuning_bytes
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def planned(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan
         groups=found,
         stays_float=reasons_to_stay(opened.eligible, surveys),
         parameters=sum(p.numel() for p in model.parameters()),
-        planned_memory_bytes=planned_bytes(surveys, batches * len(opened.calls), config),
+        planned_memory_bytes=planned_bytes(surveys, batches * len(opened.calls), config)
+        + planned_tuning_bytes(surveys, opened.calls, batches, config),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..calibration.builtin import builtin_calibration, is_builtin
 from ..config import AwqConfig, configured
 from ..forwards.forked import finishing_after_fork
 from ..forwards.rescaled import Rescaling
@@ -53,6 +54,8 @@ def quantize(
     calib_loader: iterable of samples, each a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
         ``attention_mask`` marks 0 do not count), a list of token ids or, with ``tokenizer``, a str, a list of messages, or a row of
         a data set with "text", "messages", "conversations" or "prompt" and "completion". Tensors are moved to the model's device.
+        "builtin" (with ``tokenizer``): a small mix of languages and code that ships with the package, and as much text that the
+        model writes itself (``generated_tokens``). Text of your own traffic is better.
     inputs: what of a sample the model is called with: "all"; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
     resume: a directory for what is finished, made if need be. After an interrupt of any kind, SIGKILL and power cuts included, the
@@ -87,6 +90,8 @@ def quantize_in(
 ) -> nn.Module:
     """Do what :func:`quantize` does, with what is finished and what need not be in memory kept as ``keeping`` says."""
     given, model = model, unwrapped(model)
+    if is_builtin(calib_loader):
+        calib_loader, config = builtin_calibration(tokenizer, config)
     started = time.perf_counter()
     report = _begun(model, config)
     rescaling = Rescaling(model)
@@ -107,6 +112,7 @@ def quantize_in(
                         result = run.keep(block, run.solve(block, run.collect(block)))
                     run.swap(block, result)
                     run.finished(block, result)
+            run.tune()
         _finish(opened, surveys, report)
         report.peak_memory_bytes = max(opened.memory.bytes(), keeping.peak_before)
         report.seconds = keeping.seconds_before + time.perf_counter() - started

@@ -73,7 +73,7 @@ class AwqReport:
     bytes_before, bytes_after: of the model's parameters and buffers, fake-quantized weights as if they were packed.
     calibration_tokens: token ids in the samples; 0 where the model reads none, or all is rounded plainly and they do not matter.
     calibration_seconds: forwards of all batches and streaming statistics, which grow with the calibration set;
-    search_seconds: scales, folds, clips, rounding, which do not.
+    search_seconds: scales, folds, clips, rounding, which do not. tuning_seconds: of ``tune_scales``.
     evaluations: scores by the name of the text, as ``Evaluation.to_dict()`` gives them; quantize() leaves it empty,
         ``save_pretrained(..., evaluations=)``, ``awq-ext quantize --traffic`` and ``awq-ext eval --card`` fill it.
     """
@@ -93,6 +93,7 @@ class AwqReport:
     seconds: float = 0.0
     calibration_seconds: float = 0.0
     search_seconds: float = 0.0
+    tuning_seconds: float = 0.0
     planned_memory_bytes: int = 0
     peak_memory_bytes: int = 0
     warnings: list[str] = field(default_factory=list)

@@ -187,3 +187,22 @@ def build_layer(layer: LayerSolution, fold: Fold | None) -> nn.Module:
     linear.bias = old.bias
     take_hooks(linear, old)
     return linear.train(old.training)
+
+
+@torch.no_grad()
+def trainable_layer(layer: LayerSolution) -> QuantLinear:
+    """Build a layer that computes what a fake-quantized Linear does, and whose scales can be trained: its codes as 8 bits."""
+    found = layer.found
+    wide = QuantizedWeight(found.codes(), found.scales, found.zeros, found.in_features, found.group_size, bits=8)
+    pre_quant_scale = None if layer.scale is None else 1 / layer.scale
+    return QuantLinear.from_packed(layer.task.linear, wide, pre_quant_scale)
+
+
+@torch.no_grad()
+def fake_quantized(layer: QuantLinear, requires_grad: bool) -> nn.Linear:
+    """Build the plain Linear that computes what ``layer``, of ``trainable_layer``, does."""
+    linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    linear.weight = nn.Parameter(layer.weight.as_subclass(Tensor), requires_grad=requires_grad)
+    linear.bias = layer.bias
+    take_hooks(linear, layer)
+    return linear.train(layer.training)

@@ -24,7 +24,8 @@ from awq_ext.pipeline.run import Run
 from awq_ext.workdir.directory import opened
 
 FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
-MEASURED = ("date", "seconds", "calibration_seconds", "search_seconds", "planned_memory_bytes", "peak_memory_bytes")
+MEASURED = {"date", "seconds", "calibration_seconds", "search_seconds", "tuning_seconds"}
+MEASURED |= {"planned_memory_bytes", "peak_memory_bytes"}
 
 
 def outcome(model: nn.Module) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
