@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..forwards.calls import CalibrationError, Call, run_call
-from ..forwards.gradients import checkpointed, without_gradients
 from ..forwards.hooks import Hooks
 from ..forwards.outputs import logits_of, targets_of
 from ..survey.survey import BlockSurvey
 from ..undo import interrupt
+from .gradients import checkpointed, without_gradients
 from .row_weights import PositionWeights, RowWeights, Weights, stretches_of
 
 # The least weight of a row, as a share of the mean: a row that the output does not react to still shows what inputs look like.

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..calibration.gradients import checkpointed, without_gradients
 from ..forwards.calls import CalibrationError, Call, run_call
-from ..forwards.gradients import checkpointed, without_gradients
 from ..forwards.outputs import logits_of, targets_of
 from ..layers.quant_linear import QuantLinear
 from ..reporting.progress import Progress

@@ -244,7 +244,11 @@ def test_windows_come_from_every_text(model_dir: Path, texts: dict[str, Path]) -
         ),
         (["quantize", "{empty}", "{new}", "--calib", "{calib}"], 1, "has no config.json"),
         (["compare", "{model}", "--calib", "{calib}", "--traffic", "nowhere.txt"], 1, "nowhere.txt is no file"),
-        (["compare", "{model}", "--calib", "{calib}", "--traffic", "{calib}", "--method", "best"], 2, "method='best'"),
+        (
+            ["compare", "{model}", "--calib", "{calib}", "--traffic", "{calib}", "--method", "finest"],
+            2,
+            "method='finest'",
+        ),
         (["compare", "{model}", "--calib", "{calib}", "--traffic", "{calib}", "--traffic", "{calib}"], 1, "two texts"),
         (["eval", "{model}"], 2, "PATH"),
         (["eval", "{nowhere}", "{calib}"], 2, "does not exist"),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .inputs import copy_inputs
+from ..forwards.inputs import copy_inputs
 
 
 @contextmanager
