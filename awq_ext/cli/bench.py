@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..reporting.tables import Cell, Table, counted
-from .options import (
-    JsonPath,
-    Overwrite,
-    Threads,
-    check_group_size,
-    console_for,
-    one_line_errors,
-    set_threads,
-    write_json,
-)
+from .console import console_for, one_line_errors, set_threads, write_json
+from .options.checks import check_group_size
+from .options.types import JsonPath, Overwrite, Threads
 
 if TYPE_CHECKING:
     from ..evaluation.advice import Timing

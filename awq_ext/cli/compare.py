@@ -10,7 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import (
+from .console import console_for, one_line_errors, set_threads, write_json
+from .options.checks import check_group_size, check_output
+from .options.settings import parse_method, read_settings, with_builtin
+from .options.types import (
     Bits,
     Calib,
     Device,
@@ -30,15 +33,6 @@ from .options import (
     Token,
     Tokens,
     Trust,
-    check_group_size,
-    check_output,
-    console_for,
-    one_line_errors,
-    parse_method,
-    read_settings,
-    set_threads,
-    with_builtin,
-    write_json,
 )
 
 

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 
 from ..reporting.figures import key
 from ..reporting.tables import counted
-from .options import JsonPath, Overwrite, console_for, fact_table, fail, one_line_errors, write_json
+from .console import console_for, fact_table, fail, one_line_errors, write_json
+from .options.types import JsonPath, Overwrite
 
 # fp32 sums of some hundred terms in another order differ by about 1e-6; bf16 products would by 1e-2
 SELF_TEST_TOLERANCE = 1e-4

@@ -8,17 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.readers import loaders
-from .options import (
-    JsonPath,
-    ModelDir,
-    Overwrite,
-    Revision,
-    Token,
-    console_for,
-    fact_table,
-    one_line_errors,
-    write_json,
-)
+from .console import console_for, fact_table, one_line_errors, write_json
+from .options.types import JsonPath, ModelDir, Overwrite, Revision, Token
 
 
 @one_line_errors

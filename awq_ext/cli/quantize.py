@@ -12,7 +12,17 @@ from rich.markup import escape
 
 from ..reporting.readers import DEFAULT_FORMAT
 from ..reporting.tables import format_bytes
-from .options import (
+from .console import command_line, console_for, one_line_errors, say, set_threads, write_json
+from .options.checks import (
+    check_directory,
+    check_format,
+    check_group_size,
+    check_method,
+    check_page,
+    check_report_extra,
+)
+from .options.settings import parse_setting, read_settings, with_builtin
+from .options.types import (
     Bits,
     Calib,
     Device,
@@ -33,21 +43,6 @@ from .options import (
     Token,
     Tokens,
     Trust,
-    check_directory,
-    check_format,
-    check_group_size,
-    check_method,
-    check_page,
-    check_report_extra,
-    command_line,
-    console_for,
-    one_line_errors,
-    parse_setting,
-    read_settings,
-    say,
-    set_threads,
-    with_builtin,
-    write_json,
 )
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import awq_ext
 from awq_ext import _C, cli
-from awq_ext.cli.options import parse_setting
+from awq_ext.cli.options.settings import parse_setting
 from awq_ext.demo import run
 from awq_ext.layers import quant_linear as qlinear
 
@@ -287,7 +287,7 @@ def test_a_warning_is_one_line_and_said_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_bugs_keep_their_traceback() -> None:
-    from awq_ext.cli.options import one_line_errors
+    from awq_ext.cli.console import one_line_errors
 
     with pytest.raises(KeyError):
         one_line_errors(lambda: {}["x"])()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import awq_ext
 from awq_ext import AwqConfig, cli
 from awq_ext.cli import hf
-from awq_ext.cli.options import parse_method
+from awq_ext.cli.options.settings import parse_method
 from awq_ext.cli.texts import drawn_windows, windows
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import
