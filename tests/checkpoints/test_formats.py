@@ -235,12 +235,13 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "native"])
-def test_eight_bits_are_for_the_native_layout(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if 8 not in LAYOUTS[name].widths])
+def test_eight_bits_are_for_layouts_that_have_them(name: str) -> None:
     (problem,) = LAYOUTS[name].problems("self_attn.q_proj", random_layer(k=256, g=64, symmetric=True, bits=8))
     assert (
         problem
-        == 'it has 8 bits, not 4: use format="native", or quantize with bits=4 (an output layer: with head="int4")'
+        == 'it has 8 bits, not 4: use format="compressed-tensors", "gptq" or "native", or quantize with bits=4 (an output '
+        'layer: with head="int4")'
     )
 
 
@@ -268,6 +269,53 @@ def test_eight_bits_there_and_back(symmetric: bool) -> None:
         native.unpack(native.pack(narrow), native.reads(config | {"bits": 8}).of("narrow"))
     with pytest.raises(CheckpointError, match="5 bits; awq_ext runs 4 or 8"):
         native.reads(config | {"layers": {"narrow": [37, 16, 5]}})
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_eight_bits_of_other_tools(symmetric: bool) -> None:
+    """Four codes a word, by the formulas of the readers; ``dynamic`` and ``config_groups`` tell them from layers of 4 bits."""
+
+    def byte(word: Tensor, i: int) -> int:
+        return int(word) >> 8 * i & 255
+
+    wide, narrow = random_layer(symmetric=symmetric, bits=8), random_layer(symmetric=symmetric)
+    codes, zeros = wide.codes(), wide.zeros
+    gptq, ct = LAYOUTS["gptq"].pack(wide), LAYOUTS["compressed-tensors"].pack(wide)
+    assert ("weight_zero_point" in ct) != symmetric
+    for n in range(N):
+        for k in range(K):
+            assert byte(gptq["qweight"][k // 4, n], k % 4) == codes[n, k] == byte(ct["weight_packed"][n, k // 4], k % 4)
+        for g in range(K // G):
+            assert byte(gptq["qzeros"][g, n // 4], n % 4) + 1 == zeros[n, g]
+            assert symmetric or byte(ct["weight_zero_point"][n // 4, g], n % 4) == zeros[n, g]
+    layers = {"a.0.up": wide, "a.0.down": narrow, "a.1.up": wide, "a.1.down": narrow}
+    for name in ("gptq", "compressed-tensors"):
+        for some in (layers, {"a.0.up": wide}):
+            config = LAYOUTS[name].quantization_config(Summary({key: Facts.of(layer) for key, layer in some.items()}))
+            settings = LAYOUTS[name].reads(json.loads(json.dumps(config)))
+            for key, layer in some.items():
+                assert LAYOUTS[name].problems(key, layer) == []
+                assert settings.bits(key) == layer.bits
+                assert_same(layer, LAYOUTS[name].unpack(LAYOUTS[name].pack(layer), settings.of(key)))
+        for n, k, g in ((9, 35, 5), (13, 33, -1)) if name == "compressed-tensors" else ((8, 40, 32),):
+            odd = random_layer(n, k, g, symmetric, bits=8)
+            assert_same(odd, LAYOUTS[name].unpack(LAYOUTS[name].pack(odd), settings_of(name, odd)))
+
+
+def test_patterns_of_gptq_layers_of_other_bits() -> None:
+    """With any number where all layers of that name are meant, and under the names that vLLM joins layers to."""
+    wide, narrow = Facts.of(random_layer(bits=8)), Facts.of(random_layer())
+
+    def dynamic(**bits: Facts) -> dict[str, Any]:
+        names = {key.replace("__", "."): facts for key, facts in bits.items()}
+        return LAYOUTS["gptq"].quantization_config(Summary(names)).get("dynamic", {})
+
+    eight = {"bits": 8}
+    assert dynamic(a__0__up=wide, a__1__up=wide, a__1__down=narrow) == {r"+:a\.\d+\.up$": eight}
+    assert dynamic(a__0__up=wide, a__1__up=narrow) == {r"+:a\.0\.up$": eight}
+    assert dynamic(a__0__up=wide) == {}
+    joined = dynamic(a__0__q_proj=wide, a__0__k_proj=wide, a__0__v_proj=wide, a__0__down=narrow)
+    assert joined == {rf"+:a\.\d+\.{leaf}$": eight for leaf in ("k_proj", "q_proj", "qkv_proj", "v_proj")}
 
 
 @pytest.mark.parametrize("what", list(PROBLEMS))
