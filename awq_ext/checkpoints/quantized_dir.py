@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..modules import called_head
 from .formats import LAYOUTS, CheckpointError, Layout, PackedLinear, Settings
+from .gguf.file import GGUF, GgufTensors
 from .shards import Shards, first_json
 from .version_1 import read_version_1
 
@@ -40,7 +41,11 @@ class QuantDir:
         before = self.folder.stat()
         self.config: Mapping[str, Any] = first_json(self.folder, CONFIG) or {}
         self._version_1 = read_version_1(self.folder)
-        self.shards = Shards(self.folder, None if self._version_1 is None else [self._version_1.tensors])
+        self.shards: Shards | GgufTensors = (
+            GgufTensors(self.folder, self.config)
+            if (self.folder / GGUF).exists()
+            else Shards(self.folder, None if self._version_1 is None else [self._version_1.tensors])
+        )
         self.layout, self.settings = self._recognize(self._dtypes(self.shards.leaves()))
         self.experts, self.in_memory = self.settings.experts, self.settings.in_memory
         self.tied = {} if self.in_memory is None else self.in_memory.tied

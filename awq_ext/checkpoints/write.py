@@ -16,17 +16,19 @@ from torch import Tensor
 from ..reporting.warn import warn
 from .atomic_directory import replaced
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
+from .gguf.file import GGUF, foreseen, write_gguf
 from .quantized_dir import CONFIG, OTHER_CONFIGS
 from .shards import INDEX, WEIGHTS, first_json
 from .version_1 import VERSION_1
 
 REPORT = "awq_report.json"
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SHARD_OF_VERSION_1 = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 _BESIDE_WEIGHTS = {CONFIG, VERSION_1, REPORT}
-_WEIGHTS = {WEIGHTS, INDEX, *OTHER_CONFIGS}
+_WEIGHTS = {WEIGHTS, INDEX, GGUF, *OTHER_CONFIGS}
 
 Overwrite = bool | str | os.PathLike[str]
 # weights that config.json describes and that another config.json would spoil
@@ -176,8 +178,14 @@ def write(
 
     extra: writes further files into the folder it is given. One layer at a time is packed; one shard at a time is in memory.
     """
+    if layout.name == "gguf":
+        foreseen(source, config)
     with replaced(directory, is_checkpoint_file) as folder:
-        _write_shards(folder, _tensors(source, layout, summary), max_shard_size)
+        if layout.name == "gguf":
+            extra(folder)  # the tokenizer goes into the file
+            write_gguf(folder, source, layout, summary, config)
+        else:
+            _write_shards(folder, _tensors(source, layout, summary), max_shard_size)
         extra(folder)
         files = {
             CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},

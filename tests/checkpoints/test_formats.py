@@ -93,6 +93,15 @@ def modelopt_code(t: dict[str, Tensor], n: int, k: int) -> int:
     return (signed - 16 if signed > 7 else signed) + 8
 
 
+def gguf_code(t: dict[str, Tensor], n: int, k: int) -> int:
+    """Of a Q4_1 block: two bytes of scale, two of offset, sixteen of codes."""
+    return int(t["blocks"][n, k // 32, 4 + k % 16]) >> 4 * (k % 32 // 16) & 15
+
+
+def gguf_half(t: dict[str, Tensor], n: int, g: int, start: int) -> float:
+    return float(t["blocks"][n, g, start : start + 2].view(torch.float16))
+
+
 def native_code(t: dict[str, Tensor], n: int, k: int) -> int:
     return nibble(t["qweight"][n, k // 2], k % 2)
 
@@ -106,6 +115,7 @@ READERS: dict[str, tuple[Read, Read, str, bool]] = {  # code, zero, name of the 
     "compressed-tensors": (ct_code, ct_zero, "weight_scale", False),
     "gptq": (gptq_code, gptq_zero, "scales", True),
     "modelopt": (modelopt_code, lambda t, n, g: 8, "weight_scale", False),
+    "gguf": (gguf_code, lambda t, n, g: round(-gguf_half(t, n, g, 2) / gguf_half(t, n, g, 0)), "", False),
     "native": (native_code, lambda t, n, g: int(t["zeros"][n, g]), "scales", False),
 }
 
@@ -125,7 +135,8 @@ def test_every_element_is_where_the_format_says(name: str) -> None:
             assert code_at(tensors, n, k) == codes[n, k], (n, k)
         for g in range(K // G):
             assert zero_at(tensors, n, g) == layer.zeros[n, g], (n, g)
-            assert tensors[scales][(g, n) if transposed else (n, g)] == layer.scales[n, g]
+            scale = tensors[scales][(g, n) if transposed else (n, g)] if scales else gguf_half(tensors, n, g, 0)
+            assert scale == layer.scales[n, g]
 
 
 SHAPES = {
@@ -136,6 +147,7 @@ SHAPES = {
     "compressed-tensors": [(16, 128, 32), (5, 12, 4), (13, 33, -1), (1, 7, 7), (9, 35, 5)],
     "gptq": [(16, 128, 32), (8, 24, 8), (40, 96, -1), (24, 72, 12), (8, 40, 32)],
     "modelopt": [(16, 128, 32), (2, 6, 3), (6, 33, -1), (10, 35, 5)],
+    "gguf": [(16, 128, 32), (5, 32, 32), (3, 96, 32), (1, 32, -1)],
     "native": [(16, 128, 32), (5, 12, 4), (13, 33, 16), (1, 7, -1), (9, 35, 64)],
 }
 
@@ -231,6 +243,8 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "outputs": ("awq", {"n": 12}, "out_features=12 is not a multiple of 8"),
     "inputs": ("gptq", {"k": 36, "g": 12}, "in_features=36 is not a multiple of 8"),
     "gemv groups": ("gemv", {"g": 16}, "group_size=16 is not one of"),
+    "gguf groups": ("gguf", {"g": 16}, "group_size=16 is not a multiple of 32: quantize with group_size=32"),
+    "gguf, 8 bits with zeros": ("gguf", {"bits": 8}, "no block: quantize with symmetric=True"),
     "gemv_fast inputs": ("gemv_fast", {"k": 96}, "in_features=96 is not a multiple of 64"),
 }
 

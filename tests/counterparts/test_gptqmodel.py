@@ -9,6 +9,7 @@ import pytest
 import torch
 from counterparts.counterpart import (
     assert_same_weights,
+    byte_tokenizer,
     clear_prompt,
     needed,
     quantized_llama,
@@ -47,7 +48,8 @@ def test_gptqmodel_reads_layers_of_eight_bits(settings: dict[str, Any], symmetri
     """A "gptq" directory, ``dynamic`` included, in the layers that GPTQModel itself builds for it."""
     needed("gptqmodel")
     model = quantized_llama(symmetric=symmetric, **settings)
-    folder, out = awq_ext.save_pretrained(model, tmp_path / "model", format="gptq"), tmp_path / "out.safetensors"
+    out, tokenizer = tmp_path / "out.safetensors", byte_tokenizer()  # without which GPTQModel loads nothing
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gptq", tokenizer=tokenizer)
     run("gptqmodel", "gptqmodel_read.py", folder, out)
     theirs = load_file(out)
     ours, again = weights_of(model, torch.float32), weights_of(awq_ext.from_pretrained(folder), torch.float32)
