@@ -43,7 +43,7 @@ class QuantDir:
         self._version_1 = read_version_1(self.folder)
         self.shards: Shards | GgufTensors = (
             GgufTensors(self.folder, self.config)
-            if (self.folder / GGUF).exists()
+            if self._in_gguf()
             else Shards(self.folder, None if self._version_1 is None else [self._version_1.tensors])
         )
         self.layout, self.settings = self._recognize(self._dtypes(self.shards.leaves()))
@@ -56,6 +56,13 @@ class QuantDir:
         self._check()
         if not os.path.samestat(before, self.folder.stat()):  # else config and tensors may be of two checkpoints
             raise CheckpointError(f"{self.folder} was replaced while it was read: read it again")
+
+    def _in_gguf(self) -> bool:
+        """Tell whether the tensors are in model.gguf: the config says so, or there is no other file that has them."""
+        if not (self.folder / GGUF).exists():
+            return False
+        says = self.quantization_config()
+        return (says is not None and says.get("quant_method") == "gguf") or not any(self.folder.glob("*.safetensors"))
 
     def layer(self, name: str, read: Mapping[str, Tensor] = MappingProxyType({})) -> PackedLinear:
         """Read and check one quantized Linear; CheckpointError naming it.
@@ -160,6 +167,8 @@ class QuantDir:
 
     def _recognize(self, kinds: Mapping[str, Mapping[str, torch.dtype]]) -> tuple[Layout, Settings]:
         config = self.quantization_config()
+        if isinstance(self.shards, GgufTensors):
+            config = {"quant_method": "gguf"}  # which no other tool writes
         # the one layout whose own tool writes no config
         bare = LAYOUTS["llm-awq"]
         if any(bare.claims(leaves) for leaves in kinds.values()):

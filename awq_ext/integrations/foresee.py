@@ -73,5 +73,6 @@ def _stand_in(linear: nn.Linear, settings: AwqConfig, at_run_time: bool) -> Quan
     layer = QuantLinear.empty_like(linear, settings.group_size, at_run_time, **kind)
     zero = middle_code(settings.bits) - (not settings.symmetric)  # any other than the middle says that there are zeros
     layer.zeros = torch.full_like(layer.zeros, zero)
+    layer.scales = torch.ones_like(layer.scales)  # which every format holds: those to come are not known
     layer.bias = linear.bias
     return layer

@@ -160,6 +160,10 @@ def test_files_there_and_back(family: str, tmp_path: Path) -> None:
     back = awq_ext.from_pretrained(folder)
     assert torch.equal(model(BATCH).logits, back(BATCH).logits)
     native = awq_ext.convert(folder, tmp_path / "native", "native")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]  # as it lies beside a file that llama.cpp's converter made
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(model(BATCH).logits, awq_ext.from_pretrained(folder)(BATCH).logits)
     again = awq_ext.convert(native, tmp_path / "again", "gguf")
     assert torch.equal(model(BATCH).logits, awq_ext.from_pretrained(native)(BATCH).logits)
     first, second = stored(folder), stored(again)

@@ -49,6 +49,7 @@ def test_gptqmodel_reads_layers_of_eight_bits(settings: dict[str, Any], symmetri
     needed("gptqmodel")
     model = quantized_llama(symmetric=symmetric, **settings)
     out, tokenizer = tmp_path / "out.safetensors", byte_tokenizer()  # without which GPTQModel loads nothing
+    tokenizer.pad_token = "!"
     folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gptq", tokenizer=tokenizer)
     run("gptqmodel", "gptqmodel_read.py", folder, out)
     theirs = load_file(out)
