@@ -20,7 +20,17 @@ from .formats import CheckpointError, Summary, layout
 from .quantized_dir import CONFIG, QuantDir, without_settings
 from .saved import found_report
 from .shards import PICKLES
-from .write import REPORT, Overwrite, Source, check_target, is_checkpoint_file, parse_size, summarize, write
+from .write import (
+    REPORT,
+    WEIGHT_SUFFIXES,
+    Overwrite,
+    Source,
+    check_target,
+    is_checkpoint_file,
+    parse_size,
+    summarize,
+    write,
+)
 
 # in whatever form, and what a torch.save or a joblib.dump may have written
 _WEIGHTS = (
@@ -66,7 +76,7 @@ def convert(
         if (source_folder / REPORT).is_file():
             shutil.copy2(source_folder / REPORT, to / REPORT)
         if (to / CARD).exists():  # if it is ours, it tells the old layout
-            stored = sum(file.stat().st_size for file in to.glob("*.safetensors"))
+            stored = sum(file.stat().st_size for file in to.glob("*") if file.suffix in WEIGHT_SUFFIXES)
             made = card(target.name, source, summary, config, found_report(source), base_of(to), stored)
             inherited, beside = inherited_from(read_card(to)), (to / BASE_CARD).exists()
             write_card(to, replace(made, inherited=inherited, base_card=beside), folder)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..modules import called_head
 from .formats import LAYOUTS, CheckpointError, Layout, PackedLinear, Settings
 from .formats.packed import require_finite
+from .gguf.file import GGUF, GgufTensors
 from .shards import Shards, first_json
 from .version_1 import read_version_1
 
@@ -41,7 +42,11 @@ class QuantDir:
         before = self.folder.stat()
         self.config: Mapping[str, Any] = first_json(self.folder, CONFIG) or {}
         self._version_1 = read_version_1(self.folder)
-        self.shards = Shards(self.folder, None if self._version_1 is None else [self._version_1.tensors])
+        self.shards: Shards | GgufTensors = (
+            GgufTensors(self.folder, self.config)
+            if self._in_gguf()
+            else Shards(self.folder, None if self._version_1 is None else [self._version_1.tensors])
+        )
         self.layout, self.settings = self._recognize(self._dtypes(self.shards.leaves()))
         self.experts, self.in_memory = self.settings.experts, self.settings.in_memory
         self.tied = {} if self.in_memory is None else self.in_memory.tied
@@ -52,6 +57,13 @@ class QuantDir:
         self._check()
         if not os.path.samestat(before, self.folder.stat()):  # else config and tensors may be of two checkpoints
             raise CheckpointError(f"{self.folder} was replaced while it was read: read it again")
+
+    def _in_gguf(self) -> bool:
+        """Tell whether the tensors are in model.gguf: the config says so, or there is no other file that has them."""
+        if not (self.folder / GGUF).exists():
+            return False
+        says = self.quantization_config()
+        return (says is not None and says.get("quant_method") == "gguf") or not any(self.folder.glob("*.safetensors"))
 
     def layer(self, name: str, read: Mapping[str, Tensor] = MappingProxyType({})) -> PackedLinear:
         """Read and check one quantized Linear; CheckpointError naming it.
@@ -158,7 +170,10 @@ class QuantDir:
 
     def _recognize(self, kinds: Mapping[str, Mapping[str, torch.dtype]]) -> tuple[Layout, Settings]:
         try:
-            return self._recognized(kinds, self.quantization_config())
+            config = self.quantization_config()
+            if isinstance(self.shards, GgufTensors):
+                config = {"quant_method": "gguf"}  # which no other tool writes
+            return self._recognized(kinds, config)
         except CheckpointError as error:
             named = str(self.folder) in str(error)
             raise error if named else CheckpointError(f"{self.folder}: {error}") from None

@@ -19,6 +19,7 @@ from ..forwards.spill import mapped_copy
 from ..reporting.warn import warn
 from .atomic_directory import replaced
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
+from .gguf.file import GGUF, foreseen, write_gguf
 from .quantized_dir import CONFIG, OTHER_CONFIGS
 from .shards import INDEX, WEIGHTS, first_json
 from .version_1 import VERSION_1
@@ -26,12 +27,13 @@ from .version_1 import VERSION_1
 REPORT = "awq_report.json"
 # Bytes of a packed tensor that is worth a file of its own while a shard is collected.
 _WORTH_A_FILE = 1 << 20
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SHARD_OF_VERSION_1 = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 _BESIDE_WEIGHTS = {CONFIG, VERSION_1, REPORT}
-_WEIGHTS = {WEIGHTS, INDEX, *OTHER_CONFIGS}
+_WEIGHTS = {WEIGHTS, INDEX, GGUF, *OTHER_CONFIGS}
 
 Overwrite = bool | str | os.PathLike[str]
 # weights that config.json describes and that another config.json would spoil
@@ -199,9 +201,15 @@ def write(
     at a time is in memory, or with ``spill`` about one layer: what a shard is made of goes to files first, which are mapped.
     OSError that names ``directory``, which is as it was, for a full disk and alike.
     """
+    if layout.name == "gguf":
+        foreseen(source, config)
     try:
         with replaced(directory, is_checkpoint_file, allowed) as folder:
-            _write_shards(folder, _tensors(source, layout, summary), max_shard_size, spill)
+            if layout.name == "gguf":
+                extra(folder)  # the tokenizer goes into the file
+                write_gguf(folder, source, layout, summary, config)
+            else:
+                _write_shards(folder, _tensors(source, layout, summary), max_shard_size, spill)
             extra(folder)
             files = {
                 CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},

@@ -68,15 +68,19 @@ def quantize(
     ] = None,
     effort: Effort = None,
     group_size: Annotated[
-        int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            callback=check_group_size,
+            help="Weights that share a scale; -1 is one scale for each row. 128 if not given, 32 for gguf.",
+        ),
+    ] = None,
     bits: Bits = None,
     format: Annotated[
         str,
         typer.Option(
             callback=check_format,
-            help="Layout of OUT: awq and compressed-tensors are loaded by vLLM and Transformers, native by awq_ext; others in "
-            "docs/formats.md.",
+            help="Layout of OUT: awq and compressed-tensors are loaded by vLLM and Transformers, native by awq_ext, gguf by "
+            "llama.cpp; others in docs/formats.md.",
         ),
     ] = DEFAULT_FORMAT,
     head: Head = None,
@@ -163,6 +167,7 @@ def quantize(
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
     _refuse_other_bits(settings, bits)
+    group_size = (32 if format == "gguf" else 128) if group_size is None else group_size  # GGUF has no larger blocks
     fields = {
         "effort": effort,
         "method": method,
@@ -274,6 +279,6 @@ def _refuse_other_bits(settings: list[str], bits: int | None) -> None:
             f"directories hold 4 or 8 bits, packed. What {bits} bits cost: awq-ext compare MODEL --calib ... --traffic ... "
             f"--set bits={bits} --set packed=false. The weights rounded to {bits} bits as a float model, no smaller: in Python "
             f"awq_ext.quantize(model, calib, bits={bits}, packed=False), then model.save_pretrained(OUT). "
-            'Some layers at 8 bits: --format native --set \'per_layer={"*.down_proj": {"bits": 8}}\'',
+            'Some layers at 8 bits: --format compressed-tensors --set \'per_layer={"*.down_proj": {"bits": 8}}\'',
             param_hint="--set" if bits is None else "--bits",
         )

@@ -15,7 +15,7 @@ from ..checkpoints.model_source import ModelSource, config_of, origin
 from ..checkpoints.quantized_dir import QuantDir
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.saved import fill_model
-from ..checkpoints.write import Overwrite, check_target, parse_size, write
+from ..checkpoints.write import WEIGHT_SUFFIXES, Overwrite, check_target, parse_size, write
 from ..forwards.forked import finishing_after_fork
 from ..modules import unwrapped
 from ..reporting.readers import DEFAULT_FORMAT
@@ -76,7 +76,7 @@ def write_pretrained(
 
     def extra(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
-        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        stored = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
         write_beside(model, folder, source, target, summary, stored, Path(directory), scores)
 
     config = huggingface.with_local_code(config_of(model), origin(model))

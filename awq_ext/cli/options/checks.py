@@ -13,11 +13,11 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 PAGES = (".html", ".htm")
 
 
-def check_group_size(value: int) -> int:
-    """Check that AwqConfig knows a group size; else a usage error (exit code 2)."""
+def check_group_size(value: int | None) -> int | None:
+    """Check that AwqConfig knows a group size, if one is given; else a usage error (exit code 2)."""
     from ...config import GROUP_SIZES
 
-    if value not in GROUP_SIZES:
+    if value is not None and value not in GROUP_SIZES:
         raise typer.BadParameter(f"{value} is not one of {', '.join(map(str, GROUP_SIZES))} (-1: one group a row)")
     return value
 
