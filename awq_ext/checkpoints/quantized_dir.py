@@ -107,7 +107,9 @@ class QuantDir:
         return shape[dimension]
 
     def bits(self, name: str) -> int:
-        """Tell the width of a layer's codes from the config."""
+        """Tell the width of a layer's codes from the config, or from the type of its blocks."""
+        if isinstance(self.shards, GgufTensors):
+            return self.shards.bits(name)
         return self.settings.bits(name)
 
     def float_tensor(self, name: str) -> Tensor:

@@ -41,12 +41,13 @@ def inspect(
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Collect what the files of a directory say. ValueError for one without safetensors files or with a damaged one."""
+    """Collect what the files of a directory say. ValueError for one without files of weights, or with a damaged one."""
+    from ..checkpoints.gguf.file import GGUF, kinds_in
     from ..checkpoints.saved import read_report, report_exists
     from ..checkpoints.shards import INDEX, first_json
     from .hf import read_config
 
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob(GGUF))
     if not files:
         raise ValueError(f"{directory} has no .safetensors file: there is nothing to inspect")
     if index := first_json(directory, INDEX):
@@ -55,7 +56,7 @@ def describe(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{directory} is not whole: its index names {', '.join(missing)}, which is missing")
     tensors, elements = Counter[str](), Counter[str]()
     for file in files:
-        for dtype, count in read_header(file):
+        for dtype, count in kinds_in(file) if file.name == GGUF else read_header(file):
             tensors[dtype] += 1
             elements[dtype] += count
     config = read_config(directory)

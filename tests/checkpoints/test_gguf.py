@@ -177,6 +177,19 @@ def test_files_there_and_back(family: str, tmp_path: Path) -> None:
         awq_ext.from_pretrained(folder)
 
 
+def test_the_command_says_what_is_in_a_file(tmp_path: Path) -> None:
+    from awq_ext.cli.inspect import describe
+
+    model = float_model(**SIZES)
+    settings = {"group_size": 32, "method": "rtn", "fold": "always", "symmetric": True, "head": "int8"}
+    awq_ext.quantize(model, [BATCH], settings, progress=False)
+    found = describe(awq_ext.save_pretrained(model, tmp_path / "x", format="gguf"))
+    assert found["format"] == "gguf" and found["tensors"]["Q8_0"]["tensors"] == 1
+    assert found["tensors"]["Q4_0"]["tensors"] == 14 and "note" not in found
+    assert found["quantized_layers"] == {"int4": 14, "int8": 1}
+    assert found["loaded_by"][0]["program"] == "llama.cpp"
+
+
 def test_an_architecture_without_names_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = float_model("Mixtral", **SIZES)
     with pytest.raises(CheckpointError, match="GGUF files of MixtralForCausalLM"):

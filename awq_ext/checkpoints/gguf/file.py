@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import CheckpointError, PackedLinear, Summary
-from ..formats.runtimes.gguf import BLOCK, SIZES, Gguf, block_type
+from ..formats.runtimes.gguf import BLOCK, Q8_0, SIZES, Gguf, block_type
 from . import tokenizers
 from .architectures import Architecture, gguf
 
@@ -102,6 +102,19 @@ def _array(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def _opened(file: Path) -> list[Any]:
+    package = gguf()
+    try:
+        return package.GGUFReader(file).tensors
+    except Exception as error:  # of a reader that trusts the file
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+
+
+def kinds_in(file: Path) -> list[tuple[str, int]]:
+    """List type and number of weights of each tensor in a GGUF file; CheckpointError for a damaged one."""
+    return [(tensor.tensor_type.name, int(tensor.n_elements)) for tensor in _opened(file)]
+
+
 class GgufTensors:
     """The tensors of model.gguf in ``folder`` under the names of the model, as Shards has those of safetensors files.
 
@@ -113,10 +126,7 @@ class GgufTensors:
         self.folder, self._known = folder, Architecture(config)
         named = str(config.get("dtype") or config.get("torch_dtype"))
         self._vectors = next((dtype for dtype in _KINDS if str(dtype) == f"torch.{named}"), torch.float32)
-        try:
-            found = gguf().GGUFReader(folder / GGUF).tensors
-        except Exception as error:  # of a reader that trusts the file
-            raise CheckpointError(f"{folder / GGUF} is damaged: {error}") from None
+        found = _opened(folder / GGUF)
         names = {there: name for name, there in self._known.modules().items()}
         self._home: dict[str, tuple[str, Any]] = {}
         for tensor in found:
@@ -144,6 +154,10 @@ class GgufTensors:
         """Tell the dtype: uint8 of blocks; of vectors, which GGUF has in float32 alone, that of the config."""
         kind, tensor = self._home[name]
         return self._vectors if kind == "F32" and len(tensor.shape) == 1 else _FLOATS.get(kind, torch.uint8)
+
+    def bits(self, layer: str) -> int:
+        """Tell the width of a quantized layer's codes."""
+        return 8 if self._home[f"{layer}.blocks"][0] == Q8_0 else 4
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape."""

@@ -12,7 +12,7 @@ from gptqmodel import BACKEND, GPTQModel
 from safetensors.torch import save_file
 
 folder, out = sys.argv[1:]
-model = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32).model
+model = GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
 layers = {name: module for name, module in model.named_modules() if hasattr(module, "dequantize_weight")}
 weights = {name: layer.dequantize_weight().T.float().contiguous() for name, layer in layers.items()}
 assert weights
