@@ -18,6 +18,7 @@ K, N, GROUP = 128, 64, 32
 
 @pytest.fixture(autouse=True)
 def gpu() -> Iterator[None]:
+    autoawq._extension.cache_clear()  # other tests have one on the path
     with emulated_gpu.kernels():
         yield
 
