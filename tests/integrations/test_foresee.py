@@ -126,7 +126,7 @@ def test_of_other_architectures_too(name: str, format: str) -> None:
 def test_an_unknown_format_and_nothing_to_pack() -> None:
     model = float_model()
     with pytest.raises(ValueError, match="choose one of 'awq'"):
-        awq_ext.check_format(model, BATCH, "gguf")
+        awq_ext.check_format(model, BATCH, "ggml")
     with pytest.raises(CheckpointError, match="packed=False"):
         awq_ext.check_format(model, BATCH, bits=3, packed=False)
 
