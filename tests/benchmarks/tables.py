@@ -1,6 +1,6 @@
 """Writes the tables of figures in README.md and docs/ from the JSON files in docs/ that the benchmarks wrote.
 
-    python tests/benchmarks/tables.py           # writes the tables, and docs/bench_linear.png (needs matplotlib)
+    python tests/benchmarks/tables.py    # writes the tables, docs/bench_linear.png and docs/rivals.png (needs matplotlib)
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`; nothing else is touched.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pictures
 import quality_tables as quality
 import rival_tables
 import sweep_table
@@ -224,35 +225,11 @@ def rendered(document: str) -> str:
     return MARK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", text)
 
 
-def plot(path: Path) -> None:
-    """Speed over rows, one panel a shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    results = read("bench_linear")["results"]
-    shapes = list(dict.fromkeys((r["in"], r["out"]) for r in results))
-    size = (3.2 * len(shapes), 3.4)
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=size, squeeze=False, layout="constrained", sharey=True)
-    for axis, (k, n) in zip(axes[0], shapes, strict=True):
-        for name, label in (("ours", "awq_ext"), ("int8", "awq_ext, int8"), *((peer, peer) for peer in PEERS)):
-            points = [r for r in results if (r["in"], r["out"]) == (k, n) and name in r["times"]]
-            speed = [2 * r["rows"] * n * k / r["times"][name] / 1e9 for r in points]
-            axis.loglog(
-                [r["rows"] for r in points], speed, marker=".", linewidth=2 if name == "ours" else 1, label=label
-            )
-        axis.set(title=f"{k} x {n}", xlabel="rows", ylabel="GFLOP/s" if (k, n) == shapes[0] else "")
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def main() -> None:
     for document in DOCUMENTS:
         (ROOT / document).write_text(rendered(document))
-    plot(ROOT / "docs" / "bench_linear.png")
+    pictures.layer(read("bench_linear"), PEERS, ROOT / "docs" / "bench_linear.png")
+    pictures.rivals(read("bench_rivals"), read("bench_peers"), read("bench_methods"), ROOT / "docs" / "rivals.png")
 
 
 if __name__ == "__main__":
