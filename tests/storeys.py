@@ -21,7 +21,7 @@ STOREYS = (
     ("demo", "streaming"),
     ("evaluation", "integrations"),
     ("pipeline", "checkpoints"),
-    ("solving", "workdir"),
+    ("solving", "workdir", "distributed"),
     ("folding", "calibration"),
     ("survey",),
     ("standins",),

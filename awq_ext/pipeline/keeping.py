@@ -42,6 +42,11 @@ class Keeping:
         self.seconds_before = 0.0  # of the runs that finished what this one found
         self.peak_before = 0
 
+    @property
+    def tells(self) -> bool:
+        """Whether this process tells of the work, as one of several does."""
+        return True
+
     @contextmanager
     def measured(self) -> Iterator[PeakAnonymous | None]:
         """Measure memory while the body runs as a streamed run counts it; None: as others do."""
@@ -71,7 +76,7 @@ class Keeping:
                 f"forward of the first batch; the limit is {format_bytes(self._limit)}: give shorter or smaller calibration "
                 "batches, or a larger max_memory (--max-memory)"
             )
-        if self.work is not None:
+        if self.work is not None and self.tells:
             left = [one for i, one in enumerate(surveys) if not self.holds(i)]
             self.work.check_room(made_bytes(left, config), "what is finished")
         return planned

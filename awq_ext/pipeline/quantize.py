@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..config import AwqConfig, configured
+from ..distributed.team import TIMEOUT, teamed
 from ..forwards.rescaled import Rescaling
 from ..layers.announcement import announce
 from ..layers.quant_linear import QuantLinear
@@ -25,6 +26,8 @@ from ..workdir.directory import opened as work_directory
 from .keeping import Keeping
 from .run import Run
 from .session import Session, session
+from .shared_keeping import SharedKeeping
+from .shared_run import SharedRun
 
 _FEW_TOKENS = 4000
 
@@ -41,6 +44,8 @@ def quantize(
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    distributed: bool = True,
+    timeout: float = TIMEOUT,
     **overrides: Any,
 ) -> nn.Module:
     """Quantize the Linears of ``model`` to int4, in place, by activation-aware weight quantization (arXiv 2306.00978).
@@ -55,20 +60,27 @@ def quantize(
     resume: a directory for what is finished, made if need be. After an interrupt of any kind, SIGKILL and power cuts included, the
         same call on the same float model goes on after the last finished block, to the very result that it would have had. It stays
         when all is done: remove it once the model is saved. fresh: True removes what is in it first.
+    distributed: in an initialized ``torch.distributed`` group of several processes all of them make this call, with the same
+        arguments, and share the work: each gets the layers of one process, bit for bit, and process 0 writes ``resume``. False: this
+        process works alone. timeout: seconds without a sign of life after which a process of them counts as dead.
     config, overrides: an :class:`AwqConfig` or a dict of its fields (or AutoAWQ's), and fields by name, such as ``group_size=64``.
 
     Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done; one of Transformers
     also writes whole quantized checkpoints with its own ``save_pretrained``. Raises ValueError
     or TypeError for unusable arguments, CalibrationError when the model rejects a batch, ResumeError for a directory with the work
-    of another call (other weights, batches, settings or versions) or of a running process, and whatever the loader raises. After
+    of another call (other weights, batches, settings or versions) or of a running process, TeamError where another of several
+    processes failed or is gone, and whatever the loader raises. After
     any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C takes effect after the current forward
     of a block or search of a layer; a second one takes effect at once. One that comes when all is done leaves the quantized model.
     """
     if fresh and resume is None:
         raise ValueError("fresh=True starts a work directory over: name it with resume=")
-    with nullcontext() if resume is None else work_directory(resume, fresh) as work:
-        options = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks, "progress": progress}
-        return quantize_in(Keeping(work), model, calib_loader, configured(config, overrides), **options)
+    options = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks, "progress": progress}
+    with teamed(timeout, distributed) as team:
+        kept = resume is not None and (team is None or team.leads)
+        with work_directory(resume, fresh) if kept else nullcontext() as work:
+            keeping = Keeping(work) if team is None else SharedKeeping(team, work)
+            return quantize_in(keeping, model, calib_loader, configured(config, overrides), **options)
 
 
 def quantize_in(
@@ -94,18 +106,12 @@ def quantize_in(
         _warn_of_few_tokens(opened)
         keeping.begin(model, opened.calls, config, blocks)
         with opened.surveyed(blocks) as surveys:
-            run = Run(opened, surveys, report, progress, rescaling, keeping)
-            with run.blocks() as visited:
-                for block in visited:
-                    result = run.stored(block)
-                    if result is None:
-                        result = run.keep(block, run.solve(block, run.collect(block)))
-                    run.swap(block, result)
-                    run.finished(block, result)
+            kind = SharedRun if isinstance(keeping, SharedKeeping) else Run
+            kind(opened, surveys, report, progress, rescaling, keeping).all_blocks()
         _finish(opened, surveys, report)
         report.peak_memory_bytes = max(opened.memory.bytes(), keeping.peak_before)
         report.seconds = keeping.seconds_before + time.perf_counter() - started
-        for text in report.warnings:
+        for text in report.warnings if keeping.tells else ():
             warn(text)
         interrupt.check()
         # last, so that an exception until here (a warning may be one) leaves nothing behind

@@ -1,0 +1,110 @@
+"""One process of several that quantize a small model: ``python cases.py CASE FOLDER [RESUME [TIMEOUT]]``.
+
+Writes FOLDER/RANK.pt: all bits of the model, and its report without what is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import architectures
+import models
+import torch
+from torch import distributed as dist
+from torch import nn
+
+import awq_ext
+
+FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
+MEASURED = ("seconds", "calibration_seconds", "search_seconds", "planned_memory_bytes", "peak_memory_bytes")
+
+
+def llama(**more: Any) -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    """Five batches of different lengths: none of 2 or 4 divides them."""
+    case = models.make("llama")
+    return case.model, [*case.batches, *models.token_batches((7, 11, 5))][:5], more
+
+
+def padded(**more: Any) -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    model = transformers_model("Llama")
+    batches = []
+    for ids in models.token_batches((12, 12, 9, 12, 5)):
+        mask = torch.ones_like(ids)
+        mask[:, :2] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return model, batches, more
+
+
+def mixture(**more: Any) -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    """Few rows: some experts get none in some batches, and some none at all."""
+    torch.manual_seed(1)
+    model = nn.Sequential(*(architectures.ExpertList(4) for _ in range(3)))
+    return model, [torch.randn(3, architectures.HIDDEN) for _ in range(5)], more
+
+
+def mixtral(**more: Any) -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    model = transformers_model("Mixtral", num_local_experts=4, num_experts_per_tok=2)
+    batches = []
+    for ids in models.token_batches((12, 12, 9)):
+        mask = torch.ones_like(ids)
+        mask[:, :3] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return model, batches, more
+
+
+def transformers_model(kind: str, **sizes: Any) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **sizes,
+    )
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+CASES = {
+    "llama": lambda: llama(),
+    "llama-quantized": lambda: llama(propagate="quantized", method="awq+gptq"),
+    "llama-gptq": lambda: llama(method="gptq", fold="never"),
+    "llama-whole": lambda: llama(blocks=[]),
+    "llama-fake": lambda: llama(packed=False),
+    "padded": lambda: padded(method="awq+gptq", weighed_batches=0),
+    "padded-position": lambda: padded(method="awq+gptq", weighed_batches=2),
+    "mixture": lambda: mixture(),
+    "mixture-quantized": lambda: mixture(propagate="quantized"),
+    "mixtral": lambda: mixtral(),
+}
+
+
+def outcome(model: nn.Module) -> dict[str, Any]:
+    """All tensors of a quantized model, and its report without what is measured."""
+    report = {name: value for name, value in model.awq_report.to_dict().items() if name not in MEASURED}
+    return {"tensors": model.state_dict(), "report": report}
+
+
+def quantized(case: str, **more: Any) -> nn.Module:
+    model, batches, settings = CASES[case]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return awq_ext.quantize(model, batches, **FAST, **settings, **more)
+
+
+def main(case: str, folder: str, resume: str = "", timeout: str = "60") -> None:
+    dist.init_process_group("gloo")
+    model = quantized(case, resume=resume or None, timeout=float(timeout))
+    torch.save(outcome(model), Path(folder) / f"{os.environ['RANK']}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
