@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,9 @@ document.getElementById("page").onload = (event) => {{
   const texts = all.filter((e) => e.getClientRects().length);
   const zoom = (svg) => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
   const scale = (e) => (e.ownerSVGElement ? zoom(e.ownerSVGElement) : 1);
+  const given = {script};
   const found = {{
+    given: given(page),
     width: page.documentElement.scrollWidth,
     height: page.documentElement.scrollHeight,
     smallest: Math.min(...texts.map((e) => parseFloat(page.defaultView.getComputedStyle(e).fontSize) * scale(e))),
@@ -39,8 +42,12 @@ document.getElementById("page").onload = (event) => {{
 
 @dataclass(frozen=True)
 class Shown:
-    """What the browser found. width and height of the page, the smallest text in pixels, [width, height] of plots, files loaded."""
+    """What the browser found. given: by the caller's script; width, height: of the page; smallest: text, in pixels.
 
+    plots: [width, height] of each; loaded: files.
+    """
+
+    given: Any
     width: int
     height: int
     smallest: float
@@ -50,16 +57,20 @@ class Shown:
     screenshot: Path
 
 
-def show(page: Path, width: int, folder: Path) -> Shown:
-    """Open ``page`` at ``width`` pixels; the screenshot goes to ``folder``. Skips the test where there is no Chromium."""
+def show(page: Path, width: int, folder: Path, dark: bool = False, script: str = "() => null") -> Shown:
+    """Open ``page`` at ``width`` pixels; the screenshot goes to ``folder``. Skips the test where there is no Chromium.
+
+    dark: what the reader's system prefers. script: a JavaScript function of the page's document; what it returns is JSON.
+    """
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
         pytest.skip(f"NO BROWSER TESTED: none of {', '.join(PROGRAMS)} is installed (apt-get install chromium)")
     wrapper, screenshot = folder / f"wrapper-{width}.html", folder / f"page-{width}.png"
-    wrapper.write_text(WRAPPER.format(url=page.as_uri(), width=width, height=6000))
+    wrapper.write_text(WRAPPER.format(url=page.as_uri(), width=width, height=6000, script=script))
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage"]
     options += ["--allow-file-access-from-files", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
     options += [f"--window-size={width},6000", "--virtual-time-budget=3000"]
+    options += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

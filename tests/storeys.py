@@ -21,7 +21,7 @@ STOREYS = (
     ("demo", "streaming"),
     ("evaluation", "integrations"),
     ("pipeline", "checkpoints"),
-    ("solving", "workdir", "distributed"),
+    ("solving", "tuning", "workdir", "distributed"),
     ("folding", "calibration"),
     ("survey",),
     ("standins",),
@@ -38,8 +38,8 @@ CONFINED = {
     "peft": ("integrations.adapters",),
     "typer": ("cli",),
     "greenlet": ("forwards.lockstep",),
-    "matplotlib": ("reporting.html", "reporting.plots"),
-    "jinja2": ("reporting.html",),
+    "matplotlib": ("reporting.page",),
+    "jinja2": ("reporting.page.render",),
 }
 _HEIGHT = {name: len(STOREYS) - i for i, names in enumerate(STOREYS) for name in names}
 

@@ -207,3 +207,31 @@ def test_what_head_means_for_the_output_layer() -> None:
     assert own.for_layer("lm_head").bits == 3
     fake = AwqConfig(head="int8", packed=False).with_heads(["a+b.lm_head"]).for_layer("a+b.lm_head")
     assert (fake.bits, fake.method) == (8, "rtn")
+
+
+def test_an_effort_stands_for_fields_and_those_given_beside_it_count() -> None:
+    assert AwqConfig(effort="fast") == AwqConfig(method="awq")
+    assert AwqConfig(effort="balanced") == AwqConfig(method="awq+gptq")
+    best = AwqConfig(effort="best")
+    assert best.method == "awq+gptq"
+    assert best.tune_scales > 0
+    assert "effort" not in best.to_dict()
+    assert AwqConfig.from_dict(best.to_dict()) == best
+    assert AwqConfig(effort="best", tune_scales=0, group_size=64) == AwqConfig(method="awq+gptq", group_size=64)
+    assert AwqConfig("gptq", effort="best").method == "gptq"
+    assert AwqConfig("gptq", effort="best").tune_scales == best.tune_scales
+
+
+def test_an_effort_in_overrides_counts_more_than_the_config() -> None:
+    before = AwqConfig(method="rtn", group_size=32)
+    after = configured(before, {"effort": "balanced"})
+    assert (after.method, after.group_size) == ("awq+gptq", 32)
+    assert dataclasses.replace(before, effort="balanced") == after
+    assert configured({"effort": "best", "w_bit": 8}, {}) == AwqConfig(effort="best", bits=8)
+    assert configured(None, {"effort": "fast", "method": "gptq"}).method == "gptq"
+
+
+@pytest.mark.parametrize("effort", ["turbo", 3, None])
+def test_an_unknown_effort_is_an_error_that_lists_the_choices(effort: object) -> None:
+    with pytest.raises(ValueError, match=r"AwqConfig.effort=.*'fast', 'balanced', 'best'"):
+        AwqConfig(effort=effort)

@@ -1,8 +1,8 @@
 """Extra batches of random tokens and of text sampled from the model, for what the calibration texts leave out.
 
-A calibration text uses part of a model's vocabulary. Other traffic (other languages, code) lies in directions of the activations
+A calibration text uses part of a model's vocabulary. Other text (other languages, code) lies in directions of the activations
 in which no calibration row lies, so that errors there cost nothing. Tokens drawn evenly from the whole vocabulary reach them, and
-so does what the model writes (docs/quality.md: "Random tokens and the model's own text beside the calibration text").
+so does what the model writes (docs/research.md: "Random tokens and the model's own text beside the calibration text").
 """
 
 from __future__ import annotations

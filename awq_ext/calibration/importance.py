@@ -8,23 +8,21 @@ estimates the trace: with random signs e and g = F^(1/2) e, the squared entries 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..forwards.calls import CalibrationError, Call, run_call
 from ..forwards.hooks import Hooks
-from ..forwards.inputs import copy_inputs
 from ..forwards.outputs import logits_of, targets_of
 from ..survey.survey import BlockSurvey
 from ..undo import interrupt
+from .gradients import checkpointed, without_gradients
 from .row_weights import PositionWeights, RowWeights, Weights, stretches_of
 
 # The least weight of a row, as a share of the mean: a row that the output does not react to still shows what inputs look like.
@@ -53,8 +51,8 @@ def find_weights(
     generator = torch.Generator().manual_seed(0)
     found: list[dict[str, list[Tensor]]] = []
     read = {index: _longest_window(calls[index]) if batches else calls[index] for index in _spaced(len(calls), batches)}
-    bar = tqdm(read, desc="weighing rows", unit="batch", leave=False, disable=not progress)
-    with _without_gradients(model), _checkpointed([s.block.module for s in surveys], model), bar:
+    bar = tqdm(read, desc="importance weights", unit="batch", leave=False, disable=not progress)
+    with without_gradients(model), checkpointed([s.block.module for s in surveys], model), bar:
         for index in bar:
             squares = _squared_gradients(model, read[index], index, linears, generator, of_tokens)
             found.append({part[0][0]: _added([squares[linear] for _, linear in part]) for part in parts})
@@ -119,48 +117,6 @@ def _by_position(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         _normalize([spread])
         tables[name] = torch.zeros(len(means)).index_copy_(0, stretches, spread)
     return tables
-
-
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for its gradient, so that autograd keeps no inputs for it."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in asking:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _checkpointed(blocks: Sequence[nn.Module], model: nn.Module) -> Iterator[None]:
-    """Let blocks keep nothing for a backward but their inputs, and run once more when it comes to them.
-
-    They run on copies: a block that writes its inputs must find them as they were.
-    """
-
-    def rerun(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def on_copies(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = copy_inputs((args, kwargs))
-            return forward(*args, **kwargs)
-
-        return lambda *args, **kwargs: checkpoint(on_copies, *args, use_reentrant=False, **kwargs)
-
-    changed: list[tuple[nn.Module, Any]] = []
-    try:
-        for block in blocks:
-            if block is not model:
-                changed.append((block, vars(block).get("forward")))
-                block.forward = rerun(block.forward)
-        yield
-    finally:
-        for block, own in changed:
-            if own is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = own
 
 
 def _squared_gradients(

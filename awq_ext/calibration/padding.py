@@ -95,7 +95,7 @@ def warnings_for(names: Sequence[str]) -> list[str]:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [
-        f"{names[0]}{more}: the rows of these experts cannot be told apart by attention_mask, so padding counts in their "
+        f"{names[0]}{more}: which rows of these experts are padding is not seen from attention_mask, so padding counts in their "
         "statistics: calibrate with batches that have none"
     ]
 

@@ -74,7 +74,7 @@ class PositionWeights:
             return None
         mask = self._call.row_mask(x)
         kept = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
-        # positions past the weighed windows get the weight of their last stretch
+        # positions past the windows that had a backward get the weight of their last stretch
         return weights[stretches_of(kept).clamp_max(len(weights) - 1)].flatten()
 
 

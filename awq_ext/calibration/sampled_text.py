@@ -2,7 +2,7 @@
 
 Each segment starts from one token drawn evenly from the vocabulary and goes on as the model samples it (LLM-QAT, arXiv 2305.17888,
 section 2.1, makes training data so): other topics, code and languages than the calibration text's, as often as the model knows
-them (docs/quality.md: "Random tokens and the model's own text beside the calibration text").
+them (docs/research.md: "Random tokens and the model's own text beside the calibration text").
 """
 
 from __future__ import annotations

@@ -8,22 +8,33 @@ import os
 import shutil
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
+
+_LONGEST_WAIT = 60.0  # seconds for another process to put its directory in place
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def replaced(directory: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
+def replaced(
+    directory: Path, stale: Callable[[str], bool], allowed: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Give a new folder to write into, which takes the place of ``directory`` when the block ends, and vanishes when it raises.
 
     Files of ``directory`` that the new folder lacks are taken over (as hard links where possible), except those of the top level
     whose name is ``stale``. Everything is flushed to the disk first. Where the system can exchange two directories (Linux),
     a kill at any moment leaves the old directory or the new one; elsewhere one between two renames leaves the old one under
     the name ``.NAME.old-...`` beside its place.
+    Of several processes one after the other puts its folder in place. allowed: raises where ``directory`` must stay after all,
+    called when no other can change it any more.
     """
     target = directory.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -32,13 +43,40 @@ def replaced(directory: Path, stale: Callable[[str], bool]) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
-        if target.is_dir():
-            shutil.copymode(target, fresh)
-            _take_over(target, fresh, stale)
-        _flush(fresh)
-        _commit(fresh, target)
+        with _alone_in(target.parent):
+            allowed()
+            if target.is_dir():
+                shutil.copymode(target, fresh)
+                _take_over(target, fresh, stale)
+            _flush(fresh)
+            _commit(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that do the same in this folder waiting, for a minute at most.
+
+    The lock is on the folder itself and goes with the process, so nothing is left behind. Some network file systems have none;
+    there, and beside a process that was stopped, two may meet, and the later one gets an error from the system.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + _LONGEST_WAIT
+    try:
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

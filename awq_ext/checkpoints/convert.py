@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..config import AwqConfig
+from ..forwards.forked import finishing_after_fork
 from ..reporting.model_card import BASE_CARD, CARD, Card, base_of, inherited_from, read_card, write_card
 from ..reporting.readers import DEFAULT_FORMAT
 from ..reporting.report import AwqReport
@@ -19,7 +20,17 @@ from .formats import CheckpointError, Summary, layout
 from .quantized_dir import CONFIG, QuantDir, without_settings
 from .saved import found_report
 from .shards import PICKLES
-from .write import REPORT, Overwrite, Source, check_target, is_checkpoint_file, parse_size, summarize, write
+from .write import (
+    REPORT,
+    WEIGHT_SUFFIXES,
+    Overwrite,
+    Source,
+    check_target,
+    is_checkpoint_file,
+    parse_size,
+    summarize,
+    write,
+)
 
 # in whatever form, and what a torch.save or a joblib.dump may have written
 _WEIGHTS = (
@@ -28,6 +39,7 @@ _WEIGHTS = (
 )  # fmt: skip
 
 
+@finishing_after_fork
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -64,12 +76,12 @@ def convert(
         if (source_folder / REPORT).is_file():
             shutil.copy2(source_folder / REPORT, to / REPORT)
         if (to / CARD).exists():  # if it is ours, it tells the old layout
-            stored = sum(file.stat().st_size for file in to.glob("*.safetensors"))
+            stored = sum(file.stat().st_size for file in to.glob("*") if file.suffix in WEIGHT_SUFFIXES)
             made = card(target.name, source, summary, config, found_report(source), base_of(to), stored)
             inherited, beside = inherited_from(read_card(to)), (to / BASE_CARD).exists()
             write_card(to, replace(made, inherited=inherited, base_card=beside), folder)
 
-    write(folder, source, target, summary, config, limit, extra)
+    write(folder, source, target, summary, config, limit, extra, lambda: check_target(folder, overwrite))
     return folder
 
 

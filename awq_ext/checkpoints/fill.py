@@ -22,7 +22,6 @@ from .formats.packed import exactly, fitting_bias
 from .model_source import dropped_ties, keep_apart
 from .quantized_dir import QuantDir
 from .renaming import Renamed
-from .shards import aligned
 
 
 def place(
@@ -30,20 +29,18 @@ def place(
     source: QuantDir | Renamed,
     dtype: torch.dtype | None = None,
     ignore: Callable[[str], bool] | None = None,
-    align: bool = True,
 ) -> nn.Module:
     """Replace the Linears of ``model`` that ``source`` holds quantized by QuantLinear, and all other tensors; returns it.
 
     dtype: of float parameters; None keeps those of the files.
     ignore: whether to pass over a tensor of this name, which the model lacks, in silence; other tensors and layers that it lacks
         are left out with one warning. None makes any such tensor or layer an error.
-    align: whether to copy tensors that begin anywhere in a mapped file to where torch would put them (``shards.aligned``).
     Tensors that are one in the model, but differ in the files, come apart, as transformers has it.
     CheckpointError, before anything is changed, when a tensor is missing or does not fit.
     """
     with Journal() as journal:
         take_apart(model, source, journal)
-        plan = _Plan(model, source, dtype, align)
+        plan = _Plan(model, source, dtype)
         plan.match(ignore)
         layers = {name: plan.layer(name) for name in plan.layers}
         values = plan.values()
@@ -97,7 +94,6 @@ class _Plan:
     model: nn.Module
     source: QuantDir | Renamed
     dtype: torch.dtype | None
-    align: bool = True
     tensors: list[str] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # what the files have and the model has no place for
@@ -221,7 +217,6 @@ class _Plan:
     def _value(self, name: str, old: Tensor) -> Tensor:
         """Make what takes the place of one parameter or buffer."""
         tensor = self.source.float_tensor(name)
-        tensor = aligned(tensor) if self.align else tensor
         if not isinstance(old, nn.Parameter):
             return tensor.to("cpu" if old.is_meta else old.device)
         if name in self._dequantized:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..modules import called_head
 from .formats import LAYOUTS, CheckpointError, Layout, PackedLinear, Settings
+from .formats.packed import require_finite
+from .gguf.file import GGUF, GgufTensors
 from .shards import Shards, first_json
 from .version_1 import read_version_1
 
@@ -40,7 +42,11 @@ class QuantDir:
         before = self.folder.stat()
         self.config: Mapping[str, Any] = first_json(self.folder, CONFIG) or {}
         self._version_1 = read_version_1(self.folder)
-        self.shards = Shards(self.folder, None if self._version_1 is None else [self._version_1.tensors])
+        self.shards: Shards | GgufTensors = (
+            GgufTensors(self.folder, self.config)
+            if self._in_gguf()
+            else Shards(self.folder, None if self._version_1 is None else [self._version_1.tensors])
+        )
         self.layout, self.settings = self._recognize(self._dtypes(self.shards.leaves()))
         self.experts, self.in_memory = self.settings.experts, self.settings.in_memory
         self.tied = {} if self.in_memory is None else self.in_memory.tied
@@ -51,6 +57,13 @@ class QuantDir:
         self._check()
         if not os.path.samestat(before, self.folder.stat()):  # else config and tensors may be of two checkpoints
             raise CheckpointError(f"{self.folder} was replaced while it was read: read it again")
+
+    def _in_gguf(self) -> bool:
+        """Tell whether the tensors are in model.gguf: the config says so, or there is no other file that has them."""
+        if not (self.folder / GGUF).exists():
+            return False
+        says = self.quantization_config()
+        return (says is not None and says.get("quant_method") == "gguf") or not any(self.folder.glob("*.safetensors"))
 
     def layer(self, name: str, read: Mapping[str, Tensor] = MappingProxyType({})) -> PackedLinear:
         """Read and check one quantized Linear; CheckpointError naming it.
@@ -63,9 +76,11 @@ class QuantDir:
             tensors[leaf] = read[leaf].cpu() if as_stored else self.shards.get(stored)
         settings = self._settings_of(name)
         try:
-            return self.layout.unpack(tensors, settings)
+            layer = self.layout.unpack(tensors, settings)
+            require_finite(layer)
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder}: layer {name}: {error}") from None
+        return layer
 
     def _settings_of(self, name: str) -> Settings:
         try:
@@ -92,7 +107,9 @@ class QuantDir:
         return shape[dimension]
 
     def bits(self, name: str) -> int:
-        """Tell the width of a layer's codes from the config."""
+        """Tell the width of a layer's codes from the config, or from the type of its blocks."""
+        if isinstance(self.shards, GgufTensors):
+            return self.shards.bits(name)
         return self.settings.bits(name)
 
     def float_tensor(self, name: str) -> Tensor:
@@ -154,7 +171,18 @@ class QuantDir:
         }
 
     def _recognize(self, kinds: Mapping[str, Mapping[str, torch.dtype]]) -> tuple[Layout, Settings]:
-        config = self.quantization_config()
+        try:
+            config = self.quantization_config()
+            if isinstance(self.shards, GgufTensors):
+                config = {"quant_method": "gguf"}  # which no other tool writes
+            return self._recognized(kinds, config)
+        except CheckpointError as error:
+            named = str(self.folder) in str(error)
+            raise error if named else CheckpointError(f"{self.folder}: {error}") from None
+
+    def _recognized(
+        self, kinds: Mapping[str, Mapping[str, torch.dtype]], config: Mapping[str, Any] | None
+    ) -> tuple[Layout, Settings]:
         # the one layout whose own tool writes no config
         bare = LAYOUTS["llm-awq"]
         if any(bare.claims(leaves) for leaves in kinds.values()):

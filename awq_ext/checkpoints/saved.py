@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..forwards.forked import finishing_after_fork
 from ..layers.announcement import announce
 from ..modules import unwrapped
 from ..reporting.model_card import put_scores
@@ -29,6 +30,7 @@ from .version_1 import VERSION_1, read_version_1
 from .write import REPORT, Overwrite, check_target, parse_size, summarize, write
 
 
+@finishing_after_fork
 def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwrite = False) -> Path:
     """Write ``model`` (quantized) to ``directory`` in the native layout: config.json and safetensors. Returns the directory.
 
@@ -41,7 +43,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwri
     for a directory that ``overwrite`` does not cover.
     """
     model, folder = unwrapped(model), Path(directory)
-    check_target(folder, overwrite, [origin(model)])
+    allowed = lambda: check_target(folder, overwrite, [origin(model)])  # noqa: E731
+    allowed()
     source = ModelSource(model, whole=True)
     layout = LAYOUTS["native"]
     summary = summarize(source, layout, float_linears(model))
@@ -55,6 +58,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwri
         _config(model, folder),
         parse_size("5GB"),
         lambda to: write_report(report, to),
+        allowed,
     )
     return folder
 
@@ -84,6 +88,7 @@ def _config(model: nn.Module, folder: Path) -> dict[str, Any]:
     return before | config_of(model)
 
 
+@finishing_after_fork
 def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLike[str]) -> nn.Module:
     """Give ``model`` the quantized layers and all tensors of a checkpoint; returns it.
 

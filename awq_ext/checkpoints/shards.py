@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .files.safetensors_file import SafetensorsFile
 from .formats.packed import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-_ALIGNMENT = 64  # bytes, of all that torch allocates on the CPU
+_DEEPEST = 100  # of objects in each other, in JSON; configs have fewer than ten
 
 
 class Shards:
@@ -34,7 +28,7 @@ class Shards:
 
     def __init__(self, folder: Path, files: Iterable[str] | None = None) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         self._home: dict[str, str] = {}
         files, listed = self._listed() if files is None else (files, {})
         for file in files:
@@ -64,16 +58,8 @@ class Shards:
 
     def _open(self, file: str) -> None:
         path = self._inside(file)
-        try:
-            # stays open (mapped into memory) as long as this object lives
-            opened = safe_open(path, framework="pt", device="cpu")
-            names = list(opened.keys())
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing") from None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
-        self._files[file] = opened
-        for name in names:
+        self._files[file] = opened = SafetensorsFile(path)
+        for name in opened.tensors:
             if name in self._home:
                 raise CheckpointError(f"{self.folder}: {name} is in two files, {self._home[name]} and {file}")
             self._home[name] = file
@@ -84,7 +70,10 @@ class Shards:
         if not file.endswith(".safetensors") or Path(file).name != file or "\0" in file or "\\" in file:
             raise CheckpointError(problem)
         path, folder = self.folder / file, self.folder.resolve()
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a link to itself, before Python 3.13
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
         cached = folder.parent.name == "snapshots" and real.parent == folder.parent.parent / "blobs"
         if real.parent != folder and not cached:
             raise CheckpointError(f"{path} is a link to {real}, outside the directory")
@@ -101,24 +90,22 @@ class Shards:
 
     def dtype(self, name: str) -> torch.dtype:
         """Tell the dtype without reading the tensor; CheckpointError for one that torch lacks."""
-        kind = self._slice(name).get_dtype()
-        if kind not in _DTYPES:
-            raise CheckpointError(f"{self.folder}: {name} has dtype {kind}, which is not known here")
-        return _DTYPES[kind]
+        entry = self._files[self._home[name]].tensors[name]
+        if entry.dtype is None:
+            raise CheckpointError(f"{self.folder}: {name} has dtype {entry.kind}, which is not known here")
+        return entry.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape without reading the tensor."""
-        return tuple(self._slice(name).get_shape())
-
-    def _slice(self, name: str) -> Any:
-        return self._files[self._home[name]].get_slice(name)
+        return self._files[self._home[name]].tensors[name].shape
 
     def get(self, name: str) -> Tensor:
-        """Read a tensor, to the CPU."""
-        try:
-            return self._files[self._home[name]].get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder / self._home[name]} is damaged: {error}") from None
+        """Read a tensor, to the CPU. CheckpointError where the file has changed since, MemoryError where there is none."""
+        return self._files[self._home[name]].read(name)
+
+    def map(self, name: str) -> Tensor:
+        """Map a tensor into memory, on the CPU: writing to it changes no file. CheckpointError where the file has changed."""
+        return self._files[self._home[name]].map(name)
 
     def leaves(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
         """Sort tensors by module: its name -> last part of the tensor's name -> the tensor's name."""
@@ -129,25 +116,33 @@ class Shards:
         return modules
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """Give a tensor that lies anywhere in a mapped file a place such as torch allocates.
-
-    By the address of a weight oneDNN chooses how to convolve, and rounds otherwise: outputs would not be those in memory.
-    """
-    return tensor if tensor.is_meta or tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; CheckpointError if it cannot be read or is none."""
+    if path.exists() and not path.is_file():  # a named pipe would be waited for
+        raise CheckpointError(f"{path} is no file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except RecursionError:
+        raise CheckpointError(f"{path} is damaged: nested deeper than {_DEEPEST} levels") from None
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is damaged: an object is needed, not {type(content).__name__}")
+    if _depth(content) > _DEEPEST:  # those who walk through it recurse
+        raise CheckpointError(f"{path} is damaged: nested deeper than {_DEEPEST} levels")
     return content
+
+
+def _depth(content: Any) -> int:
+    """Count the levels of objects and lists in each other."""
+    level, depth = [content], 0
+    while level:
+        depth += 1
+        inner = [value for each in level for value in (each.values() if isinstance(each, dict) else each)]
+        level = [value for value in inner if isinstance(value, (dict, list))]
+    return depth
 
 
 def first_json(folder: Path, *names: str) -> Mapping[str, Any] | None:

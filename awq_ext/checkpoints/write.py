@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from ..forwards.spill import mapped_copy
 from ..reporting.warn import warn
 from .atomic_directory import replaced
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
+from .gguf.file import GGUF, foreseen, write_gguf
 from .quantized_dir import CONFIG, OTHER_CONFIGS
 from .shards import INDEX, WEIGHTS, first_json
 from .version_1 import VERSION_1
@@ -24,12 +27,13 @@ from .version_1 import VERSION_1
 REPORT = "awq_report.json"
 # Bytes of a packed tensor that is worth a file of its own while a shard is collected.
 _WORTH_A_FILE = 1 << 20
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SHARD_OF_VERSION_1 = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 _BESIDE_WEIGHTS = {CONFIG, VERSION_1, REPORT}
-_WEIGHTS = {WEIGHTS, INDEX, *OTHER_CONFIGS}
+_WEIGHTS = {WEIGHTS, INDEX, GGUF, *OTHER_CONFIGS}
 
 Overwrite = bool | str | os.PathLike[str]
 # weights that config.json describes and that another config.json would spoil
@@ -92,6 +96,7 @@ def check_target(folder: Path, overwrite: Overwrite, sources: Iterable[Path | No
         raise ValueError(f"overwrite={os.fspath(overwrite)!r} names another directory than {folder}")
     if folder.is_file():
         raise TargetExistsError(f"{folder} is a file: give a directory")
+    _require_writable(folder)
     weights = weights_in(folder)
     if not weights:
         return
@@ -110,6 +115,19 @@ def check_target(folder: Path, overwrite: Overwrite, sources: Iterable[Path | No
         raise TargetExistsError(
             f"{folder} holds float weights ({weights[0]}), which would be lost: write to another directory, or name it, "
             f"overwrite={str(folder)!r}"
+        )
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise OSError before hours of work whose result could not be written: into the parent, from where it is renamed."""
+    parent = folder.resolve().parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"it cannot be made: {parent} is a file", str(folder))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            errno.EACCES, f"{parent} cannot be written to, where the new directory is made: choose another", str(folder)
         )
 
 
@@ -174,22 +192,46 @@ def write(
     config: Mapping[str, Any],
     max_shard_size: int,
     extra: Callable[[Path], None] = lambda folder: None,
+    allowed: Callable[[], None] = lambda: None,
     spill: bool = False,
 ) -> None:
     """Write ``source`` to ``directory`` in ``layout``, atomically: shards, index, config.json with quantization_config.
 
-    extra: writes further files into the folder it is given. One layer at a time is packed; one shard at a time is in memory, or
-    with ``spill`` about one layer: what a shard is made of goes to files first, which are mapped.
+    extra: writes further files into the folder it is given. allowed: see :func:`replaced`. One layer at a time is packed; one shard
+    at a time is in memory, or with ``spill`` about one layer: what a shard is made of goes to files first, which are mapped.
+    OSError that names ``directory``, which is as it was, for a full disk and alike.
     """
-    with replaced(directory, is_checkpoint_file) as folder:
-        _write_shards(folder, _tensors(source, layout, summary), max_shard_size, spill)
-        extra(folder)
-        files = {
-            CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},
-            **layout.files(summary),
-        }
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if layout.name == "gguf":
+        foreseen(source, config)
+    try:
+        with replaced(directory, is_checkpoint_file, allowed) as folder:
+            if layout.name == "gguf":
+                extra(folder)  # the tokenizer goes into the file
+                write_gguf(folder, source, layout, summary, config)
+            else:
+                _write_shards(folder, _tensors(source, layout, summary), max_shard_size, spill)
+            extra(folder)
+            files = {
+                CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},
+                **layout.files(summary),
+            }
+            for name, content in files.items():
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, TargetExistsError):
+            raise
+        raise _not_written(directory, error) from error
+
+
+def _not_written(directory: Path, error: OSError | SafetensorError) -> OSError:
+    """Make the error for a directory that could not be written, with the system's number: OSError picks its class by it."""
+    if isinstance(error, OSError):
+        number, reason = error.errno, error.strerror or str(error)
+    else:  # safetensors has errors of its own, with the system's in their text
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number, reason = int(found[1]) if found else None, str(error)
+    text = f"the checkpoint could not be written, and what was there is as it was: {reason}"
+    return OSError(errno.EIO if number is None else number, text, str(directory))
 
 
 def _tensors(source: Source, layout: Layout, summary: Summary) -> Iterator[dict[str, Tensor]]:

@@ -25,7 +25,7 @@ app = typer.Typer(
         "awq-ext demo      see it work in about a minute; nothing is downloaded\n\n"
         "awq-ext doctor    see which kernels this machine uses, and whether they compute what they should\n\n"
         "[bold]Your own model[/bold], a Hugging Face directory (pip install 'awq-ext\\[hf]')\n\n"
-        "awq-ext compare   which method loses least on your traffic?\n\n"
+        "awq-ext compare   which method loses least on your text?\n\n"
         "awq-ext quantize  quantize with it\n\n"
         "awq-ext eval      score the result\n\n"
         "awq-ext report    read what was done to every layer\n\n"

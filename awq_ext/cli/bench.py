@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..reporting.tables import Cell, Table, counted
-from .options import (
-    JsonPath,
-    Overwrite,
-    Threads,
-    check_group_size,
-    console_for,
-    one_line_errors,
-    set_threads,
-    write_json,
-)
+from .console import console_for, one_line_errors, set_threads, write_json
+from .options.checks import check_group_size
+from .options.types import JsonPath, Overwrite, Threads
 
 if TYPE_CHECKING:
     from ..evaluation.advice import Timing
@@ -41,7 +34,7 @@ def bench(
         list[str], typer.Option(metavar="INxOUT", help="Sizes of a Linear: in_features x out_features.")
     ] = SHAPES,
     rows: Annotated[
-        list[int], typer.Option(min=1, help="Tokens at once: 1 is generating, hundreds are reading.")
+        list[int], typer.Option(min=1, help="Tokens at once: 1 is decoding, hundreds are the prefill of a prompt.")
     ] = ROWS,
     dtype: Annotated[
         str, typer.Option(help="bfloat16, float16 or float32: activations and the float Linear.")
@@ -56,7 +49,7 @@ def bench(
 ) -> None:
     """Time the int4 layer against torch's Linear on this machine, in turns.
 
-    Will my model be faster? Where a Linear's weight does not fit in the processor's cache, generating (1 row) is bound by how fast
+    Will my model be faster? Where a Linear's weight does not fit in the processor's cache, decoding (1 row) is limited by how fast
     the memory is read, and int4 reads less. The best of many calls counts. The columns "int8" are the int4 layer with
     compute_dtype="int8", which rounds activations to eight bits. Where int4 is slower than float, words below the table say what
     helps.

@@ -10,7 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import (
+from .console import console_for, one_line_errors, set_threads, write_json
+from .options.checks import check_group_size, check_output
+from .options.settings import parse_method, read_settings, with_builtin
+from .options.types import (
     Bits,
     Calib,
     Device,
@@ -30,14 +33,6 @@ from .options import (
     Token,
     Tokens,
     Trust,
-    check_group_size,
-    check_output,
-    console_for,
-    one_line_errors,
-    parse_method,
-    read_settings,
-    set_threads,
-    write_json,
 )
 
 
@@ -46,13 +41,18 @@ def compare(
     model_dir: ModelDir,
     calib: Calib,
     traffic: Annotated[
-        list[str], typer.Option(metavar="[NAME=]PATH", help="Text to score on, not that of --calib. May be repeated.")
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="Evaluation text, not that of --calib. May be repeated.",
+        ),
     ],
     method: Annotated[
         list[str],
         typer.Option(
             metavar="NAME[,FIELD=VALUE...]",
-            help="rtn, awq, gptq or awq+gptq, with settings of its own: 'awq,clip=false,label=bare'. May be repeated.",
+            help="rtn, awq, gptq or awq+gptq, or an effort (fast, balanced, best), with settings of its own: "
+            "'awq,clip=false,label=bare'. May be repeated.",
         ),
     ] = ["rtn", "awq"],  # noqa: B006
     group_size: Annotated[
@@ -81,9 +81,9 @@ def compare(
 ) -> None:
     """Quantize a model in several ways and score each on the kinds of text you serve.
 
-    For every kind of traffic: perplexity, its distance from the float model's, the KL divergence and the share of tokens on
-    which both agree, with bootstrap intervals; what cannot be told apart from the best is marked. The last lines say which method
-    to take, and by which command. Nothing is written but the tables.
+    For every evaluation text: perplexity, its distance from the float model's, the KL divergence and the share of tokens on which
+    both agree, with bootstrap intervals. Methods that are not significantly different from the best are marked. The last lines
+    say which method to take, and by which command. Nothing is written but the tables.
 
     Example: awq-ext compare ./Llama --calib prompts.jsonl --traffic code=src.txt --traffic de.txt --method rtn --method awq
     """
@@ -97,7 +97,7 @@ def compare(
     console = console_for(json_path)
     named = hf.named_texts(traffic)
     fields = {"group_size": group_size, "bits": bits, "seq_len": seq_len}
-    chosen = read_settings(fields, settings, per_layer=per_layer, head=head)
+    chosen = with_builtin(calib, read_settings(fields, settings, per_layer=per_layer, head=head))
     methods = [parse_method(text) for text in method]
     try:
         read_methods(methods, chosen)  # before a model is loaded for nothing

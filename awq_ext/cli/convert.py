@@ -8,16 +8,9 @@ from typing import Annotated
 import typer
 
 from ..reporting.readers import DEFAULT_FORMAT
-from .options import (
-    OverwriteFloat,
-    Revision,
-    Token,
-    check_directory,
-    check_format,
-    check_size,
-    console_for,
-    one_line_errors,
-)
+from .console import console_for, one_line_errors
+from .options.checks import check_directory, check_format, check_size
+from .options.types import OverwriteFloat, Revision, Token
 
 
 @one_line_errors
@@ -34,7 +27,7 @@ def convert(
         typer.Option(
             "--format",
             callback=check_format,
-            help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt or native (docs/formats.md).",
+            help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt, gguf or native (docs/formats.md).",
         ),
     ] = DEFAULT_FORMAT,
     overwrite: Annotated[

@@ -7,16 +7,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .options import (
-    JsonPath,
-    Overwrite,
-    Threads,
-    check_group_size,
-    console_for,
-    one_line_errors,
-    set_threads,
-    write_json,
-)
+from .console import console_for, one_line_errors, set_threads, write_json
+from .options.checks import check_group_size
+from .options.types import JsonPath, Overwrite, Threads
 
 
 @one_line_errors

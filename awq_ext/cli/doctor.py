@@ -11,7 +11,8 @@ from importlib.util import find_spec
 
 from ..reporting.figures import key
 from ..reporting.tables import counted
-from .options import JsonPath, Overwrite, console_for, fact_table, fail, one_line_errors, write_json
+from .console import console_for, fact_table, fail, one_line_errors, write_json
+from .options.types import JsonPath, Overwrite
 
 # fp32 sums of some hundred terms in another order differ by about 1e-6; bf16 products would by 1e-2
 SELF_TEST_TOLERANCE = 1e-4
@@ -29,6 +30,7 @@ def facts() -> list[tuple[str, str]]:
 
     from .. import _C, __version__, _abi
     from ..evaluation.processor import this_processor
+    from ..kernels.cuda import state
 
     return [
         ("awq_ext", __version__),
@@ -38,6 +40,7 @@ def facts() -> list[tuple[str, str]]:
         ("torch built against", _abi.built_version() or "unknown"),
         ("kernels in use", f"{_C.isa()}: {why_these_kernels()}"),
         ("kernels available", ", ".join(_C.available_isas())),
+        ("CUDA kernels", state()),
         ("threads", str(torch.get_num_threads())),
         *_C.choices(),
     ]
@@ -90,11 +93,11 @@ def busy_words() -> str:
 
 
 def wrong_kernels() -> list[str]:
-    """Try each level of kernels on a small layer; a line for every one whose result is not the reference's."""
+    """Try each level of kernels, and those on a GPU, on a small layer; a line for every one whose result is not the reference's."""
     import torch
 
     from .. import _C, QuantLinear
-    from ..kernels import reference
+    from ..kernels import cuda, reference
     from ..layers.quantized_weight import QuantizedWeight
 
     generator = torch.Generator().manual_seed(0)
@@ -112,6 +115,10 @@ def wrong_kernels() -> list[str]:
                 problems.append(f"the {level} kernels are off by {error:.2g}")
     finally:
         _C.set_isa(chosen)
+    if cuda.found() is not None:
+        error = ((layer.to("cuda")(x.cuda()).cpu() - expected).norm() / expected.norm()).item()
+        if not error < SELF_TEST_TOLERANCE:
+            problems.append(f"the CUDA kernels are off by {error:.2g}: AWQ_EXT_BACKEND=reference does without them")
     return problems
 
 

@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 
 from ..reporting.tables import Cell, Table
-from .options import (
+from .console import console_for, one_line_errors, set_threads, write_json
+from .options.checks import check_source
+from .options.types import (
     Device,
     Dtype,
     Field,
@@ -23,11 +25,6 @@ from .options import (
     Token,
     Tokens,
     Trust,
-    check_source,
-    console_for,
-    one_line_errors,
-    set_threads,
-    write_json,
 )
 
 if TYPE_CHECKING:

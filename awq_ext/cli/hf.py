@@ -26,7 +26,8 @@ from ..integrations.hub import folder_of
 from ..integrations.pretrained import from_pretrained, write_pretrained
 from ..reporting.readers import lines
 from ..streaming.checkpoint import work_folder
-from .options import DTYPES, say
+from .console import say
+from .options.checks import DTYPES
 
 # of a batch: enough to see which layers a model calls
 _FEW_TOKENS = 32

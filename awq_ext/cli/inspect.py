@@ -8,17 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.readers import loaders
-from .options import (
-    JsonPath,
-    ModelDir,
-    Overwrite,
-    Revision,
-    Token,
-    console_for,
-    fact_table,
-    one_line_errors,
-    write_json,
-)
+from .console import console_for, fact_table, one_line_errors, write_json
+from .options.types import JsonPath, ModelDir, Overwrite, Revision, Token
 
 
 @one_line_errors
@@ -50,12 +41,13 @@ def inspect(
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Collect what the files of a directory say. ValueError for one without safetensors files or with a damaged one."""
+    """Collect what the files of a directory say. ValueError for one without files of weights, or with a damaged one."""
+    from ..checkpoints.gguf.file import GGUF, kinds_in
     from ..checkpoints.saved import read_report, report_exists
     from ..checkpoints.shards import INDEX, first_json
     from .hf import read_config
 
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob(GGUF))
     if not files:
         raise ValueError(f"{directory} has no .safetensors file: there is nothing to inspect")
     if index := first_json(directory, INDEX):
@@ -64,7 +56,7 @@ def describe(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{directory} is not whole: its index names {', '.join(missing)}, which is missing")
     tensors, elements = Counter[str](), Counter[str]()
     for file in files:
-        for dtype, count in read_header(file):
+        for dtype, count in kinds_in(file) if file.name == GGUF else read_header(file):
             tensors[dtype] += 1
             elements[dtype] += count
     config = read_config(directory)
@@ -104,7 +96,7 @@ def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         facts["scaled_at_run_time"] = scaled
     if of_layers:
         facts["group_sizes"] = dict(Counter(str(size) for _, size, _ in of_layers))
-    elif sizes:  # of several, how many layers have which is not told
+    elif sizes:  # of several sizes, the files do not say how many layers have which
         facts["group_sizes"] = {str(size): len(found.layers) if len(sizes) == 1 else None for size in sizes}
     return facts
 

@@ -12,11 +12,22 @@ from rich.markup import escape
 
 from ..reporting.readers import DEFAULT_FORMAT
 from ..reporting.tables import format_bytes
-from .options import (
+from .console import command_line, console_for, one_line_errors, say, set_threads, write_json
+from .options.checks import (
+    check_directory,
+    check_format,
+    check_group_size,
+    check_method,
+    check_page,
+    check_report_extra,
+)
+from .options.settings import parse_setting, read_settings, with_builtin
+from .options.types import (
     Bits,
     Calib,
     Device,
     Dtype,
+    Effort,
     Field,
     Head,
     JsonPath,
@@ -32,19 +43,6 @@ from .options import (
     Token,
     Tokens,
     Trust,
-    check_directory,
-    check_format,
-    check_group_size,
-    check_method,
-    check_page,
-    check_report_extra,
-    console_for,
-    one_line_errors,
-    parse_setting,
-    read_settings,
-    say,
-    set_threads,
-    write_json,
 )
 
 if TYPE_CHECKING:
@@ -56,26 +54,33 @@ if TYPE_CHECKING:
 
 @one_line_errors
 def quantize(
+    context: typer.Context,
     model_dir: ModelDir,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Where the quantized model goes; made if need be.")],
     calib: Calib,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             callback=check_method,
-            help="awq (searched scales), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).",
+            help="awq (searched scales; the default), gptq (error feedback), awq+gptq, or rtn (rounding to nearest).",
+            show_default=False,
         ),
-    ] = "awq",
+    ] = None,
+    effort: Effort = None,
     group_size: Annotated[
-        int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            callback=check_group_size,
+            help="Weights that share a scale; -1 is one scale for each row. 128 if not given, 32 for gguf.",
+        ),
+    ] = None,
     bits: Bits = None,
     format: Annotated[
         str,
         typer.Option(
             callback=check_format,
-            help="Layout of OUT: awq and compressed-tensors are loaded by vLLM and Transformers, native by awq_ext; others in "
-            "docs/formats.md.",
+            help="Layout of OUT: awq and compressed-tensors are loaded by vLLM and Transformers, native by awq_ext, gguf by "
+            "llama.cpp; others in docs/formats.md.",
         ),
     ] = DEFAULT_FORMAT,
     head: Head = None,
@@ -99,8 +104,8 @@ def quantize(
         list[str],
         typer.Option(
             metavar="[NAME=]PATH",
-            help="Text to score OUT on, not that of --calib: the distance from the float model, which is loaded once more for "
-            "it, goes into the model card. May be repeated.",
+            help="Evaluation text, not that of --calib. OUT is scored on it: the distance from the float model, which is "
+            "loaded once more for it, goes into the model card. May be repeated.",
         ),
     ] = [],  # noqa: B006
     tokens: Tokens = 8192,
@@ -135,8 +140,8 @@ def quantize(
 ) -> None:
     """Quantize a Hugging Face model to int4.
 
-    The calibration text decides which channels are protected: take a few dozen windows of the traffic you serve (prompts with
-    their answers, in the model's chat format), not only prose. [bold]awq-ext compare[/bold] tells which method suits it best.
+    The calibration text decides which channels are protected: take a few dozen windows of text like that which you serve (prompts
+    with their answers, in the model's chat format), not only prose. [bold]awq-ext compare[/bold] shows which method suits it best.
 
     The last lines say what it cost: bytes, and the distance from the float model on calibration text that was left out. With
     --traffic the result is scored on other texts too. The model card has these figures.
@@ -151,7 +156,6 @@ def quantize(
     """
     from ..checkpoints.formats import LAYOUTS
     from ..checkpoints.saved import record_scores
-    from ..evaluation.cost import model_bytes
     from ..evaluation.held_out import WINDOWS
     from ..streaming.limits import memory_limit
     from ..streaming.working import working
@@ -163,8 +167,16 @@ def quantize(
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
     _refuse_other_bits(settings, bits)
-    fields = {"method": method, "group_size": group_size, "bits": bits, "fold": fold, "seq_len": seq_len}
-    chosen = read_settings(fields, settings, skip, per_layer, head)
+    group_size = (32 if format == "gguf" else 128) if group_size is None else group_size  # GGUF has no larger blocks
+    fields = {
+        "effort": effort,
+        "method": method,
+        "group_size": group_size,
+        "bits": bits,
+        "fold": fold,
+        "seq_len": seq_len,
+    }
+    chosen = with_builtin(calib, read_settings(fields, settings, skip, per_layer, head))
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(traffic)
@@ -183,15 +195,14 @@ def quantize(
         model = at.model
         hf.note_lengths(model, batches, samples)
         hf.check_format(model, batches[0], format, chosen)
-        before, remembered = model_bytes(model), _remembered(model, left)
+        remembered = _remembered(model, left)
         at.quantize(batches, chosen)
+        report = model.awq_report
+        report.command = command_line(context)
         hf.save_model(model, out_dir, format, covered, at.streamed)
         at.work.remove()
-    report = model.awq_report
-    if html is not None:
-        report.to_html(html, overwrite)
     console.print(escape(report.summary()), soft_wrap=True)
-    sizes = {"before": before, "after": model_bytes(model)}
+    sizes = {"before": report.bytes_before, "after": report.bytes_after}
     console.print(_size_line(sizes), highlight=False)
     found, bad = _distance(model, remembered, console)  # only now: should it fail, the model is there
     if scored:
@@ -199,6 +210,8 @@ def quantize(
     report.evaluations = {name: one.to_dict() for name, one in found.items()}
     if found:
         record_scores(out_dir, report.evaluations)
+    if html is not None:
+        report.to_html(html, overwrite)
     hf.tell_readers(console, out_dir, format)
     following = _next(model_dir, out_dir, bool(scored), calib if bad else [])
     console.print(f"next: {following}", soft_wrap=True, markup=False)
@@ -266,6 +279,6 @@ def _refuse_other_bits(settings: list[str], bits: int | None) -> None:
             f"directories hold 4 or 8 bits, packed. What {bits} bits cost: awq-ext compare MODEL --calib ... --traffic ... "
             f"--set bits={bits} --set packed=false. The weights rounded to {bits} bits as a float model, no smaller: in Python "
             f"awq_ext.quantize(model, calib, bits={bits}, packed=False), then model.save_pretrained(OUT). "
-            'Some layers at 8 bits: --format native --set \'per_layer={"*.down_proj": {"bits": 8}}\'',
+            'Some layers at 8 bits: --format compressed-tensors --set \'per_layer={"*.down_proj": {"bits": 8}}\'',
             param_hint="--set" if bits is None else "--bits",
         )

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .options import JsonPath, Overwrite, check_page, console_for, one_line_errors, write_json
+from .console import console_for, one_line_errors, write_json
+from .options.checks import check_page
+from .options.types import JsonPath, Overwrite
 
 
 @one_line_errors

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..calibration.builtin import BUILTIN, builtin_text
 from ..forwards.samples import text_of
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ def read_text(path: Path, tokenizer: Any, field: str | None = None) -> str:
     A row is a text, a chat, or holds one under ``field`` (see ``forwards.samples.text_of``), which plain texts among others do
     without. ValueError for a file of another kind.
     """
+    if is_builtin(path):
+        return builtin_text()
     suffix = path.suffix.lower()
     if suffix in PLAIN:
         return _content(path)
@@ -40,9 +43,14 @@ def read_text(path: Path, tokenizer: Any, field: str | None = None) -> str:
     return "\n".join(text_of(row, tokenizer, place, field)[0] for place, row in rows)
 
 
+def is_builtin(path: Path) -> bool:
+    """Tell whether a path is no file, but the name of the texts that ship with the package."""
+    return str(path) == BUILTIN and not path.exists()
+
+
 def check_field(field: str | None, paths: Iterable[Path]) -> None:
     """Raise ValueError for a field where all files are plain text, which has none."""
-    if field is not None and all(path.suffix.lower() in PLAIN for path in paths):
+    if field is not None and all(path.suffix.lower() in PLAIN or is_builtin(path) for path in paths):
         raise ValueError(f"--field {field}: no file has fields, as all are plain text ({', '.join(PLAIN)})")
 
 

@@ -1,11 +1,13 @@
 """AwqConfig: what to do with a model, validated when it is made."""
 
 from .checks import FORMER_SKIP, GROUP_SIZES, HEADS, METHODS, SCALE_DTYPES
+from .effort import EFFORTS
 from .names import did_you_mean
 from .patterns import fits, suggested
 from .settings import LAYER_FIELDS, AwqConfig, Selector, configured, understood
 
 __all__ = [
+    "EFFORTS",
     "FORMER_SKIP",
     "GROUP_SIZES",
     "HEADS",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..reporting.warn import warn
+from .effort import effort_fields
 
 # What other tools call a field: named in the answer, but not translated, as their values may mean something else.
 _ELSEWHERE = {
@@ -43,9 +44,15 @@ def read_fields(given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any
 
     w_bit is bits, q_group_size is group_size, zero_point is the opposite of symmetric, modules_to_not_convert lists parts of names
     to skip. version names a layout of files, which is chosen when saving: any but GEMM brings a warning that says how.
-    quantize_head, as head was called when it had two values, is head="int4" where it is True.
+    quantize_head, as head was called when it had two values, is head="int4" where it is True. effort stands for several fields,
+    any of which may be given beside it and then counts; only where all are given (``dataclasses.replace``) the effort does.
     """
     known, fields = list(known), {}
+    if "effort" in given:
+        given = dict(given)
+        chosen = effort_fields(given.pop("effort"))
+        rest = read_fields(given, known)
+        return {**rest, **chosen} if rest.keys() >= set(known) else {**chosen, **rest}
     for name, value in given.items():
         pair = _translated(name, value) if name in (*_AUTOAWQ, *_FORMER) else {name: value}
         for ours, translated in pair.items():

@@ -34,7 +34,7 @@ LAYER_FIELDS = (
 )
 
 # What ``head`` sets for the output layer. At 8 bits rounding alone leaves a fifth of the best error at 4 bits
-# (docs/quality.md, "The output layer"), and a scale would have to be searched, and divided by in every step.
+# (docs/research.md, "The output layer"), and a scale would have to be searched, and divided by in every step.
 _HEAD_FIELDS: dict[str, dict[str, Any]] = {
     "float": {},
     "int4": {"bits": 4},
@@ -51,7 +51,10 @@ def _understanding(cls: C) -> C:
 
     @functools.wraps(generated)
     def init(self: Any, *args: Any, **given: Any) -> None:
-        generated(self, *args, **read_fields(given, _names(cls)))
+        fields, placed = read_fields(given, _names(cls)), _names(cls)[: len(args)]
+        if "effort" in given:  # what is given by position counts too
+            fields = {name: value for name, value in fields.items() if name not in placed or name in given}
+        generated(self, *args, **fields)
 
     cls.__init__ = init
     return cls
@@ -68,60 +71,72 @@ class AwqConfig:
 
     AutoAWQ's names (w_bit, q_group_size, zero_point, version, modules_to_not_convert) are understood too.
 
-    What most models need:
+    effort: "fast", "balanced" or "best", a choice of several fields by the time that they take: ``AwqConfig(effort="best")``. A
+        field that is given beside it counts. It is no field itself: ``to_dict()`` has what it stands for (``config/effort.py``).
 
-    method: "awq" searches scales and clips; "gptq" rounds with error feedback (arXiv 2210.17323), each channel making up for
-        the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
+    What is quantized:
+
     bits: 4 or 8, or 2 to 8 with ``packed=False``.
     group_size: input channels that share one scale and zero, -1 for the whole row; a short last group is fine.
-    skip: layers that stay float, beside the output layer of language models. Each is a pattern of whole layer names (fnmatch, such
-        as ``"*.router"``, or a regular expression after ``re:``), or a function of (name, module) that returns a bool. A pattern
-        that fits no layer is an error.
-    only: the layers that alone are quantized, given like ``skip``; empty for all.
     head: the output layer of language models (what ``get_output_embeddings()`` returns, and what is called ``lm_head``): "float"
         leaves it as it is, "int4" quantizes it like the other layers, "int8" rounds it to nearest in 8 bits. It has 4 or 8 bits
         whatever ``bits`` says, and all else from the other fields; a pattern of ``per_layer`` that fits its name comes first.
         A weight that it shares with the embedding stays there in float, and the two are no longer tied. ``quantize_head=True``
         is understood as head="int4".
+    skip: layers that stay float, beside the output layer of language models. Each is a pattern of whole layer names (fnmatch, such
+        as ``"*.router"``, or a regular expression after ``re:``), or a function of (name, module) that returns a bool. A pattern
+        that fits no layer is an error.
+    only: the layers that alone are quantized, given like ``skip``; empty for all.
     per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
         ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8}}``.
-    fold: where 1/s goes that makes up for a scale s. "auto": into the norm or Linear before, where a numeric proof shows that
-        nothing else changes; elsewhere the layer divides its input at run time. "never": always at run time. "always": never at
-        run time; layers before which nothing can take it get no scale. For formats without a place for run-time scales.
-    seq_len: window length in tokens when calibration samples are texts.
+    min_weights: Linears with fewer weights stay as they are.
     min_tokens: experts that see fewer calibration rows are rounded to nearest, with a warning.
+    packed: True makes QuantLinear modules; False leaves nn.Linear with fake-quantized weights, for experiments.
 
-    For formats that ask for it, and for experiments:
+    How it is rounded:
 
+    method: "awq" searches scales and clips; "gptq" rounds with error feedback (arXiv 2210.17323), each channel making up for
+        the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
     symmetric: zero fixed at the middle code instead of one zero per group.
     scale_dtype: storage type of the scales, "float16" or "bfloat16".
-    packed: True makes QuantLinear modules; False leaves nn.Linear with fake-quantized weights, for experiments.
-    propagate: what a block is calibrated on: the outputs of the "float" or of the "quantized" blocks before it.
     clip: whether to try smaller weight ranges: True in every layer, False in none, "auto" where that lowers the error of the
         block's output too (queries and keys often lose by it).
     n_grid: steps of alpha in [0, 1] (AWQ, arXiv 2306.00978, equation 5).
-    search_rows: output rows of a scale group on which candidates for its scale are ranked, 0 for all. Beyond 4096 input channels
+    search_rows: output rows of a scale group on which candidates for its scale are ranked, 0 for all. Beyond 2048 input channels
         there are fewer, in proportion. The losses in the report always count every row.
     act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
-    damping: what error feedback and refining add to each channel's second moment, as a share of it. The more, the less the
-        correlations between channels count: errors on the calibration text grow, errors on other text fall (docs/quality.md).
+    damping: what error feedback and refining add to each channel's second moment, as a share of it. With more damping the
+        correlations between channels count less: errors on the calibration text grow, errors on other text fall
+        (docs/research.md).
     refine: rounds of coordinate descent after rounding, 0 for none. After error feedback they change the scales of weight groups
         and the codes; otherwise there is one round at most, on the scales alone.
     bias_correction: True lets the bias of a Linear take over the mean of its error (arXiv 1906.04721, section 4.2); scales and
         clips are then chosen by the error that is left. Never with "rtn". False leaves biases alone.
-    objective: how much a Linear's error on a calibration row counts. "layer": its square. "model": the square, times how strongly
-        the model's output reacts to errors there, which a backward of the whole model tells (``calibration/importance.py``).
-        None: "model" with error feedback, if the model returns logits for every token id and can be differentiated; otherwise
-        "layer".
-    weighed_batches: how many batches get that backward (of token ids, one window of each). All other rows count what the rows at
-        their position in a window count on average. 0: all batches, each row by its own. That is closer still, and takes as much
-        time as all the rest.
-    random_tokens: more calibration batches, of random tokens, as a share of the number of those given. They show error feedback
-        what text unlike the calibration's needs (docs/quality.md). Only for models that read token ids and have
+    fold: where 1/s goes that makes up for a scale s. "auto": into the norm or Linear before, where a numeric proof shows that
+        nothing else changes; elsewhere the layer divides its input at run time. "never": always at run time. "always": never at
+        run time; layers before which nothing can take it get no scale. For formats without a place for run-time scales.
+    tune_scales: passes over the calibration batches in which the scales of all weight groups are tuned end to end, by gradient
+        steps on the model's KL divergence from the float model; 0 for none. Codes and zeros stay. One batch of eight takes no part,
+        and the old scales come back unless the divergence there falls. A batch of a pass takes as long as four forwards. Only for
+        models that return logits for every token id and can be differentiated: others are left untuned, with a note in the report.
+        Text unlike all calibration batches may lose by it, above all with few of them (docs/research-notes-tuning.md).
+
+    How it is calibrated:
+
+    seq_len: window length in tokens when calibration samples are texts.
+    random_tokens: further calibration batches, of random tokens, as a share of the number of those given. They help error
+        feedback on text unlike the calibration text (docs/research.md). Only for models that read token ids and have
         ``get_input_embeddings()``. None: 0.25 with error feedback, otherwise 0.
     generated_tokens: likewise, batches of text that the model writes itself. Only for decoders that are called like those of
         transformers (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, otherwise 0.
-    min_weights: Linears with fewer weights stay as they are.
+    objective: how much a Linear's error on a calibration row counts. "layer": all rows alike. "model": each row has an importance
+        weight, which says how strongly the model's output reacts to errors there; a backward of the whole model finds it
+        (``calibration/importance.py``). None: "model" with error feedback, if the model returns logits for every token id and can
+        be differentiated; otherwise "layer".
+    weighed_batches: how many batches get that backward (of token ids, one window of each). All other rows get the mean weight of
+        their position in a window. 0: all batches, and each row has its own weight. That comes closer still to the float model, and
+        takes as much time as all the rest.
+    propagate: what a block is calibrated on: the outputs of the "float" or of the "quantized" blocks before it.
     """
 
     method: str = "awq"
@@ -142,6 +157,7 @@ class AwqConfig:
     weighed_batches: int = 4
     random_tokens: float | None = None
     generated_tokens: float | None = None
+    tune_scales: int = 0
     packed: bool = True
     skip: tuple[Selector, ...] = ()
     only: tuple[Selector, ...] = ()

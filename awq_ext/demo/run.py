@@ -12,7 +12,9 @@ from torch import nn
 from ..evaluation.bootstrap import Estimate
 from ..evaluation.compare import compare
 from ..evaluation.comparison import Comparison
-from ..evaluation.cost import layer_seconds, model_bytes, packed_bytes
+from ..evaluation.cost import layer_seconds
+from ..layers.sizes import model_bytes
+from ..reporting.sizes import packed_bytes
 from . import data
 from .model import load_demo_model
 from .theory import Example

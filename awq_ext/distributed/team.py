@@ -82,7 +82,7 @@ class Team:
             work.wait(timedelta(seconds=self._timeout))
 
     def from_one(self, source: int, make: Callable[[], Tensor], what: str, everyone: bool = True) -> Tensor | None:
-        """Let process ``source`` make a parcel, and return it in all processes, or (not ``everyone``) only there and in process 0."""
+        """Let process ``source`` make a parcel; return it in all processes, or (not ``everyone``) only there and in process 0."""
         none = torch.empty(0, dtype=torch.uint8)
         made = make() if self.rank == source else none
         targets = range(self.size) if everyone else {0, source}

@@ -82,7 +82,7 @@ def _float_model(timings: Sequence[Timing], slow: Sequence[Timing]) -> str:
     if not fast:
         return "int4 saves memory here, not time: keep the float model where it fits."
     if min(timing.rows for timing in slow) > max(fast):
-        return "Keep the float model for work that is mostly reading (long prompts, batches, encoders), and int4 for generating."
+        return "Keep the float model for work that is mostly prefill (long prompts, batches, encoders), and int4 for generating."
     if max(timing.rows for timing in slow) < min(fast):
         return "Keep the float model for generating one token at a time, and int4 for prompts and batches."
     return "Measure your own shapes with --shape and --rows: where int4 is faster depends on both here."

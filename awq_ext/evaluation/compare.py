@@ -1,4 +1,4 @@
-"""Quantize a model by several methods and score each result on every kind of traffic; the model stays as it is."""
+"""Quantize a model by several methods and score each result on every evaluation text; the model stays as it is."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import AwqConfig, understood
+from ..config import EFFORTS, AwqConfig, understood
 from ..forwards.calls import Call, read_calls
+from ..forwards.forked import finishing_after_fork
 from ..forwards.memory import release_free_memory
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import targets_of
 from ..forwards.samples import rows_of_columns
+from ..layers.sizes import model_bytes
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
 from ..reporting.progress import Progress
@@ -25,13 +27,14 @@ from ..reporting.warn import warn
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap
 from .comparison import FLOAT, Comparison, Variant
-from .cost import model_bytes, race
+from .cost import race
 from .evaluate import Evaluation, Metric, evaluate
 from .shared_copy import SharedCopy
 
 Method = str | Mapping[str, Any] | AwqConfig
 
 
+@finishing_after_fork
 @restoring
 def compare(
     model: nn.Module,
@@ -49,9 +52,10 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> Comparison:
-    """Quantize ``model`` by each of ``methods`` and score every result on every kind of ``traffic``.
+    """Quantize ``model`` by each of ``methods`` and score every result on every text of ``traffic``.
 
-    calib, traffic["code"], ...: samples as :func:`awq_ext.quantize` reads them; score on others than you calibrate on.
+    calib: the calibration samples. traffic: evaluation samples by name, such as {"code": [...]}, like the text that you serve
+        and others than you calibrate on. All as :func:`awq_ext.quantize` reads them.
     methods: names ("rtn", "awq", ...), dicts of :class:`AwqConfig` fields (a "label" among them is the name in the table), or
         AwqConfig objects; or a dict of these by label. settings: fields that hold for all of them, such as ``group_size=64``.
     metric: as for :func:`awq_ext.evaluate`; None scores next tokens: perplexity, KL divergence and top-1 agreement with ``model``.
@@ -117,7 +121,7 @@ def _read_method(method: Method, settings: dict[str, Any]) -> tuple[str, AwqConf
     if isinstance(method, AwqConfig):
         return _label(method.to_dict()), replace(method, **settings)
     if isinstance(method, str):
-        return method, AwqConfig(**settings | {"method": method})
+        return method, AwqConfig(**settings | understood({"effort" if method in EFFORTS else "method": method}))
     if not isinstance(method, Mapping):
         raise TypeError(f"methods: {method!r} is a {type(method).__name__}: give a name, a dict or an AwqConfig")
     try:

@@ -27,7 +27,7 @@ class Variant:
     """One row: a method, or the float model (config None).
 
     size_bytes: as stored (simulated: as it would be, packed); seconds to quantize; speeds: "windows" and "steps" (one token at a
-    time) -> tokens a second of this model, and of the float model measured in turns with it; evaluations by traffic.
+    time) -> tokens a second of this model, and of the float model measured in turns with it; evaluations by evaluation text.
     """
 
     label: str
@@ -79,7 +79,7 @@ class Comparison:
         return self[one].evaluations[traffic].difference(self[other].evaluations[traffic], measure)
 
     def best(self, traffic: str, measure: str = "perplexity") -> list[str]:
-        """List the best method, then those that cannot be told apart from it. The float model does not take part."""
+        """List the best method, then those not significantly different from it. The float model does not take part."""
         return list(self._best[traffic, measure])
 
     @cached_property
@@ -96,13 +96,13 @@ class Comparison:
     def gap_closed(self, label: str, traffic: str, baseline: str = "rtn") -> float | None:
         """Return the share of the perplexity lost by ``baseline`` against float that ``label`` wins back.
 
-        None where the baseline does not lose more than the noise.
+        None where the baseline's loss is not significant.
         """
         gap = self.difference(baseline, FLOAT, traffic)
         return self.difference(baseline, label, traffic).value / gap.value if gap.low > 0 else None
 
     def tables(self) -> list[Table]:
-        """Make the tables: what each method costs, then what it scores on each kind of traffic."""
+        """Make the tables: what each method costs, then what it scores on each evaluation text."""
         return [self._cost_table(), *(self._score_table(name) for name in self.traffic)]
 
     def _cost_table(self) -> Table:
@@ -171,9 +171,11 @@ class Comparison:
         return all(row.config[name] == self["rtn"].config[name] for name in ("bits", "group_size", "symmetric"))
 
     def notes(self) -> list[str]:
-        """Explain how to read the tables, and what they say of each kind of traffic."""
+        """Explain how to read the tables, and what they say of each evaluation text."""
         share = f"{self.bootstrap.confidence:.0%}"
-        lines = [f"±: half the {share} bootstrap interval over windows; {NOISE}: not told apart from the best (bold)"]
+        lines = [
+            f"±: half the {share} bootstrap interval over windows; {NOISE}: not significantly different from the best (bold)"
+        ]
         if any(row.simulated for row in self.rows):
             lines.append("*: simulated, the size is what packed weights would take")
         if any(" of " in self._times_float(row, call) for row in self._done for call in row.speeds):
@@ -185,7 +187,7 @@ class Comparison:
                 continue
             says = f"{first} is best"
             if ties:
-                says = f"{', '.join([first, *ties])} do not differ by more than the noise"
+                says = f"{', '.join([first, *ties])} are not significantly different"
             lines.append(f"{name}, by {measure}: {says}")
         return lines + [f"{row.label} failed: {row.error}" for row in self.rows if row.error]
 

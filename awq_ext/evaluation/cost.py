@@ -1,4 +1,4 @@
-"""What a model costs: bytes of its parameters, and seconds of its layers and calls, timed in turns."""
+"""What a model costs in time: seconds of its layers and calls, timed in turns."""
 
 from __future__ import annotations
 
@@ -14,45 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels import reference
 from ..layers.quant_linear import QuantLinear
 from ..layers.quantized_weight import QuantizedWeight
-from ..reporting.report import AwqReport, LayerReport
 from ..undo import interrupt
-
-
-def linear_bytes(layer: LayerReport) -> int:
-    """Compute the packed size of a Linear: its codes, and for each group of each row a scale and a zero."""
-    return packed_bytes(layer.in_features, layer.out_features, layer.group_size, layer.bits)
-
-
-def packed_bytes(in_features: int, out_features: int, group_size: int, bits: int) -> int:
-    """Compute the packed size of a weight [out_features, in_features]."""
-    groups = reference.group_count(in_features, group_size)
-    return -(-out_features * (in_features * bits + group_bits(bits) * groups) // 8)
-
-
-def group_bits(bits: int) -> int:
-    """Count the bits of a group's scale, two bytes, and zero: half a byte, or a whole one for codes of more than 4 bits."""
-    return 20 if bits <= 4 else 24
-
-
-def model_bytes(model: nn.Module, float_bytes: int | None = None) -> int:
-    """Count the bytes of parameters and buffers: quantized layers as they are, fake-quantized ones as if packed, the rest by dtype.
-
-    float_bytes: bytes of each of the rest instead, for weights that are held wider than they are stored.
-    """
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    report = getattr(model, "awq_report", None)
-    fake = {row.name: row for row in report.layers if row.status == "fake"} if isinstance(report, AwqReport) else {}
-    total = sum(module.nbytes for module in packed.values())
-    total += sum(linear_bytes(row) for row in fake.values())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        if owner not in packed and not (owner in fake and leaf == "weight"):
-            total += tensor.numel() * (float_bytes or tensor.element_size())
-    return total
-
 
 LEAST_TURNS = 3
 LAYERS = ("float", "int4", "int8")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..forwards.calls import Call, read_calls, run_call
+from ..forwards.forked import finishing_after_fork
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import IGNORED_LABEL, logits_of, targets_of
 from ..forwards.samples import is_ids
@@ -71,6 +72,7 @@ class Evaluation:
     __repr__ = __str__
 
 
+@finishing_after_fork
 @restoring
 @torch.no_grad()
 def evaluate(

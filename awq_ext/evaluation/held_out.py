@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..forwards.calls import read_calls, run_call
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import logits_of
+from ..reporting.scores import LARGE
 from ..undo.thread_state import restoring
 from .comparison import plus_minus
 from .evaluate import Evaluation, evaluate
@@ -21,8 +22,6 @@ HELD_OUT = "held-out-calibration"
 WINDOWS = 4
 # of a window: 1,024 tokens in all, whose logits take 300 MiB in bf16 where a vocabulary has 150,000 tokens
 _TOKENS = 256
-# nats: a model of 135 M parameters loses 0.1 to 0.3 at 4 bits by any method, and by plain rounding 1 to 1.5 at 3 (docs/methods.md)
-LARGE = 0.5
 
 
 class Remembered(nn.Module):

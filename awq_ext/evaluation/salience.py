@@ -1,4 +1,4 @@
-"""Find which input channels matter, and whether the calibration shows the same ones as the traffic."""
+"""Find which input channels matter, and whether the calibration text shows the same ones as other texts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..calibration.channels import Agreement, ChannelMeans, agreement, channel_salience, top_share
 from ..calibration.statistics import collect
 from ..config import AwqConfig
+from ..forwards.forked import finishing_after_fork
 from ..forwards.lockstep import Stop
 from ..modules import unwrapped
 from ..pipeline.session import Session, session
@@ -29,8 +30,8 @@ class LayerSalience:
 
     layers: the Linears that read it. top_share: part of all salience that the top 1 % of the channels hold. halves: agreement of
     two halves of the calibration text, which is what chance allows to expect. enough_tokens: from how many on nine channels of ten
-    are known to within the tolerance (one standard error; extrapolated by 1 / sqrt(tokens)). traffic: agreement with each kind,
-    None where it does not come to this input.
+    are known to within the tolerance (one standard error; extrapolated by 1 / sqrt(tokens)). traffic: agreement with each
+    evaluation text, None where it does not come to this input.
     convergence: (tokens, mean relative distance of x_mean from its value over all tokens), for growing shares of the text.
     """
 
@@ -45,7 +46,7 @@ class LayerSalience:
     traffic: Mapping[str, Agreement | None] = field(default_factory=dict)
 
     def unlike(self, traffic: str) -> bool:
-        """Tell whether the calibration text fails to show the channels that matter to this traffic.
+        """Return True if the calibration text fails to show the channels that matter to this evaluation text.
 
         It does if fewer than half of the top channels are the same, while two halves of the calibration text agree clearly
         better, in all channels too: then neither few tokens nor channels that are all alike explain it.
@@ -72,7 +73,7 @@ class Salience:
         raise KeyError(name)
 
     def unlike(self, traffic: str) -> list[str]:
-        """Name the first layer of each group for which the calibration text does not represent this traffic."""
+        """Name the first layer of each group for which the calibration text does not represent this evaluation text."""
         return [row.layers[0] for row in self.rows if row.unlike(traffic)]
 
     @property
@@ -155,6 +156,7 @@ class _Seen:
         return x_mean * self.weight
 
 
+@finishing_after_fork
 @restoring
 def salience(
     model: nn.Module,
@@ -168,14 +170,15 @@ def salience(
     progress: bool = True,
     **settings: Any,
 ) -> Salience:
-    """Look at the channels that calibration sees, and whether they are those that matter to your traffic.
+    """Show which channels are large on the calibration text, and whether the same ones are large on your evaluation texts.
 
-    loader: the calibration samples; traffic["code"], ...: others by name. Both as :func:`awq_ext.quantize` reads them.
+    loader: the calibration samples. traffic: evaluation samples by name, such as {"code": [...]}. Both as
+        :func:`awq_ext.quantize` reads them.
     tolerance: relative standard error of a channel's mean |x| that counts as known. AWQ takes the square root or so of it
         (s = x_mean^alpha), and one step of alpha's grid moves the s of a channel ten times the mean by 12 %.
     settings: fields of :class:`AwqConfig` that choose layers, such as ``skip``.
 
-    Forwards only: the model is not changed. Warns where the calibration is not representative, naming layers, or short.
+    Forwards only: the model is not changed. Warns, naming layers, where the calibration text is not representative or too short.
     Raises what ``quantize`` raises for the same samples.
     """
     if traffic is not None and not isinstance(traffic, Mapping):
@@ -238,7 +241,7 @@ def _row(one: _Seen, others: Mapping[str, _Seen | None], tolerance: float) -> La
 
 
 def _agreement(one: _Seen, values: Tensor, other: _Seen | None) -> Agreement | None:
-    """Compare one kind of traffic: None where none of it reaches this input, no agreement where no calibration row did."""
+    """Compare one evaluation text: None where none of it reaches this input, no agreement where no calibration row did."""
     if other is None or other.means.rows == 0:
         return None
     return agreement(values, other.salience(other.means.x_mean())) if one.means.rows else Agreement(0.0, 0.0)

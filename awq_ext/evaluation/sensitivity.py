@@ -15,16 +15,17 @@ from tqdm import tqdm
 
 from ..config import AwqConfig, configured
 from ..forwards.calls import Call, read_calls, run_call
+from ..forwards.forked import finishing_after_fork
 from ..forwards.mode import calibration_mode
 from ..forwards.outputs import distance_of, logits_of, norm_of, targets_of
 from ..kernels.reference import TILE_BITS
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
 from ..reporting.report import AwqReport
+from ..reporting.sizes import group_bits, stored_bits
 from ..reporting.tables import Cell, Table, as_text
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap, Estimate, Measure
-from .cost import group_bits, linear_bytes
 from .evaluate import window_scores
 from .shared_copy import SharedCopy
 
@@ -166,6 +167,7 @@ def _range(estimate: Estimate) -> str:
     return "" if math.isnan(estimate.low) else f"{estimate.low:.2g} to {estimate.high:.2g}"
 
 
+@finishing_after_fork
 @restoring
 def sensitivity(
     model: nn.Module,
@@ -243,9 +245,8 @@ def _parts(report: AwqReport, by: str, model: nn.Module) -> dict[str, dict[str, 
 def _part(name: str, layers: tuple[str, ...], cost: Estimate, report: AwqReport, model: nn.Module) -> Part:
     rows = [report[layer] for layer in layers]
     weights = sum(row.in_features * row.out_features for row in rows)
-    stored = 8 * sum(linear_bytes(row) for row in rows) / weights
     float_bits = 8 * next(model.parameters()).element_size()
-    return Part(name, layers, weights, stored, float_bits, cost)
+    return Part(name, layers, weights, stored_bits(rows), float_bits, cost)
 
 
 class _swapped:

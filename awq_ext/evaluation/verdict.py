@@ -1,4 +1,4 @@
-"""Sum up a comparison in one sentence: which method to take, all kinds of traffic together."""
+"""Sum up a comparison in one sentence: which method to take, all evaluation texts together."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Verdict:
 
 
 def verdict(found: Comparison) -> Verdict:
-    """Choose the method that none beats by more than the noise on any kind of traffic; else the one that loses least on average.
+    """Choose the method that none beats significantly on any evaluation text; else the one that loses least on average.
 
-    Of several, the smallest, then the one that took least time. Goes by the KL divergence from the float model, which tells methods
-    apart on fewer windows than perplexity does; for models without next-token logits, by the first measure.
+    Of several, the smallest, then the one that took least time. Goes by the KL divergence from the float model, which needs
+    fewer windows than perplexity to show a difference; for models without next-token logits, by the first measure.
     """
     measure = "kl" if "kl" in found.measures else found.measures[0]
     by = "KL divergence from the float model" if measure == "kl" else measure
@@ -40,13 +40,11 @@ def verdict(found: Comparison) -> Verdict:
         )
     taken = min(unbeaten, key=lambda row: (row.size_bytes, row.seconds or 0.0))
     if len(unbeaten) == 1:
-        return Verdict(
-            taken.label, f"Take {_cost(taken, found)}: on no text is another better by more than the noise, by {by}."
-        )
+        return Verdict(taken.label, f"Take {_cost(taken, found)}: on no text is another significantly better, by {by}.")
     others = ", ".join(row.label for row in unbeaten if row is not taken)
     return Verdict(
         taken.label,
-        f"Take {_cost(taken, found)}, the cheapest of those that differ by no more than the noise, by {by} (beside it: {others}).",
+        f"Take {_cost(taken, found)}, the cheapest of those that are not significantly different, by {by} (the others: {others}).",
     )
 
 
@@ -55,7 +53,7 @@ def _cost(row: Variant, found: Comparison) -> str:
 
 
 def _mean_loss(row: Variant, found: Comparison, measure: str) -> float:
-    """Average how much worse than the best a method is, over kinds of traffic."""
+    """Average how much worse than the best a method is, over evaluation texts."""
 
     def value(one: Variant, name: str) -> float:
         return one.evaluations[name].measures[measure].value

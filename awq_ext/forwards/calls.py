@@ -107,6 +107,8 @@ def _refuse(calib_loader: Any) -> NoReturn:
     hint = ""
     if isinstance(calib_loader, Mapping):
         hint = "; of a data set with several parts choose one, such as data['train']"
+    if isinstance(calib_loader, str):
+        hint = ', or "builtin" for the texts that ship with the package'
     raise TypeError(
         f"calib_loader is a {type(calib_loader).__name__}: give an iterable of samples, for one sample [sample]{hint}"
     )

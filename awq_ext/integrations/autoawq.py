@@ -1,13 +1,15 @@
 """Answer AutoAWQ, which takes this package for its CUDA kernels.
 
 It imports its optional extension (autoawq-kernels) as ``awq_ext`` and calls functions of whatever it finds. Where that
-extension is installed too, which this package hides, they come from there.
+extension is installed too, which this package hides, they come from there. Where our own CUDA kernels are, those for its Linears do
+the work: a layer's tensors are brought into our layout at its first call, and kept beside the layer's own.
 """
 
 from __future__ import annotations
 
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -24,10 +26,31 @@ def function(name: str) -> Any:
     """Find a function of autoawq-kernels; AttributeError that says what to do when only this package is there."""
     if (extension := _extension()) is not None:
         return getattr(extension, name)
+    if (own := _own(name)) is not None:
+        return own
     raise AttributeError(
         f"awq_ext.{name} is a CUDA kernel of AutoAWQ (autoawq-kernels, not installed here), which looks for it under the name "
         "of this package: load the model with awq_ext.from_pretrained(directory), or install autoawq-kernels"
     )
+
+
+def _own(name: str) -> Callable[..., Any] | None:
+    """Find what does the same on our CUDA kernels; None where they were not built, see no GPU, or have nothing of the kind."""
+    if "torch" not in sys.modules or name not in FUNCTIONS[:4]:
+        return None
+    from ..kernels import cuda
+
+    if cuda.found() is None:
+        return None
+    from . import autoawq_layers
+
+    run = {
+        "dequantize_weights_cuda": autoawq_layers.dequantize,
+        "gemm_forward_cuda": partial(autoawq_layers.linear, "awq"),
+        "gemmv2_forward_cuda": partial(autoawq_layers.linear, "gemv"),
+        "gemv_forward_cuda": partial(autoawq_layers.linear, "gemv"),
+    }
+    return run[name]
 
 
 @cache

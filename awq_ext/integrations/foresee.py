@@ -10,7 +10,8 @@ from torch import nn
 
 from ..checkpoints.formats import layout
 from ..checkpoints.formats.packed import middle_code
-from ..checkpoints.model_source import ModelSource, float_linears
+from ..checkpoints.gguf.file import foreseen
+from ..checkpoints.model_source import ModelSource, config_of, float_linears
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.write import summarize
 from ..config import AwqConfig, configured
@@ -50,6 +51,8 @@ def check_format(
         source = Renamed(ModelSource(opened.model), opened.model, to_files=True)
         floats = source.linears(float_linears(opened.model))
         summarize(source, target, floats, "nothing was quantized yet")
+        if target.name == "gguf":
+            foreseen(source, config_of(opened.model))
 
 
 def _chosen(opened: Session, blocks: Sequence[str] | None, scales: bool) -> dict[str, tuple[nn.Linear, bool]]:
@@ -70,5 +73,6 @@ def _stand_in(linear: nn.Linear, settings: AwqConfig, at_run_time: bool) -> Quan
     layer = QuantLinear.empty_like(linear, settings.group_size, at_run_time, **kind)
     zero = middle_code(settings.bits) - (not settings.symmetric)  # any other than the middle says that there are zeros
     layer.zeros = torch.full_like(layer.zeros, zero)
+    layer.scales = torch.ones_like(layer.scales)  # which every format holds: those to come are not known
     layer.bias = linear.bias
     return layer

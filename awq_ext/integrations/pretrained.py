@@ -15,7 +15,8 @@ from ..checkpoints.model_source import ModelSource, config_of, origin
 from ..checkpoints.quantized_dir import QuantDir
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.saved import fill_model
-from ..checkpoints.write import Overwrite, check_target, parse_size, write
+from ..checkpoints.write import WEIGHT_SUFFIXES, Overwrite, check_target, parse_size, write
+from ..forwards.forked import finishing_after_fork
 from ..modules import unwrapped
 from ..reporting.readers import DEFAULT_FORMAT
 from ..reporting.scores import plain_scores
@@ -24,6 +25,7 @@ from .beside import summary_for, write_beside
 from .hub import folder_of
 
 
+@finishing_after_fork
 def save_pretrained(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -67,20 +69,22 @@ def write_pretrained(
     """Do what :func:`save_pretrained` does; with ``spill`` about one layer at a time is in memory."""
     target, limit, scores = layout(format), parse_size(max_shard_size), plain_scores(evaluations)
     model = unwrapped(model)
-    check_target(Path(directory), overwrite, [origin(model)])
+    allowed = lambda: check_target(Path(directory), overwrite, [origin(model)])  # noqa: E731
+    allowed()
     source = Renamed(ModelSource(model), model, to_files=True)
     summary = summary_for(source, model, target)
 
     def extra(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
-        stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        stored = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
         write_beside(model, folder, source, target, summary, stored, Path(directory), scores)
 
     config = huggingface.with_local_code(config_of(model), origin(model))
-    write(Path(directory), source, target, summary, config, limit, extra, spill)
+    write(Path(directory), source, target, summary, config, limit, extra, allowed, spill)
     return Path(directory)
 
 
+@finishing_after_fork
 def from_pretrained(
     directory: str | os.PathLike[str],
     dtype: torch.dtype | None = None,

@@ -213,5 +213,5 @@ def _folder(model: Any, checkpoint_files: Any) -> Path:
     if os.path.isdir(name):
         return Path(name)
     raise CheckpointError(
-        f"the files of {name!r} cannot be told: this version of transformers does not pass them on, give a directory"
+        f"the files of {name!r} cannot be found: this version of transformers does not pass their place on. Give a directory"
     )

@@ -1,8 +1,9 @@
 """Kernels, chosen by the device of the tensor: compiled C++ (``awq_ext._C``) on the CPU, plain torch (``reference``) elsewhere.
 
-Both hold the same functions and the same ``ActivationStats``. ``AWQ_EXT_BACKEND=reference`` in the environment selects the
-reference everywhere (to test it without another device, or to see whether a problem comes from the C++); ``compiled``, empty or
-unset is the normal choice. The variable is read at every call.
+On an NVIDIA GPU the compiled ones are those of ``cuda``, where they were built (docs/cuda.md). All hold the same functions and the
+same ``ActivationStats``. ``AWQ_EXT_BACKEND=reference`` in the environment selects the reference everywhere (to test it without
+another device, or to see whether a problem comes from compiled code); ``compiled``, empty or unset is the normal choice. The
+variable is read at every call.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import reference
+from . import cuda, reference
 
 BACKENDS = ("compiled", "reference")
 
@@ -27,7 +28,12 @@ def kernels_for(device: torch.device | str) -> ModuleType:
     choice = os.environ.get("AWQ_EXT_BACKEND") or "compiled"
     if choice not in BACKENDS:
         raise ValueError(f"environment variable AWQ_EXT_BACKEND: expected one of {', '.join(BACKENDS)}, got {choice!r}")
-    return _C if choice == "compiled" and torch.device(device).type == "cpu" else reference
+    kind = torch.device(device).type
+    if choice == "reference" or kind not in ("cpu", "cuda"):
+        return reference
+    if kind == "cpu":
+        return _C
+    return cuda if cuda.found() is not None else reference
 
 
 def _by_device(specification: Callable[..., Any]) -> Callable[..., Any]:

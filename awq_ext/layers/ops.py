@@ -1,18 +1,21 @@
 """The operators of ``torch.ops.awq_ext`` that a quantized layer calls: autograd, autocast, torch.compile and export see them.
 
-``awq_ext._C`` registers the schemas, the CPU kernels, the gradient and the autocast rule; this file registers the kernels of all
-other devices, and the shape functions.
+``awq_ext._C`` registers the schemas, the CPU kernels, the gradient and the CPU's autocast rule; this file registers the kernels of
+all other devices, CUDA's autocast rule, and the shape functions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  (importing _C registers the operators)
-from ..kernels import reference
+from ..kernels import kernels_for, reference
 
-__all__ = ["quant_linear", "quant_weight"]
+__all__ = ["quant_linear", "quant_scale_gradient", "quant_weight"]
 
 
 def quant_linear(
@@ -34,7 +37,8 @@ def quant_linear(
     layout (``reference.tile_codes``, ``tile_scales``, ``tile_zeros``); bias [N] or None; pre_quant_scale fp32 [K], which
     multiplies x first, or None; group_size -1 or positive; bits 4 or 8. Returns [..., N] in x's dtype. Sums are fp32 on the CPU.
     The weight is never rounded; x is rounded only if it is bf16, when its product with pre_quant_scale becomes bf16 again. Under
-    autocast x is cast as a Linear's input is. Differentiable in x and bias; the weight is frozen.
+    autocast x is cast as a Linear's input is. Differentiable in x, bias and scales, codes are frozen; the gradient of the scales
+    has their shape and 16-bit dtype (:func:`quant_scale_gradient` returns it in fp32).
     compute_dtype "int8" rounds the activations to eight bits on the fly (``reference.int8_activations``) and computes with
     integers: faster with many rows, less accurate. Gradients are those of "auto".
     ValueError for shapes that do not fit, other bits or an unknown compute_dtype, TypeError for a wrong dtype.
@@ -49,6 +53,28 @@ def quant_weight(
 ) -> Tensor:
     """Dequantize the weight that quant_linear multiplies by (without pre_quant_scale): fp32 [N, K]."""
     return torch.ops.awq_ext.quant_weight.default(tiles, scales, zeros, in_features, out_features, group_size, bits)
+
+
+def quant_scale_gradient(
+    gradient: Tensor,
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    pre_quant_scale: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    """Compute the gradient of a loss with respect to the scales of quant_linear's weight: fp32 [N, G], rows as in a state_dict.
+
+    gradient [..., N]: the loss's with respect to quant_linear's output for x [..., K], in the same dtype; all else as
+    :func:`quant_linear` takes it. The gradient of the weight [N, K] is never held. Sums are fp32 on the CPU.
+    """
+    return torch.ops.awq_ext.quant_scale_gradient.default(
+        gradient, x, tiles, scales, zeros, pre_quant_scale, in_features, out_features, group_size, bits
+    )
 
 
 def _linear_shape(
@@ -73,9 +99,45 @@ def _weight_shape(
     return scales.new_empty((out_features, in_features), dtype=torch.float32)
 
 
+def _scale_shape(
+    gradient: Tensor,
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    pre_quant_scale: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    return scales.new_empty((out_features, scales.shape[1]), dtype=torch.float32)
+
+
+def _on_gpu(name: str) -> Callable[..., Tensor]:
+    """Make the operator's function for CUDA tensors: our kernels where they were built, else the reference."""
+
+    def run(*args: Any) -> Tensor:
+        return getattr(kernels_for(args[0].device), name)(*args)
+
+    return run
+
+
+def _autocast_on_gpu(x: Tensor, *args: Any) -> Tensor:
+    """Cast the input as autocast does that of a Linear: the output has the dtype that it is cast to."""
+    if x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype("cuda"))
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)):
+        return torch.ops.awq_ext.quant_linear.default(x, *args)
+
+
 for _name, _function, _shape in (
-    ("awq_ext::quant_linear", reference.quant_linear, _linear_shape),
-    ("awq_ext::quant_weight", reference.quant_weight, _weight_shape),
+    ("quant_linear", reference.quant_linear, _linear_shape),
+    ("quant_weight", reference.quant_weight, _weight_shape),
+    ("quant_scale_gradient", reference.quant_scale_gradient, _scale_shape),
 ):
-    torch.library.impl(_name, "CompositeExplicitAutograd")(_function)
-    torch.library.register_fake(_name)(_shape)
+    torch.library.impl(f"awq_ext::{_name}", "CompositeExplicitAutograd")(_function)
+    torch.library.register_fake(f"awq_ext::{_name}")(_shape)
+for _name in ("quant_linear", "quant_weight"):
+    torch.library.impl(f"awq_ext::{_name}", "CUDA")(_on_gpu(_name))
+torch.library.impl("awq_ext::quant_linear", "AutocastCUDA")(_autocast_on_gpu)

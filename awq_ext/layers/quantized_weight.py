@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import kernels
@@ -64,3 +66,14 @@ class QuantizedWeight:
         """Select some output rows, by a slice or a Tensor of their numbers."""
         parts = (self.qweight[index], self.scales[index], self.zeros[index])
         return QuantizedWeight(*parts, self.in_features, self.group_size, bits=self.bits)
+
+    @staticmethod
+    def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Join the rows of several weights that are alike in all else."""
+        tensors = zip(*((one.qweight, one.scales, one.zeros) for one in parts), strict=True)
+        one = parts[0]
+        with torch.autocast(
+            one.scales.device.type, enabled=False
+        ):  # it would convert the scales, and refuses fp16 on CPUs
+            joined = [torch.cat(list(same)) for same in tensors]
+        return QuantizedWeight(*joined, one.in_features, one.group_size, bits=one.bits)

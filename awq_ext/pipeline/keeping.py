@@ -18,6 +18,7 @@ from ..forwards.lockstep import Stop
 from ..forwards.memory import PeakAnonymous
 from ..forwards.spill import can_spill, spill
 from ..reporting.tables import format_bytes
+from ..reporting.warn import warn
 from ..survey.budget import made_bytes, planned_bytes
 from ..survey.survey import BlockSurvey
 from ..workdir.directory import WorkDirectory
@@ -61,10 +62,10 @@ class Keeping:
         if self.work is not None:
             self.work.begin(fingerprint(model, calls, config, blocks))
 
-    def plan(self, surveys: Sequence[BlockSurvey], growth: float, config: AwqConfig, base: int) -> int:
+    def plan(self, surveys: Sequence[BlockSurvey], growth: float, config: AwqConfig, base: int, size: int) -> int:
         """Plan the peak of memory: ``base`` bytes, of a plain forward, and what comes on top. Check memory and disk for it.
 
-        ValueError for more than the limit, OSError for a disk that is too small.
+        size: bytes of all parameters. ValueError for more than the limit, OSError for a disk that is too small.
         """
         planned = base + planned_bytes(surveys, growth, config, self.streamed)
         if self._limit is not None and planned > self._limit and can_spill():
@@ -78,7 +79,11 @@ class Keeping:
             )
         if self.work is not None and self.tells:
             left = [one for i, one in enumerate(surveys) if not self.holds(i)]
-            self.work.check_room(made_bytes(left, config), "what is finished")
+            room = made_bytes(left, config)
+            if self.streamed:  # of which a directory is made, with what stays float
+                weights = [linear.weight for one in surveys for linear in one.linears.values()]
+                room += made_bytes(surveys, config) + size - sum(weight.nbytes for weight in weights)
+            self.work.check_room(room, "what will be finished")
         return planned
 
     def remember_text(self, make: Callable[[], Tensor]) -> Tensor:
@@ -101,8 +106,13 @@ class Keeping:
 
     def waits(self, stop: Stop) -> None:
         """Move the hidden states of a batch that begins to wait to files, if memory is short."""
-        if self._spills and self.work is not None:
+        if not self._spills or self.work is None:
+            return
+        try:
             spill(stop.inputs, self.work.folder)
+        except OSError as error:
+            self._spills = False
+            warn(f"hidden states stay in memory from here on, beyond the limit: {self.work.folder}: {error}")
 
     def has_all(self, surveys: Sequence[BlockSurvey]) -> bool:
         """Tell whether every block is finished, so that no batch need run."""
@@ -117,7 +127,10 @@ class Keeping:
         found = None if self.work is None else self.work.load(_name(index))
         if found is None:
             return None
-        result = BlockResult.read(*found, surveyed.linears)
+        tensors, values = found
+        if not self.streamed:  # the model is to be independent of the directory
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        result = BlockResult.read(tensors, values, surveyed.linears)
         self.seconds_before, self.peak_before = result.elapsed, max(self.peak_before, result.peak_bytes)
         return result
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..config import AwqConfig, configured
 from ..folding.finder import FoldFinder
 from ..folding.fold import Fold, NormFold
+from ..forwards.forked import finishing_after_fork
 from ..forwards.probe import Probe
 from ..modules import foldable_norms, unwrapped
 from ..reporting.tables import aligned, format_bytes
@@ -20,6 +21,7 @@ from ..survey.budget import planned_bytes
 from ..survey.survey import reasons_to_stay
 from ..undo.thread_state import restoring
 from .session import Session, session
+from .tuning import planned_tuning_bytes
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def _cells(group: GroupPlan) -> tuple[str, ...]:
     )
 
 
+@finishing_after_fork
 @restoring
 def plan(
     model: nn.Module,
@@ -137,7 +140,8 @@ def planned(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan
         groups=found,
         stays_float=reasons_to_stay(opened.eligible, surveys),
         parameters=sum(p.numel() for p in model.parameters()),
-        planned_memory_bytes=planned_bytes(surveys, batches * len(opened.calls), config),
+        planned_memory_bytes=planned_bytes(surveys, batches * len(opened.calls), config)
+        + planned_tuning_bytes(surveys, opened.calls, batches, config),
     )
 
 

@@ -11,7 +11,7 @@ from ..calibration.importance import find_weights
 from ..calibration.row_weights import Weights
 from ..config import AwqConfig
 from ..forwards.calls import Call
-from ..reporting.progress import draws_bars
+from ..reporting.progress import draws_bars, say
 from ..reporting.report import AwqReport
 from ..survey.survey import BlockSurvey
 from ..workdir.directory import ResumeError
@@ -22,6 +22,10 @@ def extra_calls(
     model: nn.Module, calls: Sequence[Call], config: AwqConfig, report: AwqReport, progress: bool, keeping: Keeping
 ) -> list[Call]:
     """Make batches in addition to those given: of random tokens, and of text that the model generates if it can."""
+    if keeping.streamed and progress and config.generated_share > 0:
+        say(
+            "the model writes text to calibrate on: each token reads all files once; generated_tokens=0 leaves that out"
+        )
     drawn = random_calls(model, calls, config.random_share)
     try:
         written = generated_calls(
@@ -52,6 +56,11 @@ def row_weights(
     if not config.weighs_rows:
         return None
     asked = config.objective is not None
+    if keeping.streamed and progress:
+        count = config.weighed_batches or len(calls)
+        say(
+            f"rows are weighed by {count} backwards, which read all files three times each, and hold the logits of a batch"
+        )
     shown = progress and draws_bars()
     try:
         return keeping.remember_weights(

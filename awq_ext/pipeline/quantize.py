@@ -10,12 +10,17 @@ from typing import Any
 
 from torch import nn
 
+from ..calibration.builtin import builtin_calibration, is_builtin
 from ..config import AwqConfig, configured
 from ..distributed.team import TIMEOUT, teamed
+from ..forwards.forked import finishing_after_fork
 from ..forwards.rescaled import Rescaling
 from ..layers.announcement import announce
 from ..layers.quant_linear import QuantLinear
+from ..layers.sizes import model_bytes
 from ..modules import heads_among, input_embeddings, unwrapped
+from ..reporting.model_card import base_name
+from ..reporting.origin import call_text, now, versions
 from ..reporting.report import AwqReport, LayerReport
 from ..reporting.tables import format_bytes
 from ..reporting.warn import warn
@@ -29,9 +34,8 @@ from .session import Session, session
 from .shared_keeping import SharedKeeping
 from .shared_run import SharedRun
 
-_FEW_TOKENS = 4000
 
-
+@finishing_after_fork
 @restoring
 def quantize(
     model: nn.Module,
@@ -55,13 +59,15 @@ def quantize(
     calib_loader: iterable of samples, each a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
         ``attention_mask`` marks 0 do not count), a list of token ids or, with ``tokenizer``, a str, a list of messages, or a row of
         a data set with "text", "messages", "conversations" or "prompt" and "completion". Tensors are moved to the model's device.
+        "builtin" (with ``tokenizer``): a small mix of languages and code that ships with the package, and as much text that the
+        model writes itself (``generated_tokens``). Text of your own traffic is better.
     inputs: what of a sample the model is called with: "all"; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
     resume: a directory for what is finished, made if need be. After an interrupt of any kind, SIGKILL and power cuts included, the
         same call on the same float model goes on after the last finished block, to the very result that it would have had. It stays
         when all is done: remove it once the model is saved. fresh: True removes what is in it first.
     distributed: in an initialized ``torch.distributed`` group of several processes all of them make this call, with the same
-        arguments, and share the work: each gets the layers of one process, bit for bit, and process 0 writes ``resume``. False: this
+        arguments, and share the work: each gets the layers of one process, bit for bit; process 0 writes ``resume``. False: this
         process works alone. timeout: seconds without a sign of life after which a process of them counts as dead.
     config, overrides: an :class:`AwqConfig` or a dict of its fields (or AutoAWQ's), and fields by name, such as ``group_size=64``.
 
@@ -96,18 +102,25 @@ def quantize_in(
 ) -> nn.Module:
     """Do what :func:`quantize` does, with what is finished and what need not be in memory kept as ``keeping`` says."""
     given, model = model, unwrapped(model)
+    if is_builtin(calib_loader):
+        calib_loader, config = builtin_calibration(tokenizer, config)
     started = time.perf_counter()
-    report = AwqReport(config=config.to_dict(), parameters=sum(p.numel() for p in model.parameters()))
+    report = _begun(model, config)
     rescaling = Rescaling(model)
     with (
         keeping.measured() as memory,
         session(model, calib_loader, config, tokenizer, inputs, undo=False, memory=memory) as opened,
     ):
-        _warn_of_few_tokens(opened)
+        report.calibration_tokens = _tokens(opened)
+        if report.few_tokens:
+            warn(report.few_tokens)
         keeping.begin(model, opened.calls, config, blocks)
         with opened.surveyed(blocks) as surveys:
-            kind = SharedRun if isinstance(keeping, SharedKeeping) else Run
-            kind(opened, surveys, report, progress, rescaling, keeping).all_blocks()
+            run = (SharedRun if isinstance(keeping, SharedKeeping) else Run)(
+                opened, surveys, report, progress, rescaling, keeping
+            )
+            run.all_blocks()
+            run.tune()
         _finish(opened, surveys, report)
         report.peak_memory_bytes = max(opened.memory.bytes(), keeping.peak_before)
         report.seconds = keeping.seconds_before + time.perf_counter() - started
@@ -123,6 +136,7 @@ def quantize_in(
 def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) -> None:
     """Put the original layers back where their stand-ins stay float, and complete the report."""
     opened.standins.put_back(opened.model, opened.journal)
+    report.bytes_after = model_bytes(opened.model, report=report)
     for name, reason in reasons_to_stay(opened.eligible, surveys).items():
         report.layers.append(LayerReport(name, 0, 0, "float", note=reason))
     report.notes += opened.standins.notes() + _heads(opened)
@@ -141,15 +155,24 @@ def _heads(opened: Session) -> list[str]:
     ]
 
 
-def _warn_of_few_tokens(opened: Session) -> None:
-    """Warn where a model that reads token ids is calibrated on few of them; plain rounding does not look at them."""
+def _begun(model: nn.Module, config: AwqConfig) -> AwqReport:
+    """Begin a report: which model, when, by what, and how large it is."""
+    name = base_name(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return AwqReport(
+        model=name or type(model).__name__,
+        date=now(),
+        versions=versions(),
+        command=call_text(config.to_dict(), AwqConfig().to_dict()),
+        config=config.to_dict(),
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes_before=model_bytes(model),
+    )
+
+
+def _tokens(opened: Session) -> int:
+    """Count the token ids that the model is calibrated on; 0 where it reads none, or every layer is only rounded."""
     config = opened.config
     settings = (config, *(config.for_layer(name) for name in opened.eligible.linears))
     if input_embeddings(opened.model) is None or all(one.method == "rtn" for one in settings):
-        return
-    tokens = sum(call.tokens for call in opened.calls)
-    if 0 < tokens < _FEW_TOKENS:
-        warn(
-            f"{tokens:,} calibration tokens are few: from about {_FEW_TOKENS:,} on the statistics of channels are steady "
-            "(32 windows of 512 tokens are usual)"
-        )
+        return 0
+    return sum(call.tokens for call in opened.calls)

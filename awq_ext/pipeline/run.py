@@ -31,6 +31,7 @@ from ..workdir.result import BlockResult
 from .keeping import Keeping
 from .preparation import extra_calls, row_weights
 from .session import Session
+from .tuning import ScaleTuning, planned_tuning_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +76,11 @@ class Run:
         self._rescaling, self._keeping = rescaling, keeping
         model, config = opened.model, opened.config
         self._calls = opened.calls + extra_calls(model, opened.calls, config, report, progress, keeping)
-        growth = growth_of(self.held_calls())
-        report.planned_memory_bytes = keeping.plan(surveys, growth, config, opened.memory.bytes())
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        self._tuning = ScaleTuning(model, self._calls, config, report, progress)
+        base, growth = opened.memory.bytes(), growth_of(self.held_calls())
+        base += planned_tuning_bytes(surveys, self._calls, 1.0, config) if self._tuning.wanted else 0
+        report.planned_memory_bytes = keeping.plan(surveys, growth, config, base, size)
         self._weights = row_weights(model, self._calls, surveys, config, report, progress, keeping)
         self._biases = own_biases(model, opened.eligible.linears.values())
         self._finder = FoldFinder(foldable_norms(model))
@@ -161,7 +165,7 @@ class Run:
         for group in groups:
             result.layers.extend(group.reports())
             for layer in group.layers:
-                built = build_layer(layer, group.fold)
+                built = self._tuning.layer(layer, build_layer(layer, group.fold))
                 factor = self._rescaling.factor(layer.task.name, layer.task.linear.weight)
                 if isinstance(built, QuantLinear) and factor != 1:
                     built.rescaled = factor
@@ -190,6 +194,7 @@ class Run:
             journal.write_tensor(parameter, values.to(parameter.device))
         for name, module in result.modules.items():
             journal.set_module(model, name, module)
+        self._tuning.take(result.modules)
 
     def finished(self, block: Block, result: BlockResult) -> None:
         """Give back what the block took, and report what was found."""
@@ -202,6 +207,10 @@ class Run:
         report.calibration_seconds += result.calibration_seconds
         report.search_seconds += result.search_seconds
         self._padded += result.padded
+
+    def tune(self) -> None:
+        """Tune the scales of all layers end to end, if that is wanted."""
+        self._tuning.finish(self._surveys, self._session.journal)
 
     def _bar(self) -> Progress:
         if self._progress:

@@ -42,8 +42,8 @@ class SharedKeeping(Keeping):
         return self.team.leads
 
     def everyone_needs(self, config: AwqConfig) -> bool:
-        """Tell whether all processes take over the new layers: not those of a streamed model that no later block runs on."""
-        return not self.streamed or config.propagate == "quantized"
+        """Tell whether all processes take over the new layers: not those of a streamed model that nothing runs on later."""
+        return not self.streamed or config.propagate == "quantized" or config.tune_scales > 0
 
     def begin(self, model: nn.Module, calls: Sequence[Call], config: AwqConfig, blocks: Sequence[str] | None) -> None:
         """Also check that all processes make the same call: ValueError if not."""

@@ -6,11 +6,11 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .origin import call_text, versions
 from .readers import Reader, readers
 from .report import AwqReport
 from .scores import Scores, score_facts, table_rows, with_scores
@@ -83,7 +83,7 @@ class Card:
         facts += _told(self.report, self.usual) if self.report is not None else []
         facts += score_facts(self.scores, self.base)
         facts.append(("size of the weights", f"{format_bytes(self.before)} before, {format_bytes(self.after)} after"))
-        return [*facts, ("made with", _versions())]
+        return [*facts, ("made with", ", ".join(f"{name} {number}" for name, number in versions().items()))]
 
 
 def _told(report: AwqReport, usual: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -94,13 +94,8 @@ def _told(report: AwqReport, usual: Mapping[str, Any]) -> list[tuple[str, str]]:
     ratios = [layer.loss / layer.loss_rtn for layer in report.layers if layer.loss is not None and layer.loss_rtn]
     if ratios:
         facts.append(("output error", f"{median(ratios):.2f} of plain rounding's (median of {len(ratios)} layers)"))
-    chosen = {k: v for k, v in report.config.items() if v != usual.get(k)}
-    arguments = "".join(f", {name}={_shown(value)}" for name, value in chosen.items())
-    return [*facts, ("command", f"`awq_ext.quantize(model, calibration{arguments})`")]
-
-
-def _shown(value: Any) -> str:
-    return repr(tuple(value) if isinstance(value, list) else value).replace("|", "\\|").replace("`", "'")
+    call = call_text(report.config, usual).replace("|", "\\|").replace("`", "'")
+    return [*facts, ("command", f"`{call}`")]
 
 
 def _recipe(reader: Reader) -> str:
@@ -109,17 +104,6 @@ def _recipe(reader: Reader) -> str:
     imports = [f"import {name}\n" for name in ("awq", "awq_ext", "transformers") if f"{name}." in command]
     start = "".join(imports) if reader.language == "python" else ""
     return f"{reader.name}{needs}:\n\n```{reader.language}\n{start}{command}\n```"
-
-
-def _versions() -> str:
-    names = {"awq-ext": "awq_ext", "torch": "torch", "transformers": "transformers"}
-    found = []
-    for distribution, name in names.items():
-        try:
-            found.append(f"{name} {version(distribution)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 def base_name(name: object) -> str:

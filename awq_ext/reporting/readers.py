@@ -34,6 +34,7 @@ _OTHERS = {
     "gemv": (_AUTOAWQ,),
     "gemv_fast": (_AUTOAWQ,),
     "llm-awq": (Reader("TinyChat", "python -m tinychat.demo --load_quant {}"),),
+    "gguf": (Reader("llama.cpp", "llama-cli -m {}/model.gguf"),),
     "modelopt": (Reader("TensorRT-LLM, on a GPU", "trtllm-serve {}"),),
 }
 

@@ -11,6 +11,9 @@ from typing import Any
 from .new_file import write_new
 from .tables import aligned, format_bytes
 
+# calibration tokens: with fewer the statistics of channels change from draw to draw
+FEW_TOKENS = 4000
+
 
 @dataclass
 class LayerReport:
@@ -65,20 +68,32 @@ class BlockReport:
 class AwqReport:
     """The record of one :func:`awq_ext.quantize` call; ``print(model.awq_report)`` shows it as a table.
 
+    model: the name of the model (of its directory, or on the hub), or else of its class; date: in UTC, as ISO 8601 has it;
+    versions: of awq_ext, torch and transformers; command: the call, or the command where one was typed.
+    bytes_before, bytes_after: of the model's parameters and buffers, fake-quantized weights as if they were packed.
+    calibration_tokens: token ids in the samples; 0 where the model reads none, or all is rounded plainly and they do not matter.
     calibration_seconds: forwards of all batches and streaming statistics, which grow with the calibration set;
-    search_seconds: scales, folds, clips, rounding, which do not.
+    search_seconds: scales, folds, clips, rounding, which do not. tuning_seconds: of ``tune_scales``.
     evaluations: scores by the name of the text, as ``Evaluation.to_dict()`` gives them; quantize() leaves it empty,
         ``save_pretrained(..., evaluations=)``, ``awq-ext quantize --traffic`` and ``awq-ext eval --card`` fill it.
     """
 
+    model: str = ""
+    date: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     parameters: int = 0
     quantized_parameters: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    calibration_tokens: int = 0
     seconds: float = 0.0
     calibration_seconds: float = 0.0
     search_seconds: float = 0.0
+    tuning_seconds: float = 0.0
     planned_memory_bytes: int = 0
     peak_memory_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
@@ -89,6 +104,16 @@ class AwqReport:
     def share_quantized(self) -> float:
         """Weights quantized / all parameters of the model, in [0, 1]."""
         return self.quantized_parameters / max(self.parameters, 1)
+
+    @property
+    def few_tokens(self) -> str:
+        """What to say of so few calibration tokens that statistics are unsteady; "" where there are enough, or none are read."""
+        if not 0 < self.calibration_tokens < FEW_TOKENS:
+            return ""
+        return (
+            f"{self.calibration_tokens:,} calibration tokens are few: from about {FEW_TOKENS:,} on the statistics of channels are "
+            "steady (32 windows of 512 tokens are usual)"
+        )
 
     def __getitem__(self, name: str) -> LayerReport:
         """The row of the layer called ``name``; KeyError if there is none."""
@@ -114,7 +139,7 @@ class AwqReport:
 
         FileExistsError for a file that is there, unless ``overwrite``.
         """
-        from .html import render
+        from .page.render import render
 
         return write_new(path, render(self), overwrite)
 
@@ -136,7 +161,7 @@ class AwqReport:
                 *aligned(rows),
                 self.summary(),
                 *(f"note: {text}" for text in self.notes),
-                *(f"warning: {text}" for text in self.warnings),
+                *(f"warning: {text}" for text in (self.few_tokens, *self.warnings) if text),
             ]
         )
 

@@ -8,6 +8,9 @@ from typing import Any
 
 # what evaluate() calls its measures -> how a card says it
 _MEASURES = {"kl": "KL divergence {} nats a token", "top1": "same likeliest token {}", "perplexity": "perplexity {}"}
+# nats a token: a model of 135 M parameters loses 0.1 to 0.3 at 4 bits by any method, and by plain rounding 1 to 1.5 at 3
+# (docs/methods.md)
+LARGE = 0.5
 _ROW = re.compile(r"^\| (scores on .*|divergence) \|[^\n]*\n", re.MULTILINE)
 
 Scores = dict[str, dict[str, Any]]
@@ -24,7 +27,7 @@ def plain_scores(evaluations: Mapping[str, Any] | None) -> Scores:
         raise TypeError(_wanted(evaluations))
     found = {str(name): one.to_dict() if hasattr(one, "to_dict") else one for name, one in evaluations.items()}
     for one in found.values():
-        if not isinstance(one, Mapping) or not _measures(one):
+        if not isinstance(one, Mapping) or not measures_of(one):
             raise TypeError(_wanted(one))
     return {name: dict(one) for name, one in found.items()}
 
@@ -36,7 +39,8 @@ def _wanted(given: object) -> str:
     )
 
 
-def _measures(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def measures_of(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Pick the measures from one evaluation, each {"value", "low", "high"}: divergence, top-1 and perplexity first."""
     found = {name: one for name, one in scores.items() if isinstance(one, Mapping) and "value" in one}
     return {
         name: found[name] for name in (*(n for n in _MEASURES if n in found), *(n for n in found if n not in _MEASURES))
@@ -47,7 +51,8 @@ def score_facts(scores: Scores, base: str) -> Iterable[tuple[str, str]]:
     """Say the scores, a text a row; where none compares with the float model, by which command that is measured."""
     for name, one in scores.items():
         said = [
-            _MEASURES.get(measure, f"{measure} {{}}").format(_shown(value)) for measure, value in _measures(one).items()
+            _MEASURES.get(measure, f"{measure} {{}}").format(_shown(value))
+            for measure, value in measures_of(one).items()
         ]
         tokens = [f"{one['tokens']:,} scored"] if isinstance(one.get("tokens"), int) else []
         yield f"scores on {' '.join(name.replace('|', '/').split())}", "; ".join([*said, *tokens])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -15,22 +15,59 @@ def keep_clips_that_serve(probe: Probe, groups: Sequence[GroupSolution]) -> tupl
     """Take back the clips that raise the error of the block's output; also return its distance from the float output.
 
     Only with clip="auto". A clip lowers its own Linear's error, but may raise that of the block (through the attention scores,
-    for example). Each layer in turn is tried without its clip while the others stay; experts of one kind are tried together.
+    for example). Each layer in turn is tried without its clip while the others stay; experts of one kind are tried together. Those
+    that can be sketched are tried on sketches first, and solved without their clip only if that lowers the error there.
     """
     kept = {layer.task.name: layer for group in groups for layer in group.layers}
-    substitutes: dict[tuple[nn.Module, str], Tensor] = {}
-    for layer in kept.values():
-        substitutes |= layer.substitutes()
+    units = _doubtful(probe, kept, _clip_units(groups))
+    substitutes = _substitutes(kept.values())
     best = probe.distance(substitutes)
-    for unit in _clip_units(groups):
-        layers = [layer.unclipped for layer in unit if layer.unclipped.loss <= layer.limit]
-        trial = dict(substitutes)
-        for layer in layers:
-            trial |= layer.substitutes()
+    for unit in units:
+        layers = [layer for layer in (one.unclipped.solve() for one in unit) if layer.loss <= layer.limit]
+        trial = substitutes | _substitutes(layers)
         if layers and (distance := probe.distance(trial)) < best:
             best, substitutes = distance, trial
             kept |= {layer.task.name: layer for layer in layers}
     return [replace(one, layers=tuple(kept[layer.task.name] for layer in one.layers)) for one in groups], best
+
+
+def _doubtful(
+    probe: Probe, solved: Mapping[str, LayerSolution], units: Sequence[list[LayerSolution]]
+) -> list[list[LayerSolution]]:
+    """Select the units without whose clips the block's output may be closer to the float one: by sketches, where there are any."""
+    layers = [layer for unit in units for layer in unit if layer.unclipped.sketches]
+    if not _sketches_pay(probe, [layer.task.weight for layer in layers]):
+        return list(units)
+    sketches = {layer.task.name: layer.unclipped.sketches() for layer in layers}
+    clipped = {name: pair[0] for name, pair in sketches.items()}
+    substitutes = _substitutes({**solved, **clipped}.values())
+    best = probe.distance(substitutes)
+    found = []
+    for unit in units:
+        full = [sketches[layer.task.name][1] for layer in unit if layer.task.name in sketches]
+        trial = substitutes | _substitutes(full)
+        if full and (distance := probe.distance(trial)) >= best:
+            continue
+        if full:
+            best, substitutes = distance, trial
+        found.append(unit)
+    return found
+
+
+def _sketches_pay(probe: Probe, weights: Sequence[Tensor]) -> bool:
+    """Tell whether it saves time to solve only some of the ``weights`` without a clip.
+
+    To solve one takes about as long as a forward of K tokens through it. Sketches cost up to two more forwards of the block.
+    """
+    tokens = max((one.numel() // one.shape[-1] for one in probe.reference if one.numel()), default=0)
+    return sum(w.numel() * w.shape[1] for w in weights) > 2 * tokens * sum(w.numel() for w in weights)
+
+
+def _substitutes(layers: Iterable[LayerSolution]) -> dict[tuple[nn.Module, str], Tensor]:
+    found: dict[tuple[nn.Module, str], Tensor] = {}
+    for layer in layers:
+        found |= layer.substitutes()
+    return found
 
 
 def _clip_units(groups: Sequence[GroupSolution]) -> list[list[LayerSolution]]:

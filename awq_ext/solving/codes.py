@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,11 @@ class RowLosses:
     def at(self, rows: Tensor) -> RowLosses:
         """Select the errors of some rows, by number."""
         return RowLosses(self.plain[rows], self.damped[rows])
+
+    @staticmethod
+    def joined(parts: Sequence[RowLosses]) -> RowLosses:
+        """Join the errors of several sets of rows."""
+        return RowLosses(torch.cat([one.plain for one in parts]), torch.cat([one.damped for one in parts]))
 
 
 def round_to_nearest(

@@ -76,7 +76,7 @@ class Quantizer:
             diagonal = self.second_moment.diagonal()
             order = torch.arange(len(diagonal), device=diagonal.device)
             if act_order:
-                # ordered before scaling: as good as ordered after it (docs/quality.md), and one factor serves every scale
+                # ordered before scaling: as good as ordered after it (docs/research.md), and one factor serves every scale
                 order = diagonal.argsort(descending=True, stable=True)
             factor = kernels.gptq_factor(self.second_moment, order, damping)
             self._factors[act_order, damping] = factor, order

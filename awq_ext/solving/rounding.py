@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,8 +14,10 @@ from ..layers.quantized_weight import QuantizedWeight
 from .bias import mean_error
 from .codes import RowLosses, round_to_nearest, row_losses, search_clip, spread_rows
 from .gptq import Quantizer
-from .solution import LayerSolution
+from .solution import LayerSolution, Unclipped
 from .tasks import LayerTask
+
+_FEWEST_ROWS = 64  # on which clipped and full ranges are compared
 
 
 def rounded(task: LayerTask, scale: Tensor | None = None, divisor: Tensor | None = None) -> LayerSolution:
@@ -33,28 +37,45 @@ def searched(task: LayerTask, quantizer: Quantizer, divisor: Tensor | None = Non
     job = _Job(task, quantizer, divisor)
     rtn = round_to_nearest(task.weight, task.settings)
     plain = row_losses(task.weight, rtn, task.second_moment, damping=job.damping)
-    nearest = _Trial(rtn, plain, _mean(task, plain))
+    nearest = _Trial(rtn, _mean(task, plain), plain)
     limit = loss_rtn = nearest.loss
     if task.centred:
         # RTN leaves the bias as it is, so its loss includes the mean error, which the moment around the mean leaves out
         mean = mean_error(task.weight, rtn.dequantize(), task.input.mean)
         loss_rtn += float(mean.square().sum()) * (1 - KEPT)
-    best = job.nearest(nearest)
+
+    def solution(trial: _Trial, unclipped: Unclipped | None = None) -> LayerSolution:
+        found = (trial.found, quantizer.scale, divisor, trial.loss, limit, loss_rtn, trial.gptq, task.corrects_bias)
+        return LayerSolution(task, *found, unclipped)
+
     if task.settings.uses_gptq:
-        best = job.with_gptq(best, limit)
-    solution = LayerSolution(
-        task, best.found, quantizer.scale, divisor, best.loss, limit, loss_rtn, best.gptq, task.corrects_bias
-    )
-    clipped = None if task.settings.clip is False else job.clipped(best, limit)
-    return (
-        solution if clipped is None else replace(solution, found=clipped.found, loss=clipped.loss, unclipped=solution)
-    )
+        best = job.with_gptq(job.nearest(nearest), limit)
+        full = solution(best)
+        clipped = job.clipped(limit, best)
+        return full if clipped is None else solution(clipped, Unclipped(lambda: full))
+    if task.settings.clip is False:
+        return solution(job.nearest(nearest))
+    clipped = job.clipped(limit)
+    if clipped is None:
+        return solution(job.nearest(nearest))
+    sketches = partial(_sketches, job, clipped.clip, solution)
+    return solution(clipped, Unclipped(lambda: solution(job.nearest(nearest)), sketches))
+
+
+def _sketches(
+    job: _Job, clip: Tensor, solution: Callable[[_Trial], LayerSolution]
+) -> tuple[LayerSolution, LayerSolution]:
+    """Round to nearest with and without clipped ranges, without fitting the scales of the weight groups."""
+    weight, settings = job.weight(), job.task.settings
+    found = [job.quantizer.nearest(weight, settings, one, fitted=False) for one in (clip, None)]
+    clipped, full = (solution(_Trial(one, loss=float("nan"))) for one in found)
+    return clipped, full
 
 
 def loss_after_gptq(task: LayerTask, rows: Tensor, quantizer: Quantizer) -> float:
     """Estimate from some output ``rows`` the squared output error that error feedback leaves, summed over the calibration rows.
 
-    Codes are not refined: that ranks scales no better (docs/quality.md) and would take as long again.
+    Codes are not refined: that ranks scales no better (docs/research.md) and would take as long again.
     """
     weight = task.weight[rows]
     found = quantizer.gptq(weight, task.settings, refined=False)
@@ -64,12 +85,13 @@ def loss_after_gptq(task: LayerTask, rows: Tensor, quantizer: Quantizer) -> floa
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """Candidate codes and their losses."""
+    """Candidate codes and their losses. clip: fp32 [N, G], by which ranges are shrunk."""
 
     found: QuantizedWeight
-    losses: RowLosses
     loss: float
+    losses: RowLosses | None = None
     gptq: bool = False
+    clip: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +102,12 @@ class _Job:
     quantizer: Quantizer
     divisor: Tensor | None
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as it is rounded: [N, K]."""
-        return divided(self.task.weight, self.divisor)
+    def weight(self, rows: Tensor | None = None) -> Tensor:
+        """Return the weight as it is rounded, [N, K], or some of its rows, by number."""
+        weight, divisor = self.task.weight, self.divisor
+        if rows is None:
+            return divided(weight, divisor)
+        return divided(weight[rows], None if divisor is None else divisor[rows])
 
     @property
     def damping(self) -> float:
@@ -91,16 +115,15 @@ class _Job:
         return self.task.settings.damping if self.task.settings.uses_gptq else 0.0
 
     def losses(self, found: QuantizedWeight, rows: Tensor | None = None) -> RowLosses:
-        """Compute squared output errors in the space of the original weight, of all output rows or of some."""
+        """Compute squared output errors in the space of the original weight. found: of all its rows, or of ``rows``."""
         weight, divisor = self.task.weight, self.divisor
         if rows is not None:
-            weight, found = weight[rows], found.rows(rows)
-            divisor = None if divisor is None else divisor[rows]
+            weight, divisor = weight[rows], None if divisor is None else divisor[rows]
         return row_losses(weight, found, self.task.second_moment, self.quantizer.scale, divisor, self.damping)
 
     def trial(self, found: QuantizedWeight, gptq: bool = False) -> _Trial:
         losses = self.losses(found)
-        return _Trial(found, losses, _mean(self.task, losses), gptq)
+        return _Trial(found, _mean(self.task, losses), losses, gptq)
 
     def nearest(self, rtn: _Trial) -> _Trial:
         """Round to nearest under the scale, then fit the scales of the weight groups.
@@ -111,37 +134,70 @@ class _Job:
         settings = self.task.settings
         scaled = self.quantizer.scale is not None or self.divisor is not None
         if settings.refine and not settings.uses_gptq:
-            trial = self.trial(self.quantizer.nearest(self.weight, settings))
+            trial = self.trial(self.quantizer.nearest(self.weight(), settings))
             if trial.loss <= rtn.loss:
                 return trial
-        return self.trial(self.quantizer.nearest(self.weight, settings, fitted=False)) if scaled else rtn
+        return self.trial(self.quantizer.nearest(self.weight(), settings, fitted=False)) if scaled else rtn
 
     def with_gptq(self, best: _Trial, limit: float) -> _Trial:
         """Round with error feedback, and take that if it loses less than rounding to nearest."""
-        trial = self.trial(self.quantizer.gptq(self.weight, self.task.settings), gptq=True)
+        trial = self.trial(self.quantizer.gptq(self.weight(), self.task.settings), gptq=True)
         return trial if trial.loss < min(best.loss, limit) else best
 
-    def clipped(self, best: _Trial, limit: float) -> _Trial | None:
-        """Round to clipped ranges; None unless they lose less than ``best`` on ``search_rows`` rows, and no more than ``limit``.
+    def clipped(self, limit: float, best: _Trial | None = None) -> _Trial | None:
+        """Round to clipped ranges; None unless they lose less than full ones on some rows, and no more than ``limit``.
 
-        The ranges are searched on diagonal blocks of the second moment, while this comparison uses all of it. With error feedback
-        both are damped like the feedback itself.
+        best: the codes with full ranges; None: those rounded to nearest, of which then no other rows are needed. Rows do not
+        depend on each other, so what was made to compare is a part of the result.
         """
-        settings, weight = self.task.settings, self.weight
-        second_moment = self.quantizer.damped(settings.damping) if best.gptq else self.task.second_moment
-        clip = search_clip(weight, second_moment, settings, self.quantizer.scale)
-        found = (self.quantizer.gptq if best.gptq else self.quantizer.nearest)(weight, settings, clip)
-        rows = spread_rows(len(weight), settings.search_rows, weight.device)
-        losses = self.losses(found, rows)
-        if not self._judged(losses, rows, best.gptq) < self._judged(best.losses.at(rows), rows, best.gptq):
+        if self.task.settings.clip is False:
             return None
-        others = torch.ones(len(weight), dtype=torch.bool, device=weight.device).index_fill_(0, rows, False)
-        rest = others.nonzero()[:, 0]
-        every = torch.cat([losses.plain, self.losses(found, rest).plain])
-        # in the order of the rows, so that the sum is that of all rows taken at once
-        ordered = torch.empty_like(every).index_copy_(0, torch.cat([rows, rest]), every)
-        loss = float(ordered.sum()) / self.task.input.rows
-        return _Trial(found, losses, loss, best.gptq) if loss <= limit else None
+        gptq, count = best is not None and best.gptq, len(self.task.weight)
+        rows = spread_rows(count, self._rows_to_compare, self.task.weight.device)
+        clip = self._clip(rows, gptq)
+        if best is None:  # both in one call: the second moment is packed once
+            ranges = torch.cat([clip, torch.ones_like(clip)])
+            found, losses = self._made(rows.repeat(2), ranges)
+            chosen = torch.arange(len(rows), device=rows.device)
+            full, losses, found = losses.at(chosen + len(rows)), losses.at(chosen), found.rows(chosen)
+        else:
+            found, losses = self._made(rows, clip, gptq)
+            full = best.losses.at(rows)
+        if not self._judged(losses, rows, gptq) < self._judged(full, rows, gptq):
+            return None
+        if len(rows) < count:
+            others = torch.ones(count, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+            rest = others.nonzero()[:, 0]
+            clip_of_rest = self._clip(rest, gptq)
+            found_rest, losses_of_rest = self._made(rest, clip_of_rest, gptq)
+            order = torch.cat([rows, rest]).argsort()
+            found = QuantizedWeight.joined([found, found_rest]).rows(order)
+            clip = torch.cat([clip, clip_of_rest])[order]
+            losses = RowLosses.joined([losses, losses_of_rest]).at(order)
+        loss = _mean(self.task, losses)
+        return _Trial(found, loss, losses, gptq, clip) if loss <= limit else None
+
+    @property
+    def _rows_to_compare(self) -> int:
+        """Rows on which clipped and full ranges are compared: an eighth, within bounds; 0 means all."""
+        wanted = self.task.settings.search_rows
+        return min(wanted, max(_FEWEST_ROWS, len(self.task.weight) // 8))
+
+    def _clip(self, rows: Tensor, gptq: bool) -> Tensor:
+        """Search for the ranges of some rows: fp32 [rows, G].
+
+        They are searched on diagonal blocks of the second moment, while losses use all of it. With error feedback both are damped
+        like the feedback itself.
+        """
+        settings = self.task.settings
+        second_moment = self.quantizer.damped(settings.damping) if gptq else self.task.second_moment
+        return search_clip(self.weight(rows), second_moment, settings, self.quantizer.scale)
+
+    def _made(self, rows: Tensor, clip: Tensor | None = None, gptq: bool = False) -> tuple[QuantizedWeight, RowLosses]:
+        """Round some rows as the result will be, and measure them."""
+        rounding = self.quantizer.gptq if gptq else self.quantizer.nearest
+        found = rounding(self.weight(rows), self.task.settings, clip)
+        return found, self.losses(found, rows)
 
     def _judged(self, losses: RowLosses, rows: Tensor, damped: bool) -> float:
         """Sum the losses of ``rows`` in the space in which these are rounded; this sum decides on a clip."""

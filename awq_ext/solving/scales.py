@@ -17,16 +17,16 @@ from ..config import AwqConfig
 from ..kernels import reference
 from ..undo import interrupt
 
-_ROWS_AT_ONCE = 2048
+_NUMBERS_AT_ONCE = 1 << 17  # of a weight, 512 KiB in fp32: they stay in the cache
 _SMALLEST_SCALE = 1e-4
 _FEWEST_ROWS = 64
-# Every third alpha is tried first, then those on either side of the best four, up to the next that was tried. On the 152 groups
-# of two Llamas for which this was chosen, that always finds the best of all alphas. Looking around the single best only missed it
-# in one group of six, because each of the two families has a minimum of its own.
+# Every third alpha is tried first, then those on either side of the best two, up to the next that was tried. On 40 groups of
+# SmolLM2 that chose what the best four had chosen. Looking around the single best only missed the best of all alphas in one group
+# of six of two Llamas, because each of the two families has a minimum of its own.
 _STRIDE = 3
-_PROMISING = 4
+_PROMISING = 2
 # Powers of the chosen scale that are tried with error feedback. Scales are chosen for rounding to nearest. Feedback makes up for
-# part of the error that they prevent, but not for what they cost the other channels of a weight group (docs/quality.md).
+# part of the error that they prevent, but not for what they cost the other channels of a weight group (docs/research.md).
 STRENGTHS = (1.0, 0.75, 0.5)
 
 
@@ -46,14 +46,16 @@ class ScaleChoice:
 
 def weight_mean(weights: Sequence[Tensor], group_sizes: Sequence[int]) -> Tensor:
     """Compute w_mean fp32 [K]: the mean over all rows of |W[:, k]| / (largest |W| of its weight group)."""
-    total = torch.zeros(weights[0].shape[1], dtype=torch.float64, device=weights[0].device)
+    k, tiny = weights[0].shape[1], torch.finfo(torch.float32).tiny
+    total = torch.zeros(k, dtype=torch.float64, device=weights[0].device)
     for weight, group_size in zip(weights, group_sizes, strict=True):
-        for rows in weight.split(_ROWS_AT_ONCE):
-            magnitude = rows.float().abs()
-            g = reference.group_length(magnitude.shape[1], group_size)
-            padded = torch.nn.functional.pad(magnitude, (0, -magnitude.shape[1] % g))
-            largest = padded.view(len(rows), -1, g).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            total += (magnitude / reference.expand_groups(largest, magnitude.shape[1], group_size)).double().sum(0)
+        g = reference.group_length(k, group_size)
+        for rows in weight.split(max(1, _NUMBERS_AT_ONCE // k)):
+            magnitude = rows.float().abs_() if rows.dtype != torch.float32 else rows.abs()
+            for part in magnitude.split(k // g * g, dim=1):  # the whole groups, and a short last one
+                groups = part.unflatten(1, (-1, min(g, part.shape[1])))
+                groups.div_(groups.amax(-1, keepdim=True).clamp_min_(tiny))
+            total += magnitude.sum(0, dtype=torch.float64)
     return (total / sum(len(weight) for weight in weights)).float()
 
 
@@ -164,8 +166,8 @@ def rows_to_judge_by(weights: Sequence[Tensor], search_rows: int) -> list[int]:
 
 
 def ranking_rows(search_rows: int, in_features: int) -> int:
-    """Count the output rows of a group to rank on: ``search_rows`` up to 4096 channels, fewer in proportion beyond; 0: all.
+    """Count the output rows of a group to rank on: ``search_rows`` up to 2048 channels, fewer in proportion beyond; 0: all.
 
     A row's loss adds up one rounding error per channel, so the sampling noise of the mean falls with rows * channels.
     """
-    return max(1, search_rows * min(4096, in_features) // in_features) if search_rows else 0
+    return max(1, search_rows * min(2048, in_features) // in_features) if search_rows else 0

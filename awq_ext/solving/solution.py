@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,8 +19,20 @@ from .bias import corrected, mean_error
 from .scales import ScaleChoice
 from .tasks import NO_ROWS, GroupTask, LayerTask
 
-# Searching around the mean saves about this share of what is left after the correction (docs/quality.md, "Linears with a bias").
+# Searching around the mean saves about this share of what is left after the correction (docs/research.md, "Linears with a bias").
 COARSE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Unclipped:
+    """What a layer with clipped ranges is with full ones, made when it is asked for.
+
+    solve: makes the solution. sketches: makes quick likenesses of the clipped solution and of this one, without losses, that differ
+    from each other as the two do; None where the solution itself is at hand.
+    """
+
+    solve: Callable[[], LayerSolution]
+    sketches: Callable[[], tuple[LayerSolution, LayerSolution]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +43,7 @@ class LayerSolution:
     group's scale is folded into this Linear. loss_rtn: the loss of rounding to nearest. limit: the same once the bias takes over
     RTN's mean error; ``loss`` must not exceed it. All three losses are None for a task with a problem.
     gptq: whether the codes come from error feedback. corrects_bias: whether the bias takes over the mean error. bias_shift: what
-    is added to the bias, fp64 [N], once the codes are final. unclipped: where ranges are clipped, the solution with full ranges.
+    is added to the bias, fp64 [N], once the codes are final. unclipped: where ranges are clipped, the way to full ones.
     """
 
     task: LayerTask
@@ -42,7 +55,7 @@ class LayerSolution:
     loss_rtn: float | None = None
     gptq: bool = False
     corrects_bias: bool = False
-    unclipped: LayerSolution | None = None
+    unclipped: Unclipped | None = None
     bias_shift: Tensor | None = None
 
     @property
@@ -174,3 +187,22 @@ def build_layer(layer: LayerSolution, fold: Fold | None) -> nn.Module:
     linear.bias = old.bias
     take_hooks(linear, old)
     return linear.train(old.training)
+
+
+@torch.no_grad()
+def trainable_layer(layer: LayerSolution) -> QuantLinear:
+    """Build a layer that computes what a fake-quantized Linear does, and whose scales can be trained: its codes as 8 bits."""
+    found = layer.found
+    wide = QuantizedWeight(found.codes(), found.scales, found.zeros, found.in_features, found.group_size, bits=8)
+    pre_quant_scale = None if layer.scale is None else 1 / layer.scale
+    return QuantLinear.from_packed(layer.task.linear, wide, pre_quant_scale)
+
+
+@torch.no_grad()
+def fake_quantized(layer: QuantLinear, requires_grad: bool) -> nn.Linear:
+    """Build the plain Linear that computes what ``layer``, of ``trainable_layer``, does."""
+    linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    linear.weight = nn.Parameter(layer.weight.as_subclass(Tensor), requires_grad=requires_grad)
+    linear.bias = layer.bias
+    take_hooks(linear, layer)
+    return linear.train(layer.training)

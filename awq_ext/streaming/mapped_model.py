@@ -38,7 +38,7 @@ class _FloatDir:
         self.floats = list(shards)
 
     def float_tensor(self, name: str) -> Tensor:
-        return self._shards.get(name)
+        return self._shards.map(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shards.shape(name)
@@ -86,7 +86,7 @@ def mapped_model(
         dtype = shards.dtype(dtype)
     model = huggingface.empty_model(source, dtype, options or {})
     dtypes = {name: one.dtype for name, one in model.named_parameters(remove_duplicate=False)}
-    place(model, _OnDisk(shards, model, folder, dtypes), None, huggingface.ignored(model), align=False)
+    place(model, _OnDisk(shards, model, folder, dtypes), None, huggingface.ignored(model))
     huggingface.finish(model, source)
     return model.eval()
 
@@ -107,7 +107,7 @@ def mapped_factory(factory: Callable[[], nn.Module], shards: Shards, folder: Pat
         model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"factory returned a {type(model).__name__}: a function that builds the model is needed")
-    place(model, _OnDisk(shards, model, folder, {}), align=False)
+    place(model, _OnDisk(shards, model, folder, {}))
     if odd := next(_without_values(model), None):
         raise CheckpointError(f"{odd} has no values: {shards.folder} does not hold it")
     return model.eval()

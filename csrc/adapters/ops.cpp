@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -13,6 +14,7 @@
 #include "adapters/checks.h"
 #include "base/layout.h"
 #include "drivers/linear.h"
+#include "drivers/scale_gradient.h"
 #include "kernels/isa.h"
 
 namespace awq {
@@ -23,6 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kLinear = "quant_linear";
 constexpr const char* kWeight = "quant_weight";
+constexpr const char* kScaleGradient = "quant_scale_gradient";
 
 struct TiledTensors {
   Tensor tiles, scales, zeros;
@@ -56,9 +59,9 @@ TiledTensors view_tiles(const char* name, const Tensor& tiles, const Tensor& sca
 }
 
 // The argument as fp32 of that length on the CPU; undefined if absent. It is converted: a bias has its model's dtype.
-Tensor float_vector(const char* argument, const OptionalTensor& t, int64_t length) {
+Tensor float_vector(const char* name, const char* argument, const OptionalTensor& t, int64_t length) {
   if (!t.has_value()) return {};
-  check_shape(kLinear, argument, *t, {length});
+  check_shape(name, argument, *t, {length});
   return t->to(at::kFloat).contiguous();
 }
 
@@ -72,8 +75,8 @@ Tensor quant_linear_cpu(const Tensor& x, const Tensor& tiles, const Tensor& scal
   const bool int8 = compute_dtype == "int8";
   AWQ_CHECK(int8 || compute_dtype == "auto", kLinear, "compute_dtype", "'auto' or 'int8'", compute_dtype);
   const Compute compute = int8 ? Compute::int8 : Compute::automatic;
-  const Tensor b = float_vector("bias", bias, out_features);
-  const Tensor s = float_vector("pre_quant_scale", pre_quant_scale, in_features);
+  const Tensor b = float_vector(kLinear, "bias", bias, out_features);
+  const Tensor s = float_vector(kLinear, "pre_quant_scale", pre_quant_scale, in_features);
   at::DimVector shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
   const Tensor input = x.contiguous(), y = at::empty(shape, input.options());
@@ -88,6 +91,27 @@ Tensor quant_weight_cpu(const Tensor& tiles, const Tensor& scales, const Tensor&
   const TiledTensors w = view_tiles(kWeight, tiles, scales, zeros, in_features, out_features, group_size, bits);
   const Tensor out = at::empty({out_features, in_features}, at::kFloat);
   if (out.numel() > 0) quant_weight(kernels(), w.view, out.mutable_data_ptr<float>(), at::get_num_threads());
+  return out;
+}
+
+Tensor quant_scale_gradient_cpu(const Tensor& gradient, const Tensor& x, const Tensor& tiles, const Tensor& scales,
+                                const Tensor& zeros, const OptionalTensor& pre_quant_scale, int64_t in_features,
+                                int64_t out_features, int64_t group_size, int64_t bits) {
+  constexpr const char* kName = kScaleGradient;
+  const Dtype dtype = float_dtype(kName, "x", x.scalar_type());
+  AWQ_CHECK(x.dim() >= 1 && x.size(-1) == in_features, kName, "x", "shape [..., " + std::to_string(in_features) + "]",
+            x.sizes());
+  at::DimVector shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+  check_shape(kName, "gradient", gradient, shape);
+  check_dtype(kName, "gradient", gradient, x.scalar_type());
+  const TiledTensors w = view_tiles(kName, tiles, scales, zeros, in_features, out_features, group_size, bits);
+  const Tensor s = float_vector(kName, "pre_quant_scale", pre_quant_scale, in_features);
+  const Tensor input = x.contiguous(), g = gradient.contiguous();
+  const Tensor out = at::empty({out_features, group_count(in_features, group_size)}, at::kFloat);
+  if (out.numel() > 0)
+    scale_gradient(kernels(), w.view, g.const_data_ptr(), input.const_data_ptr(), dtype, input.numel() / in_features,
+                   float_data(s), out.mutable_data_ptr<float>(), at::get_num_threads());
   return out;
 }
 
@@ -107,8 +131,24 @@ Tensor call_weight(const Tensor& tiles, const Tensor& scales, const Tensor& zero
   return op.call(tiles, scales, zeros, in_features, out_features, group_size, bits);
 }
 
-// Gradients reach x, through the dequantized weight in the gradient's dtype, and the bias. Rounding activations to int8
-// is differentiated as the identity.
+Tensor call_scale_gradient(const Tensor& gradient, const Tensor& x, const Tensor& tiles, const Tensor& scales,
+                           const Tensor& zeros, const OptionalTensor& pre_quant_scale,
+                           const std::vector<int64_t>& sizes) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("awq_ext::quant_scale_gradient", "")
+                             .typed<decltype(quant_scale_gradient_cpu)>();
+  return op.call(gradient, x, tiles, scales, zeros, pre_quant_scale, sizes[0], sizes[1], sizes[2], sizes[3]);
+}
+
+// Rows [N, G] in the layout of scales, [T, G, 32]; the outputs that fill up the last tile get 0.
+Tensor in_tiles(const Tensor& rows) {
+  const int64_t n = rows.size(0), count = tile_count(n);
+  const Tensor padded = at::constant_pad_nd(rows, {0, 0, 0, count * kTileOutputs - n});
+  return padded.view({count, kTileOutputs, rows.size(1)}).transpose(1, 2).contiguous();
+}
+
+// Gradients reach x, through the dequantized weight in the gradient's dtype, the bias, and the scales of the weight's
+// groups. Rounding activations to int8 is differentiated as the identity.
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   using Context = torch::autograd::AutogradContext;
   using List = torch::autograd::variable_list;
@@ -117,7 +157,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                         const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
                         int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({tiles, scales, zeros, pre_quant_scale.value_or(Tensor())});
+    // x is kept only where the scales ask for their gradient
+    ctx->save_for_backward(
+        {tiles, scales, zeros, pre_quant_scale.value_or(Tensor()), scales.requires_grad() ? x : Tensor()});
     ctx->saved_data["sizes"] = std::vector<int64_t>{in_features, out_features, group_size, bits};
     if (bias.has_value()) ctx->saved_data["bias"] = static_cast<int64_t>(bias->scalar_type());
     return call_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, bits,
@@ -127,9 +169,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static List backward(Context* ctx, const List& gradients) {
     const Tensor& grad = gradients[0];
     const List saved = ctx->get_saved_variables();
-    Tensor to_x, to_bias;
+    const auto sizes = ctx->saved_data["sizes"].toIntVector();
+    Tensor to_x, to_scales, to_bias;
     if (ctx->needs_input_grad(0)) {
-      const auto sizes = ctx->saved_data["sizes"].toIntVector();
       const Tensor weight = call_weight(saved[0], saved[1], saved[2], sizes[0], sizes[1], sizes[2], sizes[3]);
       to_x = grad.matmul(weight.to(grad.scalar_type()));
       if (saved[3].defined()) to_x = (to_x.to(at::kFloat) * saved[3]).to(grad.scalar_type());
@@ -139,14 +181,19 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       const Tensor wide = grad.to(at::kFloat);
       to_bias = (grad.dim() > 1 ? wide.flatten(0, -2).sum(0) : wide).to(dtype);
     }
-    return {to_x, {}, {}, {}, to_bias, {}, {}, {}, {}, {}, {}};
+    if (ctx->needs_input_grad(2)) {
+      const OptionalTensor s = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
+      const Tensor rows = call_scale_gradient(grad.contiguous(), saved[4], saved[0], saved[1], saved[2], s, sizes);
+      to_scales = in_tiles(rows).to(saved[1].scalar_type());
+    }
+    return {to_x, {}, to_scales, {}, to_bias, {}, {}, {}, {}, {}, {}};
   }
 };
 
 Tensor quant_linear_autograd(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                              const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
                              int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
-  const bool trained = x.requires_grad() || (bias.has_value() && bias->requires_grad());
+  const bool trained = x.requires_grad() || scales.requires_grad() || (bias.has_value() && bias->requires_grad());
   if (at::GradMode::is_enabled() && trained)
     return LinearFunction::apply(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
                                  bits, compute_dtype);
@@ -175,16 +222,21 @@ TORCH_LIBRARY(awq_ext, m) {
   m.def(
       "quant_weight(Tensor tiles, Tensor scales, Tensor zeros, int in_features, int out_features, int group_size, "
       "int bits) -> Tensor");
+  m.def(
+      "quant_scale_gradient(Tensor gradient, Tensor x, Tensor tiles, Tensor scales, Tensor zeros, Tensor? "
+      "pre_quant_scale, int in_features, int out_features, int group_size, int bits) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(awq_ext, CPU, m) {
   m.impl("quant_linear", &awq::quant_linear_cpu);
   m.impl("quant_weight", &awq::quant_weight_cpu);
+  m.impl("quant_scale_gradient", &awq::quant_scale_gradient_cpu);
 }
 
 TORCH_LIBRARY_IMPL(awq_ext, Autograd, m) {
   m.impl("quant_linear", &awq::quant_linear_autograd);
   m.impl("quant_weight", torch::CppFunction::makeFallthrough());  // its inputs need no gradients
+  m.impl("quant_scale_gradient", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(awq_ext, AutocastCPU, m) { m.impl("quant_linear", &awq::quant_linear_autocast); }

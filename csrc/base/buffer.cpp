@@ -4,7 +4,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
+#include <new>
 
 namespace awq {
 
@@ -20,5 +22,15 @@ void* allocate_large(int64_t bytes) {
 }
 
 void free_large(void* data) { std::free(data); }
+
+void* allocate_buffer(int64_t bytes) {
+  constexpr int64_t kAlignment = 64, kLarge = 8 << 20;
+  void* data = bytes < kLarge ? nullptr : allocate_large(bytes);
+  if (data == nullptr && posix_memalign(&data, kAlignment, static_cast<size_t>(std::max(bytes, kAlignment))) != 0)
+    throw std::bad_alloc();
+  return data;
+}
+
+void free_buffer(void* data) { std::free(data); }
 
 }  // namespace awq

@@ -93,11 +93,11 @@ void describe_quantizing(const KernelTable& table, std::vector<Job>& jobs) {
   jobs.push_back({"second moments, bf16", one});
   jobs.push_back({"second moments, fp16", tiles ? one + ", each activation in 2 terms" : fma});
   jobs.push_back({"second moments, fp32 or weighted", tiles ? one + ", each activation in 3 terms" : fma});
-  jobs.push_back({"ranking and fit of scales", one});
+  jobs.push_back({"ranking and fit of scales, clips", one});
   if (tiles)
     jobs.push_back(
         {"losses, " + std::to_string(kSplitChannels) + " channels or more", one + ", each factor in 2 terms"});
-  jobs.push_back({tiles ? "fewer; clips, error feedback" : "losses, clips, error feedback", fma});
+  jobs.push_back({tiles ? "fewer; error feedback" : "losses, error feedback", fma});
 }
 
 }  // namespace

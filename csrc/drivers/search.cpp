@@ -96,15 +96,17 @@ double own_loss(const float* error, const float* diagonal, int64_t k) {
 // One group of many rows under every ratio: a task of search_clip, with the scratch memory it needs.
 class ClipTask {
  public:
-  ClipTask(const KernelTable& table, const QuantSpec& spec, int64_t max_panels)
+  ClipTask(const KernelTable& table, Precision precision, const QuantSpec& spec, int64_t max_panels)
       : table_(table),
+        precision_(precision),
         spec_(spec),
-        max_rows_(max_panels * table.tile_rows),  // all in fp32
-        stride_(round_up(spec.group_length, table.tile_cols) + table.tile_cols),
+        panel_rows_(tile_shape(table, precision).rows),
+        max_rows_(max_panels * panel_rows_),
+        stride_(round_up(spec.group_length, tile_shape(table, precision).cols) + tile_shape(table, precision).cols),
         weights_(max_rows_ * stride_),
         scaled_(max_rows_ * stride_),
         errors_(max_rows_ * stride_),
-        panels_(max_rows_ * stride_),
+        panels_(max_rows_ * stride_ * value_bytes(precision)),
         ranges_(max_rows_),
         losses_(max_rows_),
         best_(max_rows_) {}
@@ -112,9 +114,10 @@ class ClipTask {
   // Rows first .. first + count of the weight, channels begin .. begin + g.channels(); chosen has row stride `groups`.
   void run(const MomentPanels& g, const WeightView& weight, int64_t first, int64_t count, int64_t begin,
            const float* channel_scale, const float* ratios, int64_t ratio_count, float* chosen, int64_t groups) {
-    const int64_t length = g.channels(), stride = g.row_stride(), panels = ceil_div(count, table_.tile_rows);
+    const int64_t length = g.channels(), stride = g.row_stride(), panels = ceil_div(count, panel_rows_);
+    const ProductTask product_task(table_, precision_);
     load(weight, first, count, begin, length, stride, channel_scale);
-    std::fill_n(errors_.get(), panels * table_.tile_rows * stride, 0.0f);  // the padding stays 0
+    std::fill_n(errors_.get(), panels * panel_rows_ * stride, 0.0f);  // the padding stays 0
     std::fill_n(best_.get(), count, std::numeric_limits<double>::infinity());
     for (int64_t r = 0; r < count; ++r) chosen[r * groups] = 1.0f;
     for (int64_t i = 0; i < ratio_count; ++i) {
@@ -143,24 +146,27 @@ class ClipTask {
   }
 
   void measure(const MomentPanels& g, int64_t count, int64_t panels, float ratio, const float* channel_scale) {
-    const int64_t stride = g.row_stride(), mr = table_.tile_rows;
+    const int64_t stride = g.row_stride(), mr = panel_rows_;
     for (int64_t r = 0; r < count; ++r) {
       const Grid grid = make_grid(table_, ranges_.get()[r], ratio, spec_);
       table_.group_error(scaled_.get() + r * stride, weights_.get() + r * stride, channel_scale, g.channels(), &grid,
                          errors_.get() + r * stride);
     }
     for (int64_t p = 0; p < panels; ++p)
-      pack_row_panel(g, errors_.get() + p * mr * stride, panels_.get() + p * mr * g.padded_channels());
+      pack_row_panel(g, errors_.get() + p * mr * stride, panels_.get() + p * row_panel_bytes(g));
     std::fill_n(losses_.get(), panels * mr, 0.0);
     for (int64_t block = 0; block < g.block_count(); ++block)
       g.add_block(block, panels_.get(), errors_.get(), panels, losses_.get());
   }
 
   const KernelTable& table_;
+  Precision precision_;
   const QuantSpec& spec_;
+  int64_t panel_rows_;
   int64_t max_rows_;
   int64_t stride_;  // of the longest group
-  Buffer<float> weights_, scaled_, errors_, panels_;
+  Buffer<float> weights_, scaled_, errors_;
+  Buffer<char> panels_;
   Buffer<Range> ranges_;
   Buffer<double> losses_, best_;
 };
@@ -228,16 +234,18 @@ void scale_losses(const KernelTable& table, const WeightView& weight, const Quan
 void search_clip(const KernelTable& table, const WeightView& weight, const QuantSpec& spec, const float* channel_scale,
                  const float* moment, const float* ratios, int64_t ratio_count, float* chosen, int threads) {
   constexpr int64_t kScratchFloats = 1 << 15;  // rows x channels of a task: its four buffers share a second-level cache
-  const int64_t k = weight.in_features, g = spec.group_length, groups = ceil_div(k, g), mr = table.tile_rows;
+  const Precision precision = ranking_precision(table);
+  const int64_t k = weight.in_features, g = spec.group_length, groups = ceil_div(k, g);
+  const int64_t mr = tile_shape(table, precision).rows;
   const int64_t panels = std::clamp<int64_t>(kScratchFloats / (g * mr), 1, ceil_div(weight.out_features, mr));
   std::vector<MomentPanels> moments;
-  for (int64_t i = 0; i < groups; ++i) moments.emplace_back(table, Precision::f32, std::min(g, k - i * g));
+  for (int64_t i = 0; i < groups; ++i) moments.emplace_back(table, precision, std::min(g, k - i * g));
   parallel_for(groups, threads, [&](int64_t i, int) {
     MomentPanels& block = moments[static_cast<size_t>(i)];
     for (int64_t j = 0; j < block.count(); ++j) block.fill(j, moment + i * g * (k + 1), k);
   });
   std::vector<ClipTask> tasks;
-  for (int t = 0; t < threads; ++t) tasks.emplace_back(table, spec, panels);
+  for (int t = 0; t < threads; ++t) tasks.emplace_back(table, precision, spec, panels);
   const int64_t bundle = panels * mr, bundles = ceil_div(weight.out_features, bundle);
   parallel_for(groups * bundles, threads, [&](int64_t task, int thread) {
     const int64_t i = task / bundles, first = task % bundles * bundle;

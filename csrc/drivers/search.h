@@ -30,7 +30,7 @@ void scale_losses(const KernelTable& table, const WeightView& weight, const Quan
                   int64_t count, const float* moment, int64_t max_rows, double* losses, int threads);
 
 // chosen[n, g] = the ratio with the least e_g G_gg e_g^T, the first of equal ones. channel_scale [K] may be null. In
-// fp32.
+// ranking_precision().
 void search_clip(const KernelTable& table, const WeightView& weight, const QuantSpec& spec, const float* channel_scale,
                  const float* moment, const float* ratios, int64_t ratio_count, float* chosen, int threads);
 

@@ -189,6 +189,23 @@ def bench_fit(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
     return interleaved(functions, repeat), 2 * n * k * k
 
 
+def bench_scale_gradient(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    gradient, x = torch.randn(BATCH_ROWS, n).bfloat16(), torch.randn(BATCH_ROWS, k).bfloat16()
+    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k), GROUP)
+    tiles = _C.tile_codes(_C.pack_int4(codes), k, GROUP, 4)
+    parts = (tiles, reference.tile_scales(scales), reference.tile_zeros(zeros, 4))
+    integers = (codes.float() - zeros.repeat_interleave(GROUP, 1)).bfloat16()
+
+    def torch_alone() -> torch.Tensor:  # with the gradient of the whole weight
+        return ((gradient.T @ x) * integers).view(n, -1, GROUP).float().sum(-1)
+
+    functions = {
+        "ours": lambda: torch.ops.awq_ext.quant_scale_gradient(gradient, x, *parts, None, k, n, GROUP, 4),
+        "torch": torch_alone,
+    }
+    return interleaved(functions, repeat), 2 * BATCH_ROWS * n * k
+
+
 KERNELS = {
     "stats": bench_stats,
     "quadratic": bench_quadratic,
@@ -199,6 +216,7 @@ KERNELS = {
     "gptq": bench_gptq,
     "refine": bench_refine,
     "fit": bench_fit,
+    "scale_gradient": bench_scale_gradient,
 }
 
 

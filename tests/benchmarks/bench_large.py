@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-MEASURED = {"seconds", "calibration_seconds", "search_seconds", "planned_memory_bytes", "peak_memory_bytes"}
+MEASURED = {"date", "seconds", "calibration_seconds", "search_seconds", "tuning_seconds"}
+MEASURED |= {"planned_memory_bytes", "peak_memory_bytes"}
 
 
 def make(folder: Path, layers: int) -> None:
@@ -47,6 +48,7 @@ def make(folder: Path, layers: int) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
+    transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     generator, home, shards = torch.Generator().manual_seed(0), {}, {}

@@ -20,7 +20,7 @@ from typing import Any
 
 import awq_ext
 from awq_ext.cli import hf, texts
-from awq_ext.cli.options import parse_method
+from awq_ext.cli.options.settings import parse_method
 from awq_ext.evaluation.comparison import Comparison
 from awq_ext.reporting.tables import Cell, Table
 

@@ -122,7 +122,7 @@ def ours(job: dict[str, Any], methods: list[str]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     import awq_ext
-    from awq_ext.cli.options import parse_method
+    from awq_ext.cli.options.settings import parse_method
 
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16).eval()
     texts = {text: torch.tensor(ids) for text, ids in job["traffic"].items()}

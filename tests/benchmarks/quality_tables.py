@@ -52,9 +52,10 @@ def all_cells(data: Data, markdown: Markdown) -> str:
     for model, cells in data.items():
         for title, cell in cells.items():
             s = cell["settings"]
-            parts.append(
-                f"### {model}, {title}\n\nCalibrated on {s['samples']} x {s['seq']} tokens, scored on {s['tokens']} of each text."
+            calibrated = (
+                f"Calibrated on {s['samples']} x {s['seq']} tokens, scored on {s['tokens']} tokens of each text."
             )
+            parts.append(f"### {model}, {title}\n\n{calibrated}")
             parts += [one_cell(cell, measure, markdown) for measure in ("perplexity", "kl")]
     return "\n\n".join(parts)
 
@@ -86,9 +87,9 @@ def summary(data: Data, markdown: Markdown) -> str:
     shared.remove("rtn")
     head = ("share of RTN's gap closed, perplexity / divergence", *shared)
     head += (
-        f"{BOTH} at least as good as both alone",
-        "or not told apart from the better",
-        "the best, or not told apart",
+        f"texts on which {BOTH} is at least as good as AWQ and GPTQ alone",
+        "or not significantly worse",
+        "the best of all, or not significantly different",
     )
 
     def row(name: str, cell: Data) -> list[str]:
@@ -116,7 +117,7 @@ def choices(data: Data, markdown: Markdown) -> str:
     head = (
         "share of RTN's gap closed, perplexity / divergence",
         "other text, mean",
-        "what follows the calibration text",
+        "continuation of the calibration text",
     )
     return markdown(head, rows)
 
@@ -140,5 +141,5 @@ def peers(data: Data, markdown: Markdown, described: str) -> str:
     head = f"{part}{s['model']}, 4 bits, groups of {s['group_size']}, {s['samples']} x {s['seq']} tokens of calibration"
     head += f", scored on {s['tokens']} tokens of each text. {described}." if texts else f". {described}."
     return f"{head[0].upper()}{head[1:]}\n\n" + markdown(
-        ("perplexity" if texts else "", *texts, "seconds", "times ours"), rows
+        ("perplexity" if texts else "", *texts, "seconds", "× awq_ext's time"), rows
     )

@@ -1,6 +1,6 @@
 """Writes the tables of figures in README.md and docs/ from the JSON files in docs/ that the benchmarks wrote.
 
-    python tests/benchmarks/tables.py           # writes the tables, and docs/bench_linear.png (needs matplotlib)
+    python tests/benchmarks/tables.py    # writes the tables, docs/bench_linear.png and docs/rivals.png (needs matplotlib)
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`; nothing else is touched.
 """
@@ -13,12 +13,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pictures
 import quality_tables as quality
 import rival_tables
 import sweep_table
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "docs/speed.md", "docs/architectures.md", "docs/quality.md", "docs/methods.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/speed.md",
+    "docs/architectures.md",
+    "docs/quality.md",
+    "docs/research.md",
+    "docs/methods.md",
+)
 PEERS = ("bf16", "fp16", "fp32", "aten_int4")
 SUMMARY_SHAPE = (4096, 4096)
 Data = dict[str, Any]
@@ -60,7 +68,18 @@ def linear() -> str:
         numbers = [f"{r['times']['ours'] * 1e6:.0f}", f"{r['gflops']:.0f}", share]
         return [f"{r['in']} x {r['out']}", r["rows"], *numbers, *cells, times(r["int8_ratios"]["bf16"])]
 
-    head = ("in x out", "rows", "us", "GFLOP/s", "of read bandwidth", "bf16", "fp16", "fp32", "aten int4", "int8: bf16")
+    head = (
+        "in x out",
+        "rows",
+        "awq_ext, us",
+        "GFLOP/s",
+        "of read bandwidth",
+        "bf16",
+        "fp16",
+        "fp32",
+        "torch's int4",
+        "int8: bf16",
+    )
     return f"Measured on: {described(data)}.\n\n" + markdown(head, map(row, data["results"]))
 
 
@@ -77,12 +96,12 @@ def limits() -> str:
     head = (
         "one row",
         "MB",
-        "read, GB/s",
-        "us to read",
-        "us",
-        "aten int4, us",
-        "aten int4 / reading",
-        "aten int4 / ours",
+        "plain read, GB/s",
+        "plain read, us",
+        "awq_ext, us",
+        "torch's int4, us",
+        "torch's int4 / read",
+        "torch's int4 / awq_ext",
     )
     return markdown(head, (row(r) for r in read("bench_linear")["results"] if r["rows"] == 1))
 
@@ -93,9 +112,9 @@ def summary() -> str:
     chosen = [r for r in data["results"] if (r["in"], r["out"]) == SUMMARY_SHAPE]
     head = ("rows of activations", *(str(r["rows"]) for r in chosen))
     rows = [["microseconds", *(f"{r['times']['ours'] * 1e6:.0f}" for r in chosen)]]
-    for peer, name in (("bf16", "faster than torch's bf16 Linear"), ("aten_int4", "than its int4 kernel")):
+    for peer, name in (("bf16", "faster than torch's bf16 Linear"), ("aten_int4", "faster than torch's int4 kernel")):
         rows.append([name, *(times(r["ratios"].get(peer)) for r in chosen)])
-    rows.append(['`compute_dtype="int8"`, than bf16', *(times(r["int8_ratios"]["bf16"]) for r in chosen)])
+    rows.append(['`compute_dtype="int8"`, faster than bf16', *(times(r["int8_ratios"]["bf16"]) for r in chosen)])
     return markdown(head, rows) + f"\n\n{SUMMARY_SHAPE[0]} x {SUMMARY_SHAPE[1]}, groups of 128. {described(data)}."
 
 
@@ -206,35 +225,11 @@ def rendered(document: str) -> str:
     return MARK.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", text)
 
 
-def plot(path: Path) -> None:
-    """Speed over rows, one panel a shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    results = read("bench_linear")["results"]
-    shapes = list(dict.fromkeys((r["in"], r["out"]) for r in results))
-    size = (3.2 * len(shapes), 3.4)
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=size, squeeze=False, layout="constrained", sharey=True)
-    for axis, (k, n) in zip(axes[0], shapes, strict=True):
-        for name, label in (("ours", "awq_ext"), ("int8", "awq_ext, int8"), *((peer, peer) for peer in PEERS)):
-            points = [r for r in results if (r["in"], r["out"]) == (k, n) and name in r["times"]]
-            speed = [2 * r["rows"] * n * k / r["times"][name] / 1e9 for r in points]
-            axis.loglog(
-                [r["rows"] for r in points], speed, marker=".", linewidth=2 if name == "ours" else 1, label=label
-            )
-        axis.set(title=f"{k} x {n}", xlabel="rows", ylabel="GFLOP/s" if (k, n) == shapes[0] else "")
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def main() -> None:
     for document in DOCUMENTS:
         (ROOT / document).write_text(rendered(document))
-    plot(ROOT / "docs" / "bench_linear.png")
+    pictures.layer(read("bench_linear"), PEERS, ROOT / "docs" / "bench_linear.png")
+    pictures.rivals(read("bench_rivals"), read("bench_peers"), read("bench_methods"), ROOT / "docs" / "rivals.png")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_where_rows_cannot_be_told_apart_a_warning_says_so() -> None:
     model = masked(nn.Sequential(Halved(), Halved()))
     batch = padded([torch.randn(t, HIDDEN) for t in (30, 24)])
     with pytest.warns(
-        UserWarning, match=r"0\.experts\.0\.w1 and 15 more: .*told apart by attention_mask.*padding counts"
+        UserWarning, match=r"0\.experts\.0\.w1 and 15 more: .*not seen from attention_mask.*padding counts"
     ):
         awq_ext.quantize(model, [batch], **SETTINGS)
     whole = masked(nn.Sequential(Halved(), Halved()))

@@ -117,6 +117,11 @@ def test_a_kill_at_any_operation(
     assert outcomes[-1]
 
 
+@pytest.mark.fault(
+    "Writing a checkpoint",
+    "The process is killed at any step of `save_pretrained`",
+    "The directory holds the old checkpoint or the new one, whole",
+)
 @POSIX
 def test_a_kill_during_save_pretrained_leaves_the_old_checkpoint_or_the_new_one(tmp_path: Path) -> None:
     def quantized(size: int) -> nn.Module:
@@ -145,6 +150,11 @@ def test_a_kill_during_save_pretrained_leaves_the_old_checkpoint_or_the_new_one(
     assert outcomes[-1]
 
 
+@pytest.mark.fault(
+    "Writing a checkpoint",
+    "A process was killed and left a half-written folder beside the directory",
+    "The next save removes it; those of living processes stay",
+)
 def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         mine = replacement._owner().rpartition("-")[0]

@@ -67,18 +67,6 @@ def test_everything_lands_in_its_place(meta: bool) -> None:
     assert isinstance(model.head.weight, nn.Parameter)
 
 
-def test_tensors_lie_where_torch_would_put_them() -> None:
-    """Not at the odd addresses that a mapped file has for them, by which a convolution is computed in another way."""
-    odd = {name: torch.randn(tensor.numel() + 1)[1:].view(tensor.shape) for name, tensor in floats().items()}
-    odd["steps"] = torch.arange(3)[1:]
-    assert all(tensor.data_ptr() % 64 for tensor in odd.values())
-    model = place(Model(), MemorySource(layers(), odd))
-    for name, tensor in odd.items():
-        found = model.get_parameter(name) if name != "steps" else model.steps
-        assert found.data_ptr() % 64 == 0
-        assert same_bits(found, tensor)
-
-
 def test_flags_and_hooks_stay() -> None:
     model, seen = Model(), []
     model.a.register_forward_hook(lambda *_: seen.append("a"))

@@ -93,6 +93,15 @@ def modelopt_code(t: dict[str, Tensor], n: int, k: int) -> int:
     return (signed - 16 if signed > 7 else signed) + 8
 
 
+def gguf_code(t: dict[str, Tensor], n: int, k: int) -> int:
+    """Of a Q4_1 block: two bytes of scale, two of offset, sixteen of codes."""
+    return int(t["blocks"][n, k // 32, 4 + k % 16]) >> 4 * (k % 32 // 16) & 15
+
+
+def gguf_half(t: dict[str, Tensor], n: int, g: int, start: int) -> float:
+    return float(t["blocks"][n, g, start : start + 2].view(torch.float16))
+
+
 def native_code(t: dict[str, Tensor], n: int, k: int) -> int:
     return nibble(t["qweight"][n, k // 2], k % 2)
 
@@ -106,6 +115,7 @@ READERS: dict[str, tuple[Read, Read, str, bool]] = {  # code, zero, name of the 
     "compressed-tensors": (ct_code, ct_zero, "weight_scale", False),
     "gptq": (gptq_code, gptq_zero, "scales", True),
     "modelopt": (modelopt_code, lambda t, n, g: 8, "weight_scale", False),
+    "gguf": (gguf_code, lambda t, n, g: round(-gguf_half(t, n, g, 2) / gguf_half(t, n, g, 0)), "", False),
     "native": (native_code, lambda t, n, g: int(t["zeros"][n, g]), "scales", False),
 }
 
@@ -125,7 +135,8 @@ def test_every_element_is_where_the_format_says(name: str) -> None:
             assert code_at(tensors, n, k) == codes[n, k], (n, k)
         for g in range(K // G):
             assert zero_at(tensors, n, g) == layer.zeros[n, g], (n, g)
-            assert tensors[scales][(g, n) if transposed else (n, g)] == layer.scales[n, g]
+            scale = tensors[scales][(g, n) if transposed else (n, g)] if scales else gguf_half(tensors, n, g, 0)
+            assert scale == layer.scales[n, g]
 
 
 SHAPES = {
@@ -136,6 +147,7 @@ SHAPES = {
     "compressed-tensors": [(16, 128, 32), (5, 12, 4), (13, 33, -1), (1, 7, 7), (9, 35, 5)],
     "gptq": [(16, 128, 32), (8, 24, 8), (40, 96, -1), (24, 72, 12), (8, 40, 32)],
     "modelopt": [(16, 128, 32), (2, 6, 3), (6, 33, -1), (10, 35, 5)],
+    "gguf": [(16, 128, 32), (5, 32, 32), (3, 96, 32), (1, 32, -1)],
     "native": [(16, 128, 32), (5, 12, 4), (13, 33, 16), (1, 7, -1), (9, 35, 64)],
 }
 
@@ -231,16 +243,19 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "outputs": ("awq", {"n": 12}, "out_features=12 is not a multiple of 8"),
     "inputs": ("gptq", {"k": 36, "g": 12}, "in_features=36 is not a multiple of 8"),
     "gemv groups": ("gemv", {"g": 16}, "group_size=16 is not one of"),
+    "gguf groups": ("gguf", {"g": 16}, "group_size=16 is not a multiple of 32: quantize with group_size=32"),
+    "gguf, 8 bits with zeros": ("gguf", {"bits": 8}, "no block: quantize with symmetric=True"),
     "gemv_fast inputs": ("gemv_fast", {"k": 96}, "in_features=96 is not a multiple of 64"),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "native"])
-def test_eight_bits_are_for_the_native_layout(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if 8 not in LAYOUTS[name].widths])
+def test_eight_bits_are_for_layouts_that_have_them(name: str) -> None:
     (problem,) = LAYOUTS[name].problems("self_attn.q_proj", random_layer(k=256, g=64, symmetric=True, bits=8))
     assert (
         problem
-        == 'it has 8 bits, not 4: use format="native", or quantize with bits=4 (an output layer: with head="int4")'
+        == 'it has 8 bits, not 4: use format="compressed-tensors", "gptq" or "native", or quantize with bits=4 (an output '
+        'layer: with head="int4")'
     )
 
 
@@ -268,6 +283,53 @@ def test_eight_bits_there_and_back(symmetric: bool) -> None:
         native.unpack(native.pack(narrow), native.reads(config | {"bits": 8}).of("narrow"))
     with pytest.raises(CheckpointError, match="5 bits; awq_ext runs 4 or 8"):
         native.reads(config | {"layers": {"narrow": [37, 16, 5]}})
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_eight_bits_of_other_tools(symmetric: bool) -> None:
+    """Four codes a word, by the formulas of the readers; ``dynamic`` and ``config_groups`` tell them from layers of 4 bits."""
+
+    def byte(word: Tensor, i: int) -> int:
+        return int(word) >> 8 * i & 255
+
+    wide, narrow = random_layer(symmetric=symmetric, bits=8), random_layer(symmetric=symmetric)
+    codes, zeros = wide.codes(), wide.zeros
+    gptq, ct = LAYOUTS["gptq"].pack(wide), LAYOUTS["compressed-tensors"].pack(wide)
+    assert ("weight_zero_point" in ct) != symmetric
+    for n in range(N):
+        for k in range(K):
+            assert byte(gptq["qweight"][k // 4, n], k % 4) == codes[n, k] == byte(ct["weight_packed"][n, k // 4], k % 4)
+        for g in range(K // G):
+            assert byte(gptq["qzeros"][g, n // 4], n % 4) + 1 == zeros[n, g]
+            assert symmetric or byte(ct["weight_zero_point"][n // 4, g], n % 4) == zeros[n, g]
+    layers = {"a.0.up": wide, "a.0.down": narrow, "a.1.up": wide, "a.1.down": narrow}
+    for name in ("gptq", "compressed-tensors"):
+        for some in (layers, {"a.0.up": wide}):
+            config = LAYOUTS[name].quantization_config(Summary({key: Facts.of(layer) for key, layer in some.items()}))
+            settings = LAYOUTS[name].reads(json.loads(json.dumps(config)))
+            for key, layer in some.items():
+                assert LAYOUTS[name].problems(key, layer) == []
+                assert settings.bits(key) == layer.bits
+                assert_same(layer, LAYOUTS[name].unpack(LAYOUTS[name].pack(layer), settings.of(key)))
+        for n, k, g in ((9, 35, 5), (13, 33, -1)) if name == "compressed-tensors" else ((8, 40, 32),):
+            odd = random_layer(n, k, g, symmetric, bits=8)
+            assert_same(odd, LAYOUTS[name].unpack(LAYOUTS[name].pack(odd), settings_of(name, odd)))
+
+
+def test_patterns_of_gptq_layers_of_other_bits() -> None:
+    """With any number where all layers of that name are meant, and under the names that vLLM joins layers to."""
+    wide, narrow = Facts.of(random_layer(bits=8)), Facts.of(random_layer())
+
+    def dynamic(**bits: Facts) -> dict[str, Any]:
+        names = {key.replace("__", "."): facts for key, facts in bits.items()}
+        return LAYOUTS["gptq"].quantization_config(Summary(names)).get("dynamic", {})
+
+    eight = {"bits": 8}
+    assert dynamic(a__0__up=wide, a__1__up=wide, a__1__down=narrow) == {r"+:a\.\d+\.up$": eight}
+    assert dynamic(a__0__up=wide, a__1__up=narrow) == {r"+:a\.0\.up$": eight}
+    assert dynamic(a__0__up=wide) == {}
+    joined = dynamic(a__0__q_proj=wide, a__0__k_proj=wide, a__0__v_proj=wide, a__0__down=narrow)
+    assert joined == {rf"+:a\.\d+\.{leaf}$": eight for leaf in ("k_proj", "q_proj", "qkv_proj", "v_proj")}
 
 
 @pytest.mark.parametrize("what", list(PROBLEMS))

@@ -214,6 +214,11 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
+@pytest.mark.fault(
+    "Writing a checkpoint",
+    "The process is killed at any step of `save`",
+    "The directory holds the old checkpoint or the new one, whole",
+)
 @POSIX
 def test_a_kill_at_any_step_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     """After a kill at each of the file operations in turn the directory loads as the old model or as the new one."""
@@ -241,6 +246,11 @@ def test_a_kill_at_any_step_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert outcomes[-1] is True
 
 
+@pytest.mark.fault(
+    "Writing a checkpoint",
+    "The process is killed at any step of a first `save`",
+    "The directory is not there, or whole",
+)
 @POSIX
 def test_the_first_save_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     model = quantized("mlp")
@@ -261,6 +271,9 @@ def test_the_first_save_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert outcomes.count(False) >= 8
 
 
+@pytest.mark.fault(
+    "Reading beside others", "The directory is replaced while it is read", "CheckpointError; the model stays as it was"
+)
 def test_a_directory_replaced_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the config of one checkpoint could meet the tensors of another."""
     old, new = quantized("mlp"), quantized("mlp", group_size=32)
@@ -309,6 +322,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.fault("Writing a checkpoint", "The directory holds other weights: {name}", "FileExistsError; they stay")
 @pytest.mark.parametrize("name", list(FOREIGN))
 def test_weights_of_others_are_never_replaced(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(FOREIGN[name])

@@ -74,7 +74,7 @@ def test_the_first_pattern_decides_and_matches_from_the_beginning() -> None:
 @pytest.mark.parametrize(
     "dynamic, text",
     [
-        ({"+:.*up": {"bits": 8}}, r"layer layers\.0\.up: it has 8 bits \(dynamic\['\+:\.\*up'\]\)"),
+        ({"+:.*up": {"bits": 3}}, r"layer layers\.0\.up: it has 3 bits \(dynamic\['\+:\.\*up'\]\)"),
         ({"-:.*up": {}}, r"layer layers\.0\.up: dynamic\['-:\.\*up'\] leaves it float, but the files hold it"),
         ({"+:.*up": {"rotation": "hadamard"}}, r"dynamic\['\+:\.\*up'\]: rotation='hadamard' is not known"),
         ({"+:*up": {}}, "is no pattern"),
@@ -93,9 +93,12 @@ def test_a_model_of_eight_bits_may_have_layers_of_four(tmp_path: Path) -> None:
     layers = {"layers.0.up": random_layer(16, 128, 64)}
     config = GPTQ | {"bits": 8, "dynamic": {"+:.*up": {"bits": 4}}}
     assert_holds(directory(tmp_path / "x", "gptq", layers, config), layers)
-    layers["layers.0.down"] = random_layer(16, 128, 64)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.down: it has 8 bits \(bits\)"):
-        QuantDir(directory(tmp_path / "x", "gptq", layers, config))
+    layers["layers.0.down"] = random_layer(16, 128, 64, bits=8)
+    assert_holds(directory(tmp_path / "x", "gptq", layers, config), layers)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.down: it has 3 bits \(bits\); of this format .* reads 4 or 8"
+    ):
+        QuantDir(directory(tmp_path / "x", "gptq", layers, config | {"bits": 3}))
 
 
 def test_groups_of_compressed_tensors_are_told_by_name_then_pattern_then_class() -> None:
@@ -115,8 +118,8 @@ def test_one_row_of_groups_fits_several_sizes_that_only_names_tell_apart(tmp_pat
 
 def test_a_group_that_cannot_be_read_is_named_with_the_layer_in_it(tmp_path: Path) -> None:
     layers = {"a.up": random_layer(16, 64, 32, True), "a.down": random_layer(16, 64, 32, True)}
-    config = ct(group(32, "Linear"), group(32, "re:.*down$", bits=8))
-    with pytest.raises(CheckpointError, match=r"layer a\.down: config_groups\['group_1'\]: it has 8 bits"):
+    config = ct(group(32, "Linear"), group(32, "re:.*down$", bits=3))
+    with pytest.raises(CheckpointError, match=r"layer a\.down: config_groups\['group_1'\]: it has 3 bits"):
         QuantDir(directory(tmp_path / "x", "compressed-tensors", layers, config))
     eight = {"a.down.weight": torch.zeros(16, 64, dtype=torch.int8), "a.down.weight_scale": torch.ones(16, 1)}
     config["config_groups"]["group_1"]["format"] = "int-quantized"

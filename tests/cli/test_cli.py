@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import awq_ext
 from awq_ext import _C, cli
-from awq_ext.cli.options import parse_setting
+from awq_ext.cli.options.settings import parse_setting
 from awq_ext.demo import run
 from awq_ext.layers import quant_linear as qlinear
 
@@ -232,7 +232,7 @@ def test_help_is_broken_where_the_terminal_ends() -> None:
     shown = runner.invoke(cli.app, ["quantize", "--help"], env={"COLUMNS": "400", "TERMINAL_WIDTH": "400"})
     lines = [line.strip() for line in shown.output.splitlines()]
     (line,) = (line for line in lines if line.startswith("The calibration text decides"))
-    assert line.endswith("awq-ext compare tells which method suits it best.")
+    assert line.endswith("awq-ext compare shows which method suits it best.")
 
 
 @pytest.mark.parametrize("command", ["quantize", "compare", "eval", "report", "inspect", "convert", "bench"])
@@ -287,7 +287,7 @@ def test_a_warning_is_one_line_and_said_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_bugs_keep_their_traceback() -> None:
-    from awq_ext.cli.options import one_line_errors
+    from awq_ext.cli.console import one_line_errors
 
     with pytest.raises(KeyError):
         one_line_errors(lambda: {}["x"])()

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import awq_ext
 from awq_ext import cli
-from awq_ext.cli import compare, hf, options, texts
+from awq_ext.cli import compare, hf, texts
+from awq_ext.cli.options.settings import parse_per_layer
 from awq_ext.config import AwqConfig
 from awq_ext.evaluation import held_out
 from awq_ext.streaming.working import Working
@@ -211,7 +212,7 @@ def test_a_page_is_no_pdf(made: Path, tmp_path: Path) -> None:
 
 
 def test_patterns_may_hold_colons() -> None:
-    assert options.parse_per_layer("re:.*[.]q:bits=8") == {"re:.*[.]q": {"bits": 8}}
+    assert parse_per_layer("re:.*[.]q:bits=8") == {"re:.*[.]q": {"bits": 8}}
 
 
 def test_inspect_says_who_loads_a_directory(made: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ def quantize(made: Path, out: Path, *more: object) -> Any:
 
 def test_quantize_scores_what_it_made(made: Path, tmp_path: Path) -> None:
     traffic = ["--traffic", made / "code.txt", "--traffic", f"talk={made / 'rows.jsonl'}", "--field", "body"]
-    shown = quantize(made, tmp_path / "int4", *traffic, "--json", tmp_path / "q.json")
+    page = tmp_path / "r.html"
+    shown = quantize(
+        made, tmp_path / "int4", *traffic, "--json", tmp_path / "q.json", "--report", page, "--token", "hf_se"
+    )
     assert shown.exit_code == 0, shown.output
     card = (tmp_path / "int4" / "README.md").read_text()
     report = awq_ext.from_pretrained(tmp_path / "int4").awq_report
@@ -53,6 +57,20 @@ def test_quantize_scores_what_it_made(made: Path, tmp_path: Path) -> None:
         assert {**measured, "seconds": 0} == {**again, "seconds": 0} and measured["kl"]["value"] > 0
         assert f"| scores on {name} | KL divergence {measured['kl']['value']:.4g} (" in card
     assert "not measured" not in card
+    told = page.read_text(encoding="utf-8")  # written last, so that it has the scores
+    assert "Distance from the float model" in told and f">{report.evaluations['talk']['kl']['value']:.4g}</td>" in told
+    command = shlex.split(report.command)
+    assert command[:4] == ["awq-ext", "quantize", "float", "int4"] and command[4:6] == ["--calib", "calib.txt"]
+    assert (
+        command[command.index("talk=rows.jsonl") - 1] == "--traffic"
+        and "hf_se" not in command
+        and "--device" not in command
+    )
+    for text in (told, card, (tmp_path / "int4" / "awq_report.json").read_text()):
+        assert "hf_se" not in text and str(tmp_path) not in text
+    before, after = (json.loads((tmp_path / "q.json").read_text())["bytes"][name] for name in ("before", "after"))
+    assert report.bytes_before == before > after == report.bytes_after
+    assert f"{before:,} → {after:,} bytes" in told
 
 
 def test_eval_puts_its_figures_into_the_card(made: Path, tmp_path: Path) -> None:

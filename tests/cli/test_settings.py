@@ -132,3 +132,33 @@ def test_compare_takes_the_output_layer(model_dir: Path, calib: Path) -> None:
     rows = json.loads(shown.stdout)["rows"]
     assert [row["config"] and row["config"]["head"] for row in rows] == [None, "int8", "float"]
     assert rows[1]["size_bytes"] < rows[2]["size_bytes"]
+
+
+def test_efforts_and_the_builtin_texts(model_dir: Path, tmp_path: Path) -> None:
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    given = ("--samples", 2, "--seq-len", 64, "--format", "native", "--set", "tune_scales=1", "--json", figures)
+    result = run("quantize", model_dir, out, "--calib", "builtin", "--effort", "best", *given)
+    assert result.exit_code == 0, result.output
+    config = json.loads(figures.read_text())["report"]["config"]
+    assert (config["method"], config["tune_scales"], config["generated_tokens"]) == ("awq+gptq", 1, 1.0)
+
+
+def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    given = ("--calib", calib, "--traffic", calib, "--samples", 2, "--seq-len", 64, "--tokens", 64, "--json", figures)
+    result = run("compare", model_dir, *given, "--method", "rtn", "--method", "fast", "--method", "best,tune_scales=1")
+    assert result.exit_code == 0, result.output
+    rows = {row["label"]: row["config"] for row in json.loads(figures.read_text())["rows"]}
+    assert rows["fast"]["method"] == "awq"
+    assert (rows["best,tune_scales=1"]["method"], rows["best,tune_scales=1"]["tune_scales"]) == ("awq+gptq", 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [(("--effort", "bets"), "did you mean best"), (("--calib", "."), "is a directory")]
+)
+def test_a_wrong_effort_or_text_is_a_usage_error(
+    model_dir: Path, calib: Path, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    result = quantize(model_dir, calib, tmp_path / "out", *more)
+    assert result.exit_code == 2
+    assert message in result.output

@@ -219,6 +219,15 @@ def tiny_qwen2(dtype: torch.dtype = torch.float16, **settings: Any) -> nn.Module
     return awq_ext.quantize(model.to(dtype).eval(), batches, **({"fold": "always"} | settings))
 
 
+# what a GGUF file can hold: settings of quantized_llama, by name
+GGUF_SETTINGS: dict[str, dict[str, Any]] = {
+    "Q4_0": {"symmetric": True, "group_size": 32},
+    "Q4_1": {"group_size": 32},
+    "Q8_0": {"symmetric": True, "group_size": 32, "bits": 8},
+    "mixed": {"symmetric": True, "head": "int8", "per_layer": {"*.down_proj": {"bits": 8}}},
+}
+
+
 def tiny_phi(**settings: Any) -> nn.Module:
     """A random Phi in int4; its fc2 comes after a GELU, so its scale is applied at run time."""
     transformers = pytest.importorskip("transformers", reason="no counterpart tested: pip install awq-ext[hf]")

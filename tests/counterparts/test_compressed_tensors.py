@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,3 +42,15 @@ def test_its_compressor_unpacks_bfloat16_scales(tmp_path: Path) -> None:
     folder = awq_ext.save_pretrained(model, tmp_path / "model", format="compressed-tensors")
     run("compressed-tensors", "compressed_tensors_read.py", folder, tmp_path / "weights.safetensors")
     assert_same_weights(weights_of(model, torch.bfloat16), load_file(tmp_path / "weights.safetensors"))
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("settings", [{"per_layer": {"*.down_proj": {"bits": 8}}}, {"bits": 8}], ids=["mixed", "eight"])
+def test_its_compressor_unpacks_layers_of_eight_bits(settings: dict[str, Any], symmetric: bool, tmp_path: Path) -> None:
+    needed("compressed-tensors")
+    model = quantized_llama(torch.float16, symmetric=symmetric, **settings)
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="compressed-tensors")
+    run("compressed-tensors", "compressed_tensors_read.py", folder, tmp_path / "weights.safetensors")
+    ours = weights_of(model, torch.float16)
+    assert_same_weights(ours, load_file(tmp_path / "weights.safetensors"))
+    assert_same_weights(ours, weights_of(awq_ext.from_pretrained(folder), torch.float16))

@@ -17,8 +17,8 @@ from awq_ext import cli
 from awq_ext.demo import data, display, run
 from awq_ext.demo.model import load_demo_model
 from awq_ext.demo.theory import example
-from awq_ext.evaluation.cost import model_bytes
 from awq_ext.layers.quant_linear import QuantLinear
+from awq_ext.layers.sizes import model_bytes
 from awq_ext.reporting.tables import as_text
 
 

@@ -20,7 +20,7 @@ from torch import nn
 import awq_ext
 
 FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
-MEASURED = ("seconds", "calibration_seconds", "search_seconds", "planned_memory_bytes", "peak_memory_bytes")
+MEASURED = ("date", "seconds", "tuning_seconds", "calibration_seconds", "search_seconds", "planned_memory_bytes", "peak_memory_bytes")
 
 
 def llama(**more: Any) -> tuple[nn.Module, list[Any], dict[str, Any]]:
@@ -73,16 +73,17 @@ def transformers_model(kind: str, **sizes: Any) -> nn.Module:
 
 
 CASES = {
-    "llama": lambda: llama(),
+    "llama": llama,
     "llama-quantized": lambda: llama(propagate="quantized", method="awq+gptq"),
     "llama-gptq": lambda: llama(method="gptq", fold="never"),
     "llama-whole": lambda: llama(blocks=[]),
+    "llama-tuned": lambda: llama(method="awq+gptq", tune_scales=1),
     "llama-fake": lambda: llama(packed=False),
     "padded": lambda: padded(method="awq+gptq", weighed_batches=0),
     "padded-position": lambda: padded(method="awq+gptq", weighed_batches=2),
-    "mixture": lambda: mixture(),
+    "mixture": mixture,
     "mixture-quantized": lambda: mixture(propagate="quantized"),
-    "mixtral": lambda: mixtral(),
+    "mixtral": mixtral,
 }
 
 

@@ -89,6 +89,13 @@ def test_the_usage_page_on_comparing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "Heavy tails" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_example_of_why_activations_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = snippets("docs/how-it-works.md", "python")
+    exec(compile(snippet, "docs/how-it-works.md", "exec"), {})
+    before, after = capsys.readouterr().out.split()
+    assert f"It prints {before} and {after}." in (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+
+
 HUB_NAME = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
@@ -130,7 +137,7 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of transformers, at import
 def test_the_command_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (command,) = (text for text in snippets("docs/compare.md", "") if "awq-ext compare" in text)
+    command = next(text for text in snippets("docs/compare.md", "") if "awq-ext compare" in text)
     hf_directory.make(tmp_path / "model")
     for name in ("src.txt", "de.txt"):
         (tmp_path / name).write_text(f"{name}: one line of it\n" * 100)

@@ -22,7 +22,7 @@ def test_slower_with_many_rows() -> None:
         "int4 is slower than the float Linear here: 4096 x 4096 with 512 rows (1.5 times as long).",
         'awq_ext.set_compute_dtype(model, "int8") makes it 2.0 times as fast as float there, or more. '
         "It rounds activations to eight bits: check the result with awq-ext eval.",
-        "Keep the float model for work that is mostly reading (long prompts, batches, encoders), and int4 for generating.",
+        "Keep the float model for work that is mostly prefill (long prompts, batches, encoders), and int4 for generating.",
     ]
 
 

@@ -183,7 +183,7 @@ def test_differences_within_the_noise_are_marked() -> None:
         "b": (False, True),
         "c": (False, False),
     }
-    assert "x, by perplexity: a, b do not differ by more than the noise" in found.notes()
+    assert "x, by perplexity: a, b are not significantly different" in found.notes()
 
 
 def test_the_gap_that_is_closed() -> None:
@@ -221,6 +221,8 @@ def test_methods_in_every_form() -> None:
     assert list(found) == ["rtn", "awq bits=3 packed=False", "awq clip=False"]
     assert [config.n_grid for config in found.values()] == [5, 5, 5]
     assert read_methods({"one": "rtn", "two": {"clip": True}})["two"] == AwqConfig(clip=True)
+    assert read_methods(["fast", {"effort": "best", "label": "b"}])["b"] == AwqConfig(effort="best")
+    assert read_methods(["balanced"], {"group_size": 64})["balanced"] == AwqConfig(method="awq+gptq", group_size=64)
     # what a method says itself counts more than what holds for all
     assert read_methods([{"label": "a", "group_size": 32}], {"group_size": 64})["a"].group_size == 32
 

@@ -35,7 +35,7 @@ def test_the_best_everywhere_is_taken() -> None:
 
 def test_of_several_that_do_not_differ_the_quickest_is_taken() -> None:
     found = verdict(comparison(noise=0.1, rtn=(0.100, 0.101), awq=(0.101, 0.100)))
-    assert found.label == "rtn" and "differ by no more than the noise" in found.text and "beside it: awq" in found.text
+    assert found.label == "rtn" and "not significantly different" in found.text and "the others: awq" in found.text
 
 
 def test_where_none_is_best_everywhere_the_mean_decides() -> None:

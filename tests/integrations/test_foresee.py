@@ -79,7 +79,7 @@ def seen(model: Any, format: str, settings: dict[str, Any], folder: Path) -> lis
         *[
             ("Llama", {}, name, {"method": "rtn", "symmetric": True, "bits": 8, "group_size": 32}, False)
             for name in LAYOUTS
-            if name != "native"
+            if 8 not in LAYOUTS[name].widths
         ],
         ("Llama", {}, "awq", {"method": "rtn", "group_size": 32, "per_layer": {"*.up_proj": {"bits": 8}}}, False),
         ("Mixtral", {}, "awq", {"method": "rtn", "group_size": 32}, True),
@@ -101,7 +101,7 @@ def test_what_saving_says_is_said_before(
     assert before == seen(model, format, settings, tmp_path / "out")
     assert (before is None) == holds
     if 8 in (settings.get("bits"), *(own.get("bits") for own in settings.get("per_layer", {}).values())) and not holds:
-        assert any('it has 8 bits, not 4: use format="native", or quantize with bits=4' in line for line in before)
+        assert any('it has 8 bits, not 4: use format="compressed-tensors", "gptq" or' in line for line in before)
 
 
 @pytest.mark.filterwarnings("ignore:.*neighbours are float")
@@ -126,7 +126,7 @@ def test_of_other_architectures_too(name: str, format: str) -> None:
 def test_an_unknown_format_and_nothing_to_pack() -> None:
     model = float_model()
     with pytest.raises(ValueError, match="choose one of 'awq'"):
-        awq_ext.check_format(model, BATCH, "gguf")
+        awq_ext.check_format(model, BATCH, "exl3")
     with pytest.raises(CheckpointError, match="packed=False"):
         awq_ext.check_format(model, BATCH, bits=3, packed=False)
 

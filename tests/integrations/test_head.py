@@ -135,12 +135,17 @@ def test_configs_of_files_name_the_head() -> None:
     assert groups["group_0"]["targets"] == ["Linear", "lm_head"]
 
 
-@pytest.mark.parametrize("layout", ["awq", "compressed-tensors", "gptq"])
-def test_a_head_of_eight_bits_is_native_alone(layout: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r'lm_head: it has 8 bits, not 4: use format="native", .* head="int4"'):
-        awq_ext.save_pretrained(quantized(head="int8"), tmp_path / "model", format=layout)
-    folder = awq_ext.save_pretrained(quantized(head="int8"), tmp_path / "there", format="native")
-    assert_apart(load(folder), awq_ext.from_pretrained(folder))
+def test_a_head_of_eight_bits(tmp_path: Path) -> None:
+    """Beside blocks of 4: ``config_groups`` and ``dynamic`` say so."""
+    with pytest.raises(CheckpointError, match=r'lm_head: it has 8 bits, not 4: use format="compressed-t.* head="int4"'):
+        awq_ext.save_pretrained(quantized(head="int8"), tmp_path / "model", format="awq")
+    made = quantized(head="int8")
+    for layout in HOLDING:
+        folder = awq_ext.save_pretrained(made, tmp_path / layout, format=layout)
+        for each in (load(folder), awq_ext.from_pretrained(folder)):
+            assert_apart(each, made)
+            assert (each.lm_head.bits, each.model.layers[0].mlp.down_proj.bits) == (8, 4)
+            assert torch.equal(each.lm_head.weight, made.lm_head.weight)
 
 
 @pytest.mark.parametrize("loaded", [False, True])

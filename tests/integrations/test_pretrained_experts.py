@@ -82,7 +82,7 @@ def test_run_time_scales(tmp_path: Path) -> None:
     assert torch.equal(logits(awq_ext.from_pretrained(tmp_path), batch), logits(model, batch))
 
 
-@pytest.mark.parametrize("format", list(LAYOUTS))
+@pytest.mark.parametrize("format", [name for name in LAYOUTS if name != "gguf"])  # a file of its own, without experts
 def test_headers_tell_how_many_outputs_a_layer_has(format: str, tmp_path: Path) -> None:
     layers = make_directory(tmp_path, format)
     source = QuantDir(tmp_path)

@@ -41,4 +41,4 @@ def test_products_of_bf16_vectors() -> None:
     found = choices("avx512_bf16")
     assert found["bf16 activations, 1 row or more"] == "products of bf16 vectors"
     assert found["fp32 activations, 1 row or more"] == "fp32 FMA"
-    assert found["ranking and fit of scales"] == "products of bf16 vectors"
+    assert found["ranking and fit of scales, clips"] == "products of bf16 vectors"

@@ -1,4 +1,8 @@
-"""Who may include whom in csrc: adapters -> drivers -> kernels -> base, tensors in adapters only."""
+"""Who may include whom in csrc: adapters -> drivers -> kernels -> base, tensors in adapters only.
+
+The CUDA kernels stand aside: they include base and their own folder, and nothing includes them. The toolkit's headers are named in
+cuda/gpu only, so that all else there compiles without it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LAYERS = ["adapters", "drivers", "kernels", "base"]  # from the top down
+ASIDE = "cuda"
 TENSOR_HEADERS = ("torch", "ATen", "c10", "pybind11", "Python.h")
 # In a level's file an inline function would be compiled for one processor and perhaps linked for all: no standard library.
 LEVEL_HEADERS = {"immintrin.h", "arm_neon.h", "cstddef"}
@@ -31,6 +36,13 @@ def fault(path: Path, layer: str, quoted: bool, name: str) -> str | None:
             if body or (not quoted and name in LEVEL_HEADERS)
             else "a level's file may include kernels.h, bodies and intrinsics only"
         )
+    if layer == ASIDE:
+        if not quoted:
+            toolkit = name.startswith("cuda_") and "gpu" not in path.parts
+            return (
+                "only adapters may see tensors" if first in TENSOR_HEADERS else "only cuda/gpu may" if toolkit else None
+            )
+        return None if first in (ASIDE, "base") and rest else "expected a path that begins with cuda or base"
     if not quoted:
         return "only adapters may see tensors" if layer != "adapters" and first in TENSOR_HEADERS else None
     if first not in LAYERS or not rest:
@@ -41,9 +53,9 @@ def fault(path: Path, layer: str, quoted: bool, name: str) -> str | None:
 def faults(csrc: Path) -> list[str]:
     """All wrong includes below a directory: file, include, reason."""
     found = []
-    for path in sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cpp")]):
+    for path in sorted(path for suffix in ("h", "cpp", "cu") for path in csrc.rglob(f"*.{suffix}")):
         layer = path.relative_to(csrc).parts[0]
-        if layer not in LAYERS:
+        if layer not in (*LAYERS, ASIDE):
             found.append(f"{path.relative_to(csrc)}: in none of {', '.join(LAYERS)}")
             continue
         for mark, name in INCLUDE.findall(path.read_text()):
@@ -57,7 +69,7 @@ def test_includes_run_downwards() -> None:
 
 
 def test_all_layers_are_there() -> None:
-    assert {path.name for path in CSRC.iterdir()} == set(LAYERS)
+    assert {path.name for path in CSRC.iterdir()} == {*LAYERS, ASIDE}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +88,10 @@ def test_all_layers_are_there() -> None:
         ("kernels/avx2.cpp", '#include "base/layout.h"', "a level's file"),
         ("kernels/simd-inl.h", "#include <vector>", "a level's file"),
         ("other/a.cpp", "", "in none of"),
+        ("drivers/a.cpp", '#include "cuda/device.h"', "expected a path"),
+        ("cuda/a.cu", '#include "kernels/kernels.h"', "expected a path that begins with cuda or base"),
+        ("cuda/a.cu", "#include <ATen/ATen.h>", "only adapters may see tensors"),
+        ("cuda/a.cu", "#include <cuda_fp16.h>", "only cuda/gpu may"),
     ],
 )
 def test_what_is_wrong_is_found(tmp_path: Path, file: str, line: str, reason: str) -> None:

@@ -122,6 +122,11 @@ def reached_by(stage: tuple[str, str | None, str, int]) -> tuple[str, str]:
     return "offset" if name == "prove_norm_fold" else "cache", "model" if file == "calibration.importance" else "layer"
 
 
+@pytest.mark.fault(
+    "Interrupts",
+    "Ctrl-C or an error at any stage of `quantize`, with propagate={propagate}",
+    "The model is bit for bit as it was, and can be quantized afterwards",
+)
 @each_propagate
 @pytest.mark.parametrize(("name", "objective"), dict.fromkeys(map(reached_by, STAGES)))
 def test_an_interrupt_at_each_stage(name: str, objective: str, propagate: str) -> None:
@@ -144,6 +149,7 @@ def test_an_interrupt_at_each_stage(name: str, objective: str, propagate: str) -
     assert len(forks.labels) == 2 * len(ERRORS) * len(stages)
 
 
+@pytest.mark.fault("Interrupts", "Ctrl-C or an error in the model's own forward", "The model is bit for bit as it was")
 @each_propagate
 @pytest.mark.parametrize("name", ["llama", "modes", "inplace"])
 def test_an_interrupt_in_the_models_own_forward(name: str, propagate: str) -> None:
@@ -170,6 +176,7 @@ def test_an_interrupt_in_the_models_own_forward(name: str, propagate: str) -> No
     assert len(forks.labels) == len(ERRORS) * len(wanted)
 
 
+@pytest.mark.fault("Interrupts", "A warning is made an error", "The model is bit for bit as it was")
 def test_a_warning_turned_into_an_error_is_an_error_like_any_other() -> None:
     """python -W error: quantize() either warns and succeeds, or raises and has changed nothing."""
     case = models.make("llama")

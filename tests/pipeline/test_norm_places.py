@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="norms behind Linears NOT TESTED: pip install 'awq-ext[hf]'")
 
-SEEDS = 6  # one model alone scatters by 0.03 to 0.1 (docs/quality.md)
+SEEDS = 6  # one model alone scatters by 0.03 to 0.1 (docs/research.md)
 
 
 @cache

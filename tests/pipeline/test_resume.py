@@ -24,7 +24,8 @@ from awq_ext.pipeline.run import Run
 from awq_ext.workdir.directory import opened
 
 FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
-MEASURED = ("seconds", "calibration_seconds", "search_seconds", "planned_memory_bytes", "peak_memory_bytes")
+MEASURED = {"date", "seconds", "calibration_seconds", "search_seconds", "tuning_seconds"}
+MEASURED |= {"planned_memory_bytes", "peak_memory_bytes"}
 
 
 def outcome(model: nn.Module) -> tuple[dict[str, bytes], dict[str, Any], list[str]]:
@@ -230,7 +231,7 @@ def test_a_small_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: pytes
     case = models.make("llama")
     monkeypatch.setattr("awq_ext.workdir.directory.shutil.disk_usage", lambda _: type("", (), {"free": 1000}))
     monkeypatch.setattr(Run, "collect", lambda *_: 1 / 0)
-    with pytest.raises(OSError, match=r"what is finished needs about .* which has 1000 B left"):
+    with pytest.raises(OSError, match=r"what will be finished needs about .* which has 1000 B left"):
         awq_ext.quantize(case.model, case.batches, resume=tmp_path, **FAST)
 
 

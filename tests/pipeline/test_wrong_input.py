@@ -33,11 +33,17 @@ def llama() -> models.Case:
     return case
 
 
+@pytest.mark.fault(
+    "Calls of quantize", "The loader has no samples, or can be read only once", "ValueError; the model stays as it was"
+)
 def test_an_empty_loader(llama: models.Case) -> None:
     refused(llama.model, [], ValueError, "calib_loader is empty")
     refused(llama.model, iter([]), ValueError, "can be read only once")
 
 
+@pytest.mark.fault(
+    "Calls of quantize", "The loader raises an error of its own midway", "That very error; the model stays as it was"
+)
 def test_a_loader_that_raises_midway(llama: models.Case) -> None:
     def loader() -> Iterator[Tensor]:
         yield llama.batches[0]
@@ -46,6 +52,7 @@ def test_a_loader_that_raises_midway(llama: models.Case) -> None:
     refused(llama.model, loader(), OSError, "disk gone")
 
 
+@pytest.mark.fault("Calls of quantize", "Ctrl-C while the loader works", "KeyboardInterrupt; the model stays as it was")
 def test_an_interrupt_in_the_loader(llama: models.Case) -> None:
     def loader() -> Iterator[Tensor]:
         yield llama.batches[0]
@@ -54,6 +61,11 @@ def test_an_interrupt_in_the_loader(llama: models.Case) -> None:
     refused(llama.model, loader(), KeyboardInterrupt, "on purpose")
 
 
+@pytest.mark.fault(
+    "Calls of quantize",
+    "`quantize` is called with {options}",
+    "An error that names the value; the model stays as it was",
+)
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
@@ -75,11 +87,17 @@ def test_bad_settings(llama: models.Case, options: dict[str, Any], error: Any, m
     refused(llama.model, llama.batches, error, match, **options)
 
 
+@pytest.mark.fault("Calls of quantize", "config= is no configuration", "TypeError; the model stays as it was")
 def test_a_config_that_is_no_config(llama: models.Case) -> None:
     refused(llama.model, llama.batches, TypeError, "AwqConfig", config=["bits"])
     assert AwqConfig(**{k: v for k, v in FAST.items() if k != "progress"}).n_grid == 2
 
 
+@pytest.mark.fault(
+    "Calls of quantize",
+    "The model has no Linears, or weights that are integers, float64 or on the meta device",
+    "ValueError that names the weight; the model stays as it was",
+)
 def test_models_that_cannot_be_quantized(llama: models.Case) -> None:
     refused(nn.Sequential(nn.Conv1d(3, 3, 1)), [torch.ones(1, 3, 5)], ValueError, "no nn.Linear")
     refused(llama.model, llama.batches, ValueError, "no Linear is left to quantize: .*skipped by pattern", skip=["*"])
@@ -92,21 +110,33 @@ def test_models_that_cannot_be_quantized(llama: models.Case) -> None:
     refused(models.Net().double(), llama.batches, ValueError, r"q_proj\.weight is torch\.float64")
 
 
+@pytest.mark.fault("Calls of quantize", "The model is a single Linear", "ValueError; the model stays as it was")
 def test_a_bare_linear_has_no_place_to_put_the_new_layer() -> None:
     refused(nn.Linear(16, 4), [torch.randn(3, 16)], ValueError, "Linear")
 
 
+@pytest.mark.fault(
+    "Calls of quantize", "The model is quantized already", "ValueError that names the layer; the model stays as it was"
+)
 def test_a_model_that_is_quantized_already(llama: models.Case) -> None:
     awq_ext.quantize(llama.model, llama.batches, **FAST)
     refused(llama.model, llama.batches, ValueError, r"layers\.0\.attention\.q_proj is a QuantLinear already")
 
 
+@pytest.mark.fault(
+    "Calls of quantize", "attention_mask leaves no row of the samples", "ValueError; the model stays as it was"
+)
 def test_all_rows_masked_out(llama: models.Case) -> None:
     ids = llama.batches[0]
     masked = {"ids": ids, "attention_mask": torch.zeros_like(ids)}
     refused(llama.model, [masked, masked], ValueError, r"all 68 calibration rows are masked out.*attention_mask")
 
 
+@pytest.mark.fault(
+    "Calls of quantize",
+    "The model rejects batch {position}, calibrating with propagate={propagate}",
+    "CalibrationError with the number and the shapes of the batch; the model stays as it was",
+)
 @pytest.mark.parametrize("propagate", ["float", "quantized"])
 @pytest.mark.parametrize("position", [0, 1, 3])
 def test_a_batch_that_the_model_rejects(llama: models.Case, position: int, propagate: str) -> None:
@@ -116,6 +146,11 @@ def test_a_batch_that_the_model_rejects(llama: models.Case, position: int, propa
     refused(llama.model, batches, CalibrationError, match, propagate=propagate)
 
 
+@pytest.mark.fault(
+    "Calls of quantize",
+    "The loader gives (input, label) pairs",
+    'CalibrationError that names inputs="first"; the model stays as it was',
+)
 def test_pairs_without_saying_so() -> None:
     case = models.make("mlp")
     pairs = [(batch, torch.zeros(2)) for batch in case.batches]
@@ -123,6 +158,7 @@ def test_pairs_without_saying_so() -> None:
     awq_ext.quantize(case.model, pairs, inputs="first", **FAST)
 
 
+@pytest.mark.fault("Calls of quantize", "The forward calls no Linear", "CalibrationError; the model stays as it was")
 def test_no_linear_is_reached(llama: models.Case) -> None:
     class Skipping(models.Net):
         def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -134,6 +170,11 @@ def test_no_linear_is_reached(llama: models.Case) -> None:
 # --- NaN and Inf: the layer is named and rounded to nearest, or left; the others are not touched by it -------------------
 
 
+@pytest.mark.fault(
+    "Calls of quantize",
+    "Activations of a layer hold {value}",
+    "A warning names the layer, which is rounded to nearest; all others are as without it",
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("propagate", ["float", "quantized"])
 def test_bad_activations(value: float, propagate: str) -> None:
@@ -161,6 +202,11 @@ def test_bad_activations(value: float, propagate: str) -> None:
         assert name not in messages
 
 
+@pytest.mark.fault(
+    "Calls of quantize",
+    "Activations are so large that their squares overflow",
+    "A warning names the layer; all weights stay finite",
+)
 def test_activations_whose_squares_overflow() -> None:
     case = models.make("mlp")
     with pytest.warns(UserWarning, match="calibration input") as caught:
@@ -172,6 +218,7 @@ def test_activations_whose_squares_overflow() -> None:
         assert case.model.get_submodule(row.name).weight.isfinite().all()
 
 
+@pytest.mark.fault("Calls of quantize", "A weight holds {value}", "This layer stays float, and the report names it")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_bad_weights_stay_as_they_are_and_are_named(value: float) -> None:
     case = models.make("llama")
@@ -191,6 +238,11 @@ def test_bad_weights_stay_as_they_are_and_are_named(value: float) -> None:
             assert row.loss <= row.loss_rtn
 
 
+@pytest.mark.fault(
+    "Calls of quantize",
+    "A NaN in a weight spoils the layers behind it",
+    "Warnings name them; they are rounded to nearest",
+)
 def test_bad_weights_that_spoil_what_follows_are_warned_of() -> None:
     case = models.make("llama")
     with torch.no_grad():
@@ -203,6 +255,7 @@ def test_bad_weights_that_spoil_what_follows_are_warned_of() -> None:
         assert case.model.awq_report[name].method == "rtn"
 
 
+@pytest.mark.fault("Calls of quantize", "Weights are constant or zero", "They are quantized exactly, or nearly so")
 def test_constant_and_zero_weights() -> None:
     case = models.make("llama")
     with torch.no_grad():
@@ -218,6 +271,7 @@ def test_constant_and_zero_weights() -> None:
         assert row.loss <= row.loss_rtn
 
 
+@pytest.mark.fault("Calls of quantize", "A channel is never active", "It does not disturb the others")
 def test_dead_channels() -> None:
     """Channels that are never active get s = 1, and weights there do not disturb the others."""
     model = nn.Sequential(nn.Linear(32, 8), nn.ReLU())

@@ -74,8 +74,10 @@ def test_losses_belong_to_the_codes(backend: None, method: str, scaled: bool, se
         assert layer.gptq == plain.gptq
         clipped += layer.clipped
         if layer.clipped:
-            assert torch.equal(layer.unclipped.found.qweight, plain.found.qweight)
-            assert layer.unclipped.loss == plain.loss
+            full = layer.unclipped.solve()
+            assert torch.equal(full.found.qweight, plain.found.qweight)
+            assert full.loss == plain.loss
+            assert not full.clipped
             assert layer.loss <= layer.loss_rtn
         else:
             assert torch.equal(layer.found.qweight, plain.found.qweight)

@@ -199,6 +199,7 @@ def test_a_signal_at_any_line(work: Callable[[models.Case], None], count: int | 
     press_at(wanted, lambda: work(case), check)
 
 
+@pytest.mark.fault("Interrupts", "Ctrl-C at any line of `load`", "The model is as it was, or has all of the checkpoint")
 @pytest.mark.parametrize("count", [30, pytest.param(None, marks=pytest.mark.exhaustive)])
 def test_a_signal_at_any_line_of_loading(count: int | None, tmp_path: Path) -> None:
     """The model given to load() is what it was, or has all of the checkpoint."""
@@ -225,6 +226,7 @@ def test_a_signal_at_any_line_of_loading(count: int | None, tmp_path: Path) -> N
     press_at([*moments(lines, count), *_spread(filling, 10)], lambda: awq_ext.load(model, folder), check)
 
 
+@pytest.mark.fault("Interrupts", "Ctrl-C", "It takes effect at the next block, layer or sample")
 def test_a_ctrl_c_waits_for_a_check() -> None:
     reached = []
     with pytest.raises(KeyboardInterrupt), interrupt.held():
@@ -252,6 +254,7 @@ def test_an_error_of_the_body_does_not_swallow_it() -> None:
     assert isinstance(caught.value.__context__, ValueError)
 
 
+@pytest.mark.fault("Interrupts", "A second Ctrl-C", "It takes effect at once")
 def test_a_second_ctrl_c_comes_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), interrupt.held():
         press()

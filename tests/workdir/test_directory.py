@@ -91,5 +91,5 @@ def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path) as work:
         work.begin({})
     (tmp_path / "state.json").write_text("{")
-    with opened(tmp_path) as work, pytest.raises(ResumeError, match="damaged.*start over"):
+    with opened(tmp_path) as work, pytest.raises(ResumeError, match=r"damaged.*start over"):
         work.begin({})

@@ -12,6 +12,7 @@ from .layout import Facts, Layout, Summary
 from .modelopt import ModelOpt
 from .native import Native
 from .packed import CheckpointError, PackedLinear
+from .runtimes.gguf import Gguf
 from .settings import Settings
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 ]
 LAYOUTS: dict[str, Layout] = {
     each.name: each
-    for each in (Gemm(), Gemv(), GemvFast(), LlmAwq(), CompressedTensors(), Gptq(), ModelOpt(), Native())
+    for each in (Gemm(), Gemv(), GemvFast(), LlmAwq(), CompressedTensors(), Gptq(), ModelOpt(), Gguf(), Native())
 }
 
 

@@ -1,4 +1,4 @@
-"""compressed-tensors "pack-quantized" W4A16: what llm-compressor writes and vLLM reads."""
+"""compressed-tensors "pack-quantized" W4A16 and W8A16: what llm-compressor writes and vLLM reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import FLOATS, Layout, Summary
-from .packed import SYMMETRIC_ZERO, CheckpointError, PackedLinear, expect
+from .packed import CheckpointError, PackedLinear, expect, middle_code
 from .settings import (
     Rule,
     Settings,
@@ -42,10 +42,10 @@ _OFFLINE = ("weight_input", "weight_output")  # transforms that the stored weigh
 
 
 class CompressedTensors(Layout):
-    """weight_packed int32 [N, ceil(K/8)], weight_scale [N, G], weight_shape int64 [2]; weight_zero_point int32 [ceil(N/8), G].
+    """weight_packed int32 [N, ceil(K/P)], weight_scale [N, G], weight_shape int64 [2]; weight_zero_point int32 [ceil(N/P), G].
 
-    Codes and zeros are stored as they are (the library takes them for signed values plus 8); zeros are packed along N, and
-    absent where all are 8.
+    P is 32 / bits. Codes and zeros are stored as they are (the library takes them for signed values plus 8, or 128); zeros are
+    packed along N, and absent where all are that.
     """
 
     name = "compressed-tensors"
@@ -53,6 +53,7 @@ class CompressedTensors(Layout):
     suffixes = ("weight_packed", "weight_scale", "weight_shape")
     optional = ("weight_zero_point", "weight_g_idx", "bias")
     scale_dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    widths = (4, 8)
     mixes_group_sizes = True
     quantized_heads = True
 
@@ -64,7 +65,7 @@ class CompressedTensors(Layout):
             "weight_shape": torch.tensor([n, k]),
         }
         if not (summary or layer).symmetric:
-            tensors["weight_zero_point"] = pack_words(layer.zeros.T).T.contiguous()
+            tensors["weight_zero_point"] = pack_words(layer.zeros.T, layer.bits).T.contiguous()
         return tensors if layer.bias is None else tensors | {"bias": layer.bias}
 
     def unpack(self, tensors: Mapping[str, Tensor], settings: Settings) -> PackedLinear:
@@ -74,8 +75,8 @@ class CompressedTensors(Layout):
         n, k = shape.tolist()
         if n < 1 or k < 1 or scales.dim() != 2:
             raise CheckpointError(f"weight_shape is {[n, k]}, weight_scale has shape {tuple(scales.shape)}")
-        groups = scales.shape[1]
-        expect("weight_packed", packed, (n, -(-k // 8)), (torch.int32,))
+        groups, bits = scales.shape[1], settings.width
+        expect("weight_packed", packed, (n, -(-k * bits // 32)), (torch.int32,))
         expect("weight_scale", scales, (n, groups), FLOATS)
         size = settings.group_size(k, groups)
         if (order := tensors.get("weight_g_idx")) is not None:
@@ -83,20 +84,22 @@ class CompressedTensors(Layout):
             if not torch.equal(order.long(), torch.arange(k) // (k if size == -1 else size)):
                 raise CheckpointError("weight_g_idx reorders the channels (actorder=group), which awq_ext does not run")
         if (zeros := tensors.get("weight_zero_point")) is None:
-            zeros = torch.full((n, groups), SYMMETRIC_ZERO, dtype=torch.uint8)
+            zeros = torch.full((n, groups), middle_code(bits), dtype=torch.uint8)
         else:
-            expect("weight_zero_point", zeros, (-(-n // 8), groups), (torch.int32,))
-            zeros = unpack_words(zeros.T, n).T.contiguous()
-        return PackedLinear(rows_of(packed, k), scales.contiguous(), zeros, k, size, self.bias_of(tensors, n))
+            expect("weight_zero_point", zeros, (-(-n * bits // 32), groups), (torch.int32,))
+            zeros = unpack_words(zeros.T, n, bits).T.contiguous()
+        rows, bias = rows_of(packed, k, bits), self.bias_of(tensors, n)
+        return PackedLinear(rows, scales.contiguous(), zeros, k, size, bias, bits=bits)
 
     def quantization_config(self, summary: Summary) -> dict[str, Any]:
-        schemes: dict[int, list[str]] = {}
+        schemes: dict[tuple[int, int], list[str]] = {}
         for name, facts in summary.layers.items():
-            schemes.setdefault(-1 if facts.groups == 1 else facts.group_size, []).append(name)
+            size = -1 if facts.groups == 1 else facts.group_size
+            schemes.setdefault((size, facts.bits), []).append(name)
         groups = {}
-        for index, (size, names) in enumerate(schemes.items()):
+        for index, ((size, bits), names) in enumerate(schemes.items()):
             weights = {
-                "num_bits": 4,
+                "num_bits": bits,
                 "type": "int",
                 "symmetric": summary.symmetric,
                 "strategy": "channel" if size == -1 else "group",
@@ -143,7 +146,9 @@ class CompressedTensors(Layout):
             for target in _strings(config.get("ignore"), "ignore")
         ]
         several = _by_target(groups.values(), rules) if len(rules) > 1 else []
-        return Settings(sizes, rules=(*left, *several))
+        widths = {rule.bits for rule in readable}
+        problem = "" if len(widths) == 1 else "no target of config_groups fits it, and the groups have different bits"
+        return Settings(sizes, rules=(*left, *several), problem=problem, width=min(widths))
 
 
 def _by_target(groups: Iterable[Mapping[str, Any]], rules: Iterable[Rule]) -> list[Rule]:
@@ -213,24 +218,27 @@ def _rule_of(name: str, group: Mapping[str, Any], format: Any) -> Rule:
     """Read one of config_groups; what cannot be read is the problem of the layers in it."""
     place = f"config_groups[{name!r}]"
     try:
-        return Rule(lambda name: True, _group_size(group, format, place))
+        size, bits = _scheme(group, format, place)
+        return Rule(lambda name: True, size, bits=bits)
     except CheckpointError as error:
         return Rule(lambda name: True, problem=str(error).removeprefix("quantization_config: "))
 
 
-def _group_size(group: Mapping[str, Any], format: Any, place: str) -> int:
+def _scheme(group: Mapping[str, Any], format: Any, place: str) -> tuple[int, int]:
+    """Read group size and bits of one of config_groups; CheckpointError where they cannot be run."""
     weights, format = group.get("weights"), group.get("format") or format
     if format != "pack-quantized":
         raise CheckpointError(f"{place}: format {format!r}; pack-quantized can be read")
     if not isinstance(weights, dict):
         raise CheckpointError(f"{place}: weights={weights!r}, an object is needed")
-    if (bits := int_setting(weights, "num_bits")) not in (None, 4):
-        raise CheckpointError(f"{place}: it has {bits} bits; of this format awq_ext reads 4")
+    bits = 4 if (said := int_setting(weights, "num_bits")) is None else said
+    if bits not in CompressedTensors.widths:
+        raise CheckpointError(f"{place}: it has {bits} bits; of this format awq_ext reads 4 or 8")
     if weights.get("type", "int") != "int" or group.get("input_activations") is not None:
-        raise CheckpointError(f"{place}: only int4 weights with float activations can be read")
+        raise CheckpointError(f"{place}: only int4 and int8 weights with float activations can be read")
     require_known(group, _KNOWN_OF_GROUP, place)
     require_known(weights, _KNOWN_OF_WEIGHTS, f"{place}.weights")
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
     if strategy not in ("group", "channel"):
         raise CheckpointError(f"{place}: strategy={strategy!r}; group and channel can be read")
-    return -1 if strategy == "channel" else checked_group_size(int_setting(weights, "group_size"))
+    return (-1 if strategy == "channel" else checked_group_size(int_setting(weights, "group_size"))), bits

@@ -135,8 +135,8 @@ class Layout:
         if layer.bits not in self.widths:
             held = " or ".join(map(str, self.widths))
             found.append(
-                f'it has {layer.bits} bits, not {held}: use format="native", or quantize with bits={held} (an output layer: with '
-                f'head="int{held}")'
+                f'it has {layer.bits} bits, not {held}: use format="compressed-tensors", "gptq" or "native", or quantize with '
+                f'bits={held} (an output layer: with head="int{held}")'
             )
         if layer.pre_quant_scale is not None and not self.run_time_scales:
             found.append('its input is scaled at run time, for which there is no slot: quantize with fold="always"')
@@ -171,14 +171,9 @@ class Layout:
         """List what does not fit of the model as a whole, in the same form as :meth:`problems`."""
         found = []
         if summary.heads and not self.quantized_heads:
-            others = (
-                '"compressed-tensors", "gptq" or '
-                if all(summary.layers[name].bits == 4 for name in summary.heads)
-                else ""
-            )
             found.append(
                 f"{', '.join(summary.heads)} is quantized, which readers of this format take for a float output layer: use "
-                f'format={others}"native", or quantize with head="float"'
+                'format="compressed-tensors", "gptq" or "native", or quantize with head="float"'
             )
         if summary.experts and not self.joined_experts:
             found.append(

@@ -54,6 +54,13 @@ def expect(name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[tor
         raise CheckpointError(f"{name} has dtype {tensor.dtype}, this layout needs {known}")
 
 
+def require_finite(layer: PackedLinear) -> None:
+    """Raise CheckpointError where scales hold NaN or Inf: the layer would answer with nothing else, whatever its input."""
+    for what, tensor in (("scales", layer.scales), ("pre_quant_scale", layer.pre_quant_scale)):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{what} holds NaN or Inf")
+
+
 def exactly(scales: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Cast ``scales`` to another dtype; None where a bit would be lost."""
     cast = scales.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,10 @@ from typing import Any
 from ...kernels.reference import group_count
 from .in_memory import InMemory
 from .packed import CheckpointError
+
+_LARGEST_GROUP = 2**31 - 1
+_MOST_WAYS = 10**8  # of sharing a name out among the repeats of a pattern: a few seconds
+_SHOWN = 80  # letters of a pattern or name, in an error
 
 Known = Mapping[str, Callable[[Any], bool]]
 
@@ -68,11 +73,12 @@ def require_known(config: Mapping[str, Any], known: Known, place: str = "quantiz
 
 @dataclass(frozen=True)
 class Rule:
-    """What a config says of the layers that a pattern of its fits: their group size, or the problem with reading them."""
+    """What a config says of the layers that a pattern of its fits: group size and bits, or the problem with reading them."""
 
     fits: Callable[[str], bool]
     group_size: int = -1
     problem: str = ""
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,8 @@ class Settings:
 
     group_sizes: the sizes that occur; a layer has the one that fits its number of groups. per_layer: name -> (in_features,
     group_size, bits) where the shapes alone do not tell. rules: the first that fits a layer's name decides; problem: with layers
-    that none fits. zero_offset: added to a stored zero, modulo 16. experts, in_memory: as in Summary. rescaled: name -> what a
-    QuantLinear has under this name, where that is not 1.
+    that none fits; width: their bits. zero_offset: added to a stored zero, modulo 2^bits. experts, in_memory: as in Summary.
+    rescaled: name -> what a QuantLinear has under this name, where that is not 1.
     """
 
     group_sizes: tuple[int, ...]
@@ -93,20 +99,27 @@ class Settings:
     rules: tuple[Rule, ...] = ()
     problem: str = ""
     rescaled: Mapping[str, float] = field(default_factory=dict)
+    width: int = 4
 
     def of(self, name: str) -> Settings:
         """Give the settings of one layer. CheckpointError where the config says that it cannot be read."""
         if (entry := self.per_layer.get(name)) is not None:
-            return replace(self, group_sizes=(entry[1],), per_layer={name: entry})
-        rule = next((rule for rule in self.rules if rule.fits(name)), None)
+            return replace(self, group_sizes=(entry[1],), per_layer={name: entry}, width=entry[2])
+        rule = self._rule(name)
         if problem := self.problem if rule is None else rule.problem:
             raise CheckpointError(problem)
-        sizes = self.group_sizes if rule is None else (rule.group_size,)
-        return replace(self, group_sizes=sizes, per_layer={}, rules=(), problem="")
+        sizes, width = (self.group_sizes, self.width) if rule is None else ((rule.group_size,), rule.bits)
+        return replace(self, group_sizes=sizes, per_layer={}, rules=(), problem="", width=width)
+
+    def _rule(self, name: str) -> Rule | None:
+        return next((rule for rule in self.rules if rule.fits(name)), None)
 
     def bits(self, name: str) -> int:
-        """Give the bits of one layer: 4, unless an entry of its own says otherwise."""
-        return self.per_layer[name][2] if name in self.per_layer else 4
+        """Give the bits of one layer: those of its own entry, of the first rule that fits it, or the usual ones."""
+        if name in self.per_layer:
+            return self.per_layer[name][2]
+        rule = self._rule(name)
+        return self.width if rule is None else rule.bits
 
     def group_size(self, in_features: int, groups: int, short: bool = False) -> int:
         """Find the size that makes ``groups`` groups of ``in_features`` channels, all full unless ``short``.
@@ -126,22 +139,23 @@ class Settings:
         return fitting[0]
 
 
-def with_dynamic(settings: Settings, config: Mapping[str, Any], *bits: str) -> Settings:
+def with_dynamic(settings: Settings, config: Mapping[str, Any], *bits: str, widths: tuple[int, ...] = (4,)) -> Settings:
     """Add what GPTQModel's ``dynamic`` says: "-:PATTERN" leaves layers float, "+:PATTERN" or "PATTERN" gives other settings.
 
-    The first pattern that matches from the beginning of a name decides, as there. bits: the names of the config's own entry.
+    The first pattern that matches from the beginning of a name decides, as there. bits: the names of the config's own
+    entry; widths: which values of it can be read.
     """
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, dict) or not all(isinstance(said, (dict, type(None))) for said in dynamic.values()):
         raise CheckpointError(f"quantization_config: dynamic={dynamic!r} is not pattern -> settings")
     own = int_setting(config, *bits)
-    if not dynamic:
-        require_bits(config, *bits)
-    rules = tuple(_rule(key, said or {}, settings.group_sizes[0], own) for key, said in dynamic.items())
-    return replace(settings, rules=rules, problem=_bits_problem(own, "bits"))
+    if not dynamic and own not in (None, *widths):
+        raise CheckpointError(f"quantization_config: {own} bits; of this format awq_ext reads {_either(widths)}")
+    rules = tuple(_rule(key, said or {}, settings.group_sizes[0], own, widths) for key, said in dynamic.items())
+    return replace(settings, rules=rules, problem=_bits_problem(own, "bits", widths), width=own or 4)
 
 
-def _rule(key: str, said: Mapping[str, Any], group_size: int, bits: int | None) -> Rule:
+def _rule(key: str, said: Mapping[str, Any], group_size: int, usual: int | None, widths: tuple[int, ...]) -> Rule:
     place = f"dynamic[{key!r}]"
     fits = regex(key[2:] if key[:2] in ("+:", "-:") else key, place)
     if key.startswith("-:"):
@@ -149,20 +163,64 @@ def _rule(key: str, said: Mapping[str, Any], group_size: int, bits: int | None) 
     require_known(said, _OF_A_PATTERN, f"quantization_config: {place}")
     own = int_setting(said, "bits")
     size = checked_group_size(int_setting(said, "group_size"), group_size)
-    return Rule(fits, size, _bits_problem(bits if own is None else own, place))
+    bits = usual if own is None else own
+    return Rule(fits, size, _bits_problem(bits, place, widths), bits or 4)
 
 
-def _bits_problem(bits: int | None, place: str) -> str:
-    return "" if bits in (None, 4) else f"it has {bits} bits ({place}); of this format awq_ext reads 4"
+def _bits_problem(bits: int | None, place: str, widths: tuple[int, ...]) -> str:
+    if bits in (None, *widths):
+        return ""
+    return f"it has {bits} bits ({place}); of this format awq_ext reads {_either(widths)}"
+
+
+def _either(widths: tuple[int, ...]) -> str:
+    return " or ".join(map(str, widths))
 
 
 def regex(pattern: str, place: str) -> Callable[[str], bool]:
-    """Compile a pattern that names must match from their beginning; CheckpointError for one that is none."""
+    """Compile a pattern that names must match from their beginning; CheckpointError for one that is none, or may take hours."""
+    shown = f"quantization_config: {place}: {pattern[:_SHOWN]!r}"
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise CheckpointError(f"quantization_config: {place}: {pattern!r} is no pattern: {error}") from None
-    return lambda name: compiled.match(name) is not None
+        compiled, repeats = re.compile(pattern), _repeats(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{shown} is no pattern: {error}") from None
+    if repeats is None:
+        raise CheckpointError(
+            f"{shown} repeats what repeats itself, for which matching may take hours: write it without"
+        )
+
+    def fits(name: str) -> bool:
+        if math.comb(len(name) + repeats, repeats) > _MOST_WAYS:
+            raise CheckpointError(f"{shown} has {repeats} repeats, for which matching {name[:_SHOWN]!r} may take hours")
+        return compiled.match(name) is not None
+
+    return fits
+
+
+def _repeats(pattern: str) -> int | None:
+    """Count the repeats of a pattern that compiles; None where one is around another, or a choice: ``(a+)+``, ``(a|b)*``.
+
+    A name of n letters can be shared out among r repeats in about n^r / r! ways, and among nested ones in 2^n; those are what a
+    match tries at worst. Escapes and classes are single letters here.
+    """
+    bare = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.DOTALL)
+    count, open_groups = 0, [False]  # whether they hold a repeat or a choice
+    held = False  # whether what was read last is a group that does
+    for token in re.findall(r"\(\?[a-zA-Z<=!:#P]*|(?:[*+?]|\{\d*,?\d*\})[?+]?|.", bare, flags=re.DOTALL):
+        was_held, held = held, False
+        if token.startswith("("):
+            open_groups.append(False)
+        elif token == ")" and len(open_groups) > 1:
+            held = open_groups.pop()
+            open_groups[-1] |= held
+        elif token == "|":
+            open_groups[-1] = True
+        elif token[0] in "*+?" or (token[0] == "{" and len(token) > 2):
+            if was_held and token[0] != "?":
+                return None
+            count += 1
+            open_groups[-1] = True
+    return count
 
 
 def int_setting(config: Mapping[str, Any], *names: str) -> int | None:
@@ -175,16 +233,10 @@ def int_setting(config: Mapping[str, Any], *names: str) -> int | None:
     return None
 
 
-def require_bits(config: Mapping[str, Any], *names: str) -> None:
-    """Raise CheckpointError unless the config says four bits (or nothing)."""
-    bits = int_setting(config, *names)
-    if bits not in (None, 4):
-        raise CheckpointError(f"quantization_config: {bits} bits; of this format awq_ext reads 4")
-
-
 def checked_group_size(value: int | None, default: int | None = None) -> int:
     """Check that a group size can be run, and return it; CheckpointError if it cannot."""
     value = default if value is None else value
-    if value is None or (value != -1 and value < 1):
-        raise CheckpointError(f"quantization_config: group_size={value!r}: a positive number or -1 is needed")
+    if value is None or (value != -1 and not 1 <= value <= _LARGEST_GROUP):
+        shown = value if value is None or abs(value) <= _LARGEST_GROUP else "a number of more than 31 bits"
+        raise CheckpointError(f"quantization_config: group_size={shown!r}: a positive number or -1 is needed")
     return value

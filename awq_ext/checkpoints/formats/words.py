@@ -1,4 +1,4 @@
-"""Pack eight codes to an int32 word, in the orders that layouts have, and turn whole matrices of them."""
+"""Pack eight codes of 4 bits, or four of 8, to an int32 word, in the orders that layouts have, and turn matrices of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...layers.quantized_weight import row_bytes
 from .packed import pack_rows
 
 # (distance in rows, bits of a word whose neighbour in that distance is swapped): 8 x 8 codes are transposed by swapping
@@ -14,26 +15,28 @@ _SWAPS = ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F))
 
 
 def words_of(rows: Tensor) -> Tensor:
-    """View packed rows uint8 [R, C/2] (as in QuantLinear) as int32 [R, ceil(C/8)]: lowest bits first, filled with 0."""
+    """View packed rows uint8 [R, B] (of 4 or 8 bits) as int32 [R, ceil(B/4)]: lowest bits first, filled with 0."""
     return pad(rows, (0, -rows.shape[1] % 4)).contiguous().view(torch.int32)
 
 
-def rows_of(words: Tensor, columns: int) -> Tensor:
-    """Invert words_of: int32 [R, ceil(C/8)] -> uint8 [R, ceil(C/2)]."""
-    rows = words.contiguous().view(torch.uint8)[:, : (columns + 1) // 2].contiguous()
-    if columns % 2:
+def rows_of(words: Tensor, columns: int, bits: int = 4) -> Tensor:
+    """Invert words_of: int32 [R, ceil(C * bits / 32)] -> uint8 [R, ceil(C/2)], or [R, C] of 8 bits."""
+    rows = words.contiguous().view(torch.uint8)[:, : row_bytes(columns, bits)].contiguous()
+    if bits == 4 and columns % 2:
         rows[:, -1] &= 15
     return rows
 
 
-def pack_words(values: Tensor) -> Tensor:
-    """Pack values below 16, uint8 [R, C] -> int32 [R, ceil(C/8)], lowest bits first, filled with 0."""
-    return words_of(pack_rows(values))
+def pack_words(values: Tensor, bits: int = 4) -> Tensor:
+    """Pack values of 4 or 8 bits, uint8 [R, C] -> int32 [R, ceil(C * bits / 32)], lowest bits first, filled with 0."""
+    return words_of(pack_rows(values) if bits == 4 else values)
 
 
-def unpack_words(words: Tensor, columns: int) -> Tensor:
+def unpack_words(words: Tensor, columns: int, bits: int = 4) -> Tensor:
     """Invert pack_words: uint8 [R, C]."""
     bytes_ = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return bytes_[:, :columns].contiguous()
     return torch.stack((bytes_ & 15, bytes_ >> 4), dim=-1).flatten(1)[:, :columns].contiguous()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 # ruff: noqa: F401  (imported for callers: reference.NAME)
 from .gptq import gptq_factor, gptq_quantize
-from .linear import RUN_CHANNELS, int8_activations, quant_linear, quant_weight
+from .linear import RUN_CHANNELS, int8_activations, quant_linear, quant_scale_gradient, quant_weight, scale_gradient
 from .quantize import SCALE_RANGE, dequantize_weight, pack_int4, quantize_weight, unpack_int4
 from .refine import refine_quantized
 from .search import code_losses, quadratic_loss, scale_losses, search_clip

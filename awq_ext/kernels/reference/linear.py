@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .quantize import dequantize_weight, unpack_int4
-from .sizes import group_length
+from .sizes import expand_groups, group_length, in_groups
 from .tiles import untile_codes, untile_scales, untile_zeros
 
 
@@ -17,6 +17,49 @@ def quant_weight(
     rows = untile_codes(tiles, out_features, in_features, group_size, bits)
     groups = untile_scales(scales, out_features), untile_zeros(zeros, out_features, bits)
     return dequantize_weight(unpack_int4(rows, in_features) if bits == 4 else rows, *groups, group_size)
+
+
+def quant_scale_gradient(
+    gradient: Tensor,
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    pre_quant_scale: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    """Compute what ``gradient`` [..., N] of quant_linear's output means for the scales of the weight's groups: fp32 [N, G].
+
+    For each output and group the sum over rows and channels of gradient * (code - zero) * x. Of ``scales`` only the shape counts.
+    """
+    rows = untile_codes(tiles, out_features, in_features, group_size, bits)
+    codes = unpack_int4(rows, in_features) if bits == 4 else rows
+    return scale_gradient(gradient, x, codes, untile_zeros(zeros, out_features, bits), group_size, pre_quant_scale)
+
+
+_ROWS_AT_ONCE = 256
+
+
+def scale_gradient(
+    gradient: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    zeros: Tensor,
+    group_size: int,
+    pre_quant_scale: Tensor | None = None,
+) -> Tensor:
+    """Do the same for codes uint8 [N, K] and zeros uint8 [N, G]. The gradient of the weight exists for some rows at a time."""
+    given, inputs = gradient.reshape(-1, gradient.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
+    if pre_quant_scale is not None:
+        inputs = inputs * pre_quant_scale
+    found = torch.zeros(zeros.shape, dtype=torch.float32, device=zeros.device)
+    for part in torch.arange(len(codes), device=codes.device).split(_ROWS_AT_ONCE):
+        integers = codes[part].float() - expand_groups(zeros[part].float(), codes.shape[1], group_size)
+        found[part] = in_groups((given[:, part].T @ inputs) * integers, group_size).sum(-1)
+    return found
 
 
 RUN_CHANNELS = 256  # the most channels that share a scale of int8 activations

@@ -9,6 +9,18 @@ from .quantize import SCALE_RANGE
 from .sizes import expand_groups, group_length
 
 
+def damped_moment(second_moment: Tensor, channel_scale: Tensor, damping: float) -> Tensor:
+    """Compute H = diag(1/s) second_moment diag(1/s) + damping * its diagonal: fp32 [K, K].
+
+    A channel that no input enters gets so little that the others decide on the scale of its group.
+    """
+    h = second_moment / (channel_scale[:, None] * channel_scale)
+    own = h.diagonal()
+    unseen = 1e-6 * float(own.double().mean()) or 1.0
+    own.copy_(torch.where(own > 0, own * (1 + damping), unseen))
+    return h
+
+
 def refine_quantized(
     weight: Tensor,
     codes: Tensor,
@@ -32,11 +44,7 @@ def refine_quantized(
     k, g, top = weight.shape[1], group_length(weight.shape[1], group_size), 2**bits - 1
     w = weight.float() if channel_scale is None else weight.float() * channel_scale
     s = torch.ones(k, device=w.device) if channel_scale is None else channel_scale
-    h = second_moment / (s[:, None] * s)
-    own = h.diagonal()
-    # a channel that no input enters gets so little that the others decide on the scale of its group
-    unseen = 1e-6 * float(own.double().mean()) or 1.0
-    own.copy_(torch.where(own > 0, own * (1 + damping), unseen))
+    h = damped_moment(second_moment, s, damping)
     steps, offsets, codes = scales.float(), zeros.float(), codes.float()
     largest = SCALE_RANGE[scales.dtype][1]
     with torch.autocast(weight.device.type, enabled=False):

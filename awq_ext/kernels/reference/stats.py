@@ -30,7 +30,7 @@ class ActivationStats:
         """
         flat = x.detach().reshape(-1, self.in_features)
         if weights is not None:
-            weights = _one_a_row(weights, len(flat)).to(flat.device)
+            weights = one_a_row(weights, len(flat)).to(flat.device)
         if mask is not None:
             kept = mask.reshape(-1).to(flat.device)
             flat, weights = flat[kept], None if weights is None else weights[kept]
@@ -74,7 +74,8 @@ class ActivationStats:
         return self._second_moment
 
 
-def _one_a_row(weights: Tensor, rows: int) -> Tensor:
+def one_a_row(weights: Tensor, rows: int) -> Tensor:
+    """Check that weights are fp32, one for each row: [rows], detached. TypeError or ValueError otherwise."""
     if weights.dtype != torch.float32:
         raise TypeError(f"ActivationStats.update: argument 'weights': expected float32, got {weights.dtype}")
     if weights.numel() != rows:

@@ -1,0 +1,1 @@
+"""Single files of checkpoints, before anybody asks what their tensors mean."""

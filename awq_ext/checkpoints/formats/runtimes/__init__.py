@@ -1,0 +1,1 @@
+"""Lay out quantized Linears as programs outside of Python have them: llama.cpp, MLX."""

@@ -1,0 +1,182 @@
+"""Write quantized layers and float tensors as one GGUF file, and read such a file under the model's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..formats import CheckpointError, PackedLinear, Summary
+from ..formats.runtimes.gguf import BLOCK, Q8_0, SIZES, Gguf, block_type
+from . import tokenizers
+from .architectures import Architecture, gguf
+
+GGUF = "model.gguf"
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KINDS = {dtype: kind for kind, dtype in _FLOATS.items()}
+
+
+def foreseen(source: Any, config: Mapping[str, Any]) -> Architecture:
+    """Check that every tensor has a name in GGUF; CheckpointError that names the first which has none."""
+    known = Architecture(config)
+    modules = known.modules()
+    for name in (*source.layers, *(name.rpartition(".")[0] for name in source.floats)):
+        if name not in modules:
+            raise CheckpointError(f"llama.cpp's {known.name} has no tensor for {name}: use another format")
+    return known
+
+
+def write_gguf(folder: Path, source: Any, layout: Gguf, summary: Summary, config: Mapping[str, Any]) -> None:
+    """Write ``source`` to model.gguf in ``folder``, with the tokenizer that lies there; one layer at a time is in memory."""
+    package, known = gguf(), foreseen(source, config)
+    writer = package.GGUFWriter(None, known.name)
+    known.describe(writer)
+    kinds = [block_type(facts.bits, facts.symmetric) for facts in summary.layers.values()]
+    usual = max(sorted(set(kinds)), key=kinds.count)
+    writer.add_file_type(package.LlamaFileType[f"MOSTLY_{usual}"])
+    writer.add_quantization_version(package.GGML_QUANT_VERSION)
+    tokenizers.describe(folder, writer, config["vocab_size"])
+    entries = list(_entries(source, known, summary))
+    for name, shape, kind, _ in entries:
+        size = np.empty((0,), np.uint8).dtype
+        nbytes = int(np.prod(shape)) * (1 if kind in SIZES else _FLOATS[kind].itemsize)
+        element = size if kind in SIZES else np.dtype(np.float32)
+        writer.add_tensor_info(name, shape, element, nbytes, raw_dtype=package.GGMLQuantizationType[kind])
+    writer.write_header_to_file(folder / GGUF)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    bias: Tensor | None = None
+    for name, _, kind, made_of in entries:
+        if made_of is None:  # of the layer before
+            tensor = bias
+        elif kind in SIZES:
+            packed = _reordered(source.layer(made_of), known.rows(made_of, summary.layers[made_of].out_features))
+            tensors = layout.pack(packed)
+            tensor, bias = tensors["blocks"].flatten(1), tensors.get("bias")
+        else:
+            tensor = _float(source, known, made_of) if name != "rope_freqs.weight" else known.tensors()[name]
+        writer.write_tensor_data(_array(tensor.to(_FLOATS[kind]) if kind in _FLOATS else tensor))
+    writer.close()
+
+
+def _entries(
+    source: Any, known: Architecture, summary: Summary
+) -> Iterator[tuple[str, tuple[int, ...], str, str | None]]:
+    """List the tensors to write: name, shape (of blocks: bytes of a row), type, and what of ``source`` they are made of."""
+    modules = known.modules()
+    for name in source.floats:
+        module, _, leaf = name.rpartition(".")
+        shape, dtype = source.shape(name), source.dtype(name)
+        # llama.cpp adds and multiplies vectors in float32 only
+        kind = "F32" if len(shape) == 1 or dtype not in _KINDS else _KINDS[dtype]
+        yield f"{modules[module]}.{leaf}", shape, kind, name
+    for name, tensor in known.tensors().items():
+        yield name, tuple(tensor.shape), "F32", name
+    for name, facts in summary.layers.items():
+        kind = block_type(facts.bits, facts.symmetric)
+        yield f"{modules[name]}.weight", (facts.out_features, facts.in_features // BLOCK * SIZES[kind]), kind, name
+        if source.outline(name).bias is not None:
+            yield f"{modules[name]}.bias", (facts.out_features,), "F32", None
+
+
+def _float(source: Any, known: Architecture, name: str) -> Tensor:
+    tensor, module = source.float_tensor(name), name.rpartition(".")[0]
+    rows = known.rows(module, tensor.shape[0])
+    return tensor.cpu() if rows is None else tensor.cpu()[rows]
+
+
+def _reordered(layer: PackedLinear, rows: Tensor | None) -> PackedLinear:
+    if rows is None:
+        return layer
+    bias = None if layer.bias is None else layer.bias[rows]
+    return replace(layer, qweight=layer.qweight[rows], scales=layer.scales[rows], zeros=layer.zeros[rows], bias=bias)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _opened(file: Path) -> list[Any]:
+    package = gguf()
+    try:
+        return package.GGUFReader(file).tensors
+    except Exception as error:  # of a reader that trusts the file
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+
+
+def kinds_in(file: Path) -> list[tuple[str, int]]:
+    """List type and number of weights of each tensor in a GGUF file; CheckpointError for a damaged one."""
+    return [(tensor.tensor_type.name, int(tensor.n_elements)) for tensor in _opened(file)]
+
+
+class GgufTensors:
+    """The tensors of model.gguf in ``folder`` under the names of the model, as Shards has those of safetensors files.
+
+    Of a quantized layer: blocks uint8 [N, K/32, B], see ``Gguf``. Rows are in the model's order.
+    CheckpointError for a damaged file, for tensors that the architecture has no name for, and for types that are not known here.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.folder, self._known = folder, Architecture(config)
+        named = str(config.get("dtype") or config.get("torch_dtype"))
+        self._vectors = next((dtype for dtype in _KINDS if str(dtype) == f"torch.{named}"), torch.float32)
+        found = _opened(folder / GGUF)
+        names = {there: name for name, there in self._known.modules().items()}
+        self._home: dict[str, tuple[str, Any]] = {}
+        for tensor in found:
+            if tensor.name in self._known.tensors():
+                continue  # which transformers computes
+            there, _, leaf = tensor.name.rpartition(".")
+            kind = tensor.tensor_type.name
+            if there not in names or (kind not in SIZES and kind not in _FLOATS):
+                raise CheckpointError(
+                    f"{folder / GGUF}: {tensor.name} ({kind}) is not known; types that can be read: {', '.join((*SIZES, *_FLOATS))}"
+                )
+            quantized = kind in SIZES and leaf == "weight"
+            self._home[f"{names[there]}.{'blocks' if quantized else leaf}"] = (kind, tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._home
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Tell the dtype: uint8 of blocks; of vectors, which GGUF has in float32 alone, that of the config."""
+        kind, tensor = self._home[name]
+        return self._vectors if kind == "F32" and len(tensor.shape) == 1 else _FLOATS.get(kind, torch.uint8)
+
+    def bits(self, layer: str) -> int:
+        """Tell the width of a quantized layer's codes."""
+        return 8 if self._home[f"{layer}.blocks"][0] == Q8_0 else 4
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Tell the shape."""
+        kind, tensor = self._home[name]
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        return shape if kind in _FLOATS else (shape[0], shape[1] // BLOCK, SIZES[kind])
+
+    def get(self, name: str) -> Tensor:
+        """Read a tensor, to the CPU."""
+        kind, tensor = self._home[name]
+        data = torch.from_numpy(np.array(tensor.data))
+        data = data.view(_FLOATS.get(kind, torch.uint8)).view(self.shape(name)).to(self.dtype(name))
+        rows = self._known.rows(name.rpartition(".")[0], data.shape[0], back=True)
+        return data if rows is None else data[rows]
+
+    def leaves(self, names: Any = None) -> dict[str, dict[str, str]]:
+        """Sort tensors by module: its name -> last part of the tensor's name -> the tensor's name."""
+        modules: dict[str, dict[str, str]] = {}
+        for name in self if names is None else names:
+            module, _, leaf = name.rpartition(".")
+            modules.setdefault(module, {})[leaf] = name
+        return modules

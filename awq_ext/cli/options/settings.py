@@ -1,0 +1,87 @@
+"""Fields of AwqConfig, read from options."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Parse ``clip=false`` to ("clip", False): the value is JSON or a word. A usage error unless it is FIELD=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"{text!r} is not FIELD=VALUE, such as clip=false")
+    try:
+        return name, json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except ValueError:
+        return name, value  # a word, such as auto
+
+
+def parse_method(text: str) -> dict[str, Any]:
+    """Parse ``awq,clip=false,label=no clip`` to fields of AwqConfig and a label; a name may be that of an effort."""
+    from ...config import EFFORTS
+
+    name, *fields = text.split(",")
+    return {"label": text, "effort" if name in EFFORTS else "method": name} | dict(map(parse_setting, fields))
+
+
+def parse_per_layer(text: str) -> dict[str, dict[str, Any]]:
+    """Parse ``*.down_proj:bits=8,group_size=64``, or JSON, to fields by pattern; a usage error for anything else."""
+    if text.lstrip().startswith("{"):
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is no JSON: {error}", param_hint="--per-layer") from None
+        if all(isinstance(fields, dict) for fields in found.values()):
+            return found
+    elif split := re.fullmatch(r"(.+):([^:=]+=[^:]*)", text):  # the last colon: regular expressions hold others
+        return {split[1]: dict(map(parse_setting, split[2].split(",")))}
+    raise typer.BadParameter(
+        f"{text!r} is not PATTERN:FIELD=VALUE, such as '*.down_proj:bits=8', nor JSON, such as "
+        '\'{"*.down_proj": {"bits": 8}}\'',
+        param_hint="--per-layer",
+    )
+
+
+def read_settings(
+    fields: Mapping[str, Any],
+    more: Iterable[str],
+    skip: Iterable[str] = (),
+    per_layer: Iterable[str] = (),
+    head: str | None = None,
+) -> dict[str, Any]:
+    """Read fields of AwqConfig from options and ``--set``, checked before a model is loaded for nothing; else a usage error.
+
+    fields: those that are None keep their default. per_layer: as :func:`parse_per_layer` reads it, added to that of ``more``.
+    """
+    from ...config import AwqConfig, understood
+
+    try:
+        chosen = {name: value for name, value in fields.items() if value is not None}
+        chosen |= understood(dict(map(parse_setting, more)))
+        for given in map(parse_per_layer, per_layer):
+            before = chosen.get("per_layer", {})
+            chosen["per_layer"] = {**before, **{name: {**before.get(name, {}), **given[name]} for name in given}}
+        if head is not None:
+            if "head" in chosen:
+                raise ValueError(f"--head {head} sets head, which --set gives too ({chosen['head']}): leave one out")
+            chosen["head"] = head
+        if skip := tuple(skip):
+            chosen["skip"] = (*AwqConfig.from_dict(chosen).skip, *skip)
+        AwqConfig.from_dict(chosen)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
+    return chosen
+
+
+def with_builtin(calib: Iterable[Path], chosen: dict[str, Any]) -> dict[str, Any]:
+    """Let a model that is calibrated on the built-in texts write some of its own too, unless the settings say how much."""
+    from ...calibration.builtin import WRITTEN
+    from ..texts import is_builtin
+
+    return {"generated_tokens": WRITTEN, **chosen} if any(map(is_builtin, calib)) else chosen

@@ -1,0 +1,20 @@
+"""Presets by the time that quantizing may take: ``effort="fast"``, ``"balanced"`` or ``"best"``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# What each stands for; what it gives and costs: docs/research-notes-tuning.md.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "awq", "tune_scales": 0},
+    "balanced": {"method": "awq+gptq", "weighed_batches": 4, "tune_scales": 0},
+    "best": {"method": "awq+gptq", "weighed_batches": 4, "tune_scales": 2},
+}
+
+
+def effort_fields(effort: Any) -> Mapping[str, Any]:
+    """Return the fields of AwqConfig that an effort stands for; ValueError for one that there is not."""
+    if not isinstance(effort, str) or effort not in EFFORTS:
+        raise ValueError(f"AwqConfig.effort={effort!r}: choose one of {', '.join(map(repr, EFFORTS))}")
+    return EFFORTS[effort]

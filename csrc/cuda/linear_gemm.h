@@ -1,0 +1,124 @@
+// y = x W^T for many rows of activations, on tensor cores.
+//
+// A block computes 128 rows by 128 outputs (four tiles), its eight warps 64 rows by one tile each. Channels pass by 64
+// at a time, through a ring of kStages buffers in shared memory that cp.async fills: while one is multiplied, the next
+// two are on their way. Codes are decoded in registers, to exact integers; a group's sums, in fp32, are multiplied by
+// its scale when it ends. For weights whose groups are whole chunks of four steps, or with one group a row.
+#pragma once
+
+#include "cuda/linear_small.h"
+
+namespace awq::cuda {
+
+constexpr int kGemmRows = 128, kGemmTiles = 4, kGemmSteps = 16, kGemmThreads = 256, kStages = 3;
+
+template <int kBits>
+struct GemmStage {
+  // Row r has 8 pieces of 16 bytes, in pairs; pair p lies at p ^ (r % 4), so that the four rows that half a warp reads
+  // at a time, 32 bytes of each, are in different banks.
+  alignas(16) uint8_t x[kGemmRows * 128];
+  alignas(16) uint8_t codes[kGemmTiles * kGemmSteps * 16 * kBits];
+};
+
+template <int kBits>
+__device__ inline void fill_stage(GemmStage<kBits>& stage, const Weight& w, const LinearRows& rows, int first_step) {
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kGemmRows * 8 / kGemmThreads; ++i) {
+    const int piece = thread + i * kGemmThreads, r = piece / 8, c = piece % 8;
+    const int64_t row = static_cast<int64_t>(blockIdx.y) * kGemmRows + r, channel = 4 * int64_t{first_step} + 8 * c;
+    const bool there = row < rows.rows && channel < rows.pitch;
+    copy16(stage.x + r * 128 + ((c / 2) ^ (r % 4)) * 32 + c % 2 * 16,
+           there ? rows.x + row * rows.pitch + channel : rows.x, there ? 16 : 0);
+  }
+  constexpr int kTileBytes = kGemmSteps * 16 * kBits, kPieces = kGemmTiles * kTileBytes / 16;
+#pragma unroll
+  for (int i = 0; i < kPieces / kGemmThreads; ++i) {
+    const int at = (thread + i * kGemmThreads) * 16, step = first_step + at % kTileBytes / (16 * kBits);
+    const int64_t tile = static_cast<int64_t>(blockIdx.x) * kGemmTiles + at / kTileBytes;
+    const bool there = tile < w.tiles && step < w.steps;
+    copy16(stage.codes + at, there ? w.codes + (tile * w.steps + step) * (16 * kBits) + at % (16 * kBits) : w.codes,
+           there ? 16 : 0);
+  }
+}
+
+// Writes the sums of a warp: rows from `first` on, outputs of a tile.
+template <bool kHalf>
+__device__ inline void store_tile(const Weight& w, const LinearRows& rows, int64_t tile, int64_t first,
+                                  const LaneSums<8>& sums) {
+  constexpr Type kType = kHalf ? Type::f16 : Type::bf16;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t output = tile * 32 + 16 * h + 2 * g;
+    if (output >= w.n) continue;
+    const bool both = output + 1 < w.n;
+    const float bias[2] = {bias_at(rows, output), both ? bias_at(rows, output + 1) : 0.0f};
+#pragma unroll
+    for (int r = 0; r < 8; ++r)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t row = first + 8 * r + 2 * t + i, at = row * w.n + output;
+        if (row >= rows.rows) continue;
+        const float y[2] = {sums.total[h][r][i] + bias[0], sums.total[h][r][2 + i] + bias[1]};
+        if (w.n % 2 == 0) {  // two at a time
+          const uint32_t low = bits_in(y[0], kType), high = bits_in(y[1], kType);
+          reinterpret_cast<uint32_t*>(rows.y)[at / 2] = high << 16 | low;
+        } else {
+          store(rows.y, kType, at, y[0]);
+          if (both) store(rows.y, kType, at + 1, y[1]);
+        }
+      }
+  }
+}
+
+template <int kBits, bool kHalf>
+__global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearRows rows) {
+  auto* stages = reinterpret_cast<GemmStage<kBits>*>(shared_memory());
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, tile_here = warp % kGemmTiles, half = warp / kGemmTiles;
+  const int tile = static_cast<int>(blockIdx.x) * kGemmTiles + tile_here;
+  const int chunks = (w.steps + 3) / 4, rounds = (w.steps + kGemmSteps - 1) / kGemmSteps;
+
+  LaneSums<8> sums;
+  GroupBits<kBits> bits = {}, next = {};
+  Decoder<kBits, kHalf> decoder = {};
+  if (tile < w.tiles) next.read(w, tile, 0, g);
+  int group = 0, left = 0;  // the group that begins next, and the chunks until then
+
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i < rounds) fill_stage<kBits>(stages[i], w, rows, i * kGemmSteps);
+    commit_copies();
+  }
+  for (int round = 0; round < rounds; ++round) {
+    wait_copies<kStages - 2>();
+    sync_block();  // all have multiplied what is now overwritten, too
+    const int fresh = round + kStages - 1;
+    if (fresh < rounds) fill_stage<kBits>(stages[fresh % kStages], w, rows, fresh * kGemmSteps);
+    commit_copies();
+    const GemmStage<kBits>& stage = stages[round % kStages];
+#pragma unroll 1
+    for (int c = 0; c < kGemmSteps / 4 && round * (kGemmSteps / 4) + c < chunks; ++c) {
+      if (left == 0) {
+        bits = next;
+        decoder.set(bits);
+        left = (steps_of(w, group) + 3) / 4;
+        if (++group < w.groups && tile < w.tiles) next.read(w, tile, group, g);
+      }
+      const uint8_t* step = stage.codes + (tile_here * kGemmSteps + c * 4 + t) * (16 * kBits);
+      uint32_t a[2][4];
+      decoder.fragments(load_words<kBits>(step, g), a);
+#pragma unroll
+      for (int r = 0; r < 8; ++r) {
+        const int row = half * 64 + 8 * r + g;
+        const uint8_t* x = stage.x + row * 128 + (c ^ (row % 4)) * 32 + 8 * t;
+        sums.template multiply<kHalf>(a, r, *reinterpret_cast<const Activations*>(x));
+      }
+      if (--left == 0) sums.end_group(w, bits);
+    }
+  }
+  wait_copies<0>();
+  store_tile<kHalf>(w, rows, tile, static_cast<int64_t>(blockIdx.y) * kGemmRows + half * 64, sums);
+}
+
+}  // namespace awq::cuda

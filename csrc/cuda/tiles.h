@@ -1,0 +1,178 @@
+// The compute layout of base/layout.h as the tensor cores read it.
+//
+// A product m16n8k16 takes 16 outputs and 16 channels of the weight as its matrix A, and 8 rows of activations as B.
+// Which output is which row of A, and which channel which column, is free as long as B and C agree. So lane l = 4 g + t
+// of a warp takes step t of four, words 2g and 2g + 1 of it (8 bytes; the warp's are 256 bytes in a row): they hold
+// channels 4t .. 4t + 3 of outputs 2g, 2g + 1 (low nibbles) and 16 + 2g, 16 + 2g + 1 (high ones), the fragments of A of
+// two products. Rows g and g + 8 of A are outputs 2g and 2g + 1, columns 2t, 2t + 1, 2t + 8, 2t + 9 channels 4t .. 4t
+// + 3. In a word channels 0 and 1 are in even bytes, 2 and 3 in odd ones: pairs in the halves of a word, as A has them.
+// So the layout that the CPU reads serves a GPU as it is.
+#pragma once
+
+#include "base/layout.h"
+#include "cuda/device.h"
+
+namespace awq::cuda {
+
+struct Weight {
+  const uint8_t* codes;    // [T][S][16 bits]
+  const uint16_t* scales;  // [T][G][32]
+  const uint8_t* zeros;    // [T][G][4 bits]
+  Type scale_type;
+  int n;
+  int k;
+  int group;        // channels in a full group
+  int groups;       // in a row
+  int group_steps;  // in a full group
+  int steps;        // in a row
+  int tiles;
+};
+
+inline Weight make_weight(const void* codes, const void* scales, int64_t scale_type, const void* zeros, int64_t n,
+                          int64_t k, int64_t group) {
+  return {static_cast<const uint8_t*>(codes),
+          static_cast<const uint16_t*>(scales),
+          static_cast<const uint8_t*>(zeros),
+          static_cast<Type>(scale_type),
+          static_cast<int>(n),
+          static_cast<int>(k),
+          static_cast<int>(group),
+          static_cast<int>(ceil_div(k, group)),
+          static_cast<int>(ceil_div(group, 4)),
+          static_cast<int>(step_count(k, group)),
+          static_cast<int>(tile_count(n))};
+}
+
+// Steps of group i, which may be the short last one.
+__device__ inline int steps_of(const Weight& w, int i) {
+  const int left = w.steps - i * w.group_steps;
+  return left < w.group_steps ? left : w.group_steps;
+}
+
+// The words of one lane: its two of a step for 4 bits, and for 8 bits words 2g, 2g + 1, 16 + 2g, 17 + 2g.
+template <int kBits>
+struct LaneWords {
+  uint32_t w[kBits / 2];
+};
+
+// `step` points to the lane's step, in global or shared memory.
+template <int kBits>
+__device__ inline LaneWords<kBits> load_words(const uint8_t* step, int g) {
+  struct alignas(8) Pair {
+    uint32_t a, b;
+  };
+  LaneWords<kBits> out;
+  for (int v = 0; v < kBits / 4; ++v) {
+    const Pair pair = *reinterpret_cast<const Pair*>(step + 64 * v + 8 * g);
+    out.w[2 * v] = pair.a;
+    out.w[2 * v + 1] = pair.b;
+  }
+  return out;
+}
+
+// Scales and zeros of the lane's four outputs in one group, as they lie in memory.
+template <int kBits>
+struct GroupBits {
+  uint32_t scales[2];         // of outputs 2g, 2g + 1 and of 16 + 2g, 17 + 2g
+  uint32_t zeros[kBits / 4];  // two bytes each
+
+  __device__ void read(const Weight& w, int tile, int group, int g) {
+    const int64_t at = static_cast<int64_t>(tile) * w.groups + group;
+    for (int h = 0; h < 2; ++h) scales[h] = *reinterpret_cast<const uint32_t*>(w.scales + at * 32 + 16 * h + 2 * g);
+    for (int v = 0; v < kBits / 4; ++v)
+      zeros[v] = *reinterpret_cast<const uint16_t*>(w.zeros + at * 4 * kBits + 16 * v + 2 * g);
+  }
+
+  // Zero of output 16 h + 2g + i.
+  __device__ uint32_t zero(int h, int i) const {
+    return kBits == 4 ? zeros[0] >> (8 * i + 4 * h) & 15 : zeros[kBits / 4 - 1 == 0 ? 0 : h] >> (8 * i) & 255;
+  }
+  __device__ float scale(const Weight& w, int h, int i) const {
+    return value_of(static_cast<uint16_t>(scales[h] >> (16 * i)), w.scale_type);
+  }
+};
+
+// From codes to the exact integers code - zero, in pairs of fp16 or bf16. With exponent bits above it a code is the
+// float 1024 + code (fp16) or 128 + code (bf16, whose 7 bits of fraction hold codes of 4 bits only); the difference of
+// two of these is exact. bf16 of 8 bits goes by fp32: |code - zero| <= 255 has 8 significant bits, so the upper half of
+// the fp32 is exact.
+template <int kBits, bool kHalf>
+struct Decoder {
+  static constexpr bool kWide = kBits == 8 && !kHalf;
+  static constexpr uint32_t kMagic = kWide ? 0x4b000000u : kHalf ? 0x64006400u : 0x43004300u;
+  uint32_t zero[2][2];  // of output 16 h + 2g + i, twice in a word; kWide: the fp32 2^23 + zero
+
+  __device__ void set(const GroupBits<kBits>& bits) {
+    for (int h = 0; h < 2; ++h)
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t z = bits.zero(h, i);
+        zero[h][i] = kMagic | (kWide ? z : z << 16 | z);
+      }
+  }
+
+  __device__ uint32_t pair(uint32_t codes, uint32_t z) const {
+    if constexpr (kWide) {
+      const float zero = float_of(z);
+      const float low = float_of(kMagic | (codes & 0xffffu)) - zero, high = float_of(kMagic | codes >> 16) - zero;
+      return join_high(bits_of(low), bits_of(high));
+    } else {
+      return kHalf ? sub_half2(codes | kMagic, z) : sub_bf16x2(codes | kMagic, z);
+    }
+  }
+
+  __device__ void fragments(const LaneWords<kBits>& words, uint32_t (&a)[2][4]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) fragment(words, h, a[h]);
+  }
+
+  // The fragment of A of outputs 16 h ..
+  __device__ void fragment(const LaneWords<kBits>& words, int h, uint32_t (&a)[4]) const {
+    constexpr uint32_t kMask = kBits == 4 ? 0x000f000fu : 0x00ff00ffu;
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t word = kBits == 4 ? words.w[i] >> (4 * h) : words.w[kBits == 4 ? i : 2 * h + i];
+      a[i] = pair(word & kMask, zero[h][i]);
+      a[2 + i] = pair(word >> 8 & kMask, zero[h][i]);
+    }
+  }
+};
+
+// Eight bytes of a row of activations: the fragment of B for the lane's four channels.
+struct alignas(8) Activations {
+  uint32_t b[2];
+};
+
+// The sums of a lane for 32 outputs and 8 kEights rows, fragments of C: [h][r][i] belongs to output 16 h + 2g + i / 2
+// and row 8 r + 2t + i % 2.
+template <int kEights>
+struct LaneSums {
+  float total[2][kEights][4] = {};
+  float part[2][kEights][4] = {};  // of the group that is being added up, without its scale
+
+  template <bool kHalf>
+  __device__ void multiply(const uint32_t (&a)[2][4], int r, const Activations& x) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if constexpr (kHalf)
+        mma_f16(part[h][r], a[h], x.b);
+      else
+        mma_bf16(part[h][r], a[h], x.b);
+    }
+  }
+
+  template <int kBits>
+  __device__ void end_group(const Weight& w, const GroupBits<kBits>& bits) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float low = bits.scale(w, h, 0), high = bits.scale(w, h, 1);
+#pragma unroll
+      for (int r = 0; r < kEights; ++r)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          total[h][r][i] = fma_rn(i < 2 ? low : high, part[h][r][i], total[h][r][i]);
+          part[h][r][i] = 0.0f;
+        }
+    }
+  }
+};
+
+}  // namespace awq::cuda

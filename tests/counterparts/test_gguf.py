@@ -1,0 +1,41 @@
+"""llama.cpp and the gguf package: files written here dequantize to the same weights there, and generate the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from counterparts.counterpart import GGUF_SETTINGS, clear_prompt, needed, prompt_file, quantized_llama, run, tiny_qwen2
+from safetensors.torch import load_file
+
+import awq_ext
+
+pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
+
+
+@pytest.mark.parametrize("kind", list(GGUF_SETTINGS))
+def test_llama_cpp_generates_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    needed("llama-cpp")
+    model = quantized_llama(**GGUF_SETTINGS[kind])
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gguf")
+    (prompt, generated), out = clear_prompt(tmp_path, model), tmp_path / "out.safetensors"
+    run("llama-cpp", "llama_cpp_generate.py", folder / "model.gguf", prompt, out)
+    theirs = load_file(out)
+    assert torch.equal(generated, theirs["generated"])
+    with torch.no_grad():
+        ours = model(load_file(prompt)["tokens"]).logits
+    # its products of integers round activations to 8 bits in groups of 32, and keys and values to float16
+    assert (ours - theirs["logits"]).norm() < 0.02 * ours.norm()
+
+
+def test_llama_cpp_runs_qwen2(tmp_path: Path) -> None:
+    """With biases, and rows in the order of transformers."""
+    needed("llama-cpp")
+    model = tiny_qwen2(torch.float32, group_size=32)
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gguf")
+    prompt, out = prompt_file(tmp_path, bytes(range(3, 60, 3))), tmp_path / "out.safetensors"
+    run("llama-cpp", "llama_cpp_generate.py", folder / "model.gguf", prompt, out)
+    with torch.no_grad():
+        ours = model(load_file(prompt)["tokens"]).logits
+    assert (ours - load_file(out)["logits"]).norm() < 0.02 * ours.norm()

@@ -1,0 +1,82 @@
+"""The CUDA kernels compiled for this processor: csrc/cuda/*.cu with csrc/cuda/host, where the threads of a block are fibers.
+
+with emulated_gpu.kernels(): awq_ext.kernels.cuda.quant_linear(...)   # takes tensors on the CPU
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from awq_ext.kernels.cuda import library
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+# What a GPU would not forgive stops the program: loads at odd addresses, shifts and sums that overflow.
+FLAGS = [
+    *("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
+    *("-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{CSRC}"),
+]
+
+
+def sources() -> list[Path]:
+    """What is compiled: the kernels, and what stands for a GPU."""
+    return [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "host" / "emulate.cpp"]
+
+
+def _cache() -> Path:
+    """A folder of this user's, named after what is compiled: of many processes of one run the first compiles."""
+    headers = sorted([*(CSRC / "cuda").rglob("*.h"), CSRC / "base" / "layout.h"])
+    text = b"".join(file.read_bytes() for file in [*sources(), *headers]) + " ".join(FLAGS).encode()
+    folder = Path(tempfile.gettempdir()) / f"awq_ext-emulated-{os.getuid()}" / hashlib.sha256(text).hexdigest()[:16]
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    assert folder.parent.stat().st_uid == os.getuid(), f"{folder.parent} belongs to somebody else"
+    return folder
+
+
+def _compile(compiler: str, folder: Path, to: Path) -> None:
+    objects = [folder / f"{source.stem}.o" for source in sources()]
+    compiles = [
+        [compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(made)]
+        for source, made in zip(sources(), objects, strict=True)
+    ]
+    for command in compiles:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    made = folder / "new.so"
+    subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(made)], check=True)
+    made.replace(to)
+
+
+@functools.cache
+def load() -> library.Library:
+    """Compile the library, unless another process has, and load it."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("the CUDA kernels are NOT tested: no C++ compiler")
+    folder = _cache()
+    made = folder / "libawq_emulated.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            _compile(compiler, folder, made)
+    return library.Library(made, "cpu")
+
+
+@contextmanager
+def kernels() -> Iterator[library.Library]:
+    """Inside the block ``awq_ext.kernels.cuda`` runs on the emulated GPU, for tensors on the CPU."""
+    loaded = load()
+    with library.using(loaded):
+        yield loaded

@@ -1,0 +1,36 @@
+"""No kernel reads or writes behind its arguments; and the guard pages that show it do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated_gpu
+
+TESTS = Path(__file__).resolve().parents[2]
+
+
+def run(*start: str) -> subprocess.CompletedProcess[str]:
+    emulated_gpu.load()
+    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS, *sys.path[1:])))
+    return subprocess.run(
+        [sys.executable, *start], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths}
+    )
+
+
+def test_kernels_stay_within_their_arguments() -> None:
+    done = run(str(Path(__file__).with_name("guarded.py")))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 300
+
+
+def test_a_read_behind_an_argument_is_fatal() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import guarded, torch, emulated_gpu\n"
+        "with emulated_gpu.kernels():\n"
+        "    short = torch.zeros(4096, dtype=torch.uint8)\n"
+        "    guarded.guarded_run('pack', short, short, 1, 4098, torch.zeros(2049, dtype=torch.uint8))\n"
+    )
+    assert run("-c", code).returncode < 0

@@ -1,0 +1,154 @@
+"""The Linear and the weight on the emulated GPU, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from awq_ext import _C
+from awq_ext.kernels import cuda, reference
+
+# (out_features, in_features, group size): short last groups, padded steps, groups that no product of 16 channels fits
+CASES = [(1, 1, -1), (5, 13, -1), (7, 13, 7), (9, 296, 128), (70, 70, 32), (33, 160, 16), (130, 152, 64), (40, 330, -1)]
+ROWS = [1, 3, 8, 11, 17, 33]  # for every kernel, and blocks of rows that are not full
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def tiled(n: int, k: int, group_size: int, bits: int, scale_dtype: torch.dtype = torch.float16) -> Parts:
+    """A random weight in the compute layout."""
+    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k), group_size, bits, scale_dtype=scale_dtype)
+    rows = _C.pack_int4(codes) if bits == 4 else codes
+    return _C.tile_codes(rows, k, group_size, bits), reference.tile_scales(scales), reference.tile_zeros(zeros, bits)
+
+
+def bound(x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor | None) -> Tensor:
+    """How far two results may be apart, fp32 [M, N].
+
+    Products of x and code - zero are exact (8 + 11 bits) or rounded once; they are added up in fp32, at most K times, on both sides
+    in different orders, and multiplied by scales: 2 (K + 6) u32 of the sum of magnitudes, with u32 = 2^-23 because tensor cores may
+    cut off instead of rounding. x * pre and the result are rounded to x's dtype, half an epsilon each, on either side.
+    """
+    scaled = x.float().abs() if pre is None else x.float().abs() * pre
+    size = scaled @ weight.abs().T
+    eps = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
+    off = size * (2 * (x.shape[1] + 6) * 2.0**-23 + (eps / 2 if pre is not None else 0.0))
+    largest = size + off + (0.0 if bias is None else bias.float().abs())
+    return off + largest * (eps + 2.0**-23) + (6e-8 if x.dtype == torch.float16 else 0.0)  # fp16: subnormals
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "group_size"), CASES)
+def test_quant_linear(dtype: torch.dtype, n: int, k: int, group_size: int, bits: int) -> None:
+    for i, rows in enumerate(ROWS):
+        scale_dtype = (torch.float16, torch.bfloat16)[i % 2]
+        extras = i % 3 != 0
+        parts = tiled(n, k, group_size, bits, scale_dtype)
+        x = torch.randn(rows, k).to(dtype)
+        bias = torch.randn(n).to(DTYPES[i % 3]) if extras else None
+        pre = torch.rand(k) + 0.5 if extras and i % 2 else None
+        ours, expected = (f.quant_linear(x, *parts, bias, pre, k, n, group_size, bits) for f in (cuda, reference))
+        assert ours.dtype == dtype
+        assert ours.shape == expected.shape
+        weight = reference.quant_weight(*parts, k, n, group_size, bits)
+        assert ((ours.float() - expected.float()).abs() <= bound(x, weight, bias, pre)).all(), (rows, scale_dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_integers_are_exact(dtype: torch.dtype, bits: int) -> None:
+    """With integer activations and scales of powers of two every sum is an integer below 2^24: nothing may be off at all."""
+    n, k, group = 40, 200, 64
+    parts = tiled(n, k, group, bits)
+    parts = parts[0], torch.exp2(torch.randint(-2, 3, parts[1].shape)).half(), parts[2]
+    weight = reference.quant_weight(*parts, k, n, group, bits)
+    for rows in (1, 40):
+        x = torch.randint(-1, 2, (rows, k)).to(dtype)
+        ours = cuda.quant_linear(x, *parts, None, None, k, n, group, bits)
+        assert torch.equal(ours, (x.double() @ weight.double().T).to(dtype))
+
+
+@pytest.mark.parametrize("rows", [2, 12, 40])
+def test_the_order_of_threads_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing barrier would."""
+    n, k, group = 40, 264, 64
+    results = []
+    parts, x = tiled(n, k, group, 4), torch.randn(rows, k).bfloat16()
+    for order in ("ascending", "descending"):
+        monkeypatch.setenv("AWQ_EMULATED_ORDER", order)
+        results.append([cuda.quant_linear(x.to(d), *parts, None, None, k, n, group, 4) for d in DTYPES])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k", "group_size"), CASES)
+def test_quant_weight(n: int, k: int, group_size: int, bits: int) -> None:
+    for scale_dtype in (torch.float16, torch.bfloat16):
+        args = (*tiled(n, k, group_size, bits, scale_dtype), k, n, group_size, bits)
+        exact = reference.quant_weight(*args)
+        assert torch.equal(cuda.quant_weight(*args), exact)
+        for dtype in (torch.float16, torch.bfloat16):
+            assert torch.equal(cuda.quant_weight(*args, dtype), exact.to(dtype))
+
+
+def test_any_shape_of_activations() -> None:
+    parts = tiled(12, 24, 8, 4)
+    wide = torch.randn(2, 3, 48).bfloat16()
+    for x in (wide[0, 0, :24], wide[..., ::2], wide[:0, :, :24], wide[..., 3:27]):
+        ours, expected = (f.quant_linear(x, *parts, None, None, 24, 12, 8, 4) for f in (cuda, reference))
+        assert ours.shape == expected.shape
+        torch.testing.assert_close(ours, expected, rtol=2**-7, atol=1e-2)
+    none = (
+        torch.zeros(0, 2, 64, dtype=torch.uint8),
+        torch.zeros(0, 1, 32).half(),
+        torch.zeros(0, 1, 16, dtype=torch.uint8),
+    )
+    assert cuda.quant_linear(torch.randn(3, 5).half(), *none, None, None, 5, 0, -1, 4).shape == (3, 0)
+
+
+def test_int8_rounds_activations_as_the_reference_does() -> None:
+    parts = tiled(12, 72, 32, 4)
+    for rows in (3, 40):
+        x = torch.randn(rows, 72)
+        args = (*parts, None, None, 72, 12, 32, 4, "int8")
+        torch.testing.assert_close(cuda.quant_linear(x, *args), reference.quant_linear(x, *args), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.randn(2, 23)}, ValueError, r"'x': expected shape \[2, 24\], got \[2, 23\]"),
+        (
+            {"x": torch.randn(2, 24).double()},
+            TypeError,
+            "'x': expected float32 or float16 or bfloat16, got torch.float64",
+        ),
+        ({"tiles": torch.zeros(1, 6, 32, dtype=torch.uint8)}, ValueError, r"'tiles': expected shape \[1, 6, 64\]"),
+        ({"tiles": torch.zeros(1, 6, 64)}, TypeError, "'tiles': expected uint8"),
+        ({"scales": torch.zeros(1, 3, 32)}, TypeError, "'scales': expected float16 or bfloat16"),
+        ({"zeros": torch.zeros(1, 2, 16, dtype=torch.uint8)}, ValueError, "'zeros': expected shape"),
+        ({"bias": torch.zeros(13)}, ValueError, "'bias': expected shape"),
+        ({"pre_quant_scale": torch.zeros(24).half()}, TypeError, "'pre_quant_scale': expected float32"),
+        ({"bits": 5}, ValueError, "'bits': expected 4 or 8, got 5"),
+        ({"group_size": 0}, ValueError, "'group_size': expected -1 or a positive number, got 0"),
+        ({"compute_dtype": "fp8"}, ValueError, "'compute_dtype': expected 'auto' or 'int8', got 'fp8'"),
+    ],
+)
+def test_wrong_arguments(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    names = (
+        "x",
+        "tiles",
+        "scales",
+        "zeros",
+        "bias",
+        "pre_quant_scale",
+        "in_features",
+        "out_features",
+        "group_size",
+        "bits",
+    )
+    values = (torch.randn(2, 24), *tiled(12, 24, 8, 4), None, None, 24, 12, 8, 4)
+    with pytest.raises(error, match=message):
+        cuda.quant_linear(**(dict(zip(names, values, strict=True)) | changes))
