@@ -20,7 +20,15 @@ from torch import nn
 import awq_ext
 
 FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
-MEASURED = ("date", "seconds", "tuning_seconds", "calibration_seconds", "search_seconds", "planned_memory_bytes", "peak_memory_bytes")
+MEASURED = (
+    "date",
+    "seconds",
+    "tuning_seconds",
+    "calibration_seconds",
+    "search_seconds",
+    "planned_memory_bytes",
+    "peak_memory_bytes",
+)
 
 
 def llama(**more: Any) -> tuple[nn.Module, list[Any], dict[str, Any]]:
