@@ -32,11 +32,16 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def environment() -> dict[str, str]:
+    """Variables for a process that sees this checkout and the tests' own modules, with one thread."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
 def start(size: int, arguments: list[str]) -> list[Started]:
     """Start ``size`` processes of ``python ARGUMENTS``, with the variables that torchrun sets."""
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    settings = os.environ | common | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    settings = environment() | common
     return [
         Started(
             rank,

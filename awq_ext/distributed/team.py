@@ -21,9 +21,9 @@ from torch import distributed as dist
 
 from ..undo import interrupt
 from .heart import Heart
+from .launch import TIMEOUT
 from .parcel import pack, unpack
 
-TIMEOUT = 120.0  # seconds
 _CHUNK = 64 << 20  # bytes that are sent at a time: each has ``timeout`` seconds
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02  # seconds between two looks
 
@@ -142,6 +142,11 @@ class Team:
                     raise TeamError(problem) from error
                 time.sleep(_LONGEST_WAIT)
             raise TeamError(f"a transfer between processes failed: {error}") from error
+
+
+def leads(team: Team | None) -> bool:
+    """Tell whether this is the first process of a team, or alone."""
+    return team is None or team.leads
 
 
 def _chunks(parcel: Tensor) -> Sequence[Tensor]:

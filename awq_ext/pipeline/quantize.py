@@ -12,7 +12,8 @@ from torch import nn
 
 from ..calibration.builtin import builtin_calibration, is_builtin
 from ..config import AwqConfig, configured
-from ..distributed.team import TIMEOUT, teamed
+from ..distributed.launch import TIMEOUT
+from ..distributed.team import leads, teamed
 from ..forwards.forked import finishing_after_fork
 from ..forwards.rescaled import Rescaling
 from ..layers.announcement import announce
@@ -31,7 +32,7 @@ from ..workdir.directory import opened as work_directory
 from .keeping import Keeping
 from .run import Run
 from .session import Session, session
-from .shared_keeping import SharedKeeping
+from .shared_keeping import SharedKeeping, keeping_for
 from .shared_run import SharedRun
 
 
@@ -83,10 +84,9 @@ def quantize(
         raise ValueError("fresh=True starts a work directory over: name it with resume=")
     options = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks, "progress": progress}
     with teamed(timeout, distributed) as team:
-        kept = resume is not None and (team is None or team.leads)
+        kept = resume is not None and leads(team)
         with work_directory(resume, fresh) if kept else nullcontext() as work:
-            keeping = Keeping(work) if team is None else SharedKeeping(team, work)
-            return quantize_in(keeping, model, calib_loader, configured(config, overrides), **options)
+            return quantize_in(keeping_for(team, work), model, calib_loader, configured(config, overrides), **options)
 
 
 def quantize_in(

@@ -121,3 +121,10 @@ def received(parcel: Tensor | None, surveyed: BlockSurvey) -> BlockResult:
     tensors, values = unpack(parcel)
     # clones: layers that share the memory of a parcel could not be freed one by one
     return BlockResult.read({name: one.clone() for name, one in tensors.items()}, values, surveyed.linears)
+
+
+def keeping_for(
+    team: Team | None, work: WorkDirectory | None, streamed: bool = False, limit: int | None = None
+) -> Keeping:
+    """Make the keeping of a process of ``team``; None: of a process alone."""
+    return Keeping(work, streamed, limit) if team is None else SharedKeeping(team, work, streamed, limit)

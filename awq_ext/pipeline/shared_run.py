@@ -115,6 +115,9 @@ class SharedRun(Run):
         if self._keeping.holds(window[0][0]):
             ((index, surveyed),) = window
             result = self.stored(Block(index, surveyed, [], True))
+            if not self._holds_back(index):  # through the float block, before its layers are swapped
+                for worker in workers:
+                    self._advance_to(worker, index + 1)
             return [result if self._everyone or self._team.leads else None]
         collected = self._collect_window(window, workers[1:])
         solved = self._solve_mine(window, collected, workers[0])

@@ -1,11 +1,15 @@
-"""One process of several that quantize a small model: ``python cases.py CASE FOLDER [RESUME [TIMEOUT]]``.
+"""One process of several that quantize a small model: ``python team_cases.py CASE FOLDER [OPTIONS]``.
 
-Writes FOLDER/RANK.pt: all bits of the model, and its report without what is measured.
+Writes FOLDER/RANK.pt: all bits of the model, and its report without what is measured. After an exception it prints it, and
+whether the model is what it was. OPTIONS, in JSON: settings of quantize(), and "fault": [KIND, RANK, BLOCK], what happens to that
+process when it begins to solve its block: "kill" (SIGKILL), "stop" (SIGSTOP) or "raise".
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +22,7 @@ from torch import distributed as dist
 from torch import nn
 
 import awq_ext
+from awq_ext.pipeline.shared_run import SharedRun
 
 FAST: dict[str, Any] = {"group_size": 16, "n_grid": 2, "progress": False}
 MEASURED = (
@@ -50,7 +55,7 @@ def padded(**more: Any) -> tuple[nn.Module, list[Any], dict[str, Any]]:
 def mixture(**more: Any) -> tuple[nn.Module, list[Any], dict[str, Any]]:
     """Few rows: some experts get none in some batches, and some none at all."""
     torch.manual_seed(1)
-    model = nn.Sequential(*(architectures.ExpertList(4) for _ in range(3)))
+    model = nn.Sequential(*(architectures.ExpertList(4) for _ in range(4)))
     return model, [torch.randn(3, architectures.HIDDEN) for _ in range(5)], more
 
 
@@ -108,9 +113,37 @@ def quantized(case: str, **more: Any) -> nn.Module:
         return awq_ext.quantize(model, batches, **FAST, **settings, **more)
 
 
-def main(case: str, folder: str, resume: str = "", timeout: str = "60") -> None:
+def arrange(kind: str, rank: int, block: int) -> None:
+    """Let something happen to process ``rank`` when it begins to solve a block."""
+    solve = SharedRun.solve
+
+    def faulty(run: SharedRun, one: Any, collected: Any) -> Any:
+        if dist.get_rank() == rank and one.index == block:
+            if kind == "raise":
+                raise ArithmeticError(f"no scales for block {block}")
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
+        return solve(run, one, collected)
+
+    SharedRun.solve = faulty
+
+
+def main(case: str, folder: str, options: str = "{}") -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    model = quantized(case, resume=resume or None, timeout=float(timeout))
+    settings = {"timeout": 60.0} | json.loads(options)
+    if fault := settings.pop("fault", None):
+        arrange(*fault)
+    model, batches, more = CASES[case]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            awq_ext.quantize(model, batches, **FAST, **more, **settings)
+    except Exception as error:
+        after = model.state_dict()
+        same = before.keys() == after.keys() and all(torch.equal(after[name], one) for name, one in before.items())
+        print(f"{type(error).__name__}: {error} | model {'as it was' if same else 'CHANGED'}", flush=True)
+        os._exit(3)  # torch's own group would wait for the process that is gone
     torch.save(outcome(model), Path(folder) / f"{os.environ['RANK']}.pt")
     dist.destroy_process_group()
 
