@@ -26,6 +26,7 @@ from ..forwards.calls import Call
 from ..forwards.lockstep import Worker, refuse_returns
 from ..forwards.memory import FreeMemory, release_free_memory
 from ..modules import foldable_norms
+from ..reporting.progress import say
 from ..reporting.tables import format_bytes
 from ..survey.survey import BlockSurvey
 from ..workdir.result import BlockResult
@@ -95,6 +96,14 @@ class SharedRun(Run):
                         self.finished(block, result)
                     bar.update()
         self._report.warnings += warnings_for(self._padded)
+        self._tell_what_was_sent()
+
+    def _tell_what_was_sent(self) -> None:
+        everyones = self._team.gathered(self._team.moved)
+        if self._progress:
+            sums = {what: sum(one.get(what, 0) for one in everyones) for one in everyones for what in one}
+            told = ", ".join(f"{format_bytes(count)} of {what}" for what, count in sums.items())
+            say(f"{self._team.size} processes sent each other {told}")
 
     def _windows(self) -> Iterator[Window]:
         """Yield blocks to be worked on together: finished ones alone, others as many as there are processes."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from awq_ext.calibration.statistics import Rows
@@ -40,3 +44,18 @@ def test_what_was_packed_is_forgotten() -> None:
     record.packed([])
     rows, padded = unpacked(record.packed([]), CPU)
     assert (list(rows), padded) == ([], [])
+
+
+def test_a_batch_takes_the_bytes_that_the_tables_of_docs_scale_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.delitem(sys.modules, "bench_scale", raising=False)
+    import bench_scale
+
+    model, record = (
+        bench_scale.llama("small", 1, hidden=256, intermediate=688, heads=4, kv_heads=2, head=64),
+        InputRecord(),
+    )
+    for place, (channels, copies, reached) in enumerate(model.inputs):
+        assert copies == reached == 1
+        record.take(f"layer {place}", Rows(torch.ones(1, 128, channels, dtype=torch.bfloat16), None, None, 128))
+    assert record.packed([]).nbytes == pytest.approx(128 * model.input_bytes, rel=0.01)
