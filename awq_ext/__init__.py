@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .checkpoints.formats.packed import CheckpointError
     from .checkpoints.saved import load, save
     from .config import AwqConfig
+    from .distributed.team import TeamError
     from .evaluation.bootstrap import Bootstrap, Estimate
     from .evaluation.compare import compare
     from .evaluation.comparison import Comparison
@@ -47,6 +48,7 @@ _PLACES = {
     "checkpoints.formats.packed": ("CheckpointError",),
     "checkpoints.saved": ("load", "save"),
     "config": ("AwqConfig",),
+    "distributed.team": ("TeamError",),
     "evaluation.bootstrap": ("Bootstrap", "Estimate"),
     "evaluation.compare": ("compare",),
     "evaluation.comparison": ("Comparison",),
@@ -82,6 +84,7 @@ __all__ = [
     "ResumeError",
     "Salience",
     "Sensitivity",
+    "TeamError",
     "__version__",
     "accuracy",
     "check_format",

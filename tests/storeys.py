@@ -21,7 +21,7 @@ STOREYS = (
     ("demo", "streaming"),
     ("evaluation", "integrations"),
     ("pipeline", "checkpoints"),
-    ("solving", "tuning", "workdir"),
+    ("solving", "tuning", "workdir", "distributed"),
     ("folding", "calibration"),
     ("survey",),
     ("standins",),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -104,6 +105,101 @@ class GroupStatistics:
         return list({id(self.inputs[name]): self.inputs[name] for name in names}.values())
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What arrived at an input in one call: x [..., K], which rows count (None: all), their weights fp32 [rows] (None: all 1).
+
+    seen: how many rows arrived, masked out or not.
+    """
+
+    x: Tensor
+    mask: Tensor | None
+    weights: Tensor | None
+    seen: int
+
+
+class BlockStatistics:
+    """Sums over the rows of all inputs of a block, from which the statistics of its groups are made."""
+
+    def __init__(
+        self,
+        surveyed: BlockSurvey,
+        device: torch.device,
+        accumulator: Callable[[int, torch.device], Accumulator] = kernels.activation_stats,
+    ) -> None:
+        self._inputs: dict[str, InputStatistics] = {}
+        self._groups = []
+        for group in surveyed.groups:
+            inputs: dict[str, InputStatistics] = {}
+            for part in group.inputs:
+                one = InputStatistics(accumulator(surveyed.linears[part[0]].in_features, device))
+                inputs |= dict.fromkeys(part, one)
+                self._inputs[part[0]] = one
+            self._groups.append(GroupStatistics(inputs))
+
+    def add(self, name: str, rows: Rows) -> None:
+        """Add rows that arrived at the input that the Linear ``name`` is the first to read."""
+        into = self._inputs[name]
+        into.rows_seen += rows.seen
+        into.stats.update(rows.x, rows.mask, rows.weights)
+
+    def groups(self, including_padding: Container[str]) -> list[GroupStatistics]:
+        """Return the statistics of each group. including_padding: names of all Linears whose rows include padding."""
+        for group in self._groups:
+            group.including_padding = [name for name in group.inputs if name in including_padding]
+        return self._groups
+
+
+class InputWatch:
+    """Sees the rows that arrive at the inputs of a block while batches run through it.
+
+    take: called with the name of the first Linear that reads an input, and the rows, call by call. weights: of the calibration rows
+    (None: all count alike).
+    """
+
+    def __init__(self, surveyed: BlockSurvey, weights: Weights | None, take: Callable[[str, Rows], None]) -> None:
+        self._surveyed, self._weights, self._take = surveyed, weights, take
+        self._padding = ExpertPadding(surveyed.mixtures)
+        self._whole: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Watch the batches that the body runs, each of which :meth:`begin` announces."""
+        with Hooks() as on:
+            on.enter_context(self._padding.on(norm_candidates(self._surveyed.block.module)))
+            for group in self._surveyed.groups:
+                for name, *_ in group.inputs:
+                    see = partial(self._see, name, name in group.experts)
+                    if (
+                        self._surveyed.linears[name] is self._surveyed.block.module
+                    ):  # its own hooks do not run on copies
+                        self._whole = see
+                    else:
+                        on.input(self._surveyed.linears[name], see)
+            yield
+
+    def begin(self, stop: Stop) -> None:
+        """Note the batch that runs next."""
+        self._padding.begin(stop)
+        if self._weights is not None:
+            self._weights.begin(stop.call)
+        if self._whole is not None:
+            self._whole(*stop.inputs)
+
+    @property
+    def including_padding(self) -> Collection[str]:
+        """Names of the Linears whose rows included padding so far, because no mask fits them."""
+        return self._padding.including_padding
+
+    def _see(self, name: str, expert: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = linear_input(args, kwargs)
+        mask = self._padding.row_mask(name, x)
+        # padding that reaches an expert does not count as seen: no token chose this expert
+        seen = int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
+        weights = None if self._weights is None else self._weights.following(name, x)
+        self._take(name, Rows(x, mask, weights, seen))
+
+
 def collect(
     surveyed: BlockSurvey,
     stops: Sequence[Stop],
@@ -118,48 +214,17 @@ def collect(
     again later, on other weights. Otherwise they move on to the next block, and the block runs once. weights: of the calibration
     rows (None: all count alike).
     """
-    statistics = []
-    padding = ExpertPadding(surveyed.mixtures)
-    whole: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
-
-    def feed(into: InputStatistics, name: str, expert: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = linear_input(args, kwargs)
-        mask = padding.row_mask(name, x)
-        # padding that reaches an expert does not count as seen: no token chose this expert
-        into.rows_seen += int(mask.sum()) if expert and mask is not None else x.numel() // x.shape[-1]
-        into.stats.update(x, mask, None if weights is None else weights.following(name, x))
-
-    def begin(stop: Stop) -> None:
-        padding.begin(stop)
-        if weights is not None:
-            weights.begin(stop.call)
-        if whole is not None:
-            whole(*stop.inputs)
-
-    with Hooks() as on:
-        on.enter_context(padding.on(norm_candidates(surveyed.block.module)))
-        for group in surveyed.groups:
-            inputs: dict[str, InputStatistics] = {}
-            for part in group.inputs:
-                leader = surveyed.linears[part[0]]
-                one = InputStatistics(accumulator(leader.in_features, device))
-                inputs |= dict.fromkeys(part, one)
-                watch = partial(feed, one, part[0], part[0] in group.experts)
-                if leader is surveyed.block.module:  # its own hooks do not run on copies
-                    whole = watch
-                else:
-                    on.input(leader, watch)
-            statistics.append(GroupStatistics(inputs))
-        begin(stops[0])
+    statistics = BlockStatistics(surveyed, device, accumulator)
+    watch = InputWatch(surveyed, weights, statistics.add)
+    with watch.on():
+        watch.begin(stops[0])
         output = stops[0].run_on_copies()
         free = FreeMemory()  # made once the sums are in memory, which is no growth to release
         for stop in stops[1:]:
-            begin(stop)
+            watch.begin(stop)
             if hold:
                 stop.run_on_copies()
             else:
                 stop.advance()
             free.release_if_grown()
-    for group in statistics:
-        group.including_padding = [name for name in group.inputs if name in padding.including_padding]
-    return statistics, output
+    return statistics.groups(watch.including_padding), output

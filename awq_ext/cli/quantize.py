@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..distributed.launch import TIMEOUT, one_of_several
 from ..reporting.readers import DEFAULT_FORMAT
 from ..reporting.tables import format_bytes
 from .console import command_line, console_for, one_line_errors, say, set_threads, write_json
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 
 @one_line_errors
+@one_of_several
 def quantize(
     context: typer.Context,
     model_dir: ModelDir,
@@ -136,6 +138,13 @@ def quantize(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over, instead of going on where an interrupted command stopped.")
     ] = False,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Of several processes, one that gives no sign of life for so long counts as dead, and all others end.",
+        ),
+    ] = TIMEOUT,
     json_path: JsonPath = None,
 ) -> None:
     """Quantize a Hugging Face model to int4.
@@ -149,6 +158,8 @@ def quantize(
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
     Interrupted in any way, the same command goes on after the last finished block; until OUT is there, OUT.partial holds them.
+
+    Several processes share the work: torchrun --nproc-per-node 4 -m awq_ext quantize ... (docs/scale.md).
 
     OUT holds config, tokenizer, weights, the report and a model card. Layouts without a place for scales that are applied at run
     time get a model whose scales are all folded (fold=always). What the layout cannot hold, such as widths that the group size does
@@ -190,17 +201,20 @@ def quantize(
     limit = memory_limit(max_memory) if device == "cpu" else None
     with (
         hf.told_to_go_on(out_dir),
-        working(source, out_dir, load, limit, hf.chosen_dtype(dtype), trust_remote_code, fresh) as at,
+        working(source, out_dir, load, limit, hf.chosen_dtype(dtype), trust_remote_code, fresh, timeout) as at,
     ):
         model = at.model
         hf.note_lengths(model, batches, samples)
         hf.check_format(model, batches[0], format, chosen)
-        remembered = _remembered(model, left)
+        remembered = _remembered(model, left) if at.leads else None
         at.quantize(batches, chosen)
         report = model.awq_report
         report.command = command_line(context)
-        hf.save_model(model, out_dir, format, covered, at.streamed)
+        if at.leads:
+            hf.save_model(model, out_dir, format, covered, at.streamed)
         at.work.remove()
+    if not at.leads:  # the first of several processes does the rest
+        return
     console.print(escape(report.summary()), soft_wrap=True)
     sizes = {"before": report.bytes_before, "after": report.bytes_after}
     console.print(_size_line(sizes), highlight=False)

@@ -39,7 +39,7 @@ class Block:
 class Stop:
     """A batch that waits at the entry of a block, and the very arguments of that call."""
 
-    def __init__(self, worker: _Worker, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, worker: Worker, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._worker = worker
         self.block = block
         self.call = worker.call
@@ -75,8 +75,11 @@ class Stop:
         self._worker.advance()
 
 
-class _Worker(greenlet.greenlet):
-    """One batch's forward. Talks to its caller (the greenlet that made it) by switching values back and forth."""
+class Worker(greenlet.greenlet):
+    """One batch's forward. Talks to its caller (the greenlet that made it) by switching values back and forth.
+
+    index: the batch's number, for messages. stop: where it waits; None before its start, while it runs and after its end.
+    """
 
     def __init__(
         self, model: nn.Module, index: int, call: Call, home: ThreadState, waits: Callable[[Stop], None]
@@ -113,6 +116,7 @@ class _Worker(greenlet.greenlet):
         self.stop = None
 
     def advance(self) -> None:
+        """Start the forward, or let it run on: to the next block or to its end."""
         interrupt.check()
         self.switch() if not self else self.switch(None)
 
@@ -143,13 +147,29 @@ def lockstep(
     block. ``waits`` is called for each batch that begins to wait. Leaving the context ends all forwards where they are (what
     follows the last block never runs) and removes every hook.
     """
+    with suspended(model, blocks, list(enumerate(calls)), waits) as workers:
+        yield _visits(blocks, workers)
+
+
+@contextmanager
+def suspended(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    calls: Sequence[tuple[int, Call]],
+    waits: Callable[[Stop], None] = lambda stop: None,
+) -> Iterator[list[Worker]]:
+    """Give the forwards of numbered ``calls``, not begun yet, each of which stops at the entry of every block.
+
+    The body advances them; it sees to it that no batch comes back to a block (:func:`refuse_returns`). All else as for
+    :func:`lockstep`.
+    """
     home = ThreadState.capture()
-    workers = [_Worker(model, i, call, home, waits) for i, call in enumerate(calls)]
+    workers = [Worker(model, index, call, home, waits) for index, call in calls]
     on = Hooks()
     try:
         for block in blocks:
             on.input(block.module, partial(_stop_at, block))
-        yield _visits(blocks, workers)
+        yield workers
     finally:
         on.close()
         for worker in workers:
@@ -159,15 +179,15 @@ def lockstep(
 
 def _stop_at(block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     worker = greenlet.getcurrent()
-    if isinstance(worker, _Worker):
+    if isinstance(worker, Worker):
         worker.pause(block, args, kwargs)
 
 
-def _visits(blocks: Sequence[Block], workers: Sequence[_Worker]) -> Iterator[tuple[Block, list[Stop]]]:
+def _visits(blocks: Sequence[Block], workers: Sequence[Worker]) -> Iterator[tuple[Block, list[Stop]]]:
     for worker in workers:
         worker.advance()
     for position, block in enumerate(blocks):
-        _refuse_returns(blocks[:position], workers)
+        refuse_returns(blocks[:position], workers)
         stops = [worker.stop for worker in workers if worker.stop is not None and worker.stop.block is block]
         yield block, stops
         for stop in stops:
@@ -175,7 +195,8 @@ def _visits(blocks: Sequence[Block], workers: Sequence[_Worker]) -> Iterator[tup
                 stop.advance()
 
 
-def _refuse_returns(done: Sequence[Block], workers: Sequence[_Worker]) -> None:
+def refuse_returns(done: Sequence[Block], workers: Sequence[Worker]) -> None:
+    """Raise CalibrationError where a batch waits at a block that is done."""
     for worker in workers:
         if worker.stop is not None and worker.stop.block in done:
             raise CalibrationError(

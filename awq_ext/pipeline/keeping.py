@@ -43,6 +43,11 @@ class Keeping:
         self.seconds_before = 0.0  # of the runs that finished what this one found
         self.peak_before = 0
 
+    @property
+    def tells(self) -> bool:
+        """Whether this process tells of the work, as one of several does."""
+        return True
+
     @contextmanager
     def measured(self) -> Iterator[PeakAnonymous | None]:
         """Measure memory while the body runs as a streamed run counts it; None: as others do."""
@@ -72,7 +77,7 @@ class Keeping:
                 f"forward of the first batch; the limit is {format_bytes(self._limit)}: give shorter or smaller calibration "
                 "batches, or a larger max_memory (--max-memory)"
             )
-        if self.work is not None:
+        if self.work is not None and self.tells:
             left = [one for i, one in enumerate(surveys) if not self.holds(i)]
             room = made_bytes(left, config)
             if self.streamed:  # of which a directory is made, with what stays float

@@ -12,6 +12,8 @@ from torch import nn
 
 from ..calibration.builtin import builtin_calibration, is_builtin
 from ..config import AwqConfig, configured
+from ..distributed.launch import TIMEOUT
+from ..distributed.team import leads, teamed
 from ..forwards.forked import finishing_after_fork
 from ..forwards.rescaled import Rescaling
 from ..layers.announcement import announce
@@ -30,6 +32,8 @@ from ..workdir.directory import opened as work_directory
 from .keeping import Keeping
 from .run import Run
 from .session import Session, session
+from .shared_keeping import SharedKeeping, keeping_for
+from .shared_run import SharedRun
 
 
 @finishing_after_fork
@@ -45,6 +49,8 @@ def quantize(
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    distributed: bool = True,
+    timeout: float = TIMEOUT,
     **overrides: Any,
 ) -> nn.Module:
     """Quantize the Linears of ``model`` to int4, in place, by activation-aware weight quantization (arXiv 2306.00978).
@@ -61,20 +67,26 @@ def quantize(
     resume: a directory for what is finished, made if need be. After an interrupt of any kind, SIGKILL and power cuts included, the
         same call on the same float model goes on after the last finished block, to the very result that it would have had. It stays
         when all is done: remove it once the model is saved. fresh: True removes what is in it first.
+    distributed: in an initialized ``torch.distributed`` group of several processes all of them make this call, with the same
+        arguments, and share the work: each gets the layers of one process, bit for bit; process 0 writes ``resume``. False: this
+        process works alone. timeout: seconds without a sign of life after which a process of them counts as dead.
     config, overrides: an :class:`AwqConfig` or a dict of its fields (or AutoAWQ's), and fields by name, such as ``group_size=64``.
 
     Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done; one of Transformers
     also writes whole quantized checkpoints with its own ``save_pretrained``. Raises ValueError
     or TypeError for unusable arguments, CalibrationError when the model rejects a batch, ResumeError for a directory with the work
-    of another call (other weights, batches, settings or versions) or of a running process, and whatever the loader raises. After
+    of another call (other weights, batches, settings or versions) or of a running process, TeamError where another of several
+    processes failed or is gone, and whatever the loader raises. After
     any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C takes effect after the current forward
     of a block or search of a layer; a second one takes effect at once. One that comes when all is done leaves the quantized model.
     """
     if fresh and resume is None:
         raise ValueError("fresh=True starts a work directory over: name it with resume=")
-    with nullcontext() if resume is None else work_directory(resume, fresh) as work:
-        options = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks, "progress": progress}
-        return quantize_in(Keeping(work), model, calib_loader, configured(config, overrides), **options)
+    options = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks, "progress": progress}
+    with teamed(timeout, distributed) as team:
+        kept = resume is not None and leads(team)
+        with work_directory(resume, fresh) if kept else nullcontext() as work:
+            return quantize_in(keeping_for(team, work), model, calib_loader, configured(config, overrides), **options)
 
 
 def quantize_in(
@@ -104,19 +116,15 @@ def quantize_in(
             warn(report.few_tokens)
         keeping.begin(model, opened.calls, config, blocks)
         with opened.surveyed(blocks) as surveys:
-            run = Run(opened, surveys, report, progress, rescaling, keeping)
-            with run.blocks() as visited:
-                for block in visited:
-                    result = run.stored(block)
-                    if result is None:
-                        result = run.keep(block, run.solve(block, run.collect(block)))
-                    run.swap(block, result)
-                    run.finished(block, result)
+            run = (SharedRun if isinstance(keeping, SharedKeeping) else Run)(
+                opened, surveys, report, progress, rescaling, keeping
+            )
+            run.all_blocks()
             run.tune()
         _finish(opened, surveys, report)
         report.peak_memory_bytes = max(opened.memory.bytes(), keeping.peak_before)
         report.seconds = keeping.seconds_before + time.perf_counter() - started
-        for text in report.warnings:
+        for text in report.warnings if keeping.tells else ():
             warn(text)
         interrupt.check()
         # last, so that an exception until here (a warning may be one) leaves nothing behind

@@ -12,6 +12,7 @@ from ..calibration.padding import warnings_for
 from ..calibration.statistics import GroupStatistics, collect
 from ..folding.finder import FoldFinder
 from ..folding.fold import Change, LinearFold
+from ..forwards.calls import Call
 from ..forwards.lockstep import Stop
 from ..forwards.memory import FreeMemory, release_free_memory
 from ..forwards.probe import Probe, combined
@@ -77,13 +78,27 @@ class Run:
         self._calls = opened.calls + extra_calls(model, opened.calls, config, report, progress, keeping)
         size = sum(parameter.nbytes for parameter in model.parameters())
         self._tuning = ScaleTuning(model, self._calls, config, report, progress)
-        base, growth = opened.memory.bytes(), growth_of(self._calls)
+        base, growth = opened.memory.bytes(), growth_of(self.held_calls())
         base += planned_tuning_bytes(surveys, self._calls, 1.0, config) if self._tuning.wanted else 0
         report.planned_memory_bytes = keeping.plan(surveys, growth, config, base, size)
         self._weights = row_weights(model, self._calls, surveys, config, report, progress, keeping)
         self._biases = own_biases(model, opened.eligible.linears.values())
         self._finder = FoldFinder(foldable_norms(model))
         self._padded: list[str] = []
+
+    def held_calls(self) -> list[Call]:
+        """Return the batches whose hidden states this process holds."""
+        return self._calls
+
+    def all_blocks(self) -> None:
+        """Lead the model through all blocks, one after another."""
+        with self.blocks() as visited:
+            for block in visited:
+                result = self.stored(block)
+                if result is None:
+                    result = self.keep(block, self.solve(block, self.collect(block)))
+                self.swap(block, result)
+                self.finished(block, result)
 
     @contextmanager
     def blocks(self) -> Iterator[Iterator[Block]]:

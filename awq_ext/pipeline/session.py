@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import AwqConfig
 from ..forwards.calls import Call, read_calls
-from ..forwards.lockstep import Stop, lockstep
+from ..forwards.lockstep import Stop, Worker, lockstep, suspended
 from ..forwards.memory import PeakAnonymous, PeakMemory
 from ..forwards.mode import calibration_mode
 from ..modules import heads_among
@@ -58,6 +58,12 @@ class Session:
         """
         with lockstep(self.model, [one.block for one in surveys], calls, waits) as visits:
             yield ((one, stops) for one, (_, stops) in zip(surveys, visits, strict=True))
+
+    def forwards(
+        self, surveys: Sequence[BlockSurvey], calls: Sequence[tuple[int, Call]], waits: Callable[[Stop], None]
+    ) -> AbstractContextManager[list[Worker]]:
+        """Begin numbered ``calls`` that the body leads through the blocks itself (``lockstep.suspended``)."""
+        return suspended(self.model, [one.block for one in surveys], calls, waits)
 
 
 @contextmanager

@@ -14,12 +14,14 @@ from torch import nn
 from ..checkpoints.formats import layout
 from ..checkpoints.write import Overwrite, check_target
 from ..config import AwqConfig, configured
+from ..distributed.launch import TIMEOUT
+from ..distributed.team import Team, leads, teamed
 from ..forwards.spill import can_spill
 from ..integrations.foresee import check_format
 from ..integrations.hub import folder_of
 from ..integrations.pretrained import write_pretrained
-from ..pipeline.keeping import Keeping
 from ..pipeline.quantize import quantize_in
+from ..pipeline.shared_keeping import keeping_for
 from ..reporting.progress import say
 from ..reporting.readers import DEFAULT_FORMAT
 from ..reporting.tables import format_bytes
@@ -53,6 +55,8 @@ def quantize_checkpoint(
     inputs: str | Callable[[Any], Any] = "all",
     blocks: Sequence[str] | None = None,
     progress: bool = True,
+    distributed: bool = True,
+    timeout: float = TIMEOUT,
     **overrides: Any,
 ) -> Path:
     """Quantize the float checkpoint ``src`` to the directory ``dst``, block by block: the model need not fit into memory.
@@ -69,6 +73,9 @@ def quantize_checkpoint(
 
     What is finished lies in ``dst.partial`` beside ``dst``, which vanishes once ``dst`` is there as a whole. After an interrupt of
     any kind the same call goes on after the last finished block, and makes the same files. fresh: start over.
+
+    distributed, timeout: as for ``quantize``. Of several processes the first one writes all files but ``dst.partial-process-1`` and
+    so on, where the others keep what does not fit into their memory.
     Returns ``dst``. Raises what ``quantize`` and ``save_pretrained`` raise: CheckpointError for quantized, damaged or pickled
     (.bin) checkpoints and what ``format`` cannot hold; ResumeError for the work of another call, or of a running process;
     ValueError for too small a ``max_memory``; OSError for too small a disk.
@@ -80,12 +87,31 @@ def quantize_checkpoint(
     check_target(target, overwrite, [source])
     samples = list(calib)
     arguments = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks}
-    with streamed(source, target, dtype, trust_remote_code, factory, fresh, progress) as (model, work):
+    with (
+        teamed(timeout, distributed) as team,
+        streamed(source, target, dtype, trust_remote_code, factory, fresh, progress, team) as (model, work),
+    ):
         check_format(model, samples[:1] and samples[0], format, chosen, **arguments)
-        quantize_streamed(model, samples, chosen, work, limit, progress=progress, **arguments)
-        write_pretrained(model, target, format, overwrite=overwrite, spill=can_spill())
+        quantize_streamed(model, samples, chosen, work, limit, team, progress=progress, **arguments)
+        if leads(team):
+            write_pretrained(model, target, format, overwrite=overwrite, spill=can_spill())
         work.remove()
     return target
+
+
+@contextmanager
+def working_directory(target: Path, fresh: bool, team: Team | None) -> Iterator[WorkDirectory]:
+    """Open the work directory of ``target``; in all processes of a team but the first, a place for files that vanish with it."""
+    if team is None or team.leads:
+        with opened(work_folder(target), fresh) as work:
+            yield work
+        return
+    folder = work_folder(target)
+    with opened(folder.with_name(f"{folder.name}-process-{team.rank}"), fresh=True) as work:
+        try:
+            yield work
+        finally:
+            work.remove()
 
 
 def _has_no_fold(config: AwqConfig | Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> bool:
@@ -103,11 +129,12 @@ def streamed(
     factory: Callable[[], nn.Module] | None = None,
     fresh: bool = False,
     progress: bool = True,
+    team: Team | None = None,
 ) -> Iterator[tuple[nn.Module, WorkDirectory]]:
     """Open the work directory of ``target``, and the model of ``source`` with its weights mapped from the files."""
     shards = float_shards(source)
-    with opened(work_folder(target), fresh) as work:
-        if progress:
+    with working_directory(target, fresh, team) as work:
+        if progress and leads(team):
             size = format_bytes(float_bytes(source))
             say(
                 f"{size} of float weights are read from {source} as they are needed; what is finished goes to {work.folder}"
@@ -120,7 +147,13 @@ def streamed(
 
 
 def quantize_streamed(
-    model: nn.Module, samples: Iterable[Any], config: AwqConfig, work: WorkDirectory, limit: int | None, **options: Any
+    model: nn.Module,
+    samples: Iterable[Any],
+    config: AwqConfig,
+    work: WorkDirectory,
+    limit: int | None,
+    team: Team | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Quantize a model of :func:`streamed` within ``limit`` bytes; options: of :func:`awq_ext.pipeline.quantize.quantize_in`."""
-    return quantize_in(Keeping(work, streamed=True, limit=limit), model, samples, config, **options)
+    return quantize_in(keeping_for(team, work, streamed=True, limit=limit), model, samples, config, **options)

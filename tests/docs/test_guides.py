@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 import yaml
+from team import free_port
 from torch import nn
 from typer.testing import CliRunner
 
@@ -86,6 +87,13 @@ def test_the_guide_runs_as_typed(page: str, tmp_path: Path, monkeypatch: pytest.
         row = '{"prompt": "a question", "completion": "its answer"}\n' if name.endswith("jsonl") else "a = 1\n"
         (tmp_path / name).write_text(row * 200)
     monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }.items():
+        monkeypatch.setenv(name, value)  # as torchrun does for the guide on several machines
     known, found = known_names(page, folder), blocks(page, "python")
     assert found
     with warnings.catch_warnings():

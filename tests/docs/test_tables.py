@@ -49,3 +49,12 @@ def test_a_changed_figure_changes_the_documents(
 def test_figures_name_no_path() -> None:
     for path in (ROOT / "docs").glob("bench_*.json"):
         assert "/" not in path.read_text().replace('"/', ""), path
+
+
+def test_what_several_machines_cost_is_what_the_rates_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    import bench_scale
+
+    text = (ROOT / "docs" / "scale.md").read_text("utf-8")
+    for table in bench_scale.tables(bench_scale.Rates.read(bench_scale.RATES), [1, 4, 16], 65536, 512).split("\n\n"):
+        assert table in text, f"docs/scale.md: copy from python tests/benchmarks/bench_scale.py\n{table}"
