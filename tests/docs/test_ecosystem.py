@@ -27,7 +27,7 @@ def test_versions_are_those_of_the_environments() -> None:
     pinned = {
         pin
         for file in (COUNTERPARTS / "requirements").glob("*.txt")
-        for pin in re.findall(r"^([\w-]+==[\w.]+)$", file.read_text(), re.MULTILINE)
+        for pin in re.findall(r"^([\w-]+==[\w.]+)(?: |$)", file.read_text(), re.MULTILINE)
     }
     stated = {f"{name}=={version}" for row in ROWS for name, version in re.findall(r"([\w-]+) (\d+\.\d+\.\d+)", row)}
     assert stated and stated <= pinned
