@@ -40,7 +40,7 @@ class Heart:
     def stop(self) -> None:
         """End the thread."""
         self._ended.set()
-        self._thread.join(self._timeout)
+        self._thread.join(self._timeout / _SIGNS)  # a call of a store whose process is stopped never returns
 
     def leave(self) -> None:
         """Tell the store, once, that this process needs it no longer."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from .heart import Heart
 from .launch import TIMEOUT
 from .parcel import pack, unpack
 
+T = TypeVar("T")
 _CHUNK = 64 << 20  # bytes that are sent at a time: each has ``timeout`` seconds
 _FIRST_WAIT, _LONGEST_WAIT = 0.001, 0.02  # seconds between two looks
 
@@ -54,7 +56,8 @@ class Team:
         """Wait until all processes are here. TeamError if one never will be."""
         self._meetings += 1
         key = f"meeting/{self._meetings}"
-        self._wait(lambda: self._store.add(key, 0) >= self.size, first=lambda: self._store.add(key, 1))
+        self._ask(lambda _: self._store.add(key, 1))
+        self._ask(lambda given_up: _poll(lambda: self._store.add(key, 0) >= self.size, given_up))
         if self.leads:  # all have left the one before
             self._store.delete_key(f"meeting/{self._meetings - 1}")
 
@@ -102,33 +105,45 @@ class Team:
 
     def post(self, name: str, text: str) -> None:
         """Leave a text for those who :meth:`read` it."""
-        with self._reached():
-            self._store.set(f"post/{name}", text)
+        self._ask(lambda _: self._store.set(f"post/{name}", text))
 
     def read(self, name: str) -> str:
         """Wait for a text that another process leaves."""
         key = f"post/{name}"
-        self._wait(lambda: self._store.check([key]))
-        with self._reached():
-            return self._store.get(key).decode()
+        self._ask(lambda given_up: _poll(lambda: self._store.check([key]), given_up))
+        return self._ask(lambda _: self._store.get(key)).decode()
 
-    def _wait(self, ready: Callable[[], bool], first: Callable[[], object] = lambda: None) -> None:
-        pause = _FIRST_WAIT
-        with self._reached():
-            first()
-            while not ready():
+    def _ask(self, question: Callable[[threading.Event], T]) -> T:
+        """Return the answer to a question to the store, and look meanwhile whether all are alive.
+
+        question: asks, and ends early once the event is set. It runs in a thread: where process 0, which holds the store, is
+        stopped, a call of the store never returns.
+        """
+        answers: list[T] = []
+        errors: list[Exception] = []
+        over, given_up = threading.Event(), threading.Event()
+
+        def run() -> None:
+            try:
+                answers.append(question(given_up))
+            except Exception as error:
+                errors.append(error)
+            finally:
+                over.set()
+
+        threading.Thread(target=run, name="awq_ext-store", daemon=True).start()
+        try:
+            while not over.wait(_LONGEST_WAIT):
                 interrupt.check()
                 if problem := self._heart.problem():
                     raise TeamError(problem)
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_WAIT)
-
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
-        try:
-            yield
-        except (dist.DistStoreError, dist.DistNetworkError) as error:
-            raise TeamError(self._heart.lost()) from error
+        finally:
+            given_up.set()
+        if errors and isinstance(errors[0], (dist.DistStoreError, dist.DistNetworkError)):
+            raise TeamError(self._heart.lost()) from errors[0]
+        if errors:
+            raise errors[0]
+        return answers[0]
 
     @contextmanager
     def _transfer(self) -> Iterator[None]:
@@ -147,6 +162,13 @@ class Team:
 def leads(team: Team | None) -> bool:
     """Tell whether this is the first process of a team, or alone."""
     return team is None or team.leads
+
+
+def _poll(ready: Callable[[], bool], given_up: threading.Event) -> None:
+    """Wait until ``ready``, or until nobody wants to know any longer."""
+    pause = _FIRST_WAIT
+    while not ready() and not given_up.wait(pause):
+        pause = min(2 * pause, _LONGEST_WAIT)
 
 
 def _chunks(parcel: Tensor) -> Sequence[Tensor]:
@@ -173,16 +195,16 @@ def teamed(timeout: float = TIMEOUT, wanted: bool = True) -> Iterator[Team | Non
     dist.barrier(group=group)
     heart.start()
     team = Team(group, store, heart, timeout)
+    failure = ""
     try:
         yield team
         team.meet()
     except BaseException as error:
         if not isinstance(error, TeamError):
-            with suppress(RuntimeError):
-                heart.fail(f"{names[rank]} {_told(error)}")
+            failure = f"{names[rank]} {_told(error)}"
         raise
     finally:
-        _leave(heart, rank, timeout)
+        _leave(heart, rank, timeout, failure)
         with suppress(RuntimeError):
             dist.destroy_process_group(group)
 
@@ -205,13 +227,22 @@ def _store(group: Any, rank: int, size: int, timeout: float) -> tuple[Any, list[
     return store, names
 
 
-def _leave(heart: Heart, rank: int, timeout: float) -> None:
-    """Leave the store; process 0, in which it is, waits until the others have."""
-    with suppress(RuntimeError):
-        heart.leave()
-        until = time.monotonic() + timeout
-        while rank == 0 and time.monotonic() < until and not heart.everyone_left():
-            time.sleep(_LONGEST_WAIT)
+def _leave(heart: Heart, rank: int, timeout: float, failure: str) -> None:
+    """Leave the store, and tell others of a failure; process 0, in which the store is, waits until they have left."""
+
+    def leave() -> None:
+        with suppress(RuntimeError):
+            if failure:
+                heart.fail(failure)
+            heart.leave()
+            until = time.monotonic() + timeout
+            while rank == 0 and time.monotonic() < until and not heart.everyone_left():
+                time.sleep(_LONGEST_WAIT)
+
+    # a thread: where process 0 is stopped, it never ends
+    leaving = threading.Thread(target=leave, name="awq_ext-leaving", daemon=True)
+    leaving.start()
+    leaving.join(timeout if rank == 0 else timeout / 2)
     heart.stop()
 
 
