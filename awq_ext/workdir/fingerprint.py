@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -61,9 +61,10 @@ def difference(before: Fingerprint, now: Fingerprint) -> str:
 
 
 def _versions() -> dict[str, str]:
-    package = sys.modules.get("transformers")
     found = {"awq-ext": version("awq-ext"), "torch": torch.__version__}
-    return found if package is None else found | {"transformers": package.__version__}
+    with suppress(PackageNotFoundError):  # whether it is imported yet, or not
+        found["transformers"] = version("transformers")
+    return found
 
 
 def _hash(parts: Iterable[bytes]) -> str:
