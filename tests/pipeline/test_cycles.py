@@ -15,8 +15,8 @@ import awq_ext
 pytestmark = pytest.mark.exhaustive
 
 CYCLES, WARM = 1000, 100
-# A tensor of the model (a kilobyte) kept at each cycle would be a megabyte, a whole model ten; allocators and the caches of torch's
-# dispatcher still moved by less than half of one after the first hundred cycles. What grows without end grows in both halves.
+# A tensor of the model (a kilobyte) kept at each cycle would be a megabyte, a whole model ten. Allocators move too, so that two
+# megabytes are let pass in one half of the cycles: what grows without end grows in both.
 GROWTH = 2 * 2**20  # bytes
 
 
