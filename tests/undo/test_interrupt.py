@@ -47,8 +47,10 @@ AT_THE_END = (
     "conversions.py",
     "interrupt.py",
     "journal.py",
+    "keeping.py",
     "quantize.py",
     "session.py",
+    "team.py",
     "thread_state.py",
 )
 
