@@ -18,7 +18,8 @@ PAGE = ROOT / "docs" / "faults.md"
 HEAD = """# What happens when things go wrong
 
 Damaged files, wrong arguments, full disks, interrupts: what was tried, and what happens then. Each row is a test of this
-repository, so it holds for every version that passed them. `python tests/faults.py` writes this page.
+repository (in the folder tests), so it holds for every version that passed them: `pytest -m fault` runs them all.
+`python tests/faults.py` writes this page.
 
 Two things no library can mend. A child of `fork()` hangs in torch's *own* operations if its parent has used torch's threads: call
 `torch.set_num_threads(1)` first in such a child, or start it with `spawn`. And a file that somebody changes *before* it is read,

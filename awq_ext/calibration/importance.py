@@ -150,7 +150,7 @@ def _squared_gradients(
         result = run_call(model, call.on_copies(_HINT), index)
         running = False
         if of_tokens and not _are_of_tokens(logits_of(result), call):
-            raise CalibrationError(f"no logits for every token id in what calibration batch {index} returned")
+            raise CalibrationError(f"the model returned no logits for every token id of calibration batch {index}")
         targets, cotangents = _cotangents(result, call, generator)
         if not targets:
             raise CalibrationError(f"nothing that calibration batch {index} returned can be differentiated.{_HINT}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..reporting.tables import Cell, Table
 from .console import console_for, one_line_errors, set_threads, write_json
@@ -107,6 +108,11 @@ def score(
         for name, one in found.items()
     ]
     console.print(Table(title, ["text", "tokens", *measures], rows).to_rich())
+    windows = ", ".join(f"{one.windows} of {escape(name)}" for name, one in found.items())
+    legend = f"±: half the 95% interval over windows ({windows}); of fewer than ten windows it says little"
+    if reference is not None:
+        legend += "\nkl: distance from the reference in nats a token, 0 is none; top1: share of tokens with the same likeliest next"
+    console.print(legend, highlight=False)
     return found
 
 

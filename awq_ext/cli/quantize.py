@@ -131,8 +131,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="What the process may take, such as 12GB; by default 80 % of what is free. A larger model is read from its files, "
-            "block by block (CPU only).",
+            help="A model whose float weights take more than this, such as 12GB, is read from its files, block by block, and the "
+            "work keeps within it (CPU only). By default 80 % of what is free.",
         ),
     ] = None,
     fresh: Annotated[
@@ -204,7 +204,7 @@ def quantize(
         working(source, out_dir, load, limit, hf.chosen_dtype(dtype), trust_remote_code, fresh, timeout) as at,
     ):
         model = at.model
-        hf.note_lengths(model, batches, samples)
+        hf.note_lengths(model, batches, 0 if all(map(texts.is_builtin, calib)) else samples)
         hf.check_format(model, batches[0], format, chosen)
         remembered = _remembered(model, left) if at.leads else None
         at.quantize(batches, chosen)
@@ -250,7 +250,7 @@ def _remembered(model: nn.Module, left: list[Any]) -> Remembered | None:
             return None
     say(
         "[yellow]note:[/yellow] calibration takes all of the text, so the distance from the float model is not measured: "
-        "give more text, or fewer --samples"
+        "give more text, fewer --samples, or other text with --traffic"
     )
     return None
 

@@ -42,9 +42,9 @@ class WorkDirectory:
         self.folder = folder
 
     def begin(self, now: Fingerprint) -> None:
-        """Note whose work this is. ResumeError, with the reason, where the directory holds the work of another call."""
+        """Note whose work this is. ResumeError, with the reason, where the directory holds finished work of another call."""
         path = self.folder / _STATE
-        if not path.exists():
+        if not path.exists() or not _finished(self.folder):
             content = json.dumps({"version": _VERSION, "fingerprint": now}, indent=2).encode()
             write_atomically(path, lambda file: file.write(content))
             return
@@ -117,12 +117,17 @@ class WorkDirectory:
 _START_OVER = "start over with fresh=True (--fresh)"
 
 
+def _finished(folder: Path) -> bool:
+    """Tell whether anything was stored in a work directory; whose it is does not matter before that."""
+    return any(folder.glob("*.safetensors"))
+
+
 @contextmanager
 def opened(folder: str | os.PathLike[str], fresh: bool = False) -> Iterator[WorkDirectory]:
     """Open a work directory while the body runs, for this process alone; it is made if need be.
 
     fresh: what is in it is removed first. ResumeError for a directory that another process works in, and for one that holds
-    anything that is not ours, which is never removed. An empty one is not left behind.
+    anything that is not ours, which is never removed. One in which nothing was finished is not left behind.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -140,7 +145,7 @@ def opened(folder: str | os.PathLike[str], fresh: bool = False) -> Iterator[Work
         try:
             yield WorkDirectory(path)
         finally:
-            if path.exists() and [one.name for one in path.iterdir()] == [_LOCK]:
+            if path.exists() and {one.name for one in path.iterdir()} <= {_LOCK, _STATE}:
                 shutil.rmtree(path, ignore_errors=True)
 
 

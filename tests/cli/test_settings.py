@@ -141,6 +141,11 @@ def test_efforts_and_the_builtin_texts(model_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     config = json.loads(figures.read_text())["report"]["config"]
     assert (config["method"], config["tune_scales"], config["generated_tokens"]) == ("awq+gptq", 1, 1.0)
+    again = run(
+        "quantize", model_dir, tmp_path / "all", "--calib", "builtin", "--method", "rtn", *given[2:6], "--samples", 999
+    )
+    assert again.exit_code == 0 and "were asked for" not in again.output  # nobody can make these texts longer
+    assert "other text with --traffic" in " ".join(again.output.split())
 
 
 def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path: Path) -> None:

@@ -229,6 +229,7 @@ def test_too_little_memory_is_said_before_the_work(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Run, "collect", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=r"takes about .* the limit is 10\.0 MiB: give shorter or smaller"):
         awq_ext.quantize_checkpoint(source, tmp_path / "out", WINDOWS, max_memory="10MiB", **FAST)
+    assert not (tmp_path / "out.partial").exists()  # shorter batches, as the message advises, are another call
     with pytest.raises(ValueError, match="max_memory='much': give bytes"):
         awq_ext.quantize_checkpoint(source, tmp_path / "out", WINDOWS, max_memory="much", **FAST)
 

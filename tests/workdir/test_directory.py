@@ -41,6 +41,7 @@ def test_what_is_stored_is_found_by_the_next(tmp_path: Path) -> None:
 def test_the_work_of_another_call_is_refused(before: dict, now: dict, reason: str, tmp_path: Path) -> None:
     with opened(tmp_path) as work:
         work.begin(before)
+        work.store("block-0000", {}, {})
         with pytest.raises(ResumeError, match=reason):
             work.begin(now)
         work.begin(before)
@@ -59,6 +60,22 @@ def test_an_empty_one_is_not_left_behind(tmp_path: Path) -> None:
     with opened(tmp_path / "work"):
         assert (tmp_path / "work").is_dir()
     assert not (tmp_path / "work").exists()
+
+
+def test_one_without_finished_work_is_not_left_behind_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="too little memory"), opened(tmp_path / "work") as work:
+        work.begin({"model": "A"})
+        raise ValueError("too little memory")
+    assert not (tmp_path / "work").exists()
+
+
+def test_one_without_finished_work_is_free_for_another_call(tmp_path: Path) -> None:
+    with opened(tmp_path) as work:
+        work.begin({"model": "A"})  # a kill here leaves the note of whose work it would have been
+        work.begin({"model": "B"})
+        work.store("start-text", {}, {})
+        with pytest.raises(ResumeError, match="the model was a B, now it is a A"):
+            work.begin({"model": "A"})
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -90,6 +107,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     with opened(tmp_path) as work:
         work.begin({})
+        work.store("block-0000", {}, {})
     (tmp_path / "state.json").write_text("{")
     with opened(tmp_path) as work, pytest.raises(ResumeError, match=r"damaged.*start over"):
         work.begin({})
