@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from .saved import found_report
 from .shards import PICKLES
 from .write import (
     REPORT,
-    WEIGHT_SUFFIXES,
     Overwrite,
     Source,
     check_target,
     is_checkpoint_file,
     parse_size,
+    stored_bytes,
     summarize,
     write,
 )
@@ -72,16 +73,15 @@ def convert(
     config = without_settings(source.config)
 
     def extra(to: Path) -> None:
-        carry(source_folder, to)
         if (source_folder / REPORT).is_file():
             shutil.copy2(source_folder / REPORT, to / REPORT)
         if (to / CARD).exists():  # if it is ours, it tells the old layout
-            stored = sum(file.stat().st_size for file in to.glob("*") if file.suffix in WEIGHT_SUFFIXES)
-            made = card(target.name, source, summary, config, found_report(source), base_of(to), stored)
+            made = card(target.name, source, summary, config, found_report(source), base_of(to), stored_bytes(to))
             inherited, beside = inherited_from(read_card(to)), (to / BASE_CARD).exists()
             write_card(to, replace(made, inherited=inherited, base_card=beside), folder)
 
-    write(folder, source, target, summary, config, limit, extra, lambda: check_target(folder, overwrite))
+    allowed = partial(check_target, folder, overwrite)
+    write(folder, source, target, summary, config, limit, extra, partial(carry, source_folder), allowed)
     return folder
 
 

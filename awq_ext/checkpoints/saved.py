@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwri
     for a directory that ``overwrite`` does not cover.
     """
     model, folder = unwrapped(model), Path(directory)
-    allowed = lambda: check_target(folder, overwrite, [origin(model)])  # noqa: E731
+    allowed = partial(check_target, folder, overwrite, [origin(model)])
     allowed()
     source = ModelSource(model, whole=True)
     layout = LAYOUTS["native"]
@@ -57,8 +58,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwri
         summary,
         _config(model, folder),
         parse_size("5GB"),
-        lambda to: write_report(report, to),
-        allowed,
+        partial(write_report, report),
+        allowed=allowed,
     )
     return folder
 

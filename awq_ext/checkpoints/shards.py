@@ -108,12 +108,17 @@ class Shards:
         return self._files[self._home[name]].map(name)
 
     def leaves(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
-        """Sort tensors by module: its name -> last part of the tensor's name -> the tensor's name."""
-        modules: dict[str, dict[str, str]] = {}
-        for name in self if names is None else names:
-            prefix, _, leaf = name.rpartition(".")
-            modules.setdefault(prefix, {})[leaf] = name
-        return modules
+        """Sort the tensors, or those ``names``, by module: see :func:`by_module`."""
+        return by_module(self if names is None else names)
+
+
+def by_module(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Sort tensors by module: its name -> last part of the tensor's name -> the tensor's name."""
+    modules: dict[str, dict[str, str]] = {}
+    for name in names:
+        prefix, _, leaf = name.rpartition(".")
+        modules.setdefault(prefix, {})[leaf] = name
+    return modules
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .version_1 import VERSION_1
 REPORT = "awq_report.json"
 # Bytes of a packed tensor that is worth a file of its own while a shard is collected.
 _WORTH_A_FILE = 1 << 20
-WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -118,6 +118,11 @@ def check_target(folder: Path, overwrite: Overwrite, sources: Iterable[Path | No
         )
 
 
+def stored_bytes(folder: Path) -> int:
+    """Add up the bytes of the files of weights in a directory."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+
+
 def _require_writable(folder: Path) -> None:
     """Raise OSError before hours of work whose result could not be written: into the parent, from where it is renamed."""
     parent = folder.resolve().parent
@@ -192,21 +197,23 @@ def write(
     config: Mapping[str, Any],
     max_shard_size: int,
     extra: Callable[[Path], None] = lambda folder: None,
+    companions: Callable[[Path], None] = lambda folder: None,
     allowed: Callable[[], None] = lambda: None,
     spill: bool = False,
 ) -> None:
     """Write ``source`` to ``directory`` in ``layout``, atomically: shards, index, config.json with quantization_config.
 
-    extra: writes further files into the folder it is given. allowed: see :func:`replaced`. One layer at a time is packed; one shard
-    at a time is in memory, or with ``spill`` about one layer: what a shard is made of goes to files first, which are mapped.
+    companions and extra: write further files into the folder they are given, before the weights (a GGUF file holds the tokenizer)
+    and after them. allowed: see :func:`replaced`. One layer at a time is packed; one shard at a time is in memory, or with
+    ``spill`` about one layer: what a shard is made of goes to files first, which are mapped.
     OSError that names ``directory``, which is as it was, for a full disk and alike.
     """
     if layout.name == "gguf":
         foreseen(source, config)
     try:
         with replaced(directory, is_checkpoint_file, allowed) as folder:
+            companions(folder)
             if layout.name == "gguf":
-                extra(folder)  # the tokenizer goes into the file
                 write_gguf(folder, source, layout, summary, config)
             else:
                 _write_shards(folder, _tensors(source, layout, summary), max_shard_size, spill)

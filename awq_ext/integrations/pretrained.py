@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..checkpoints.model_source import ModelSource, config_of, origin
 from ..checkpoints.quantized_dir import QuantDir
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.saved import fill_model
-from ..checkpoints.write import WEIGHT_SUFFIXES, Overwrite, check_target, parse_size, write
+from ..checkpoints.write import Overwrite, check_target, parse_size, stored_bytes, write
 from ..forwards.forked import finishing_after_fork
 from ..modules import unwrapped
 from ..reporting.readers import DEFAULT_FORMAT
@@ -69,18 +70,19 @@ def write_pretrained(
     """Do what :func:`save_pretrained` does; with ``spill`` about one layer at a time is in memory."""
     target, limit, scores = layout(format), parse_size(max_shard_size), plain_scores(evaluations)
     model = unwrapped(model)
-    allowed = lambda: check_target(Path(directory), overwrite, [origin(model)])  # noqa: E731
+    allowed = partial(check_target, Path(directory), overwrite, [origin(model)])
     allowed()
     source = Renamed(ModelSource(model), model, to_files=True)
     summary = summary_for(source, model, target)
 
-    def extra(folder: Path) -> None:
+    def companions(folder: Path) -> None:
         huggingface.write_companions(model, folder, tokenizer)
-        stored = sum(file.stat().st_size for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
-        write_beside(model, folder, source, target, summary, stored, Path(directory), scores)
+
+    def extra(folder: Path) -> None:
+        write_beside(model, folder, source, target, summary, stored_bytes(folder), Path(directory), scores)
 
     config = huggingface.with_local_code(config_of(model), origin(model))
-    write(Path(directory), source, target, summary, config, limit, extra, allowed, spill)
+    write(Path(directory), source, target, summary, config, limit, extra, companions, allowed, spill)
     return Path(directory)
 
 

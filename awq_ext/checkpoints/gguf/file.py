@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..formats import CheckpointError, PackedLinear, Summary
 from ..formats.runtimes.gguf import BLOCK, Q8_0, SIZES, Gguf, block_type
+from ..shards import by_module
 from . import tokenizers
 from .architectures import Architecture, gguf
 
@@ -43,9 +44,8 @@ def write_gguf(folder: Path, source: Any, layout: Gguf, summary: Summary, config
     tokenizers.describe(folder, writer, config["vocab_size"])
     entries = list(_entries(source, known, summary))
     for name, shape, kind, _ in entries:
-        size = np.empty((0,), np.uint8).dtype
         nbytes = int(np.prod(shape)) * (1 if kind in SIZES else _FLOATS[kind].itemsize)
-        element = size if kind in SIZES else np.dtype(np.float32)
+        element = np.dtype(np.uint8 if kind in SIZES else np.float32)
         writer.add_tensor_info(name, shape, element, nbytes, raw_dtype=package.GGMLQuantizationType[kind])
     writer.write_header_to_file(folder / GGUF)
     writer.write_kv_data_to_file()
@@ -173,10 +173,6 @@ class GgufTensors:
         rows = self._known.rows(name.rpartition(".")[0], data.shape[0], back=True)
         return data if rows is None else data[rows]
 
-    def leaves(self, names: Any = None) -> dict[str, dict[str, str]]:
-        """Sort tensors by module: its name -> last part of the tensor's name -> the tensor's name."""
-        modules: dict[str, dict[str, str]] = {}
-        for name in self if names is None else names:
-            module, _, leaf = name.rpartition(".")
-            modules.setdefault(module, {})[leaf] = name
-        return modules
+    def leaves(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
+        """Sort the tensors, or those ``names``, by module: see :func:`by_module`."""
+        return by_module(self if names is None else names)
