@@ -78,8 +78,13 @@ class PositionWeights:
         return weights[stretches_of(kept).clamp_max(len(weights) - 1)].flatten()
 
 
+def told(weights: Weights) -> tuple[dict[str, Tensor], bool]:
+    """Return what :func:`weights_of` makes such weights of: their tensors, and whether they are by position."""
+    return weights.tensors(), isinstance(weights, PositionWeights)
+
+
 def weights_of(tensors: Mapping[str, Tensor], by_position: bool, calls: Sequence[Call]) -> Weights:
-    """Make weights of what their ``tensors()`` returned, for the same calls; by_position: whether they were PositionWeights."""
+    """Make weights of what :func:`told` returned of them, for the same calls."""
     if by_position:
         return PositionWeights(tensors)
     rows: list[dict[str, list[Tensor]]] = [{} for _ in calls]

@@ -170,9 +170,8 @@ class InputWatch:
             for group in self._surveyed.groups:
                 for name, *_ in group.inputs:
                     see = partial(self._see, name, name in group.experts)
-                    if (
-                        self._surveyed.linears[name] is self._surveyed.block.module
-                    ):  # its own hooks do not run on copies
+                    # a block's own hooks do not run on copies
+                    if self._surveyed.linears[name] is self._surveyed.block.module:
                         self._whole = see
                     else:
                         on.input(self._surveyed.linears[name], see)

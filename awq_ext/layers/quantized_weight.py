@@ -72,8 +72,7 @@ class QuantizedWeight:
         """Join the rows of several weights that are alike in all else."""
         tensors = zip(*((one.qweight, one.scales, one.zeros) for one in parts), strict=True)
         one = parts[0]
-        with torch.autocast(
-            one.scales.device.type, enabled=False
-        ):  # it would convert the scales, and refuses fp16 on CPUs
+        # autocast would convert the scales, and refuses fp16 on CPUs
+        with torch.autocast(one.scales.device.type, enabled=False):
             joined = [torch.cat(list(same)) for same in tensors]
         return QuantizedWeight(*joined, one.in_features, one.group_size, bits=one.bits)

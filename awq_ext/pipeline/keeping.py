@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from torch import Tensor, nn
 
-from ..calibration.row_weights import PositionWeights, Weights, weights_of
+from ..calibration.row_weights import Weights, told, weights_of
 from ..config import AwqConfig
 from ..forwards.calls import Call
 from ..forwards.lockstep import Stop
@@ -96,13 +96,7 @@ class Keeping:
         """Return the weights of the rows of ``calls`` that ``make`` finds, found once for all runs."""
         if self.work is None:
             return make()
-
-        def made() -> tuple[dict[str, Tensor], bool]:
-            weights = make()
-            return weights.tensors(), isinstance(weights, PositionWeights)
-
-        tensors, by_position = self.work.remember("weights", made)
-        return weights_of(tensors, by_position, calls)
+        return weights_of(*self.work.remember("weights", lambda: told(make())), calls)
 
     def waits(self, stop: Stop) -> None:
         """Move the hidden states of a batch that begins to wait to files, if memory is short."""

@@ -63,6 +63,8 @@ class Run:
     leave the model as it is, and :meth:`keep` keeps it. Then :meth:`swap` changes the model, and :meth:`finished` tells of it.
     """
 
+    _kind_of_finder = FoldFinder
+
     def __init__(
         self,
         opened: Session,
@@ -83,7 +85,7 @@ class Run:
         report.planned_memory_bytes = keeping.plan(surveys, growth, config, base, size)
         self._weights = row_weights(model, self._calls, surveys, config, report, progress, keeping)
         self._biases = own_biases(model, opened.eligible.linears.values())
-        self._finder = FoldFinder(foldable_norms(model))
+        self._finder = self._kind_of_finder(foldable_norms(model))
         self._padded: list[str] = []
 
     def held_calls(self) -> list[Call]:
@@ -181,9 +183,8 @@ class Run:
         """Put int4 layers in place of the block's Linears, and apply the folds."""
         if not block.hold:
             free = FreeMemory()
-            for (
-                stop
-            ) in block.stops:  # through the float block; most of them went that way when statistics were collected
+            # through the float block; most of them went that way when statistics were collected
+            for stop in block.stops:
                 if stop.waiting:
                     stop.advance()
                     free.release_if_grown()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calibration.row_weights import PositionWeights, Weights, weights_of
+from ..calibration.row_weights import Weights, told, weights_of
 from ..config import AwqConfig
 from ..distributed.parcel import pack, unpack
 from ..distributed.team import Team
@@ -65,17 +65,13 @@ class SharedKeeping(Keeping):
 
     def remember_text(self, make: Callable[[], Tensor]) -> Tensor:
         """As in a single process: process 0 lets the model write, or finds what it wrote."""
-        return self._from_first(lambda: ({"text": super(SharedKeeping, self).remember_text(make)}, None))[0]["text"]
+        here = super().remember_text
+        return self._from_first(lambda: ({"text": here(make)}, None))[0]["text"]
 
     def remember_weights(self, calls: Sequence[Call], make: Callable[[], Weights]) -> Weights:
         """As in a single process: process 0 runs the backwards, or finds what they gave."""
-
-        def made() -> tuple[dict[str, Tensor], bool]:
-            weights = super(SharedKeeping, self).remember_weights(calls, make)
-            return weights.tensors(), isinstance(weights, PositionWeights)
-
-        tensors, by_position = self._from_first(made)
-        return weights_of(tensors, by_position, calls)
+        here = super().remember_weights
+        return weights_of(*self._from_first(lambda: told(here(calls, make))), calls)
 
     def _from_first(self, make: Callable[[], tuple[dict[str, Tensor], Any]]) -> tuple[dict[str, Tensor], Any]:
         """Return what ``make`` returns in process 0; where it fails there, in a way that a run may survive, raise in all."""

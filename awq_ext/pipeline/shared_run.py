@@ -25,7 +25,6 @@ from ..folding.fold import Fold
 from ..forwards.calls import Call
 from ..forwards.lockstep import Worker, refuse_returns
 from ..forwards.memory import FreeMemory, release_free_memory
-from ..modules import foldable_norms
 from ..reporting.progress import say
 from ..reporting.tables import format_bytes
 from ..survey.survey import BlockSurvey
@@ -57,12 +56,13 @@ class SharedRun(Run):
     """The part of one process in a quantize() call that several make."""
 
     _keeping: SharedKeeping
+    _finder: _OrderedFinder
+    _kind_of_finder = _OrderedFinder
 
     def __init__(self, opened: Any, surveys: Any, report: Any, progress: bool, rescaling: Any, keeping: Any) -> None:
         self._team = keeping.team
         keeping.find_held(surveys)
         super().__init__(opened, surveys, report, progress and self._team.leads, rescaling, keeping)
-        self._finder: _OrderedFinder = _OrderedFinder(foldable_norms(opened.model))
         self._order = [one.block for one in surveys]
         self._everyone = keeping.everyone_needs(opened.config)
 
