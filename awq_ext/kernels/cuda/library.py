@@ -14,6 +14,7 @@ from torch import Tensor
 VERSION = 1  # awq_cuda_version() of the interface that is called here
 FILE = Path(__file__).resolve().parents[2] / "libawq_cuda.so"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FLOATS = tuple(TYPES)
 BUILD = "AWQ_EXT_CUDA=ON at build time makes them, see docs/cuda.md"
 
 

@@ -8,11 +8,10 @@ from torch import Tensor
 from ..reference import linear as reference
 from ..reference.sizes import group_count, group_length
 from ..reference.tiles import TILE_BITS, TILE_OUTPUTS, step_count
-from .library import TYPES, aligned, expect, run
+from .library import FLOATS, TYPES, aligned, expect, run
 
 # fp32 activations beyond so many rows: the weight is dequantized and torch multiplies, because tensor cores have no fp32.
 FLOAT_ROWS = 32
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Weight:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ..reference.sizes import group_count, group_length
 from ..reference.tiles import TILE_BITS, TILE_OUTPUTS, step_count
-from .library import TYPES, aligned, expect, run
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from .library import FLOATS, TYPES, aligned, expect, run
 
 
 @dataclass(frozen=True)

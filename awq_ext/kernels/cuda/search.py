@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference.search import ROWS_AT_ONCE
 from ..reference.sizes import group_count, group_length
 from .library import expect, run
 from .quantize import Grids, dense, unpack_int4, value_error
-
-ROWS_AT_ONCE = 2048  # of a weight, so that little memory is needed
 
 
 def _losses(error: Tensor, second_moment: Tensor, diagonal: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .quantize import dequantize_weight, quantize_weight, unpack_int4
 from .sizes import group_count, group_length
 
-_ROWS_AT_ONCE = 2048  # of a weight, so that little memory is needed
+ROWS_AT_ONCE = 2048  # of a weight, so that little memory is needed
 
 
 def quadratic_loss(error: Tensor, second_moment: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def code_losses(
     """
     k, plain, own = weight.shape[1], [], []
     diagonal = second_moment.diagonal().double()
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
         unpacked = codes[rows] if codes.shape[1] == k else unpack_int4(codes[rows], k)
         error = dequantize_weight(unpacked, scales[rows], zeros[rows], group_size)
         if channel_scale is not None:
