@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..config import AwqConfig
 from ..forwards.calls import Call
+from ..reporting.origin import versions
 
 _STRETCHES, _LENGTH = 16, 256
 
@@ -33,7 +32,7 @@ def fingerprint(
     return json.loads(
         json.dumps(
             {
-                "versions": _versions(),
+                "versions": versions(),
                 "settings": settings,
                 "calibration batches": _hash_of_calls(calls),
                 "model": type(model).__name__,
@@ -58,13 +57,6 @@ def difference(before: Fingerprint, now: Fingerprint) -> str:
             return f"the model was a {other}, now it is a {value}"
         return f"the {name} are others now"
     return ""
-
-
-def _versions() -> dict[str, str]:
-    found = {"awq-ext": version("awq-ext"), "torch": torch.__version__}
-    with suppress(PackageNotFoundError):  # whether it is imported yet, or not
-        found["transformers"] = version("transformers")
-    return found
 
 
 def _hash(parts: Iterable[bytes]) -> str:
