@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-HERE = Path(__file__).parent
+from programs import seeing_tests
 
 
 @dataclass
@@ -33,9 +31,8 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Variables for a process that sees this checkout and the tests' own modules, with one thread."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    """Variables for a process that sees the tests' own modules, with one thread."""
+    return seeing_tests() | {"OMP_NUM_THREADS": "1"}
 
 
 def start(size: int, arguments: list[str]) -> list[Started]:

@@ -18,6 +18,7 @@ import models
 import pytest
 import torch
 from checks import Snapshot, same_bits
+from programs import ELSEWHERE
 from torch import nn
 
 import awq_ext
@@ -105,7 +106,9 @@ def on_a_disk(mount: str, folder: Path) -> str:
     ]
     if shutil.which("unshare") is None or subprocess.run([*command[:2], "true"], check=False).returncode:
         pytest.skip("mounts are NOT tried here: unshare -m needs the rights of root")
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [*command, str(folder)], cwd=ELSEWHERE, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import ELSEWHERE
 
 from awq_ext.workdir.directory import ResumeError, opened
 
@@ -92,9 +93,8 @@ def test_what_is_not_ours_stays(fresh: bool, tmp_path: Path) -> None:
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     hold = "import sys; from awq_ext.workdir.directory import opened\nwith opened(sys.argv[1]) as w:\n"
     hold += " w.begin({}); print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path / "work")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    words = [sys.executable, "-c", hold, str(tmp_path / "work")]
+    holder = subprocess.Popen(words, cwd=ELSEWHERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(ResumeError, match=rf"another process \(process {holder.pid}\)"), opened(tmp_path / "work"):

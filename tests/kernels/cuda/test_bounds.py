@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import emulated_gpu
-
-TESTS = Path(__file__).resolve().parents[2]
+from programs import run_python, seeing_tests
 
 
 def run(*start: str) -> subprocess.CompletedProcess[str]:
     emulated_gpu.load()
-    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS, *sys.path[1:])))
-    return subprocess.run(
-        [sys.executable, *start], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": paths}
-    )
+    return run_python(*start, **seeing_tests())
 
 
 def test_kernels_stay_within_their_arguments() -> None:
