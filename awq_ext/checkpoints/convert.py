@@ -47,6 +47,7 @@ def convert(
     format: str = DEFAULT_FORMAT,
     max_shard_size: int | str = "5GB",
     overwrite: Overwrite = False,
+    verify: bool = False,
 ) -> Path:
     """Write the quantized checkpoint in directory ``src`` to directory ``dst`` in another layout; returns ``dst``.
 
@@ -55,6 +56,7 @@ def convert(
     generation_config.json, code of the model) are copied, but no pickles.
     overwrite: False refuses a directory that holds weights; True replaces a quantized checkpoint; ``dst`` itself replaces float
         weights too.
+    verify: as for :func:`awq_ext.save_pretrained`; what is compared with is read from ``src`` once more.
     Raises CheckpointError, before anything is written, for a damaged source and for one that the format cannot hold;
     ValueError for an unknown format or size.
     """
@@ -81,7 +83,8 @@ def convert(
             write_card(to, replace(made, inherited=inherited, base_card=beside), folder)
 
     allowed = partial(check_target, folder, overwrite)
-    write(folder, source, target, summary, config, limit, extra, partial(carry, source_folder), allowed)
+    beside = partial(carry, source_folder)
+    write(folder, source, target, summary, config, limit, extra, beside, allowed, verify=verify)
     return folder
 
 

@@ -32,7 +32,9 @@ from .write import REPORT, Overwrite, check_target, parse_size, summarize, write
 
 
 @finishing_after_fork
-def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwrite = False) -> Path:
+def save(
+    model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwrite = False, verify: bool = False
+) -> Path:
     """Write ``model`` (quantized) to ``directory`` in the native layout: config.json and safetensors. Returns the directory.
 
     All parameters and buffers are stored, those outside ``state_dict`` too (rotary tables), tied ones once. The directory is
@@ -40,6 +42,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwri
     a checkpoint stay.
     overwrite: False refuses a directory that holds weights; True replaces a quantized checkpoint; the directory's own path replaces
         float weights too, but never those that the model was loaded from.
+    verify: as for :func:`awq_ext.save_pretrained`.
     Raises CheckpointError, before anything is written, when the model holds no QuantLinear or tensors on the meta device, and
     for a directory that ``overwrite`` does not cover.
     """
@@ -60,6 +63,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], overwrite: Overwri
         parse_size("5GB"),
         partial(write_report, report),
         allowed=allowed,
+        verify=verify,
     )
     return folder
 

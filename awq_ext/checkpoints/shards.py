@@ -99,9 +99,15 @@ class Shards:
         """Tell the shape without reading the tensor."""
         return self._files[self._home[name]].tensors[name].shape
 
+    def home(self, name: str) -> str:
+        """Name the file that has a tensor."""
+        return self._home[name]
+
     def get(self, name: str) -> Tensor:
         """Read a tensor, to the CPU. CheckpointError where the file has changed since, MemoryError where there is none."""
         return self._files[self._home[name]].read(name)
+
+    stored = get  # as the file has it
 
     def map(self, name: str) -> Tensor:
         """Map a tensor into memory, on the CPU: writing to it changes no file. CheckpointError where the file has changed."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from ..forwards.spill import mapped_copy
 from ..reporting.warn import warn
 from .atomic_directory import replaced
+from .files.read_back import Part
+from .files.read_back import verify as read_back
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
 from .gguf.file import GGUF, foreseen, write_gguf
 from .quantized_dir import CONFIG, OTHER_CONFIGS
@@ -200,12 +202,14 @@ def write(
     companions: Callable[[Path], None] = lambda folder: None,
     allowed: Callable[[], None] = lambda: None,
     spill: bool = False,
+    verify: bool = False,
 ) -> None:
     """Write ``source`` to ``directory`` in ``layout``, atomically: shards, index, config.json with quantization_config.
 
     companions and extra: write further files into the folder they are given, before the weights (a GGUF file holds the tokenizer)
     and after them. allowed: see :func:`replaced`. One layer at a time is packed; one shard at a time is in memory, or with
-    ``spill`` about one layer: what a shard is made of goes to files first, which are mapped.
+    ``spill`` about one layer: what a shard is made of goes to files first, which are mapped. verify: read all back before the
+    directory is put in place; VerificationError (see :mod:`.files.read_back`) where it differs from ``source``.
     OSError that names ``directory``, which is as it was, for a full disk and alike.
     """
     if layout.name == "gguf":
@@ -216,14 +220,18 @@ def write(
             if layout.name == "gguf":
                 write_gguf(folder, source, layout, summary, config)
             else:
-                _write_shards(folder, _tensors(source, layout, summary), max_shard_size, spill)
+                parts = (tensors for _, _, tensors in _parts(source, layout, summary))
+                _write_shards(folder, parts, max_shard_size, spill)
             extra(folder)
             files = {
                 CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},
                 **layout.files(summary),
             }
-            for name, content in files.items():
-                (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+            for name, text in texts.items():
+                (folder / name).write_text(text, encoding="utf-8")
+            if verify:
+                read_back(folder, directory, _parts(source, layout, summary), texts)
     except (OSError, SafetensorError) as error:
         if isinstance(error, TargetExistsError):
             raise
@@ -241,17 +249,23 @@ def _not_written(directory: Path, error: OSError | SafetensorError) -> OSError:
     return OSError(errno.EIO if number is None else number, text, str(directory))
 
 
-def _tensors(source: Source, layout: Layout, summary: Summary) -> Iterator[dict[str, Tensor]]:
-    """Make the tensors to store, under their names; those of one layer together."""
-    tied = {} if summary.in_memory is None else summary.in_memory.tied
+def _parts(source: Source, layout: Layout, summary: Summary) -> Iterator[Part]:
+    """Make the tensors to store, under their names; those of one layer together, and with it."""
     for name in source.floats:
-        yield {name: source.float_tensor(name)}
+        yield "", None, {name: source.float_tensor(name)}
     for name in source.layers:
-        packed = layout.pack(source.layer(name), summary)
-        named = {f"{name}.{suffix}".lstrip("."): tensor for suffix, tensor in packed.items()}
-        stored = {full: tensor for full, tensor in named.items() if full not in tied}
-        # of a layer under a second name the native layout's empty weight would be left
-        yield stored if any(tensor.numel() for tensor in stored.values()) else {}
+        yield _part(
+            name, source, layout, summary
+        )  # in no variable here, so that one layer goes before the next one comes
+
+
+def _part(name: str, source: Source, layout: Layout, summary: Summary) -> Part:
+    tied = {} if summary.in_memory is None else summary.in_memory.tied
+    layer = source.layer(name)
+    named = {f"{name}.{suffix}".lstrip("."): tensor for suffix, tensor in layout.pack(layer, summary).items()}
+    stored = {full: tensor for full, tensor in named.items() if full not in tied}
+    # of a layer under a second name the native layout's empty weight would be left
+    return name, layer, stored if any(tensor.numel() for tensor in stored.values()) else {}
 
 
 def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int, spill: bool = False) -> None:

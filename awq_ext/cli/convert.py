@@ -10,7 +10,7 @@ import typer
 from ..reporting.readers import DEFAULT_FORMAT
 from .console import console_for, one_line_errors
 from .options.checks import check_directory, check_format, check_size
-from .options.types import OverwriteFloat, Revision, Token
+from .options.types import OverwriteFloat, Revision, Token, Verify
 
 
 @one_line_errors
@@ -39,6 +39,7 @@ def convert(
     max_shard_size: Annotated[
         str, typer.Option(callback=check_size, help="Begin another file beyond this size.")
     ] = "5GB",
+    verify: Verify = True,
 ) -> None:
     """Convert a quantized checkpoint to another layout, exactly: codes, scales and zeros stay what they are.
 
@@ -52,5 +53,5 @@ def convert(
     from .hf import tell_readers
 
     covered = check_directory(target, overwrite, overwrite_float, source)
-    folder = run(folder_of_source(source, revision, token), target, format, max_shard_size, covered)
+    folder = run(folder_of_source(source, revision, token), target, format, max_shard_size, covered, verify)
     tell_readers(console_for(None), folder, format)

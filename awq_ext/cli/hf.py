@@ -126,10 +126,15 @@ def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
 
 
 def save_model(
-    model: nn.Module, directory: Path, format: str, overwrite: Overwrite = False, spill: bool = False
+    model: nn.Module,
+    directory: Path,
+    format: str,
+    overwrite: Overwrite = False,
+    spill: bool = False,
+    verify: bool = False,
 ) -> None:
     """Write the quantized model with its tokenizer and its report; with ``spill`` about one layer at a time is in memory."""
-    write_pretrained(model, directory, format, overwrite=overwrite, spill=spill and can_spill())
+    write_pretrained(model, directory, format, overwrite=overwrite, spill=spill and can_spill(), verify=verify)
 
 
 def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> None:

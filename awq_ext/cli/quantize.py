@@ -44,6 +44,7 @@ from .options.types import (
     Token,
     Tokens,
     Trust,
+    Verify,
 )
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def quantize(
             help="Of several processes, one that gives no sign of life for so long counts as dead, and all others end.",
         ),
     ] = TIMEOUT,
+    verify: Verify = True,
     json_path: JsonPath = None,
 ) -> None:
     """Quantize a Hugging Face model to int4.
@@ -211,7 +213,7 @@ def quantize(
         report = model.awq_report
         report.command = command_line(context)
         if at.leads:
-            hf.save_model(model, out_dir, format, covered, at.streamed)
+            hf.save_model(model, out_dir, format, covered, at.streamed, verify)
         at.work.remove()
     if not at.leads:  # the first of several processes does the rest
         return

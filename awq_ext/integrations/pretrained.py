@@ -35,6 +35,7 @@ def save_pretrained(
     tokenizer: Any = None,
     overwrite: Overwrite = False,
     evaluations: Mapping[str, Any] | None = None,
+    verify: bool = False,
 ) -> Path:
     """Write a quantized ``model`` to ``directory`` in a layout that other tools read; returns the directory.
 
@@ -47,14 +48,17 @@ def save_pretrained(
         float weights too, but never those that the model was loaded from.
     evaluations: what :func:`awq_ext.evaluate` found, by the name of the text, ``{"code": awq_ext.evaluate(model, windows,
         reference=float_model)}``: for the card and the report beside the weights.
+    verify: read the directory back before it is put in place, a layer at a time, and compare every tensor with the model's, bit by
+        bit, and every layer that a reader makes of them. It takes about as long as writing.
     A Transformers model gets its config.json and generation_config.json, any other a config.json with nothing but its class
     and quantization_config. Beside them lie the report and a model card (README.md; one that a person wrote in ``directory`` stays,
     the float model's becomes README.base.md). The directory appears whole or stays as it was, a kill at any moment included; files
     in it that are no part of a checkpoint stay.
     Raises CheckpointError, before anything is written, with a list of everything the format cannot hold and what to do about
-    it; ValueError for an unknown format or size; TypeError for what are no evaluations.
+    it; ValueError for an unknown format or size; TypeError for what are no evaluations. With ``verify`` also a CheckpointError
+    that names file, tensor and layer, where what was written differs; the directory then is as it was.
     """
-    return write_pretrained(model, directory, format, max_shard_size, tokenizer, overwrite, evaluations)
+    return write_pretrained(model, directory, format, max_shard_size, tokenizer, overwrite, evaluations, verify=verify)
 
 
 def write_pretrained(
@@ -66,6 +70,7 @@ def write_pretrained(
     overwrite: Overwrite = False,
     evaluations: Mapping[str, Any] | None = None,
     spill: bool = False,
+    verify: bool = False,
 ) -> Path:
     """Do what :func:`save_pretrained` does; with ``spill`` about one layer at a time is in memory."""
     target, limit, scores = layout(format), parse_size(max_shard_size), plain_scores(evaluations)
@@ -82,7 +87,7 @@ def write_pretrained(
         write_beside(model, folder, source, target, summary, stored_bytes(folder), Path(directory), scores)
 
     config = huggingface.with_local_code(config_of(model), origin(model))
-    write(Path(directory), source, target, summary, config, limit, extra, companions, allowed, spill)
+    write(Path(directory), source, target, summary, config, limit, extra, companions, allowed, spill, verify)
     return Path(directory)
 
 

@@ -57,6 +57,7 @@ def quantize_checkpoint(
     progress: bool = True,
     distributed: bool = True,
     timeout: float = TIMEOUT,
+    verify: bool = False,
     **overrides: Any,
 ) -> Path:
     """Quantize the float checkpoint ``src`` to the directory ``dst``, block by block: the model need not fit into memory.
@@ -74,6 +75,8 @@ def quantize_checkpoint(
     What is finished lies in ``dst.partial`` beside ``dst``, which vanishes once ``dst`` is there as a whole. After an interrupt of
     any kind the same call goes on after the last finished block, and makes the same files. fresh: start over.
 
+    verify: as for :func:`awq_ext.save_pretrained`: each file's tensors, in the order they were written, are compared with those in
+        ``dst.partial``, and floats with those in ``src``. The first process does it.
     distributed, timeout: as for ``quantize``. Of several processes the first one writes all files but ``dst.partial-process-1`` and
     so on, where the others keep what does not fit into their memory.
     Returns ``dst``. Raises what ``quantize`` and ``save_pretrained`` raise: CheckpointError for quantized, damaged or pickled
@@ -94,7 +97,7 @@ def quantize_checkpoint(
         check_format(model, samples[:1] and samples[0], format, chosen, **arguments)
         quantize_streamed(model, samples, chosen, work, limit, team, progress=progress, **arguments)
         if leads(team):
-            write_pretrained(model, target, format, overwrite=overwrite, spill=can_spill())
+            write_pretrained(model, target, format, overwrite=overwrite, spill=can_spill(), verify=verify)
         work.remove()
     return target
 

@@ -143,7 +143,8 @@ class SafetensorsFile:
                 raise self._damaged(f"{name} does not begin where the tensor before it ends")
             begin = entry.end
         if begin != size:
-            raise self._damaged(f"its tensors end at byte {begin}, the file at {size}")
+            cut = next((f", in {name}" for name, entry in entries.items() if entry.begin <= size < entry.end), "")
+            raise self._damaged(f"its tensors end at byte {begin}, the file at {size}{cut}")
         return entries
 
     def _entry(self, name: str, said: Any, begin: int) -> Entry:

@@ -127,11 +127,15 @@ class GgufTensors:
         named = str(config.get("dtype") or config.get("torch_dtype"))
         self._vectors = next((dtype for dtype in _KINDS if str(dtype) == f"torch.{named}"), torch.float32)
         found = _opened(folder / GGUF)
+        # what transformers computes from the config, by its name in the file: as it is there, and as it should be
+        self.computed: dict[str, tuple[Tensor, Tensor]] = {}
+        computed = self._known.tensors()
         names = {there: name for name, there in self._known.modules().items()}
         self._home: dict[str, tuple[str, Any]] = {}
         for tensor in found:
-            if tensor.name in self._known.tensors():
-                continue  # which transformers computes
+            if tensor.name in computed:
+                self.computed[tensor.name] = (torch.from_numpy(np.array(tensor.data)), computed[tensor.name])
+                continue
             there, _, leaf = tensor.name.rpartition(".")
             kind = tensor.tensor_type.name
             if there not in names or (kind not in SIZES and kind not in _FLOATS):
@@ -165,11 +169,19 @@ class GgufTensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         return shape if kind in _FLOATS else (shape[0], shape[1] // BLOCK, SIZES[kind])
 
+    def home(self, name: str) -> str:
+        """Name the file that has a tensor."""
+        return GGUF
+
     def get(self, name: str) -> Tensor:
         """Read a tensor, to the CPU."""
+        return self.stored(name).to(self.dtype(name))
+
+    def stored(self, name: str) -> Tensor:
+        """Read a tensor, to the CPU, in the dtype that the file has: float32 of vectors."""
         kind, tensor = self._home[name]
         data = torch.from_numpy(np.array(tensor.data))
-        data = data.view(_FLOATS.get(kind, torch.uint8)).view(self.shape(name)).to(self.dtype(name))
+        data = data.view(_FLOATS.get(kind, torch.uint8)).view(self.shape(name))
         rows = self._known.rows(name.rpartition(".")[0], data.shape[0], back=True)
         return data if rows is None else data[rows]
 

@@ -111,6 +111,13 @@ OverwriteFloat = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", is_eager=True, help="Replace existing files.")]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Read all that was written back before the directory is put in place, and compare it bit by bit.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads, instead of torch's choice.")]
 JsonPath = Annotated[
     Path | None,
