@@ -62,6 +62,8 @@ def eval(
 
     Perplexity on the first tokens of each text, in windows without overlap; with --reference also the mean KL divergence from that
     model in nats a token, and the share of tokens for which both find the same next one most likely. 95 % intervals over windows.
+    A second table then has the figures of llama.cpp's --kl-divergence: median, tail and largest divergence of single tokens, both
+    perplexities, and how far the probability of the text's own next token moved (RMS Δp).
 
     Example: awq-ext eval ./Llama-int4 --reference ./Llama code.txt prose.txt
     """
@@ -113,7 +115,19 @@ def score(
     if reference is not None:
         legend += "\nkl: distance from the reference in nats a token, 0 is none; top1: share of tokens with the same likeliest next"
     console.print(legend, highlight=False)
+    if (table := _llama_table(found)) is not None:
+        console.print(table.to_rich())
     return found
+
+
+def _llama_table(found: Mapping[str, Evaluation]) -> Table | None:
+    """Put the distance on each text in a column, under llama.cpp's names; None without a reference."""
+    lines = {name: dict(one.distance.lines()) for name, one in found.items() if one.distance is not None}
+    if not lines:
+        return None
+    names = next(iter(lines.values()))
+    rows = [[Cell(name), *(Cell(one[name]) for one in lines.values())] for name in names]
+    return Table("the same in the form of llama.cpp", ["", *lines], rows)
 
 
 def _vocabulary(model: nn.Module) -> int | None:

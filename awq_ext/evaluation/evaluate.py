@@ -20,6 +20,7 @@ from ..modules import unwrapped
 from ..reporting.progress import Progress
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap, Estimate, Measure
+from .tokens.distance import ROWS, Distance
 
 # fp32 log-probabilities made at a time, in elements: a vocabulary of 128 k times 512 tokens would be 256 MiB at once
 _ELEMENTS_AT_ONCE = 1 << 23
@@ -33,7 +34,8 @@ class Evaluation:
 
     For language models the measures are "perplexity" and, against a reference, "kl" (mean Kullback-Leibler divergence of the
     reference's next-token distribution from the model's, in nats a token) and "top1" (share of tokens for which both hold the
-    same next one most likely). windows: rows of samples, the unit that is resampled; tokens: predictions scored.
+    same next one most likely). windows: rows of samples, the unit that is resampled; tokens: predictions scored. distance: against
+    a reference, of language models, more on single tokens: median, tail and largest divergence, and what llama.cpp tells.
     """
 
     measures: Mapping[str, Measure]
@@ -41,6 +43,7 @@ class Evaluation:
     windows: int
     tokens: int
     seconds: float
+    distance: Distance | None = None
 
     def __getitem__(self, name: str) -> Estimate:
         """The measure called ``name``, with its interval; KeyError names those there are."""
@@ -62,7 +65,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         values = {name: self[name].to_dict() for name in self.measures}
-        return {**values, "windows": self.windows, "tokens": self.tokens, "seconds": self.seconds}
+        more = {} if self.distance is None else {"distance": self.distance.to_dict(self.bootstrap)}
+        return {**values, **more, "windows": self.windows, "tokens": self.tokens, "seconds": self.seconds}
 
     def __str__(self) -> str:
         lines = [f"{name:12} {self[name]}" for name in self.measures]
@@ -122,7 +126,8 @@ def evaluate(
             bar.update()
     measures = scorer.measures()
     counts = next(iter(measures.values())).counts
-    return Evaluation(measures, bootstrap or Bootstrap(), len(counts), int(counts.sum()), time.perf_counter() - started)
+    taken, tokens = time.perf_counter() - started, int(counts.sum())
+    return Evaluation(measures, bootstrap or Bootstrap(), len(counts), tokens, taken, scorer.distance)
 
 
 def _as_called(sample: Any, call: Call) -> Any:
@@ -138,6 +143,7 @@ class _MetricScorer:
     def __init__(self, metric: Metric | Mapping[str, Metric]) -> None:
         self.metrics = dict(metric) if isinstance(metric, Mapping) else {getattr(metric, "__name__", "metric"): metric}
         self.values: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
+        self.distance: Distance | None = None
 
     def add(self, output: Any, expected: Any, sample: Any, call: Call) -> None:
         for name, metric in self.metrics.items():
@@ -155,8 +161,10 @@ class _TokenScorer:
     def __init__(self, model: nn.Module, against: bool) -> None:
         # the logits of a decoder that reads shifted labels stand at the position they predict
         self.shifted = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self.names = ("nll", "kl", "top1") if against else ("nll",)
+        self.names = ("nll", "kl", "top1", *ROWS) if against else ("nll",)
         self.rows: list[Tensor] = []
+        self.kl: list[Tensor] = []
+        self.distance: Distance | None = None
 
     def add(self, output: Any, expected: Any, sample: Any, call: Call) -> None:
         logits, targets = logits_of(output), targets_of(call)
@@ -172,7 +180,7 @@ class _TokenScorer:
             counted = counted[:, 1:] & (counted[:, :-1] if mask is None else mask[:, :-1])
             targets, logits = targets[:, 1:], logits[:, :-1]
         other = None if expected is None else _logits_like(expected, logits)
-        self.rows.append(window_scores(logits, other, targets, counted).cpu())
+        self.rows.append(window_scores(logits, other, targets, counted, self.kl).cpu())
 
     def measures(self) -> dict[str, Measure]:
         rows = torch.cat(self.rows, 1)
@@ -185,17 +193,21 @@ class _TokenScorer:
         if "kl" in found:
             measures["kl"] = Measure(found["kl"], counts)
             measures["top1"] = Measure(found["top1"], counts, better="higher")
+            self.distance = Distance.of(self.kl, found, counts)
         return measures
 
 
-def window_scores(logits: Tensor, expected: Tensor | None, targets: Tensor, counted: Tensor) -> Tensor:
-    """Sum next-token scores over the counted tokens of each window: fp64 [2 or 4, B].
+def window_scores(
+    logits: Tensor, expected: Tensor | None, targets: Tensor, counted: Tensor, kept: list[Tensor] | None = None
+) -> Tensor:
+    """Sum next-token scores over the counted tokens of each window: fp64 [2 or 7, B].
 
-    Its rows: tokens, -log p and, against ``expected``, KL divergence and agreement of the likeliest token.
-    logits, expected [B, T, V]; targets int64 and counted bool [B, T].
+    Its rows: tokens, -log p and, against ``expected``, KL divergence, agreement of the likeliest token, -log p there, and how the
+    probability of the target changed, itself and squared.
+    logits, expected [B, T, V]; targets int64 and counted bool [B, T]. kept: takes the divergence of each counted token, fp32.
     """
     positions = counted.nonzero()
-    sums = torch.zeros(2 if expected is None else 4, len(logits), dtype=torch.float64, device=logits.device)
+    sums = torch.zeros(2 if expected is None else 7, len(logits), dtype=torch.float64, device=logits.device)
     for part in positions.split(max(1, _ELEMENTS_AT_ONCE // logits.shape[-1])):
         window, place = part.unbind(1)
         model = F.log_softmax(logits[window, place].float(), -1)
@@ -206,7 +218,11 @@ def window_scores(logits: Tensor, expected: Tensor | None, targets: Tensor, coun
             agree = wanted.argmax(-1) == model.argmax(-1)
             # 0 log 0 = 0: tokens that the reference rules out (-inf) contribute nothing. Below zero is rounding.
             terms = torch.where(wanted == -torch.inf, 0.0, wanted.exp() * (wanted - model))
-            scores += [terms.sum(-1).clamp_min(0), agree]
+            kl, there = terms.sum(-1).clamp_min(0), -wanted.gather(1, targets[window, place, None])[:, 0]
+            change = (-scores[1]).double().exp() - (-there).double().exp()
+            scores += [kl, agree, there, change, change.square()]
+            if kept is not None:
+                kept.append(kl.cpu())
         sums.index_add_(1, window, torch.stack([score.double() for score in scores]))
     return sums
 

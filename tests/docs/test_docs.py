@@ -65,7 +65,7 @@ def test_the_page_on_comparing(
     monkeypatch.chdir(tmp_path)
     known = names()
     found = snippets("docs/compare.md", "python")
-    assert len(found) == 5
+    assert len(found) == 6
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # three windows are few, and say so
         for snippet in found:

@@ -247,7 +247,9 @@ def test_one_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     model = quantized()
     after_writing(monkeypatch, lambda path: cut(0.9)(path) if path.name == "2.part" else None)
     act = lambda: awq_ext.save_pretrained(model, tmp_path / "x", max_shard_size="20KB", verify=True)  # noqa: E731
-    assert_refused(act, tmp_path / "x", r"model-00003-of-\d+\.safetensors is damaged: .*the file at \d+, in (model|lm_head)\.")
+    assert_refused(
+        act, tmp_path / "x", r"model-00003-of-\d+\.safetensors is damaged: .*the file at \d+, in (model|lm_head)\."
+    )
 
 
 def test_a_config_with_another_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
