@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..forwards.spill import mapped_copy
 from ..reporting.warn import warn
 from .atomic_directory import replaced
-from .files.read_back import Part
+from .files.parts import parts
 from .files.read_back import verify as read_back
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
 from .gguf.file import GGUF, foreseen, write_gguf
@@ -220,8 +220,8 @@ def write(
             if layout.name == "gguf":
                 write_gguf(folder, source, layout, summary, config)
             else:
-                parts = (tensors for _, _, tensors in _parts(source, layout, summary))
-                _write_shards(folder, parts, max_shard_size, spill)
+                tensors = (stored for _, _, stored in parts(source, layout, summary))
+                _write_shards(folder, tensors, max_shard_size, spill)
             extra(folder)
             files = {
                 CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},
@@ -231,7 +231,7 @@ def write(
             for name, text in texts.items():
                 (folder / name).write_text(text, encoding="utf-8")
             if verify:
-                read_back(folder, directory, _parts(source, layout, summary), texts)
+                read_back(folder, directory, parts(source, layout, summary), texts)
     except (OSError, SafetensorError) as error:
         if isinstance(error, TargetExistsError):
             raise
@@ -247,25 +247,6 @@ def _not_written(directory: Path, error: OSError | SafetensorError) -> OSError:
         number, reason = int(found[1]) if found else None, str(error)
     text = f"the checkpoint could not be written, and what was there is as it was: {reason}"
     return OSError(errno.EIO if number is None else number, text, str(directory))
-
-
-def _parts(source: Source, layout: Layout, summary: Summary) -> Iterator[Part]:
-    """Make the tensors to store, under their names; those of one layer together, and with it."""
-    for name in source.floats:
-        yield "", None, {name: source.float_tensor(name)}
-    for name in source.layers:
-        yield _part(
-            name, source, layout, summary
-        )  # in no variable here, so that one layer goes before the next one comes
-
-
-def _part(name: str, source: Source, layout: Layout, summary: Summary) -> Part:
-    tied = {} if summary.in_memory is None else summary.in_memory.tied
-    layer = source.layer(name)
-    named = {f"{name}.{suffix}".lstrip("."): tensor for suffix, tensor in layout.pack(layer, summary).items()}
-    stored = {full: tensor for full, tensor in named.items() if full not in tied}
-    # of a layer under a second name the native layout's empty weight would be left
-    return name, layer, stored if any(tensor.numel() for tensor in stored.values()) else {}
 
 
 def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int, spill: bool = False) -> None:

@@ -14,9 +14,9 @@ from ..formats import CheckpointError, PackedLinear
 from ..gguf.file import GGUF, GgufTensors
 from ..quantized_dir import CONFIG, QuantDir
 from ..shards import Shards, read_json
+from .parts import Part
 
-# What is stored of one layer, or one float tensor: the layer's name and the layer ("" and None), its tensors by their full names.
-Part = tuple[str, PackedLinear | None, dict[str, Tensor]]
+_BYTES_AT_ONCE = 1 << 24  # of two tensors that differ, to find where: a multiple of every item's size
 _METADATA = {"format": "pt"}  # without which transformers refuses a safetensors file
 
 
@@ -109,10 +109,11 @@ class _Check:
         """Read one tensor, and require the bits of what was made for it."""
         if name not in self.stored:
             raise self.wrong(name, "is in no file", layer)
-        there, made = self.stored.stored(name), made.detach().to("cpu")
-        wider = (
-            isinstance(self.stored, GgufTensors) and there.dtype == torch.float32
-        )  # as which llama.cpp wants vectors
+        # floats are mapped: an embedding can be larger than what a run has left, and nobody else knows this folder yet
+        get = self.stored.map if not layer and isinstance(self.stored, Shards) else self.stored.stored
+        there, made = get(name), made.detach().to("cpu")
+        # llama.cpp wants vectors in float32
+        wider = isinstance(self.stored, GgufTensors) and there.dtype == torch.float32
         if difference := _difference(there, made.to(torch.float32) if wider else made):
             raise self.wrong(name, difference, layer)
         return there
@@ -147,10 +148,17 @@ def _difference(there: Tensor, made: Tensor) -> str:
     a, b = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (there, made))
     if torch.equal(a, b):
         return ""
-    odd = (a != b).view(-1, there.dtype.itemsize).any(1).nonzero()[:, 0]
-    place = [int(index) for index in torch.unravel_index(odd[0], there.shape)]
-    found, wanted = (tensor.reshape(-1)[odd[0]].item() for tensor in (there, made))
-    return f"differs in {len(odd):,} of {there.numel():,} values, first at {place}: {found} in the file, {wanted} in memory"
+    size, count, first = there.dtype.itemsize, 0, -1
+    for start in range(0, len(a), _BYTES_AT_ONCE):
+        part = slice(start, start + _BYTES_AT_ONCE)
+        odd = (a[part] != b[part]).view(-1, size).any(1).nonzero()[:, 0]
+        first = start // size + int(odd[0]) if first < 0 and len(odd) else first
+        count += len(odd)
+    place = [int(index) for index in torch.unravel_index(torch.tensor(first), there.shape)]
+    found, wanted = (tensor.reshape(-1)[first].item() for tensor in (there, made))
+    return (
+        f"differs in {count:,} of {there.numel():,} values, first at {place}: {found} in the file, {wanted} in memory"
+    )
 
 
 def _layer_differences(there: PackedLinear, made: PackedLinear) -> Iterable[tuple[str, str]]:

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import awq_ext
 from awq_ext.checkpoints import write
+from awq_ext.checkpoints.files import read_back
 from awq_ext.checkpoints.files.read_back import VerificationError, _layer_differences
 from awq_ext.checkpoints.files.safetensors_file import SafetensorsFile
 from awq_ext.checkpoints.formats import LAYOUTS
@@ -321,6 +322,26 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     layers = sum(isinstance(module, awq_ext.QuantLinear) for module in model.modules())
     assert len(most) == 2 * layers
     assert max(most[layers:]) <= 1, "the one before may be left until the next one is there"
+
+
+def test_floats_are_mapped_and_differences_found_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An embedding may be larger than the memory that is left."""
+    model, read = quantized(), []
+    real = SafetensorsFile.read
+
+    def noted(self: SafetensorsFile, name: str) -> Tensor:
+        read.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(SafetensorsFile, "read", noted)
+    awq_ext.save_pretrained(model, tmp_path / "x", verify=True)
+    assert read and all("_proj." in name for name in read)
+    a = torch.arange(100, dtype=torch.float16)
+    b = a.clone()
+    b[[37, 60, 99]] += 1
+    monkeypatch.setattr(read_back, "_BYTES_AT_ONCE", 16)
+    said = "differs in 3 of 100 values, first at [3, 7]: 37.0 in the file, 38.0 in memory"
+    assert read_back._difference(a.view(10, 10), b.view(10, 10)) == said
 
 
 # GGUF has a name for no layer of these: it is the next test
