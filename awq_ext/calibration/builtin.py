@@ -6,12 +6,17 @@ languages. All of it was written for this package, and is licensed as the packag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import resources
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..config import AwqConfig
+from ..forwards.calls import Call
+from ..forwards.samples import token_ids
 
 BUILTIN = "builtin"
 FILES = ("english.txt", "code.txt", "languages.txt")
@@ -37,4 +42,45 @@ def builtin_calibration(tokenizer: Callable[..., Any] | None, config: AwqConfig)
     if tokenizer is None:
         raise TypeError(f'calib_loader="{BUILTIN}" is a text: pass tokenizer= to turn it into tokens')
     written = WRITTEN if config.generated_tokens is None else config.generated_tokens
-    return [builtin_text()], replace(config, generated_tokens=written)
+    return [builtin_text()], replace(config, generated_tokens=written, builtin_text=False)
+
+
+def builtin_calls(
+    config: AwqConfig, given: Sequence[Call], tokenizer: Callable[..., Any] | None
+) -> tuple[list[Call], AwqConfig, str]:
+    """Make calls of the mix, one window of ``config.seq_len`` tokens each, that are like the calls ``given``.
+
+    Also returns the settings, and why the mix takes no part where ``config.builtin_text`` asks for it, or "". It takes none without
+    a tokenizer, and beside batches that hold more than token ids; then the settings say so too.
+    """
+    if not config.builtin_text:
+        return [], config, ""
+    names = {_place_of_ids(call) for call in given}
+    if tokenizer is None:
+        missing = "no tokenizer was given (tokenizer=)"
+    elif None in names or len(names) > 1:
+        missing = "the calibration batches hold more than token ids"
+    else:
+        # tokenizers of transformers warn of more tokens than the model takes at once: here they are cut
+        quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+        ids = token_ids(tokenizer, builtin_text(), **quiet)
+        whole = ids[: max(len(ids) // config.seq_len, 1) * config.seq_len]
+        rows = [part[None].to(_ids(given[0])) for part in whole.split(config.seq_len)]
+        name = names.pop()
+        return [Call(kwargs={name: row}) if name else Call(args=(row,)) for row in rows], config, ""
+    return [], replace(config, builtin_text=False), f"the built-in texts took no part in the calibration: {missing}"
+
+
+def _place_of_ids(call: Call) -> str | None:
+    """Name the keyword of the token ids [B, T], "" where they are the only argument; None if there is more than these and masks."""
+    values = {"": call.args[0]} if len(call.args) == 1 else {}
+    values |= {name: value for name, value in call.kwargs.items() if not name.endswith("attention_mask")}
+    if len(values) != 1 or len(call.args) > 1:
+        return None
+    name, value = values.popitem()
+    ids = isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.int32, torch.int64)
+    return name if ids else None
+
+
+def _ids(call: Call) -> Tensor:
+    return call.args[0] if call.args else call.kwargs[_place_of_ids(call)]

@@ -111,7 +111,7 @@ def compare(
     scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
     model = hf.load_model(folder, dtype, trust_remote_code, device)
     hf.note_lengths(model, batches, samples)
-    found = compare_methods(model, batches, scored, methods, progress=True, **chosen)
+    found = compare_methods(model, batches, scored, methods, tokenizer=tokenizer, progress=True, **chosen)
     console.print(found)
     if markdown is not None:
         markdown.write_text(found.to_markdown(), encoding="utf-8")

@@ -209,7 +209,7 @@ def quantize(
         hf.note_lengths(model, batches, 0 if all(map(texts.is_builtin, calib)) else samples)
         hf.check_format(model, batches[0], format, chosen)
         remembered = _remembered(model, left) if at.leads else None
-        at.quantize(batches, chosen)
+        at.quantize(batches, chosen, tokenizer)
         report = model.awq_report
         report.command = command_line(context)
         if at.leads:

@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "bias_correction": (True, False),
     "packed": (True, False),
     "head": HEADS,
+    "builtin_text": (False, True),
 }
 _SMALLEST = {
     "n_grid": 1,

@@ -7,9 +7,9 @@ from typing import Any
 
 # What each stands for; what it gives and costs: docs/research-notes-tuning.md.
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "awq", "tune_scales": 0},
-    "balanced": {"method": "awq+gptq", "weighed_batches": 4, "tune_scales": 0},
-    "best": {"method": "awq+gptq", "weighed_batches": 4, "tune_scales": 2},
+    "fast": {"method": "awq", "builtin_text": True, "tune_scales": 0},
+    "balanced": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "tune_scales": 0},
+    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "tune_scales": 2},
 }
 
 

@@ -124,11 +124,15 @@ class AwqConfig:
     How it is calibrated:
 
     seq_len: window length in tokens when calibration samples are texts.
+    builtin_text: whether the texts that ship with the package are calibrated on too, beside those given (``calibration/texts``: a
+        small mix of languages, code and data). It helps on text unlike the calibration text (docs/research-notes-tuning.md). Only
+        where ``tokenizer`` is given and batches are token ids alone: otherwise the report notes that it was left out.
     random_tokens: further calibration batches, of random tokens, as a share of the number of those given. They help error
         feedback on text unlike the calibration text (docs/research.md). Only for models that read token ids and have
         ``get_input_embeddings()``. None: 0.25 with error feedback, otherwise 0.
     generated_tokens: likewise, batches of text that the model writes itself. Only for decoders that are called like those of
-        transformers (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, otherwise 0.
+        transformers (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, unless ``builtin_text`` takes
+        their place; otherwise 0.
     objective: how much a Linear's error on a calibration row counts. "layer": all rows alike. "model": each row has an importance
         weight, which says how strongly the model's output reacts to errors there; a backward of the whole model finds it
         (``calibration/importance.py``). None: "model" with error feedback, if the model returns logits for every token id and can
@@ -155,6 +159,7 @@ class AwqConfig:
     propagate: str = "float"
     objective: str | None = None
     weighed_batches: int = 4
+    builtin_text: bool = False
     random_tokens: float | None = None
     generated_tokens: float | None = None
     tune_scales: int = 0
@@ -220,7 +225,7 @@ class AwqConfig:
     @property
     def generated_share(self) -> float:
         """``generated_tokens``, or what stands for None."""
-        return self._share(self.generated_tokens)
+        return 0.0 if self.builtin_text and self.generated_tokens is None else self._share(self.generated_tokens)
 
     def _share(self, given: float | None) -> float:
         return (0.25 if self._uses_gptq_anywhere else 0.0) if given is None else given

@@ -136,11 +136,13 @@ def planned(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan
             for group, fold in zip(surveyed.groups, folds, strict=True):
                 linears = [surveyed.linears[name] for name in group.linears]
                 found.append(_planned(surveyed.block.name, group.linears, linears, fold, config, names))
+    builtin = sum(call.elements for call in opened.builtin) / max(opened.calls[0].elements, 1)
+    growth = batches * len(opened.calls) + builtin
     return Plan(
         groups=found,
         stays_float=reasons_to_stay(opened.eligible, surveys),
         parameters=sum(p.numel() for p in model.parameters()),
-        planned_memory_bytes=planned_bytes(surveys, batches * len(opened.calls), config)
+        planned_memory_bytes=planned_bytes(surveys, growth, config)
         + planned_tuning_bytes(surveys, opened.calls, batches, config),
     )
 

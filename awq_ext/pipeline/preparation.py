@@ -16,12 +16,12 @@ from ..reporting.report import AwqReport
 from ..survey.survey import BlockSurvey
 from ..workdir.directory import ResumeError
 from .keeping import Keeping
+from .session import Session
 
 
-def extra_calls(
-    model: nn.Module, calls: Sequence[Call], config: AwqConfig, report: AwqReport, progress: bool, keeping: Keeping
-) -> list[Call]:
-    """Make batches in addition to those given: of random tokens, and of text that the model generates if it can."""
+def extra_calls(opened: Session, report: AwqReport, progress: bool, keeping: Keeping) -> list[Call]:
+    """Make batches in addition to those given: the built-in texts, random tokens, and text that the model generates if it can."""
+    model, calls, config = opened.model, opened.calls, opened.config
     if keeping.streamed and progress and config.generated_share > 0:
         say(
             "the model writes text to calibrate on: each token reads all files once; generated_tokens=0 leaves that out"
@@ -36,11 +36,11 @@ def extra_calls(
     except Exception as error:  # the calls that were given will show whether the model works
         written = []
         report.notes.append(f"the model could not write text to calibrate on: {type(error).__name__}: {error}")
-    kinds = [(drawn, "of random tokens"), (written, "that the model wrote")]
-    added = " and ".join(f"{len(made)} {kind}" for made, kind in kinds if made)
+    kinds = {"of the built-in texts": opened.builtin, "of random tokens": drawn, "that the model wrote": written}
+    added = " and ".join(f"{len(made)} {kind}" for kind, made in kinds.items() if made)
     if added:
         report.notes.append(f"calibrated on {len(calls)} batches, and on {added}")
-    return drawn + written
+    return opened.builtin + drawn + written
 
 
 def row_weights(

@@ -114,7 +114,8 @@ def quantize_in(
         report.calibration_tokens = _tokens(opened)
         if report.few_tokens:
             warn(report.few_tokens)
-        keeping.begin(model, opened.calls, config, blocks)
+        report.notes += opened.notes
+        keeping.begin(model, opened.calls + opened.builtin, config, blocks)
         with opened.surveyed(blocks) as surveys:
             run = (SharedRun if isinstance(keeping, SharedKeeping) else Run)(
                 opened, surveys, report, progress, rescaling, keeping

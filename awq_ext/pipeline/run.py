@@ -77,7 +77,7 @@ class Run:
         self._session, self._surveys, self._report, self._progress = opened, surveys, report, progress
         self._rescaling, self._keeping = rescaling, keeping
         model, config = opened.model, opened.config
-        self._calls = opened.calls + extra_calls(model, opened.calls, config, report, progress, keeping)
+        self._calls = opened.calls + extra_calls(opened, report, progress, keeping)
         size = sum(parameter.nbytes for parameter in model.parameters())
         self._tuning = ScaleTuning(model, self._calls, config, report, progress)
         base, growth = opened.memory.bytes(), growth_of(self.held_calls())

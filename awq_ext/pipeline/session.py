@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..calibration.builtin import builtin_calls
 from ..config import AwqConfig
 from ..forwards.calls import Call, read_calls
 from ..forwards.lockstep import Stop, Worker, lockstep, suspended
@@ -27,7 +28,8 @@ from ..undo.journal import Journal
 class Session:
     """The model, its calibration batches (``calls``, on the model's device), and the Linears that can be quantized.
 
-    config: the settings, with what ``head`` means for the output layers among them.
+    config: the settings, with what ``head`` means for the output layers among them. builtin: the built-in texts, where these take
+    part. notes: for the report.
     """
 
     model: nn.Module
@@ -38,6 +40,8 @@ class Session:
     eligible: Eligible
     standins: StandIns
     memory: PeakMemory | PeakAnonymous
+    builtin: list[Call] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def surveyed(self, blocks: Sequence[str] | None) -> Iterator[list[BlockSurvey]]:
@@ -85,6 +89,7 @@ def session(
     """
     device = check_layers(model, config)
     calls = read_calls(samples, device, tokenizer, inputs, config.seq_len, model)
+    builtin, config, missing = builtin_calls(config, calls, tokenizer)
     # tensors made in inference mode could not be used in training later
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         memory = memory or PeakMemory(device)
@@ -92,7 +97,8 @@ def session(
             eligible, standins = select_linears(model, calls[0], config, journal)
             if config.head != "float":
                 config = config.with_heads(heads_among(model, eligible.linears))
-            yield Session(model, config, device, calls, journal, eligible, standins, memory)
+            found = (model, config, device, calls, journal, eligible, standins, memory)
+            yield Session(*found, builtin, [missing] if missing else [])
         finally:
             if undo:
                 journal.rollback()

@@ -39,14 +39,16 @@ class Working:
         """Whether this process writes the result, and tells of it."""
         return leads(self.team)
 
-    def quantize(self, samples: Iterable[Any], settings: Mapping[str, Any]) -> nn.Module:
+    def quantize(
+        self, samples: Iterable[Any], settings: Mapping[str, Any], tokenizer: Callable[..., Any] | None = None
+    ) -> nn.Module:
         """Quantize the model in place; settings: fields of AwqConfig."""
         config = configured(None, settings)
         if self.streamed:
-            return quantize_streamed(self.model, samples, config, self.work, self.limit, self.team)
+            return quantize_streamed(self.model, samples, config, self.work, self.limit, self.team, tokenizer=tokenizer)
         # what others than the first process keep is in their memory alone
         keeping = keeping_for(self.team, self.work if self.leads else None)
-        return quantize_in(keeping, self.model, samples, config)
+        return quantize_in(keeping, self.model, samples, config, tokenizer=tokenizer)
 
 
 def fits(source: Path, limit: int | None) -> bool:

@@ -111,7 +111,7 @@ def main() -> None:
             methods = [parse_method(text) for text in args.method]
             settings = {"bits": bits, "group_size": group_size, "packed": bits == 4}
             began = time.perf_counter()
-            found = awq_ext.compare(model, calib, traffic, methods, **settings)
+            found = awq_ext.compare(model, calib, traffic, methods, tokenizer=tokenizer, **settings)
             print(f"\n== {title}, {time.perf_counter() - began:.0f} s in all")
             print(found, flush=True)
             pages += [wide(found, title, measure).to_markdown() for measure in found.measures]

@@ -10,6 +10,7 @@ import torch
 from readers import VOCABULARY, Reader
 
 import awq_ext
+from awq_ext import AwqConfig
 from awq_ext.calibration.builtin import builtin_text
 
 FAST = {"method": "awq", "group_size": 16, "progress": False, "seq_len": 64}
@@ -52,3 +53,53 @@ def test_errors_say_what_to_do() -> None:
         awq_ext.quantize(Reader(), "builtin", **FAST)
     with pytest.raises(TypeError, match=r'calib_loader is a str.*or "builtin"'):
         awq_ext.quantize(Reader(), "wikitext", tokenizer=tokenizer, **FAST)
+
+
+MIXED = {**FAST, "builtin_text": True}
+
+
+def windows_of_mix() -> list[torch.Tensor]:
+    ids = torch.tensor(tokenizer(builtin_text())["input_ids"])
+    return list(ids[: len(ids) // 64 * 64].view(-1, 1, 64))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_beside_other_text_it_is_more_of_it(by_name: bool) -> None:
+    given = [torch.arange(64).view(1, 64) % VOCABULARY, torch.zeros(2, 64, dtype=torch.int64)]
+    both = [*given, *windows_of_mix()]
+    if by_name:
+        given, both = ([{"input_ids": one} for one in part] for part in (given, both))
+    mixed = awq_ext.quantize(Reader(), given, tokenizer=tokenizer, **MIXED)
+    whole = awq_ext.quantize(Reader(), both, **FAST)
+    for key, value in mixed.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[key])
+    count = len(windows_of_mix())
+    assert mixed.awq_report.notes == [f"calibrated on 2 batches, and on {count} of the built-in texts"]
+
+
+def test_without_a_tokenizer_or_beside_other_inputs_it_is_left_out_and_said() -> None:
+    ids = [torch.arange(64).view(1, 64) % VOCABULARY]
+    plain = awq_ext.quantize(Reader(), ids, **FAST)
+    alone = awq_ext.quantize(Reader(), ids, **MIXED)
+    for key, value in alone.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[key])
+    said = "the built-in texts took no part in the calibration: "
+    assert alone.awq_report.notes == [said + "no tokenizer was given (tokenizer=)"]
+
+    linear = torch.nn.Sequential(torch.nn.Linear(32, 16))
+    floats = awq_ext.quantize(linear, [torch.randn(8, 32)], tokenizer=tokenizer, **MIXED)
+    assert floats.awq_report.notes == [said + "the calibration batches hold more than token ids"]
+
+
+def test_what_the_model_writes_gives_way_to_it() -> None:
+    assert AwqConfig(method="gptq").generated_share == 0.25
+    assert AwqConfig(method="gptq", builtin_text=True).generated_share == 0
+    assert AwqConfig(method="gptq", builtin_text=True, generated_tokens=0.5).generated_share == 0.5
+
+
+def test_the_plan_counts_it() -> None:
+    ids, settings = torch.arange(64).view(1, 64) % VOCABULARY, {"group_size": 16, "seq_len": 64}
+    alone = awq_ext.plan(Reader(), ids, tokenizer=tokenizer, **settings)
+    mixed = awq_ext.plan(Reader(), ids, tokenizer=tokenizer, builtin_text=True, **settings)
+    many = awq_ext.plan(Reader(), ids, tokenizer=tokenizer, batches=1 + len(windows_of_mix()), **settings)
+    assert alone.planned_memory_bytes < mixed.planned_memory_bytes == many.planned_memory_bytes

@@ -84,4 +84,4 @@ def with_builtin(calib: Iterable[Path], chosen: dict[str, Any]) -> dict[str, Any
     from ...calibration.builtin import WRITTEN
     from ..texts import is_builtin
 
-    return {"generated_tokens": WRITTEN, **chosen} if any(map(is_builtin, calib)) else chosen
+    return {"generated_tokens": WRITTEN, "builtin_text": False, **chosen} if any(map(is_builtin, calib)) else chosen
