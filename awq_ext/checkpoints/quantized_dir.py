@@ -21,7 +21,7 @@ from .version_1 import read_version_1
 CONFIG = "config.json"
 # older homes of what is quantization_config in config.json now
 OTHER_CONFIGS = ("quant_config.json", "quantize_config.json", "hf_quant_config.json")
-QUANTIZATION = ("quantization_config", "compression_config")
+QUANTIZATION = ("quantization_config", "compression_config", "quantization")  # the last of MLX
 # leaves that float modules have too
 COMMON_LEAVES = {"weight", "bias"}
 

@@ -19,8 +19,8 @@ from ..forwards.spill import mapped_copy
 from ..reporting.warn import warn
 from .atomic_directory import replaced
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
-from .gguf.file import GGUF, foreseen, write_gguf
-from .quantized_dir import CONFIG, OTHER_CONFIGS
+from .gguf.file import GGUF
+from .quantized_dir import CONFIG, OTHER_CONFIGS, QUANTIZATION
 from .shards import INDEX, WEIGHTS, first_json
 from .version_1 import VERSION_1
 
@@ -151,7 +151,7 @@ def is_quantized(folder: Path) -> bool:
         config = first_json(folder, CONFIG) or {}
     except CheckpointError:
         return False
-    return bool(config.get("quantization_config") or config.get("compression_config"))
+    return any(config.get(key) for key in QUANTIZATION)
 
 
 def same_directory(a: Path, b: Path) -> bool:
@@ -208,18 +208,15 @@ def write(
     ``spill`` about one layer: what a shard is made of goes to files first, which are mapped.
     OSError that names ``directory``, which is as it was, for a full disk and alike.
     """
-    if layout.name == "gguf":
-        foreseen(source, config)
+    layout.foresee(source, config)
     try:
         with replaced(directory, is_checkpoint_file, allowed) as folder:
             companions(folder)
-            if layout.name == "gguf":
-                write_gguf(folder, source, layout, summary, config)
-            else:
+            if not layout.write_weights(folder, source, summary, config):
                 _write_shards(folder, _tensors(source, layout, summary), max_shard_size, spill)
             extra(folder)
             files = {
-                CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},
+                CONFIG: layout.config(config, source, summary),
                 **layout.files(summary),
             }
             for name, content in files.items():

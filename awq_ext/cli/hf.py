@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.conversions import transformers
 from ..checkpoints.formats import CheckpointError
-from ..checkpoints.quantized_dir import CONFIG
+from ..checkpoints.quantized_dir import CONFIG, QUANTIZATION
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
 from ..checkpoints.write import Overwrite
@@ -101,7 +101,8 @@ def _load(directory: Path, dtype: str | torch.dtype, trusted: bool) -> nn.Module
 
 def is_quantized(directory: Path) -> bool:
     """Tell whether a directory says of itself that its weights are quantized."""
-    return (directory / VERSION_1).exists() or "quantization_config" in read_config(directory)
+    config = read_config(directory)
+    return (directory / VERSION_1).exists() or any(key in config for key in QUANTIZATION)
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:

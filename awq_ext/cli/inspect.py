@@ -76,14 +76,15 @@ def describe(directory: Path) -> dict[str, Any]:
 
 def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Describe the quantization of a directory, which config.json or another file of a tool tells; {} for a float one."""
-    from ..checkpoints.quantized_dir import OTHER_CONFIGS, QuantDir
+    from ..checkpoints.quantized_dir import OTHER_CONFIGS, QUANTIZATION, QuantDir
     from ..checkpoints.version_1 import VERSION_1
 
-    if "quantization_config" not in config and not any((directory / n).exists() for n in (VERSION_1, *OTHER_CONFIGS)):
+    said = next((config[key] for key in QUANTIZATION if config.get(key)), {})
+    if not said and not any((directory / n).exists() for n in (VERSION_1, *OTHER_CONFIGS)):
         return {}
-    said = config.get("quantization_config") or {}
     facts: dict[str, Any] = {"format": said.get("quant_method", "unknown")} if said else {}
-    if plain := {name: value for name, value in said.items() if isinstance(value, (str, int, float))}:
+    # what has a dot in its name is of one layer
+    if plain := {key: value for key, value in said.items() if isinstance(value, (str, int, float)) and "." not in key}:
         facts["quantization_config"] = plain
     try:
         found = QuantDir(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Gguf(Layout):
     mixes_group_sizes = True
     quantized_heads = True
     divisors = (1, BLOCK)
+    default_group_size = BLOCK  # there are no larger blocks
+    own_writer = True
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:
         found = super().problems(name, layer)
@@ -86,6 +89,17 @@ class Gguf(Layout):
 
     def quantization_config(self, summary: Summary) -> dict[str, Any]:
         return {"quant_method": "gguf", "modules_to_not_convert": list(summary.float_linears) or None}
+
+    def foresee(self, source: Any, config: Mapping[str, Any]) -> None:
+        from ...gguf.file import foreseen  # which is made of layouts
+
+        foreseen(source, config)
+
+    def write_weights(self, folder: Path, source: Any, summary: Summary, config: Mapping[str, Any]) -> bool:
+        from ...gguf.file import write_gguf
+
+        write_gguf(folder, source, self, summary, config)
+        return True
 
     def reads(self, config: Mapping[str, Any]) -> Settings | None:
         if config.get("quant_method") != "gguf":
