@@ -18,7 +18,8 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="Directory, or ORG/NAME on the hub, of a quantized checkpoint, of any layout."
+            metavar="SRC",
+            help="Directory, .gguf file, or ORG/NAME on the hub, of a quantized checkpoint, of any layout.",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write, new or empty.")],

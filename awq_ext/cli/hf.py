@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.conversions import transformers
 from ..checkpoints.formats import CheckpointError
+from ..checkpoints.gguf.single import complete, directory_of, is_gguf
 from ..checkpoints.quantized_dir import CONFIG, QUANTIZATION
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
@@ -36,12 +37,13 @@ _FEW_TOKENS = 32
 def folder(source: Path, revision: str | None = None, token: str | None = None) -> Path:
     """Find the directory of a model: itself, or that of ORG/NAME or ORG/NAME@REVISION on the hub, downloaded if need be.
 
+    Of a GGUF file: see :func:`directory_of`.
     A usage error for a revision of a directory, and for two revisions.
     """
-    if source.is_dir():
+    if source.is_dir() or is_gguf(source):
         if revision is not None:
-            raise typer.BadParameter(f"{source} is a directory, which has no revisions", param_hint="--revision")
-        return source
+            raise typer.BadParameter(f"{source} is a path, which has no revisions", param_hint="--revision")
+        return directory_of(source)
     name, _, named = str(source).partition("@")
     if named and revision not in (None, named):
         raise typer.BadParameter(f"{revision}, but {source} names another: give one of them", param_hint="--revision")
@@ -114,6 +116,7 @@ def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
     """Load the tokenizer of a directory. ValueError where there is none that can be loaded; trusted: as for a model."""
     if not read_config(directory):
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
+    complete(directory)
     try:
         auto = transformers().AutoTokenizer
         return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)

@@ -29,7 +29,7 @@ def inspect(
     """
     from .hf import folder
 
-    facts = describe(folder(model_dir, revision, token))
+    facts = describe(folder(model_dir, revision, token), model_dir if model_dir.is_file() else None)
     console = console_for(json_path)
     shown = {name: value for name, value in facts.items() if name != "loaded_by"}
     console.print(fact_table((name.replace("_", " "), _shown(value)) for name, value in shown.items()))
@@ -40,8 +40,11 @@ def inspect(
     write_json(facts, json_path)
 
 
-def describe(directory: Path) -> dict[str, Any]:
-    """Collect what the files of a directory say. ValueError for one without files of weights, or with a damaged one."""
+def describe(directory: Path, alone: Path | None = None) -> dict[str, Any]:
+    """Collect what the files of a directory say. ValueError for one without files of weights, or with a damaged one.
+
+    alone: the GGUF file that the directory was made of, if it was.
+    """
     from ..checkpoints.gguf.file import GGUF, kinds_in
     from ..checkpoints.saved import read_report, report_exists
     from ..checkpoints.shards import INDEX, first_json
@@ -71,7 +74,10 @@ def describe(directory: Path) -> dict[str, Any]:
         facts["report"] = read_report(directory).summary()
     # what config.json does not tell of, no other tool can load; with a note: what awq_ext cannot read
     known = bool(config) and "note" not in facts
-    return facts | {"loaded_by": loaders(facts["format"], str(directory)) if known else []}
+    found = loaders(facts["format"], str(directory)) if known else []
+    for one in found if alone is not None else ():
+        one["command"] = one["command"].replace(str(directory / GGUF), str(alone)).replace(str(directory), str(alone))
+    return facts | {"loaded_by": found}
 
 
 def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:

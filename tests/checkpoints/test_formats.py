@@ -525,7 +525,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "ct without groups": ("compressed-tensors", {"quant_method": "compressed-tensors"}, "config_groups"),
     "mlx mode": ("mlx", {"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mode='mxfp4'"),
-    "mlx mode of a layer": ("mlx", {"group_size": 32, "bits": 4, "a.b": {"mode": "nvfp4"}}, "quantization: a.b: mode='nvfp4'"),
+    "mlx mode of a layer": (
+        "mlx",
+        {"group_size": 32, "bits": 4, "a.b": {"mode": "nvfp4"}},
+        "quantization: a.b: mode='nvfp4'",
+    ),
     "mlx activations": ("mlx", {"group_size": 32, "bits": 4, "rotated": "yes"}, "rotated='yes' is not known"),
     "native layers": ("native", {"quant_method": "awq_ext", "version": 1, "layers": {"a": [1]}}, "layers must be"),
     "native version": ("native", {"quant_method": "awq_ext", "version": 2, "layers": {}}, "version 2"),

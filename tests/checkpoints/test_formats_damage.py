@@ -274,7 +274,9 @@ def test_convert_refuses_the_same_and_writes_nothing(what: str, good: dict[str, 
     assert not list(tmp_path.glob(".out*"))
 
 
-TENSORS = [(name, leaf) for name, each in LAYOUTS.items() if name not in SOME_MODELS for leaf in (*each.suffixes, "bias")]
+TENSORS = [
+    (name, leaf) for name, each in LAYOUTS.items() if name not in SOME_MODELS for leaf in (*each.suffixes, "bias")
+]
 
 
 @pytest.mark.fault("Files of a checkpoint", "A tensor of a quantized layer {damage}, in any format", REFUSED)

@@ -32,9 +32,7 @@ def there_and_back(layer: PackedLinear) -> PackedLinear:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", list(UNITS))
-def test_codes_scales_and_zeros_there_and_back(
-    dtype: torch.dtype, bits: int, symmetric: bool, group_size: int
-) -> None:
+def test_codes_scales_and_zeros_there_and_back(dtype: torch.dtype, bits: int, symmetric: bool, group_size: int) -> None:
     """Biases are within the bound of the docs, exact where symmetric; groups that MLX lacks become several."""
     if (dtype, bits, symmetric) == (torch.bfloat16, 8, False):
         return  # mostly refused: test_zeros_that_bfloat16_cannot_tell_apart
@@ -117,11 +115,13 @@ def test_directories_there_and_back(family: str, tmp_path: Path) -> None:
         again = awq_ext.convert(native, tmp_path / "again", "mlx")
     assert "quantization" not in json.loads((native / "config.json").read_text())
     assert torch.equal(logits(awq_ext.from_pretrained(native)), logits(model))
-    first, second = ({n: t for f in at.glob("*.safetensors") for n, t in load_file(f).items()} for at in (folder, again))
+    first, second = (
+        {n: t for f in at.glob("*.safetensors") for n, t in load_file(f).items()} for at in (folder, again)
+    )
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(CheckpointError, match="holds a quantized checkpoint"):
         awq_ext.convert(native, again, "mlx")
-    with pytest.raises(CheckpointError, match='transformers cannot write all .* format="mlx"'):
+    with pytest.raises(CheckpointError, match=r'transformers cannot write all .* format="mlx"'):
         awq_ext.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
 
 
@@ -170,7 +170,7 @@ def test_damaged_directories_are_refused(what: str, tmp_path: Path) -> None:
 
 def test_models_that_were_not_tried_are_refused_by_name(tmp_path: Path) -> None:
     model = float_model("GPTNeoX")
-    with pytest.raises(CheckpointError, match="model_type='gpt_neox' of config.json is not among"):
+    with pytest.raises(CheckpointError, match=r"model_type='gpt_neox' of config\.json is not among"):
         awq_ext.check_format(model, BATCH, "mlx", group_size=32, method="rtn")
     awq_ext.check_format(float_model(), BATCH, "mlx", group_size=32, method="rtn")
     awq_ext.quantize(model, [BATCH], **SETTINGS)
@@ -187,10 +187,13 @@ def test_experts_that_mlx_lm_could_not_stack_are_refused(tmp_path: Path) -> None
 
 
 def test_two_dtypes_of_16_bits_are_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="MLX then computes in float32.*scale_dtype=\"bfloat16\""):
+    with pytest.warns(UserWarning, match='MLX then computes in float32.*scale_dtype="bfloat16"'):
         saved(tmp_path / "two", torch.bfloat16)
     folder = saved(tmp_path / "one", torch.bfloat16, scale_dtype="bfloat16")
-    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16, torch.uint32}
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {
+        torch.bfloat16,
+        torch.uint32,
+    }
     assert QuantDir(folder).layer(LAYER).scales.dtype == torch.bfloat16
 
 

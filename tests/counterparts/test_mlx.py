@@ -20,7 +20,7 @@ from awq_ext.demo.data import calibration_batches
 
 
 def test_mlx_dequantizes_to_the_same_weights(tmp_path: Path) -> None:
-    """All widths, sizes of groups and dtypes: equal where symmetric with scales of 16 bits, otherwise within the bound of the docs."""
+    """All widths, sizes of groups and dtypes: equal where symmetric with scales of 16 bits, else within the bound of the docs."""
     needed("mlx")
     cases: list[tuple[Any, ...]] = [(bits, size) for bits in (4, 8) for size in (32, 64, 128, 256, -1)]
     layers = {
@@ -55,7 +55,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "symmetric": {"symmetric": True},
     "zeros": {"group_size": 32},
     "8 bits": {"bits": 8},
-    "mixed": {"head": "int8", "per_layer": {"*.down_proj": {"bits": 8, "group_size": 32}}, "skip": ("*.0.self_attn.*",)},
+    "mixed": {
+        "head": "int8",
+        "per_layer": {"*.down_proj": {"bits": 8, "group_size": 32}},
+        "skip": ("*.0.self_attn.*",),
+    },
 }
 
 
@@ -106,8 +110,6 @@ def test_mlx_lm_runs_a_model_that_was_tied(tmp_path: Path) -> None:
     with torch.no_grad():
         ours = model(load_file(prompt)["tokens"]).logits.float()
     assert (ours - load_file(out)["logits"]).norm() < 0.02 * ours.norm()
-
-
 
 
 # what of a family is not as in a Llama, so that all sizes are small

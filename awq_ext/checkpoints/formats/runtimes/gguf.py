@@ -134,13 +134,18 @@ def _recovered(scales: Tensor, zeros: Tensor) -> bool:
     return bool(((_steps(scales, offsets) - zeros).abs() <= _NEAR).all())
 
 
-def _zeros(scales: Tensor, offsets: Tensor) -> Tensor:
-    """Find the zeros of offsets; CheckpointError where they lie between codes."""
+def whole_zeros(scales: Tensor, offsets: Tensor) -> bool:
+    """Tell whether every offset is that of a zero from 0 to 15."""
     steps = _steps(scales, offsets)
     zeros = steps.round()
-    if not bool(((steps - zeros).abs() <= _NEAR).all()) or not bool(((zeros >= 0) & (zeros <= 15)).all()):
+    return bool(((steps - zeros).abs() <= _NEAR).all()) and bool(((zeros >= 0) & (zeros <= 15)).all())
+
+
+def _zeros(scales: Tensor, offsets: Tensor) -> Tensor:
+    """Find the zeros of offsets; CheckpointError where they lie between codes."""
+    if not whole_zeros(scales, offsets):
         raise CheckpointError(
             "its offsets lie between codes, as those of llama.cpp's own quantizer do in Q4_1: a zero must be a whole number "
             "from 0 to 15 (Q4_0 and Q8_0 can be read)"
         )
-    return zeros.to(torch.uint8)
+    return _steps(scales, offsets).round().to(torch.uint8)
