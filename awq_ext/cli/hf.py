@@ -104,7 +104,7 @@ def _load(directory: Path, dtype: str | torch.dtype, trusted: bool) -> nn.Module
 def is_quantized(directory: Path) -> bool:
     """Tell whether a directory says of itself that its weights are quantized."""
     config = read_config(directory)
-    return (directory / VERSION_1).exists() or any(key in config for key in QUANTIZATION)
+    return (directory / VERSION_1).exists() or any(config.get(key) for key in QUANTIZATION)
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
@@ -157,7 +157,8 @@ def refuse_quantized(directory: Path) -> None:
     """Raise a usage error for the directory of a model that is quantized already."""
     if not is_quantized(directory):
         return
-    said = read_config(directory).get("quantization_config") or {}
+    config = read_config(directory)
+    said = next((config[key] for key in QUANTIZATION if config.get(key)), {})
     bits = said.get("bits", said.get("w_bit", 4))
     raise typer.BadParameter(
         f"{directory} is already int{bits if isinstance(bits, int) else 4} ({said.get('quant_method', 'awq_ext')}): give the float "

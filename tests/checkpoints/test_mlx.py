@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf_directory
 import pytest
 import torch
+from counterparts.test_mlx import FAMILIES
 from quantized_dirs import edit_json, edit_tensors, random_layer
 from safetensors.torch import load_file
-from tiny_transformers import BATCH, MOE, float_model, logits
+from tiny_transformers import BATCH, MOE, float_model, logits, transformers
+from typer.testing import CliRunner
 
 import awq_ext
 from awq_ext.checkpoints.formats import LAYOUTS, CheckpointError, Facts, PackedLinear, Summary
+from awq_ext.checkpoints.formats.runtimes.mlx import KNOWN
 from awq_ext.checkpoints.quantized_dir import QuantDir
+from awq_ext.cli import app
 
 MLX = LAYOUTS["mlx"]
 UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
@@ -204,3 +209,29 @@ def test_the_command_says_what_is_in_a_directory(tmp_path: Path) -> None:
     assert found["format"] == "mlx" and found["quantized_layers"] == {"int4": 14, "int8": 1}
     assert found["quantization_config"] == {"group_size": 32, "bits": 4, "mode": "affine"}
     assert found["loaded_by"][0]["program"] == "mlx-lm" and "note" not in found
+
+
+def test_all_that_is_written_is_run_by_mlx_lm() -> None:
+    """By tests/counterparts/test_mlx.py, for which Llamas are trained."""
+    tried = {getattr(transformers, f"{family}Config").model_type for family in FAMILIES}
+    assert {*KNOWN} == tried | {"llama"}
+
+
+@pytest.mark.parametrize("format, group_size", [("mlx", 128), ("gguf", 32)])
+def test_the_commands_write_it(format: str, group_size: int, tmp_path: Path) -> None:
+    """In groups of the size that a format has by default, where widths allow it; and one format becomes the other."""
+    source, text = hf_directory.make(tmp_path / "float"), tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    settings = ["--calib", str(text), "--method", "rtn", "--samples", "2", "--seq-len", "32", "--set", "symmetric=true"]
+    run = CliRunner().invoke
+    done = run(app, ["quantize", str(source), str(tmp_path / "out"), "--format", format, *settings])
+    if group_size == 128:  # the widths are 64 and 96
+        assert done.exit_code == 1 and "is not a multiple of group_size=128" in done.output
+        settings += ["--group-size", "32"]
+        done = run(app, ["quantize", str(source), str(tmp_path / "out"), "--format", format, *settings])
+    assert done.exit_code == 0, done.output
+    other = {"mlx": "gguf", "gguf": "mlx"}[format]
+    done = run(app, ["convert", str(tmp_path / "out"), str(tmp_path / "other"), "--format", other])
+    assert done.exit_code == 0, done.output
+    models = [awq_ext.from_pretrained(tmp_path / name) for name in ("out", "other")]
+    assert torch.equal(*(logits(model, torch.arange(20)[None]) for model in models))

@@ -145,8 +145,3 @@ def test_mlx_lm_runs_all_families_that_are_written(family: str, tmp_path: Path) 
     with torch.no_grad():
         ours = model(load_file(prompt)["tokens"]).logits
     assert (ours - load_file(out)["logits"]).norm() < 0.01 * ours.norm()
-
-
-def test_all_that_is_written_was_run() -> None:
-    tried = {getattr(transformers, f"{family}Config").model_type for family in FAMILIES}
-    assert {*KNOWN} == tried | {"llama"}
