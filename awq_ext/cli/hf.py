@@ -159,9 +159,9 @@ def refuse_quantized(directory: Path) -> None:
         return
     config = read_config(directory)
     said = next((config[key] for key in QUANTIZATION if config.get(key)), {})
-    bits = said.get("bits", said.get("w_bit", 4))
+    bits, method = said.get("bits", said.get("w_bit", 4)), said.get("quant_method", "mlx" if said else "awq_ext")
     raise typer.BadParameter(
-        f"{directory} is already int{bits if isinstance(bits, int) else 4} ({said.get('quant_method', 'awq_ext')}): give the float "
+        f"{directory} is already int{bits if isinstance(bits, int) else 4} ({method}): give the float "
         "model that it was made from. awq-ext convert changes its layout, awq-ext inspect says what is in it",
         param_hint="MODEL",
     )

@@ -85,14 +85,23 @@ def test_biases_at_the_ends_of_float16(scale: float) -> None:
         assert torch.equal(there_and_back(layer).zeros, layer.zeros)
 
 
-def test_biases_of_its_own_quantizer_are_refused() -> None:
-    """Its scale and its bias are rounded apart, so that no whole zero leads to exactly this bias."""
+def test_biases_that_are_rounded_apart_from_scales() -> None:
+    """As those of MLX's own quantizer: read with a warning, refused where two zeros would be as near."""
     layer = random_layer()
     settings, tensors = MLX.reads({"group_size": 32, "bits": 4}), MLX.pack(layer)
-    tensors["biases"] = torch.nextafter(tensors["biases"].float(), torch.tensor(-1e9)).half()
-    tensors["biases"].view(torch.int16).add_(1)  # the next number
-    with pytest.raises(CheckpointError, match="as those of MLX's own quantizer are not"):
+    true = layer.scales.double() * (1 + (torch.rand_like(layer.scales.double()) - 0.5) * 2.0**-11)
+    assert torch.equal(true.half(), layer.scales)
+    tensors["biases"] = (-layer.zeros * true).half()
+    with pytest.warns(UserWarning, match="biases that MLX's own quantizer rounded"):
+        assert torch.equal(MLX.unpack(tensors, settings).zeros, layer.zeros)
+    tensors["biases"].view(torch.int16).add_(40)
+    with pytest.raises(CheckpointError, match="quantize the float model here instead"):
         MLX.unpack(tensors, settings)
+    wide = random_layer(dtype=torch.bfloat16, bits=8)
+    with pytest.raises(CheckpointError, match="bfloat16 does not tell which"):
+        tensors_of_8 = MLX.pack(wide)
+        tensors_of_8["biases"].view(torch.int16).add_(1)
+        MLX.unpack(tensors_of_8, MLX.reads({"group_size": 32, "bits": 8}))
     for bias in (float("nan"), float("inf"), 1.0):
         tensors["biases"].fill_(bias)
         with pytest.raises(CheckpointError, match="zero from 0 to 15"):

@@ -145,3 +145,25 @@ def test_mlx_lm_runs_all_families_that_are_written(family: str, tmp_path: Path) 
     with torch.no_grad():
         ours = model(load_file(prompt)["tokens"]).logits
     assert (ours - load_file(out)["logits"]).norm() < 0.01 * ours.norm()
+
+
+def test_what_mlx_quantized_is_read(tmp_path: Path) -> None:
+    """Within two roundings of scale and bias, as a warning says; 8 bits in bfloat16 are refused."""
+    needed("mlx")
+    out = tmp_path / "out.safetensors"
+    run("mlx", "mlx_quantize.py", out)
+    tensors = load_file(out)
+    for bits, dtype in ((4, "float16"), (4, "bfloat16"), (4, "float32"), (8, "float16"), (8, "float32")):
+        layer = {leaf: tensors[f"{dtype}.{bits}.{leaf}"] for leaf in ("weight", "scales", "biases")}
+        settings = LAYOUTS["mlx"].reads({"group_size": 64, "bits": bits, "mode": "affine"})
+        with pytest.warns(UserWarning, match="biases that MLX's own quantizer rounded"):
+            ours = LAYOUTS["mlx"].unpack(layer, settings)
+        assert ours.bits == bits and (ours.scales < 0).any()
+        error = (ours.dequantize().double() - tensors[f"{dtype}.{bits}.dequantized"].double()).abs()
+        steps, zeros = (t.double().repeat_interleave(64, 1) for t in (ours.scales.abs(), ours.zeros))
+        unit = torch.finfo(ours.scales.dtype).eps / 2
+        # it multiplies and adds in float32 itself
+        assert (error <= steps * (2 * zeros * unit * 1.02 + 2 * (1 << bits) * 2**-24)).all(), (bits, dtype)
+    layer = {leaf: tensors[f"bfloat16.8.{leaf}"] for leaf in ("weight", "scales", "biases")}
+    with pytest.raises(awq_ext.CheckpointError, match="bfloat16 does not tell which"):
+        LAYOUTS["mlx"].unpack(layer, LAYOUTS["mlx"].reads({"group_size": 64, "bits": 8}))

@@ -23,6 +23,7 @@ KNOWN = (
     "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _KNOWN = {"group_size": anything, "bits": anything, "mode": one_of("affine")}
+_NEAR = 2**-6  # for what products of roundings add to their sum
 _EXPERT = re.compile(r"(.*\.experts)\.\d+(\..*)")
 
 
@@ -79,12 +80,7 @@ class Mlx(Layout):
         expect("scales", scales, (n, groups), FLOATS)
         expect("biases", tensors["biases"], (n, groups), (scales.dtype,))
         size = settings.group_size(k, groups)
-        zeros = _zeros(scales, tensors["biases"], bits)
-        if not torch.equal(_biases(scales, zeros), tensors["biases"]):
-            raise CheckpointError(
-                "its biases are no multiples of its scales by whole numbers, as those of MLX's own quantizer are not once they are "
-                f"rounded: -zero * scale is needed, zero from 0 to {(1 << bits) - 1}"
-            )
+        zeros = _read_zeros(scales, tensors["biases"], bits)
         rows = rows_of(weight.view(torch.int32), k, bits)
         return PackedLinear(rows, scales.contiguous(), zeros, k, size, self.bias_of(tensors, n), bits=bits)
 
@@ -169,6 +165,30 @@ def _zeros(scales: Tensor, biases: Tensor, bits: int) -> Tensor:
     """Find the nearest zeros, uint8; the middle code where a scale is 0, whose weights are 0 with any."""
     zeros = (-biases.double() / scales.double()).round().clamp(0, (1 << bits) - 1)
     return torch.where(scales == 0, middle_code(bits), zeros.nan_to_num(0)).to(torch.uint8)
+
+
+def _read_zeros(scales: Tensor, biases: Tensor, bits: int) -> Tensor:
+    """Find the zeros of biases that were rounded once, or by MLX's own quantizer, whose scales are rounded too, with a warning.
+
+    Two roundings are as good as 2 * zero * u of a step. CheckpointError where that leaves open which zero was meant.
+    """
+    zeros = _zeros(scales, biases, bits)
+    if torch.equal(_biases(scales, zeros), biases):
+        return zeros
+    most = zeros.double() * torch.finfo(scales.dtype).eps  # which is 2 * u
+    off = (-biases.double() / scales.double() - zeros).abs()
+    near = torch.where(scales == 0, biases == 0, off <= most * (1 + _NEAR))
+    farthest = f"{float(off.nan_to_num().max()):.2g} of a step"
+    if not bool(near.all()) or float(most.max()) >= 0.5:
+        raise CheckpointError(
+            f"its biases are not -zero * scale with a whole zero from 0 to {(1 << bits) - 1} (the nearest is {farthest} away), or "
+            f"{scales.dtype} does not tell which: quantize the float model here instead"
+        )
+    warn(
+        "biases that MLX's own quantizer rounded are read as -zero * scale: weights differ from what MLX computes by up to "
+        f"{farthest}"
+    )
+    return zeros
 
 
 def _require_alike_experts(source: Any) -> None:
