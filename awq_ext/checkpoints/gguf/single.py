@@ -44,12 +44,18 @@ def _unfolded(file: Path) -> Path:
     reader = opened(file)
     config = config_in(file, reader)
     parent = Path(tempfile.mkdtemp(prefix="awq_ext-"))
-    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    atexit.register(_remove, parent, os.getpid())
     folder = parent / file.name  # messages name the directory
     folder.mkdir()
     (folder / GGUF).symlink_to(file)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder
+
+
+def _remove(folder: Path, process: int) -> None:
+    """Remove a directory at the end of the process that made it, not of one that was forked from it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def complete(folder: Path) -> None:
