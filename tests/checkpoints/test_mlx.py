@@ -91,7 +91,7 @@ def test_biases_that_are_rounded_apart_from_scales() -> None:
     settings, tensors = MLX.reads({"group_size": 32, "bits": 4}), MLX.pack(layer)
     true = layer.scales.double() * (1 + (torch.rand_like(layer.scales.double()) - 0.5) * 2.0**-11)
     assert torch.equal(true.half(), layer.scales)
-    tensors["biases"] = (-layer.zeros * true).half()
+    tensors["biases"] = (-layer.zeros.double() * true).half()
     with pytest.warns(UserWarning, match="biases that MLX's own quantizer rounded"):
         assert torch.equal(MLX.unpack(tensors, settings).zeros, layer.zeros)
     tensors["biases"].view(torch.int16).add_(40)
