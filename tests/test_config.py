@@ -210,14 +210,14 @@ def test_what_head_means_for_the_output_layer() -> None:
 
 
 def test_an_effort_stands_for_fields_and_those_given_beside_it_count() -> None:
-    assert AwqConfig(effort="fast") == AwqConfig(method="awq")
-    assert AwqConfig(effort="balanced") == AwqConfig(method="awq+gptq")
+    assert AwqConfig(effort="fast") == AwqConfig(method="awq", builtin_text=True)
+    assert AwqConfig(effort="balanced") == AwqConfig(method="awq+gptq", builtin_text=True)
     best = AwqConfig(effort="best")
     assert best.method == "awq+gptq"
     assert best.tune_scales > 0
     assert "effort" not in best.to_dict()
     assert AwqConfig.from_dict(best.to_dict()) == best
-    assert AwqConfig(effort="best", tune_scales=0, group_size=64) == AwqConfig(method="awq+gptq", group_size=64)
+    assert AwqConfig(effort="best", tune_scales=0, group_size=64) == AwqConfig(effort="balanced", group_size=64)
     assert AwqConfig("gptq", effort="best").method == "gptq"
     assert AwqConfig("gptq", effort="best").tune_scales == best.tune_scales
 

@@ -18,6 +18,7 @@ from ..reporting.model_card import BASE_CARD, CARD, Card, base_of, inherited_fro
 from ..reporting.readers import DEFAULT_FORMAT
 from ..reporting.report import AwqReport
 from .formats import CheckpointError, Summary, layout
+from .gguf.single import complete, directory_of
 from .quantized_dir import CONFIG, QuantDir, without_settings
 from .saved import found_report
 from .shards import PICKLES
@@ -51,7 +52,8 @@ def convert(
 ) -> Path:
     """Write the quantized checkpoint in directory ``src`` to directory ``dst`` in another layout; returns ``dst``.
 
-    src: any layout that :func:`awq_ext.load` reads. format: a name of ``awq_ext.checkpoints.formats.LAYOUTS``.
+    src: any layout that :func:`awq_ext.load` reads, also a GGUF file by itself. format: a name of
+        ``awq_ext.checkpoints.formats.LAYOUTS``.
     No model is built, and no weight is dequantized: codes, scales and zeros stay what they are. All other files (tokenizer,
     generation_config.json, code of the model) are copied, but no pickles.
     overwrite: False refuses a directory that holds weights; True replaces a quantized checkpoint; ``dst`` itself replaces float
@@ -61,7 +63,7 @@ def convert(
     ValueError for an unknown format or size.
     """
     target, limit = layout(format), parse_size(max_shard_size)
-    source_folder, folder = Path(src), Path(dst)
+    source_folder, folder = directory_of(src), Path(dst)
     if folder.resolve() == source_folder.resolve():
         raise CheckpointError(f"{dst} is the source: convert into another directory")
     check_target(folder, overwrite)
@@ -72,6 +74,7 @@ def convert(
             "of files: load it and use awq_ext.save_pretrained"
         )
     summary = summarize(source, target, float_modules(source))
+    complete(source_folder)
     config = without_settings(source.config)
 
     def extra(to: Path) -> None:

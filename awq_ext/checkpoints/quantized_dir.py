@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,19 +14,20 @@ from ..modules import called_head
 from .formats import LAYOUTS, CheckpointError, Layout, PackedLinear, Settings
 from .formats.packed import require_finite
 from .gguf.file import GGUF, GgufTensors
+from .gguf.single import directory_of
 from .shards import Shards, first_json
 from .version_1 import read_version_1
 
 CONFIG = "config.json"
 # older homes of what is quantization_config in config.json now
 OTHER_CONFIGS = ("quant_config.json", "quantize_config.json", "hf_quant_config.json")
-QUANTIZATION = ("quantization_config", "compression_config")
+QUANTIZATION = ("quantization_config", "compression_config", "quantization")  # the last of MLX
 # leaves that float modules have too
 COMMON_LEAVES = {"weight", "bias"}
 
 
 class QuantDir:
-    """A directory with a quantized checkpoint.
+    """A directory with a quantized checkpoint, or a GGUF file by itself (see :func:`directory_of`).
 
     layers: quantized module -> its tensors by suffix; heads: those that are output layers, by their names; floats: names of all
     other tensors; config: config.json; tied: as in InMemory.
@@ -36,7 +36,7 @@ class QuantDir:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.folder = Path(directory)
+        self.folder = directory_of(directory)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a directory")
         before = self.folder.stat()

@@ -24,7 +24,7 @@ from .conversions import is_transformers_model
 from .fill import place
 from .formats import LAYOUTS, CheckpointError
 from .model_source import ModelSource, config_of, float_linears, origin
-from .quantized_dir import CONFIG, QuantDir
+from .quantized_dir import CONFIG, QuantDir, without_settings
 from .renaming import Renamed
 from .shards import first_json, read_json
 from .version_1 import VERSION_1, read_version_1
@@ -89,8 +89,7 @@ def _config(model: nn.Module, folder: Path) -> dict[str, Any]:
     if is_transformers_model(model):
         return config_of(model)
     before = dict(first_json(folder, CONFIG) or {})
-    before.pop("quantization_config", None)
-    return before | config_of(model)
+    return without_settings(before) | config_of(model)
 
 
 @finishing_after_fork

@@ -21,8 +21,8 @@ from .atomic_directory import replaced
 from .files.parts import parts
 from .files.read_back import verify as read_back
 from .formats import CheckpointError, Facts, InMemory, Layout, PackedLinear, Summary
-from .gguf.file import GGUF, foreseen, write_gguf
-from .quantized_dir import CONFIG, OTHER_CONFIGS
+from .gguf.file import GGUF
+from .quantized_dir import CONFIG, OTHER_CONFIGS, QUANTIZATION
 from .shards import INDEX, WEIGHTS, first_json
 from .version_1 import VERSION_1
 
@@ -153,7 +153,7 @@ def is_quantized(folder: Path) -> bool:
         config = first_json(folder, CONFIG) or {}
     except CheckpointError:
         return False
-    return bool(config.get("quantization_config") or config.get("compression_config"))
+    return any(config.get(key) for key in QUANTIZATION)
 
 
 def same_directory(a: Path, b: Path) -> bool:
@@ -212,19 +212,16 @@ def write(
     directory is put in place; VerificationError (see :mod:`.files.read_back`) where it differs from ``source``.
     OSError that names ``directory``, which is as it was, for a full disk and alike.
     """
-    if layout.name == "gguf":
-        foreseen(source, config)
+    layout.foresee(source, config)
     try:
         with replaced(directory, is_checkpoint_file, allowed) as folder:
             companions(folder)
-            if layout.name == "gguf":
-                write_gguf(folder, source, layout, summary, config)
-            else:
+            if not layout.write_weights(folder, source, summary, config):
                 tensors = (stored for _, _, stored in parts(source, layout, summary))
                 _write_shards(folder, tensors, max_shard_size, spill)
             extra(folder)
             files = {
-                CONFIG: {**config, "quantization_config": layout.quantization_config(summary)},
+                CONFIG: layout.config(config, source, summary),
                 **layout.files(summary),
             }
             texts = {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}

@@ -18,7 +18,8 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="Directory, or ORG/NAME on the hub, of a quantized checkpoint, of any layout."
+            metavar="SRC",
+            help="Directory, .gguf file, or ORG/NAME on the hub, of a quantized checkpoint, of any layout.",
         ),
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write, new or empty.")],
@@ -27,7 +28,7 @@ def convert(
         typer.Option(
             "--format",
             callback=check_format,
-            help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt, gguf or native (docs/formats.md).",
+            help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt, gguf, mlx or native (docs/formats.md).",
         ),
     ] = DEFAULT_FORMAT,
     overwrite: Annotated[

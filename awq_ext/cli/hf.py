@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..checkpoints.conversions import transformers
 from ..checkpoints.formats import CheckpointError
-from ..checkpoints.quantized_dir import CONFIG
+from ..checkpoints.gguf.single import complete, directory_of, is_gguf
+from ..checkpoints.quantized_dir import CONFIG, QUANTIZATION
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
 from ..checkpoints.write import Overwrite
@@ -36,12 +37,13 @@ _FEW_TOKENS = 32
 def folder(source: Path, revision: str | None = None, token: str | None = None) -> Path:
     """Find the directory of a model: itself, or that of ORG/NAME or ORG/NAME@REVISION on the hub, downloaded if need be.
 
+    Of a GGUF file: see :func:`directory_of`.
     A usage error for a revision of a directory, and for two revisions.
     """
-    if source.is_dir():
+    if source.is_dir() or is_gguf(source):
         if revision is not None:
-            raise typer.BadParameter(f"{source} is a directory, which has no revisions", param_hint="--revision")
-        return source
+            raise typer.BadParameter(f"{source} is a path, which has no revisions", param_hint="--revision")
+        return directory_of(source)
     name, _, named = str(source).partition("@")
     if named and revision not in (None, named):
         raise typer.BadParameter(f"{revision}, but {source} names another: give one of them", param_hint="--revision")
@@ -101,7 +103,8 @@ def _load(directory: Path, dtype: str | torch.dtype, trusted: bool) -> nn.Module
 
 def is_quantized(directory: Path) -> bool:
     """Tell whether a directory says of itself that its weights are quantized."""
-    return (directory / VERSION_1).exists() or "quantization_config" in read_config(directory)
+    config = read_config(directory)
+    return (directory / VERSION_1).exists() or any(config.get(key) for key in QUANTIZATION)
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
@@ -113,6 +116,7 @@ def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
     """Load the tokenizer of a directory. ValueError where there is none that can be loaded; trusted: as for a model."""
     if not read_config(directory):
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
+    complete(directory)
     try:
         auto = transformers().AutoTokenizer
         return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
@@ -158,10 +162,11 @@ def refuse_quantized(directory: Path) -> None:
     """Raise a usage error for the directory of a model that is quantized already."""
     if not is_quantized(directory):
         return
-    said = read_config(directory).get("quantization_config") or {}
-    bits = said.get("bits", said.get("w_bit", 4))
+    config = read_config(directory)
+    said = next((config[key] for key in QUANTIZATION if config.get(key)), {})
+    bits, method = said.get("bits", said.get("w_bit", 4)), said.get("quant_method", "mlx" if said else "awq_ext")
     raise typer.BadParameter(
-        f"{directory} is already int{bits if isinstance(bits, int) else 4} ({said.get('quant_method', 'awq_ext')}): give the float "
+        f"{directory} is already int{bits if isinstance(bits, int) else 4} ({method}): give the float "
         "model that it was made from. awq-ext convert changes its layout, awq-ext inspect says what is in it",
         param_hint="MODEL",
     )

@@ -29,7 +29,7 @@ def inspect(
     """
     from .hf import folder
 
-    facts = describe(folder(model_dir, revision, token))
+    facts = describe(folder(model_dir, revision, token), model_dir if model_dir.is_file() else None)
     console = console_for(json_path)
     shown = {name: value for name, value in facts.items() if name != "loaded_by"}
     console.print(fact_table((name.replace("_", " "), _shown(value)) for name, value in shown.items()))
@@ -40,8 +40,11 @@ def inspect(
     write_json(facts, json_path)
 
 
-def describe(directory: Path) -> dict[str, Any]:
-    """Collect what the files of a directory say. ValueError for one without files of weights, or with a damaged one."""
+def describe(directory: Path, alone: Path | None = None) -> dict[str, Any]:
+    """Collect what the files of a directory say. ValueError for one without files of weights, or with a damaged one.
+
+    alone: the GGUF file that the directory was made of, if it was.
+    """
     from ..checkpoints.gguf.file import GGUF, kinds_in
     from ..checkpoints.saved import read_report, report_exists
     from ..checkpoints.shards import INDEX, first_json
@@ -71,19 +74,23 @@ def describe(directory: Path) -> dict[str, Any]:
         facts["report"] = read_report(directory).summary()
     # what config.json does not tell of, no other tool can load; with a note: what awq_ext cannot read
     known = bool(config) and "note" not in facts
-    return facts | {"loaded_by": loaders(facts["format"], str(directory)) if known else []}
+    found = loaders(facts["format"], str(directory)) if known else []
+    for one in found if alone is not None else ():
+        one["command"] = one["command"].replace(str(directory / GGUF), str(alone)).replace(str(directory), str(alone))
+    return facts | {"loaded_by": found}
 
 
 def _quantization(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Describe the quantization of a directory, which config.json or another file of a tool tells; {} for a float one."""
-    from ..checkpoints.quantized_dir import OTHER_CONFIGS, QuantDir
+    from ..checkpoints.quantized_dir import OTHER_CONFIGS, QUANTIZATION, QuantDir
     from ..checkpoints.version_1 import VERSION_1
 
-    if "quantization_config" not in config and not any((directory / n).exists() for n in (VERSION_1, *OTHER_CONFIGS)):
+    said = next((config[key] for key in QUANTIZATION if config.get(key)), {})
+    if not said and not any((directory / n).exists() for n in (VERSION_1, *OTHER_CONFIGS)):
         return {}
-    said = config.get("quantization_config") or {}
     facts: dict[str, Any] = {"format": said.get("quant_method", "unknown")} if said else {}
-    if plain := {name: value for name, value in said.items() if isinstance(value, (str, int, float))}:
+    # what has a dot in its name is of one layer
+    if plain := {key: value for key, value in said.items() if isinstance(value, (str, int, float)) and "." not in key}:
         facts["quantization_config"] = plain
     try:
         found = QuantDir(directory)

@@ -83,7 +83,7 @@ def quantize(
         typer.Option(
             callback=check_format,
             help="Layout of OUT: awq and compressed-tensors are loaded by vLLM and Transformers, native by awq_ext, gguf by "
-            "llama.cpp; others in docs/formats.md.",
+            "llama.cpp, mlx by mlx-lm; others in docs/formats.md.",
         ),
     ] = DEFAULT_FORMAT,
     head: Head = None,
@@ -180,7 +180,7 @@ def quantize(
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
     _refuse_other_bits(settings, bits)
-    group_size = (32 if format == "gguf" else 128) if group_size is None else group_size  # GGUF has no larger blocks
+    group_size = LAYOUTS[format].default_group_size if group_size is None else group_size
     fields = {
         "effort": effort,
         "method": method,

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..checkpoints.formats import layout
 from ..checkpoints.formats.packed import middle_code
-from ..checkpoints.gguf.file import foreseen
 from ..checkpoints.model_source import ModelSource, config_of, float_linears
 from ..checkpoints.renaming import Renamed
 from ..checkpoints.write import summarize
@@ -51,8 +50,7 @@ def check_format(
         source = Renamed(ModelSource(opened.model), opened.model, to_files=True)
         floats = source.linears(float_linears(opened.model))
         summarize(source, target, floats, "nothing was quantized yet")
-        if target.name == "gguf":
-            foreseen(source, config_of(opened.model))
+        target.foresee(source, config_of(opened.model))
 
 
 def _chosen(opened: Session, blocks: Sequence[str] | None, scales: bool) -> dict[str, tuple[nn.Linear, bool]]:

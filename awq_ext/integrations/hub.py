@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.formats import CheckpointError
+from ..checkpoints.gguf.single import directory_of, is_gguf
 from ..reporting.model_card import CARD, MARK
 
 # everything but weights that can run code when they are read, and weights of other frameworks
@@ -32,8 +33,12 @@ def folder_of(
 ) -> Path:
     """Return a directory as it is, and for a name on the hub the directory of its files in the cache, downloaded if need be.
 
+    For a GGUF file: see :func:`directory_of`.
+
     CheckpointError, in a sentence, where neither is there; ImportError without huggingface_hub.
     """
+    if is_gguf(source):
+        return directory_of(source)
     if not is_name(source) or "/" not in str(source):
         if not os.path.isdir(source):
             hint = "" if os.path.exists(source) else ", nor a name on the Hugging Face hub (org/name)"

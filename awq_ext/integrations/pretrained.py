@@ -104,9 +104,10 @@ def from_pretrained(
 ) -> nn.Module:
     """Load the model of a directory with config.json and a quantized checkpoint of any layout, in eval mode, on the CPU.
 
-    directory: also a name on the Hugging Face hub, such as "Qwen/Qwen2.5-7B-Instruct-AWQ", whose files are taken from the cache or
-        downloaded; revision, token, cache_dir and local_files_only are huggingface_hub's, without which its own defaults hold
-        (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE). Pickled weights are never downloaded.
+    directory: also a GGUF file by itself, whose config is made of its metadata; or a name on the Hugging Face hub,
+        such as "Qwen/Qwen2.5-7B-Instruct-AWQ", whose files are taken from the cache or downloaded; revision, token, cache_dir and
+        local_files_only are huggingface_hub's, without which its own defaults hold (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE). Pickled
+        weights are never downloaded.
 
     The class is the one that config.json names, of the transformers package (``pip install "awq-ext[hf]"``). Weights are built
     empty and filled shard by shard: no float copy of a quantized weight ever exists.

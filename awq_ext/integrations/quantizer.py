@@ -140,6 +140,11 @@ class AwqExtQuantizer(HfQuantizer):
                 "this version of transformers cannot save quantized models: use "
                 f'awq_ext.save_pretrained(model, directory, format="{self.layout.name}")'
             )
+        if self.layout.own_writer:
+            raise CheckpointError(
+                f"transformers cannot write all that readers of the {self.layout.name} layout need: use "
+                f'awq_ext.save_pretrained(model, directory, format="{self.layout.name}")'
+            )
         summary_for(Renamed(ModelSource(model), model, to_files=True), model, self.layout)
 
     def get_state_dict_and_metadata(

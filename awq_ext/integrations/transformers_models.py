@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoints.conversions import is_transformers_model, transformers
 from ..checkpoints.convert import carry
 from ..checkpoints.formats import CheckpointError
+from ..checkpoints.gguf.single import complete
 from ..checkpoints.model_source import origin
 from ..checkpoints.quantized_dir import CONFIG, QUANTIZATION
 from ..checkpoints.write import is_quantized
@@ -31,6 +32,8 @@ _COMPANIONS = re.compile(
 def write_companions(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     """Write generation_config.json, the tokenizer's files, and what else lies beside the weights where the model came from."""
     if (source := origin(model)) is not None and (source / CONFIG).is_file():
+        if tokenizer is None:
+            complete(source)
         # a float model's card tells of another model than this one: see write_beside
         left = {CARD} if not is_quantized(source) else set()
         carry(

@@ -35,6 +35,7 @@ _OTHERS = {
     "gemv_fast": (_AUTOAWQ,),
     "llm-awq": (Reader("TinyChat", "python -m tinychat.demo --load_quant {}"),),
     "gguf": (Reader("llama.cpp", "llama-cli -m {}/model.gguf"),),
+    "mlx": (Reader("mlx-lm", "mlx_lm.generate --model {} --prompt Hello", "bash", "pip install mlx-lm"),),
     "modelopt": (Reader("TensorRT-LLM, on a GPU", "trtllm-serve {}"),),
 }
 

@@ -23,8 +23,8 @@ from awq_ext import CheckpointError
 from awq_ext.checkpoints.formats import LAYOUTS
 from awq_ext.cli import app
 
-# GGUF knows some architectures only: test_gguf.py
-OTHERS = [name for name in LAYOUTS if name != "gguf"]
+# these know some architectures only: test_gguf.py, test_mlx.py
+OTHERS = [name for name in LAYOUTS if name not in ("gguf", "mlx")]
 
 
 @pytest.mark.parametrize("target", OTHERS)

@@ -106,6 +106,10 @@ def native_code(t: dict[str, Tensor], n: int, k: int) -> int:
     return nibble(t["qweight"][n, k // 2], k % 2)
 
 
+def mlx_code(t: dict[str, Tensor], n: int, k: int) -> int:
+    return nibble(t["weight"][n, k // 8], k % 8)
+
+
 Read = Callable[[dict[str, Tensor], int, int], int]
 READERS: dict[str, tuple[Read, Read, str, bool]] = {  # code, zero, name of the scales, whether they lie [G, N]
     "awq": (gemm_code, gemm_zero, "scales", True),
@@ -116,6 +120,7 @@ READERS: dict[str, tuple[Read, Read, str, bool]] = {  # code, zero, name of the 
     "gptq": (gptq_code, gptq_zero, "scales", True),
     "modelopt": (modelopt_code, lambda t, n, g: 8, "weight_scale", False),
     "gguf": (gguf_code, lambda t, n, g: round(-gguf_half(t, n, g, 2) / gguf_half(t, n, g, 0)), "", False),
+    "mlx": (mlx_code, lambda t, n, g: round(-float(t["biases"][n, g]) / float(t["scales"][n, g])), "scales", False),
     "native": (native_code, lambda t, n, g: int(t["zeros"][n, g]), "scales", False),
 }
 
@@ -148,6 +153,7 @@ SHAPES = {
     "gptq": [(16, 128, 32), (8, 24, 8), (40, 96, -1), (24, 72, 12), (8, 40, 32)],
     "modelopt": [(16, 128, 32), (2, 6, 3), (6, 33, -1), (10, 35, 5)],
     "gguf": [(16, 128, 32), (5, 32, 32), (3, 96, 32), (1, 32, -1)],
+    "mlx": [(16, 128, 32), (5, 32, 32), (3, 192, 64), (8, 256, 128), (2, 128, -1)],
     "native": [(16, 128, 32), (5, 12, 4), (13, 33, 16), (1, 7, -1), (9, 35, 64)],
 }
 
@@ -245,6 +251,8 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemv groups": ("gemv", {"g": 16}, "group_size=16 is not one of"),
     "gguf groups": ("gguf", {"g": 16}, "group_size=16 is not a multiple of 32: quantize with group_size=32"),
     "gguf, 8 bits with zeros": ("gguf", {"bits": 8}, "no block: quantize with symmetric=True"),
+    "mlx groups": ("mlx", {"g": 16}, "quantize with group_size=32, 64 or 128"),
+    "mlx, 8 bits with zeros in bfloat16": ("mlx", {"bits": 8, "dtype": torch.bfloat16}, 'or scale_dtype="float16"'),
     "gemv_fast inputs": ("gemv_fast", {"k": 96}, "in_features=96 is not a multiple of 64"),
 }
 
@@ -283,6 +291,14 @@ def test_eight_bits_there_and_back(symmetric: bool) -> None:
         native.unpack(native.pack(narrow), native.reads(config | {"bits": 8}).of("narrow"))
     with pytest.raises(CheckpointError, match="5 bits; awq_ext runs 4 or 8"):
         native.reads(config | {"layers": {"narrow": [37, 16, 5]}})
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if 8 in LAYOUTS[name].widths])
+def test_eight_bits_in_one_group_a_row(name: str) -> None:
+    """Whose zeros are one column, in memory also a row."""
+    layer = random_layer(k=64, g=64, symmetric=name == "gguf", bits=8)
+    back = LAYOUTS[name].unpack(LAYOUTS[name].pack(layer), settings_of(name, layer))
+    assert torch.equal(back.dequantize(), layer.dequantize())
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -453,6 +469,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str, tuple[int, ...]]] = {
         "modelopt",
         (128,),
     ),
+    "mlx-lm": ({"group_size": 64, "bits": 4, "mode": "affine", "lm_head": False}, "mlx", (64,)),
+    "mlx-lm, old": ({"group_size": 64, "bits": 8}, "mlx", (64,)),
     "two groups": (
         {
             "quant_method": "compressed-tensors",
@@ -506,6 +524,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "strategy='block'",
     ),
     "ct without groups": ("compressed-tensors", {"quant_method": "compressed-tensors"}, "config_groups"),
+    "mlx mode": ("mlx", {"group_size": 32, "bits": 4, "mode": "mxfp4"}, "mode='mxfp4'"),
+    "mlx mode of a layer": (
+        "mlx",
+        {"group_size": 32, "bits": 4, "a.b": {"mode": "nvfp4"}},
+        "quantization: a.b: mode='nvfp4'",
+    ),
+    "mlx activations": ("mlx", {"group_size": 32, "bits": 4, "rotated": "yes"}, "rotated='yes' is not known"),
     "native layers": ("native", {"quant_method": "awq_ext", "version": 1, "layers": {"a": [1]}}, "layers must be"),
     "native version": ("native", {"quant_method": "awq_ext", "version": 2, "layers": {}}, "version 2"),
 }

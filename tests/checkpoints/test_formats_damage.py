@@ -198,6 +198,7 @@ ONLY_A_MODEL_KNOWS = {
     "The files hold a tensor that the model lacks",
     "The files hold one tensor of a layer that is nowhere",
 }
+SOME_MODELS = {"gguf", "mlx"}  # which know some architectures only: test_gguf.py, test_mlx.py
 REFUSED = "`load` raises CheckpointError with the reason; the model stays as it was, nothing in the directory is run"
 LAYER_DAMAGE: dict[str, Callable[[Tensor], Tensor] | None] = {
     "is missing": None,
@@ -215,7 +216,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A directory of each layout, copied by the tests that spoil it."""
     torch.set_num_threads(1)
     made = {}
-    for name in LAYOUTS.keys() - {"gguf"}:  # no directory of safetensors: test_gguf.py
+    for name in LAYOUTS.keys() - SOME_MODELS:
         torch.manual_seed(0)
         case = architectures.make("gradient checkpointing")
         options: dict[str, Any] = {
@@ -273,7 +274,9 @@ def test_convert_refuses_the_same_and_writes_nothing(what: str, good: dict[str, 
     assert not list(tmp_path.glob(".out*"))
 
 
-TENSORS = [(name, leaf) for name, each in LAYOUTS.items() if name != "gguf" for leaf in (*each.suffixes, "bias")]
+TENSORS = [
+    (name, leaf) for name, each in LAYOUTS.items() if name not in SOME_MODELS for leaf in (*each.suffixes, "bias")
+]
 
 
 @pytest.mark.fault("Files of a checkpoint", "A tensor of a quantized layer {damage}, in any format", REFUSED)

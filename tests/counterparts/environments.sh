@@ -10,13 +10,14 @@ mkdir -p "$folder"
 [ $# -gt 0 ] || set -- $(cd "$here/requirements" && ls | sed 's/\.txt$//')
 
 make_one() {
-  local requirements=$here/requirements/$1.txt environment=$folder/$1 unwanted
+  local requirements=$here/requirements/$1.txt environment=$folder/$1 torch unwanted
   cmp -s "$requirements" "$environment/made-from.txt" && return
   rm -rf "$environment"
   python3 -m venv "$environment"
   # torch by itself first: a resolver that may still choose takes the newest one, a CUDA build of several GB
   # not compiled: of tens of thousands of files few are ever imported, and those Python compiles then
-  "$environment/bin/pip" install --quiet --no-compile "$(grep '^torch==' "$requirements")"
+  torch=$(sed -n '/^torch==/p' "$requirements")
+  [ -z "$torch" ] || "$environment/bin/pip" install --quiet --no-compile "$torch"
   "$environment/bin/pip" install --quiet --no-compile -r "$requirements"
   unwanted=$(sed -n 's/^# afterwards without: \([^(]*\).*/\1/p' "$requirements")
   # shellcheck disable=SC2086

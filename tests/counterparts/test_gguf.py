@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from counterparts.counterpart import GGUF_SETTINGS, clear_prompt, needed, prompt_file, quantized_llama, run, tiny_qwen2
+from counterparts.counterpart import (
+    GGUF_SETTINGS,
+    clear_prompt,
+    needed,
+    prompt_file,
+    quantized_llama,
+    run,
+    tiny_qwen2,
+    wide_llama,
+)
 from safetensors.torch import load_file
 
 import awq_ext
 
+TOKENS = torch.arange(64)[None]
 pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
 
 
@@ -36,6 +46,30 @@ def test_llama_cpp_runs_qwen2(tmp_path: Path) -> None:
     folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gguf")
     prompt, out = prompt_file(tmp_path, bytes(range(3, 60, 3))), tmp_path / "out.safetensors"
     run("llama-cpp", "llama_cpp_generate.py", folder / "model.gguf", prompt, out)
+    with torch.no_grad():
+        ours = model(load_file(prompt)["tokens"]).logits
+    assert (ours - load_file(out)["logits"]).norm() < 0.02 * ours.norm()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_files_of_its_own_quantizer_are_read_by_themselves(kind: str, tmp_path: Path) -> None:
+    """Embedding and layers of blocks, negative scales, in Q4_0 a head of Q6_K, which becomes float: the same logits to rounding."""
+    needed("llama-cpp")
+    few = {"only": ("*.0.*.o_proj",), "bits": 8, "symmetric": True, "group_size": 32, "method": "rtn", "fold": "never"}
+    made = awq_ext.save_pretrained(
+        awq_ext.quantize(wide_llama().half(), [TOKENS], **few), tmp_path / "x", format="gguf"
+    )
+    file, out, prompt = tmp_path / "theirs.gguf", tmp_path / "out.safetensors", prompt_file(tmp_path)
+    run("llama-cpp", "llama_cpp_quantize.py", made / "model.gguf", file, kind)
+    run("llama-cpp", "llama_cpp_generate.py", file, prompt, out)
+    if kind == "Q4_0":
+        with pytest.warns(UserWarning, match=r"theirs\.gguf: dequantized to floats, .*: output\.weight \(Q6_K\)$"):
+            model = awq_ext.from_pretrained(file)
+    else:
+        model = awq_ext.from_pretrained(file)
+    layers = [layer for layer in model.modules() if isinstance(layer, awq_ext.QuantLinear)]
+    assert len(layers) == 7 * model.config.num_hidden_layers + (kind == "Q8_0")
+    assert any(bool((layer.scales < 0).any()) for layer in layers) == (kind == "Q4_0")
     with torch.no_grad():
         ours = model(load_file(prompt)["tokens"]).logits
     assert (ours - load_file(out)["logits"]).norm() < 0.02 * ours.norm()

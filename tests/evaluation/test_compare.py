@@ -222,7 +222,9 @@ def test_methods_in_every_form() -> None:
     assert [config.n_grid for config in found.values()] == [5, 5, 5]
     assert read_methods({"one": "rtn", "two": {"clip": True}})["two"] == AwqConfig(clip=True)
     assert read_methods(["fast", {"effort": "best", "label": "b"}])["b"] == AwqConfig(effort="best")
-    assert read_methods(["balanced"], {"group_size": 64})["balanced"] == AwqConfig(method="awq+gptq", group_size=64)
+    assert read_methods(["balanced"], {"group_size": 64})["balanced"] == AwqConfig(
+        method="awq+gptq", group_size=64, builtin_text=True
+    )
     # what a method says itself counts more than what holds for all
     assert read_methods([{"label": "a", "group_size": 32}], {"group_size": 64})["a"].group_size == 32
 

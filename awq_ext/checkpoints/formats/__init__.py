@@ -13,6 +13,7 @@ from .modelopt import ModelOpt
 from .native import Native
 from .packed import CheckpointError, PackedLinear
 from .runtimes.gguf import Gguf
+from .runtimes.mlx import Mlx
 from .settings import Settings
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 ]
 LAYOUTS: dict[str, Layout] = {
     each.name: each
-    for each in (Gemm(), Gemv(), GemvFast(), LlmAwq(), CompressedTensors(), Gptq(), ModelOpt(), Gguf(), Native())
+    for each in (Gemm(), Gemv(), GemvFast(), LlmAwq(), CompressedTensors(), Gptq(), ModelOpt(), Gguf(), Mlx(), Native())
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +104,8 @@ class Layout:
     joined_experts: ClassVar[bool] = False  # experts under the names of transformers 5's parameters
     holds_memory: ClassVar[bool] = False  # all that a model has in memory: see InMemory
     divisors: ClassVar[tuple[int, int]] = (1, 1)  # of out_features and in_features
+    default_group_size: ClassVar[int] = 128  # what the commands take
+    own_writer: ClassVar[bool] = False  # do its readers need more than tensors and a quantization_config
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         """Make the tensors of a layer, by suffix, exactly, if :meth:`problems` finds none; ``summary`` is of its model."""
@@ -119,6 +122,18 @@ class Layout:
     def reads(self, config: Mapping[str, Any]) -> Settings | None:
         """Read a quantization_config of this layout; None for another; CheckpointError for one that cannot be used."""
         raise NotImplementedError
+
+    def config(self, config: Mapping[str, Any], source: Any, summary: Summary) -> dict[str, Any]:
+        """Add to a model's config.json what readers of this layout look for there."""
+        return {**config, "quantization_config": self.quantization_config(summary)}
+
+    def foresee(self, source: Any, config: Mapping[str, Any]) -> None:
+        """Raise CheckpointError where this layout's readers do not know a model of this config.json, or a part of it."""
+        return
+
+    def write_weights(self, folder: Path, source: Any, summary: Summary, config: Mapping[str, Any]) -> bool:
+        """Write all tensors to ``folder`` as files of this layout's own; False, and nothing is done: as safetensors."""
+        return False
 
     def files(self, summary: Summary) -> dict[str, dict[str, Any]]:
         """Make further JSON files beside config.json, by name."""

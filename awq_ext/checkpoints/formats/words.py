@@ -16,7 +16,9 @@ _SWAPS = ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F))
 
 def words_of(rows: Tensor) -> Tensor:
     """View packed rows uint8 [R, B] (of 4 or 8 bits) as int32 [R, ceil(B/4)]: lowest bits first, filled with 0."""
-    return pad(rows, (0, -rows.shape[1] % 4)).contiguous().view(torch.int32)
+    full = pad(rows, (0, -rows.shape[1] % 4)).contiguous()
+    # flat, because a single row counts as contiguous with any stride, and then has no view of another size
+    return full.flatten().view(torch.int32).view(full.shape[0], full.shape[1] // 4)
 
 
 def rows_of(words: Tensor, columns: int, bits: int = 4) -> Tensor:

@@ -84,7 +84,7 @@ class Architecture:
         return (
             {}
             if self.rope.get("rope_type") != "llama3"
-            else {"rope_freqs.weight": _llama3_factors(self.rope, self.head)}
+            else {"rope_freqs.weight": llama3_factors(self.rope, self.head)}
         )
 
     @property
@@ -126,7 +126,7 @@ def _number(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _llama3_factors(rope: Mapping[str, Any], head: int) -> Tensor:
+def llama3_factors(rope: Mapping[str, Any], head: int) -> Tensor:
     """Divide rotary frequencies as Llama 3.1 does, fp32 [head / 2]: long waves by ``factor``, short ones by 1, others by less."""
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float64) / head)

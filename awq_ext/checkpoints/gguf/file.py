@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...reporting.warn import warn
 from ..formats import CheckpointError, PackedLinear, Summary
-from ..formats.runtimes.gguf import BLOCK, Q8_0, SIZES, Gguf, block_type
+from ..formats.runtimes.gguf import BLOCK, Q4_1, Q8_0, SIZES, Gguf, block_type, whole_zeros
 from ..shards import by_module
 from . import tokenizers
 from .architectures import Architecture, gguf
@@ -102,48 +103,82 @@ def _array(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _opened(file: Path) -> list[Any]:
+def opened(file: Path) -> Any:
+    """Open a GGUF file (gguf.GGUFReader); CheckpointError for a damaged one."""
     package = gguf()
     try:
-        return package.GGUFReader(file).tensors
+        return package.GGUFReader(file)
     except Exception as error:  # of a reader that trusts the file
         raise CheckpointError(f"{file} is damaged: {error}") from None
 
 
 def kinds_in(file: Path) -> list[tuple[str, int]]:
     """List type and number of weights of each tensor in a GGUF file; CheckpointError for a damaged one."""
-    return [(tensor.tensor_type.name, int(tensor.n_elements)) for tensor in _opened(file)]
+    return [(tensor.tensor_type.name, int(tensor.n_elements)) for tensor in opened(file).tensors]
+
+
+def _can_dequantize(tensor: Any) -> bool:
+    try:
+        # of one row: whether there is a function at all
+        gguf().dequantize(tensor.data[:1], tensor.tensor_type)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _whole_zeros(tensor: Any) -> bool:
+    """Tell whether blocks are of integers: of Q4_1, whether all offsets are whole multiples of the scale."""
+    if tensor.tensor_type.name != Q4_1:
+        return True
+    halves = torch.from_numpy(np.array(tensor.data)).unflatten(-1, (-1, SIZES[Q4_1]))[..., :4].contiguous()
+    return whole_zeros(*halves.view(torch.float16).unbind(-1))
 
 
 class GgufTensors:
     """The tensors of model.gguf in ``folder`` under the names of the model, as Shards has those of safetensors files.
 
-    Of a quantized layer: blocks uint8 [N, K/32, B], see ``Gguf``. Rows are in the model's order.
-    CheckpointError for a damaged file, for tensors that the architecture has no name for, and for types that are not known here.
+    Of a quantized layer: blocks uint8 [N, K/32, B], see ``Gguf``. Rows are in the model's order. Weights of other blocks (Q6_K, and
+    Q4_1 with offsets between codes), which no layer of ints can hold exactly, are dequantized to floats, as a warning says.
+    CheckpointError for a damaged file, for tensors that the architecture has no name for, for types that the gguf package cannot
+    dequantize, and for a file without any layer of Q4_0, Q4_1 or Q8_0.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder, self._known = folder, Architecture(config)
         named = str(config.get("dtype") or config.get("torch_dtype"))
         self._vectors = next((dtype for dtype in _KINDS if str(dtype) == f"torch.{named}"), torch.float32)
-        found = _opened(folder / GGUF)
+        file = (folder / GGUF).resolve()  # a link, of a file that is read by itself
         # what transformers computes from the config, by its name in the file: as it is there, and as it should be
         self.computed: dict[str, tuple[Tensor, Tensor]] = {}
         computed = self._known.tensors()
         names = {there: name for name, there in self._known.modules().items()}
         self._home: dict[str, tuple[str, Any]] = {}
-        for tensor in found:
+        odd: list[str] = []
+        for tensor in opened(file).tensors:
             if tensor.name in computed:
                 self.computed[tensor.name] = (torch.from_numpy(np.array(tensor.data)), computed[tensor.name])
                 continue
             there, _, leaf = tensor.name.rpartition(".")
             kind = tensor.tensor_type.name
-            if there not in names or (kind not in SIZES and kind not in _FLOATS):
+            if there not in names or not (kind in SIZES or kind in _FLOATS or _can_dequantize(tensor)):
                 raise CheckpointError(
-                    f"{folder / GGUF}: {tensor.name} ({kind}) is not known; types that can be read: {', '.join((*SIZES, *_FLOATS))}"
+                    f"{file}: {tensor.name} ({kind}) is not known; types that can be read: {', '.join((*SIZES, *_FLOATS))}, and "
+                    "those that the gguf package dequantizes"
                 )
-            quantized = kind in SIZES and leaf == "weight"
-            self._home[f"{names[there]}.{'blocks' if quantized else leaf}"] = (kind, tensor)
+            held = kind in _FLOATS or (kind in SIZES and leaf == "weight" and _whole_zeros(tensor))
+            if not held:
+                odd.append(f"{tensor.name} ({kind})")
+            quantized = held and kind in SIZES
+            self._home[f"{names[there]}.{'blocks' if quantized else leaf}"] = (kind if held else "", tensor)
+        if not any(kind in SIZES for kind, _ in self._home.values()):
+            kinds = ", ".join(sorted({tensor.tensor_type.name for _, tensor in self._home.values()}))
+            raise CheckpointError(
+                f"{file} has no layer of Q4_0, Q8_0, or Q4_1 with whole zeros, only {kinds}: load it with transformers "
+                "(from_pretrained(FOLDER, gguf_file=FILE)), which makes a float model of it"
+            )
+        if odd:
+            more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
+            warn(f"{file}: dequantized to floats, as no layer here holds such blocks: {', '.join(odd[:8])}{more}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
@@ -157,7 +192,9 @@ class GgufTensors:
     def dtype(self, name: str) -> torch.dtype:
         """Tell the dtype: uint8 of blocks; of vectors, which GGUF has in float32 alone, that of the config."""
         kind, tensor = self._home[name]
-        return self._vectors if kind == "F32" and len(tensor.shape) == 1 else _FLOATS.get(kind, torch.uint8)
+        if not kind or (kind == "F32" and len(tensor.shape) == 1):
+            return self._vectors
+        return _FLOATS.get(kind, torch.uint8)
 
     def bits(self, layer: str) -> int:
         """Tell the width of a quantized layer's codes."""
@@ -167,7 +204,7 @@ class GgufTensors:
         """Tell the shape."""
         kind, tensor = self._home[name]
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        return shape if kind in _FLOATS else (shape[0], shape[1] // BLOCK, SIZES[kind])
+        return shape if kind not in SIZES else (shape[0], shape[1] // BLOCK, SIZES[kind])
 
     def home(self, name: str) -> str:
         """Name the file that has a tensor."""
@@ -180,8 +217,11 @@ class GgufTensors:
     def stored(self, name: str) -> Tensor:
         """Read a tensor, to the CPU, in the dtype that the file has: float32 of vectors."""
         kind, tensor = self._home[name]
-        data = torch.from_numpy(np.array(tensor.data))
-        data = data.view(_FLOATS.get(kind, torch.uint8)).view(self.shape(name))
+        if kind:
+            data = torch.from_numpy(np.array(tensor.data)).view(_FLOATS.get(kind, torch.uint8))
+        else:
+            data = torch.from_numpy(gguf().dequantize(tensor.data, tensor.tensor_type))
+        data = data.view(self.shape(name))
         rows = self._known.rows(name.rpartition(".")[0], data.shape[0], back=True)
         return data if rows is None else data[rows]
 

@@ -23,14 +23,15 @@ def check_group_size(value: int | None) -> int | None:
 
 
 def check_source(value: Path | None) -> Path | None:
-    """Check that a model may be there: a directory, or what looks like a name on the hub; else a usage error (exit code 2)."""
+    """Check that a model may be there: a directory, a GGUF file, or what looks like a name on the hub; else a usage error."""
+    from ...checkpoints.gguf.single import is_gguf
     from ...integrations.hub import is_name
 
     name = str(value).partition("@")[0]
-    if value is None or value.is_dir() or ("/" in name and is_name(name)):
+    if value is None or value.is_dir() or is_gguf(value) or ("/" in name and is_name(name)):
         return value
     if value.exists():
-        raise typer.BadParameter(f"{value} is a file, a directory is needed")
+        raise typer.BadParameter(f"{value} is a file, a directory is needed (or a .gguf file)")
     raise typer.BadParameter(f"{value} does not exist, and is no name on the Hugging Face hub (ORG/NAME)")
 
 

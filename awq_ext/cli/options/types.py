@@ -14,7 +14,8 @@ ModelDir = Annotated[
     typer.Argument(
         callback=check_source,
         metavar="MODEL",
-        help="A Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION on the hub (downloaded once, to the hub's cache).",
+        help="A Hugging Face directory, a quantized .gguf file, or ORG/NAME or ORG/NAME@REVISION on the hub (downloaded once, to "
+        "the hub's cache).",
     ),
 ]
 Revision = Annotated[

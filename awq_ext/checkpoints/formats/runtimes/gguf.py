@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Gguf(Layout):
     mixes_group_sizes = True
     quantized_heads = True
     divisors = (1, BLOCK)
+    default_group_size = BLOCK  # there are no larger blocks
+    own_writer = True
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:
         found = super().problems(name, layer)
@@ -87,6 +90,17 @@ class Gguf(Layout):
     def quantization_config(self, summary: Summary) -> dict[str, Any]:
         return {"quant_method": "gguf", "modules_to_not_convert": list(summary.float_linears) or None}
 
+    def foresee(self, source: Any, config: Mapping[str, Any]) -> None:
+        from ...gguf.file import foreseen  # which is made of layouts
+
+        foreseen(source, config)
+
+    def write_weights(self, folder: Path, source: Any, summary: Summary, config: Mapping[str, Any]) -> bool:
+        from ...gguf.file import write_gguf
+
+        write_gguf(folder, source, self, summary, config)
+        return True
+
     def reads(self, config: Mapping[str, Any]) -> Settings | None:
         if config.get("quant_method") != "gguf":
             return None
@@ -120,13 +134,18 @@ def _recovered(scales: Tensor, zeros: Tensor) -> bool:
     return bool(((_steps(scales, offsets) - zeros).abs() <= _NEAR).all())
 
 
-def _zeros(scales: Tensor, offsets: Tensor) -> Tensor:
-    """Find the zeros of offsets; CheckpointError where they lie between codes."""
+def whole_zeros(scales: Tensor, offsets: Tensor) -> bool:
+    """Tell whether every offset is that of a zero from 0 to 15."""
     steps = _steps(scales, offsets)
     zeros = steps.round()
-    if not bool(((steps - zeros).abs() <= _NEAR).all()) or not bool(((zeros >= 0) & (zeros <= 15)).all()):
+    return bool(((steps - zeros).abs() <= _NEAR).all()) and bool(((zeros >= 0) & (zeros <= 15)).all())
+
+
+def _zeros(scales: Tensor, offsets: Tensor) -> Tensor:
+    """Find the zeros of offsets; CheckpointError where they lie between codes."""
+    if not whole_zeros(scales, offsets):
         raise CheckpointError(
             "its offsets lie between codes, as those of llama.cpp's own quantizer do in Q4_1: a zero must be a whole number "
             "from 0 to 15 (Q4_0 and Q8_0 can be read)"
         )
-    return zeros.to(torch.uint8)
+    return _steps(scales, offsets).round().to(torch.uint8)
