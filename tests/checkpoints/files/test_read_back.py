@@ -25,6 +25,7 @@ from awq_ext.checkpoints.files import read_back
 from awq_ext.checkpoints.files.read_back import VerificationError, _layer_differences
 from awq_ext.checkpoints.files.safetensors_file import SafetensorsFile
 from awq_ext.checkpoints.formats import LAYOUTS
+from awq_ext.checkpoints.gguf import file as gguf_file
 from awq_ext.checkpoints.model_source import ModelSource
 from awq_ext.cli import app
 
@@ -51,7 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def after_writing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any]) -> None:
     """Let ``change`` happen to every file of weights right after it is written, whoever writes it."""
-    tensors, blocks = write.save_file, write.write_gguf
+    tensors, blocks = write.save_file, gguf_file.write_gguf
 
     def save(shard: dict[str, Tensor], path: Path, **more: Any) -> None:
         tensors(shard, path, **more)
@@ -62,7 +63,7 @@ def after_writing(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any]
         change(folder / "model.gguf")
 
     monkeypatch.setattr(write, "save_file", save)
-    monkeypatch.setattr(write, "write_gguf", save_gguf)
+    monkeypatch.setattr(gguf_file, "write_gguf", save_gguf)
 
 
 def flip(path: Path, at: int, bit: int = 0) -> None:
@@ -98,7 +99,8 @@ def assert_refused(act: Callable[[], Any], folder: Path, said: str) -> str:
 def test_every_layout_is_verified_and_stays_the_same(format: str, dtype: torch.dtype, tmp_path: Path) -> None:
     if format == "gguf":
         pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
-    model = quantized(dtype=dtype)
+    # scales of the model's dtype, which MLX wants
+    model = quantized(dtype=dtype, scale_dtype="bfloat16" if dtype == torch.bfloat16 else "float16")
     plain = awq_ext.save_pretrained(model, tmp_path / "plain", format=format, max_shard_size="60KB")
     sure = awq_ext.save_pretrained(model, tmp_path / "sure", format=format, max_shard_size="60KB", verify=True)
     assert files(plain) == files(sure)
@@ -344,8 +346,8 @@ def test_floats_are_mapped_and_differences_found_in_parts(tmp_path: Path, monkey
     assert read_back._difference(a.view(10, 10), b.view(10, 10)) == said
 
 
-# GGUF has a name for no layer of these: it is the next test
-@pytest.mark.parametrize("target", [name for name in FORMATS if name != "gguf"])
+# GGUF and MLX have a name for no layer of these: they are the next test
+@pytest.mark.parametrize("target", [name for name in FORMATS if name not in ("gguf", "mlx")])
 def test_convert_is_verified(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_directory(tmp_path / "a", "awq")
     awq_ext.convert(tmp_path / "a", tmp_path / "b", target)
@@ -356,13 +358,15 @@ def test_convert_is_verified(target: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert_refused(again, tmp_path / "b", r"b/model\.safetensors: .* differs in 1 of")
 
 
-def test_convert_from_a_model_to_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
+@pytest.mark.parametrize("target", ["gguf", "mlx"])
+def test_convert_from_a_model(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if target == "gguf":
+        pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
     awq_ext.save_pretrained(quantized(), tmp_path / "a")
-    awq_ext.convert(tmp_path / "a", tmp_path / "b", "gguf", verify=True)
+    awq_ext.convert(tmp_path / "a", tmp_path / "b", target, verify=True)
     after_writing(monkeypatch, lambda path: flip(path, path.stat().st_size - 40))
-    again = lambda: awq_ext.convert(tmp_path / "a", tmp_path / "b", "gguf", overwrite=True, verify=True)  # noqa: E731
-    assert_refused(again, tmp_path / "b", r"b/model\.gguf: .* differs in 1 of")
+    again = lambda: awq_ext.convert(tmp_path / "a", tmp_path / "b", target, overwrite=True, verify=True)  # noqa: E731
+    assert_refused(again, tmp_path / "b", r"b/model\.(gguf|safetensors): .* differs in 1 of")
 
 
 @pytest.mark.fault(
