@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -43,6 +43,7 @@ class Summary:
 
     experts: parameters [E, N, K] of which ``layers`` has each matrix, as ``name.0``, ``name.1``, ... -> how the model uses them.
     in_memory: what awq_ext.save adds. heads: those of ``layers`` that are output layers of a language model.
+    renamed: name in the files -> name of the same module in a model of transformers, where the two differ.
     """
 
     layers: Mapping[str, Facts]
@@ -50,6 +51,12 @@ class Summary:
     experts: Mapping[str, str] = field(default_factory=dict)
     in_memory: InMemory | None = None
     heads: Sequence[str] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def called(self, names: Iterable[str]) -> list[str]:
+        """List ``names``, then what transformers calls them in memory: it asks by that name, servers by that of the files."""
+        found = list(names)
+        return [*found, *(self.renamed[name] for name in found if name in self.renamed)]
 
     def group_sizes(self) -> list[int]:
         """List the sizes a reader must know: of layers with several groups; [-1] (or the rows' one length) if there is none."""
