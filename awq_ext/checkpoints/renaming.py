@@ -80,7 +80,7 @@ class Renamed:
         return [name.removesuffix(".weight") for name in dict.fromkeys(found)]
 
     def renamed(self, modules: Iterable[str]) -> dict[str, str]:
-        """Map new names to old ones, where they differ, of quantized layers and these float Linears: of what is one on both sides."""
+        """Map new names to old ones where they differ: of quantized layers and these float Linears, if one on both sides."""
         found = {name: self.layers[name] for name in self.layers if not self.runs(name)}
         for module in modules:
             new, pattern = self._conversions.find(f"{module}.weight")

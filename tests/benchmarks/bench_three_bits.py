@@ -2,12 +2,12 @@
 
     python tests/benchmarks/bench_three_bits.py [--shapes 4096x4096,...] [--seconds S] [--threads T] [--cpu-time] [--json FILE]
 
-three_bits.cpp is compiled when this runs, by g++ (or $CXX); the processor needs AVX-512 with VBMI, VNNI and BF16. First every kernel
-must give the product of the decoded weights. Then all take turns as in bench_linear.py: a turn is about two milliseconds on copies
-that are in no cache, a ratio is the median over rounds, and reading memory takes part. "layer" is quant_linear with 4 bits, as a
-QuantLinear calls it, "layer int8" the same with compute_dtype="int8"; "four" is the prototype's own kernel of 4 bits, so that "packed"
-and "planes" have an equal to compare with. "int8" kernels take an input that is rounded already. A shape is in_features x
-out_features.
+three_bits.cpp is compiled when this runs, by g++ (or $CXX); the processor needs AVX-512 with VBMI, VNNI and BF16. First every
+kernel must give the product of the decoded weights. Then all take turns as in bench_linear.py: a turn is about two milliseconds
+on copies that are in no cache, a ratio is the median over rounds, and reading memory takes part. "layer" is quant_linear with 4
+bits, as a QuantLinear calls it, "layer int8" the same with compute_dtype="int8"; "four" is the prototype's own kernel of 4 bits, so
+that "packed" and "planes" have an equal to compare with. "int8" kernels take an input that is rounded already. A shape is
+in_features x out_features.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ class Weight:
         return scales, (zeros[:, :, 0] | zeros[:, :, 1] << 4).contiguous()
 
 
-def as_int8(x: Tensor, group: int) -> tuple[Tensor, Tensor, float]:
-    """x [1, K] rounded to int8 in the kernels' order of channels, the sums of its groups, int32, and the step."""
+def as_int8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """x [1, K] as int8 in the kernels' order of channels, without its step, and the sums of its groups, int32."""
     step = float(x.abs().max()) / 127
     rounded = (x[0].float() / step).round()
-    return rounded.view(-1, 4)[:, [0, 2, 1, 3]].flatten().to(torch.int8), rounded.view(-1, group).sum(1).int(), step
+    return rounded.view(-1, 4)[:, [0, 2, 1, 3]].flatten().to(torch.int8), rounded.view(-1, group).sum(1).int()
 
 
 def contender(library: ctypes.CDLL, kind: str, x: Tensor, n: int, group: int) -> tuple[Callable[[], object], int]:
@@ -124,7 +124,7 @@ def contender(library: ctypes.CDLL, kind: str, x: Tensor, n: int, group: int) ->
     k, weight = x.shape[1], Weight(x.shape[1], n, group, bits)
     codes, (scales, zeros) = LAYOUTS[name.removesuffix("_int8")](weight.codes), weight.tiled()
     nbytes, y = codes.numel() + scales.nbytes + zeros.nbytes, torch.empty(n)
-    rounded, sums, step = as_int8(x, group)
+    rounded, sums = as_int8(x, group)
     inputs = (rounded, sums) if name.endswith("_int8") else (x,)
     function = getattr(library, name)
     sizes = [ctypes.c_int64(size) for size in (n, k, group)]
