@@ -186,8 +186,8 @@ def summarize(
         raise CheckpointError(f"the format {layout.name!r} cannot hold this model; {so_far}:\n{listed}")
     if layout.name != "native" and (odd := summary.half_joined()):
         warn(
-            f"{_names(odd)}: neighbours are float or have other groups, which awq_ext, AutoAWQ and Transformers can run, but "
-            "servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings"
+            f"{_names(odd)}: neighbours are float or have other groups or bits, which awq_ext, AutoAWQ and Transformers can run, "
+            "but servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings"
         )
     return summary
 

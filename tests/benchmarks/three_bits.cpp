@@ -170,7 +170,8 @@ void tile_int8(const uint8_t* codes, const uint16_t* scales, const uint8_t* zero
     for (int v = 0; v < 2; ++v) {
       const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 16 * v));
       const __m512 scale = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-      const __m512i sum = sums[0][v] + sums[1][v] + (sums[2][v] + sums[3][v]);
+      const __m512i sum =
+          _mm512_add_epi32(_mm512_add_epi32(sums[0][v], sums[1][v]), _mm512_add_epi32(sums[2][v], sums[3][v]));
       const __m512i shift = _mm512_mullo_epi32(zero[v], _mm512_set1_epi32(x_sums[g]));
       total[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, shift)), scale, total[v]);
     }

@@ -14,7 +14,7 @@ from .packed import CheckpointError, PackedLinear, exactly, expect
 from .settings import Settings
 
 # what vLLM, SGLang and TensorRT-LLM make one matrix of
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -72,7 +72,7 @@ class Summary:
         return sorted({facts.bits for facts in self.layers.values()})
 
     def half_joined(self) -> list[str]:
-        """Name the quantized layers that servers join with neighbours which are float, or have other groups."""
+        """Name the quantized layers that servers join with neighbours which are float, or have other groups or bits."""
         found, known = [], {*self.layers, *self.float_linears}
         for name, facts in self.layers.items():
             prefix, _, leaf = name.rpartition(".")
@@ -216,8 +216,8 @@ def largest_group(in_features: int) -> str:
     return f"{fitting[0]} fits" if fitting else "none of the usual ones fits, -1 does"
 
 
-def _size(facts: Facts) -> int:
-    return -1 if facts.groups == 1 else facts.group_size
+def _size(facts: Facts) -> tuple[int, int]:
+    return -1 if facts.groups == 1 else facts.group_size, facts.bits
 
 
 def _same_groups(facts: Facts, group_size: int) -> bool:
