@@ -79,6 +79,15 @@ class Renamed:
         found += [n for n in (*joined, *self._cuts) if n.endswith(".weight") and len(self.shape(n)) == 2]
         return [name.removesuffix(".weight") for name in dict.fromkeys(found)]
 
+    def renamed(self, modules: Iterable[str]) -> dict[str, str]:
+        """Map new names to old ones where they differ: of quantized layers and these float Linears, if one on both sides."""
+        found = {name: self.layers[name] for name in self.layers if not self.runs(name)}
+        for module in modules:
+            new, pattern = self._conversions.find(f"{module}.weight")
+            if pattern is None:
+                found[new.removesuffix(".weight")] = module
+        return {new: old for new, old in found.items() if new != old}
+
     def layer(self, name: str) -> PackedLinear:
         """Read one of ``layers``."""
         return self._assemble(name, self.source.layer)

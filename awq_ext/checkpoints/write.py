@@ -162,9 +162,16 @@ def same_directory(a: Path, b: Path) -> bool:
 
 
 def summarize(
-    source: Source, layout: Layout, float_linears: Iterable[str], so_far: str = "nothing was written"
+    source: Source,
+    layout: Layout,
+    float_linears: Iterable[str],
+    so_far: str = "nothing was written",
+    renamed: Mapping[str, str] | None = None,
 ) -> Summary:
-    """Collect the facts of all layers. CheckpointError listing everything in ``source`` that ``layout`` cannot hold."""
+    """Collect the facts of all layers. CheckpointError listing everything in ``source`` that ``layout`` cannot hold.
+
+    renamed: see Summary.
+    """
     facts: dict[str, Facts] = {}
     found: dict[str, list[str]] = {}
     for name in source.layers:
@@ -173,7 +180,7 @@ def summarize(
         for problem in layout.problems(name, layer):
             found.setdefault(problem, []).append(name)
     in_memory = source.in_memory if layout.holds_memory else None
-    summary = Summary(facts, tuple(float_linears), source.experts, in_memory, source.heads)
+    summary = Summary(facts, tuple(float_linears), source.experts, in_memory, source.heads, renamed or {})
     lines = [f"{_names(names)}: {problem}" for problem, names in found.items()]
     lines += layout.model_problems(summary)
     if lines:
@@ -181,8 +188,8 @@ def summarize(
         raise CheckpointError(f"the format {layout.name!r} cannot hold this model; {so_far}:\n{listed}")
     if layout.name != "native" and (odd := summary.half_joined()):
         warn(
-            f"{_names(odd)}: neighbours are float or have other groups, which awq_ext, AutoAWQ and Transformers can run, but "
-            "servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings"
+            f"{_names(odd)}: neighbours are float or have other groups or bits, which awq_ext, AutoAWQ and Transformers can run, "
+            "but servers (vLLM, SGLang, TensorRT-LLM) join q, k and v, and gate and up: give all of them the same settings"
         )
     return summary
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from ..checkpoints.formats.layout import JOINED
 from ..config import AwqConfig, configured
 from ..forwards.calls import Call, read_calls, run_call
 from ..forwards.forked import finishing_after_fork
@@ -88,11 +89,12 @@ class Sensitivity:
         """Sum of the costs of the parts."""
         return sum(part.cost.value for part in self.parts)
 
-    def keep(self, bits: float, upper: int | str = "float") -> Kept:
+    def keep(self, bits: float, upper: int | str = "float", joined: bool = False) -> Kept:
         """Choose the parts that save most cost for each bit more, within ``bits`` stored bits a weight on average.
 
         upper: what they become: "float", or 5 to 8 bits (5 to 7 are fake-quantized: no packed layer has them). A bit more makes
         rounding errors half and squared ones a quarter, which is how the cost of ``upper`` bits is estimated.
+        joined: choose q, k and v together, and gate and up: vLLM and other servers make one matrix of them, of one width.
         Raises ValueError for a budget below what quantizing everything takes.
         """
         if upper != "float" and (
@@ -107,10 +109,13 @@ class Sensitivity:
             )
         left = 0.0 if upper == "float" else 0.25 ** (upper - self.config.bits)
         chosen: list[Part] = []
-        for part in sorted(self.parts, key=lambda p: -p.cost.value / (p.weights * self._more(p, upper))):
-            more = part.weights * self._more(part, upper)
-            if part.cost.value > 0 and used + more <= bits * weights:
-                chosen.append(part)
+        choices = []
+        for parts in _as_served(self.parts) if joined else [[part] for part in self.parts]:
+            cost, more = sum(p.cost.value for p in parts), sum(p.weights * self._more(p, upper) for p in parts)
+            choices.append((cost, more, parts))
+        for cost, more, parts in sorted(choices, key=lambda choice: -choice[0] / choice[1]):
+            if cost > 0 and used + more <= bits * weights:
+                chosen += parts
                 used += more
         names = tuple(name for part in chosen for name in part.layers)
         saved = (1 - left) * sum(part.cost.value for part in chosen)
@@ -161,6 +166,16 @@ class Sensitivity:
         """Plain values, ready for JSON."""
         parts = [vars(part) | {"cost": part.cost.to_dict()} for part in self.parts]
         return {"measure": self.measure, "together": self.together, "config": self.config.to_dict(), "parts": parts}
+
+
+def _as_served(parts: Iterable[Part]) -> list[list[Part]]:
+    """Put together those of which servers make one matrix."""
+    groups: dict[str, list[Part]] = {}
+    for part in parts:
+        prefix, _, leaf = part.name.rpartition(".")
+        whole = next((f"{prefix} {leaves[0]}" for leaves in JOINED if leaf in leaves), part.name)
+        groups.setdefault(whole, []).append(part)
+    return list(groups.values())
 
 
 def _range(estimate: Estimate) -> str:

@@ -36,9 +36,10 @@ _WIDER = ("compressed-tensors", "native")
 
 def summary_for(source: Renamed, model: nn.Module, layout: Layout) -> Summary:
     """Summarize a model for ``layout``. CheckpointError that names the call for one which can hold it, where this cannot."""
-    linears = list(source.linears(float_linears(model)))
+    floats = float_linears(model)
+    linears = list(source.linears(floats))
     try:
-        return summarize(source, layout, linears)
+        return summarize(source, layout, linears, renamed=source.renamed(floats))
     except CheckpointError as error:
         for name in _WIDER:
             if name != layout.name and _holds(source, LAYOUTS[name], linears):

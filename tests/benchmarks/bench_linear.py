@@ -116,20 +116,25 @@ def contenders(
     return calls, nbytes
 
 
-def turn(call: Callable[[], object], count: int) -> float:
+def turn(call: Callable[[], object], count: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds a call."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(count):
         call()
-    return (time.perf_counter() - start) / count
+    return (clock() - start) / count
 
 
-def rounds(calls: dict[str, Callable[[], object]], seconds: float, settle: float = 0.0) -> dict[str, list[float]]:
+def rounds(
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+    settle: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds a call in every round, of each contender. Before a turn counts, calls of its own fill ``settle`` seconds."""
     counts = {}
     for name, call in calls.items():
         turn(call, 1)
-        counts[name] = max(1, round(TURN_SECONDS / turn(call, 3)))
+        counts[name] = max(1, round(TURN_SECONDS / turn(call, 3, clock)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, times.values())) < 7:
@@ -137,7 +142,7 @@ def rounds(calls: dict[str, Callable[[], object]], seconds: float, settle: float
             settled = time.perf_counter() + settle
             while time.perf_counter() < settled:
                 call()
-            times[name].append(turn(call, counts[name]))
+            times[name].append(turn(call, counts[name], clock))
     return times
 
 

@@ -112,6 +112,15 @@ def test_the_warning_about_joined_neighbours_is_at_the_callers_line() -> None:
     assert [warning.filename for warning in caught] == [__file__]
 
 
+def test_joined_neighbours_of_other_bits_are_warned_of() -> None:
+    for leaves in (("gate_proj", "up_proj"), ("query", "key", "value")):
+        layers = {f"x.{leaf}": random_layer(16, 64, 32) for leaf in leaves}
+        summarize(MemorySource(layers, {}), LAYOUTS["compressed-tensors"], [])  # a warning would be an error
+        layers |= {f"x.{leaves[0]}": random_layer(16, 64, 32, bits=8)}
+        with pytest.warns(UserWarning, match=rf"x\.{leaves[0]}.*groups or bits"):
+            summarize(MemorySource(layers, {}), LAYOUTS["compressed-tensors"], [])
+
+
 @pytest.mark.parametrize("where", ["a layer", "another file"])
 def test_an_error_while_writing_leaves_the_directory_as_it_was(where: str, tmp_path: Path) -> None:
     folder = written(tmp_path / "x", source())

@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 import yaml
+from not_only_decoders import bert, llava, made, picture_batches, text_batches
 from team import free_port
 from torch import nn
 from typer.testing import CliRunner
@@ -71,6 +72,10 @@ def known_names(page: str, folder: Path) -> dict[str, Any]:
         "code_windows": windows,
         "json_windows": others,
     }
+    if page == "not-only-decoders":
+        texts = text_batches(count=3)
+        names |= {"encoder": made(bert), "text_batches": texts[1:], "held_out": texts[0]}
+        names |= {"seeing": made(llava), "picture_batches": picture_batches(count=2)}
     if page == "lora":
         names["quantized"] = awq_ext.quantize(llama(folder), windows, group_size=32, n_grid=2, progress=False)
     return names

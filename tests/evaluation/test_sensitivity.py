@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import architectures
 import models
@@ -112,6 +113,21 @@ def test_eight_bits_leave_a_little() -> None:
     assert kept.cost == pytest.approx(1.0 + 9.0 / 256)
     assert kept.settings == {"per_layer": {"layer1": {"bits": 8}}}
     assert found.keep(bits=6.0, upper=7).settings == {"per_layer": {"layer1": {"bits": 7, "packed": False}}}
+
+
+def test_what_servers_join_is_chosen_together() -> None:
+    """The costliest layer is alone the best choice, and with its neighbours too dear for the budget."""
+    leaves = ["attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    found = made([9.0, 1.0, 1.0, 4.0, 2.0, 1.0], [100] * 6)
+    named = [
+        replace(part, name=f"0.{leaf}", layers=(f"0.{leaf}",)) for part, leaf in zip(found.parts, leaves, strict=True)
+    ]
+    found = replace(found, parts=named)
+    assert found.keep(bits=5, upper=8).names == ("0.attn.q_proj",)
+    assert found.keep(bits=5, upper=8, joined=True).names == ("0.mlp.down_proj",)
+    assert found.keep(bits=5.5, upper=8, joined=True).names == ("0.mlp.gate_proj", "0.mlp.up_proj")
+    kept = found.keep(bits=6, upper=8, joined=True)
+    assert kept.names == ("0.attn.q_proj", "0.attn.k_proj", "0.attn.v_proj") and kept.bits == 6
 
 
 def test_the_choice_is_near_the_best_there_is() -> None:

@@ -109,7 +109,7 @@ class CompressedTensors(Layout):
             }
             groups[f"group_{index}"] = {
                 # vLLM's output layer is of another class than Linear, and found by its name alone
-                "targets": ["Linear", *summary.heads] if len(schemes) == 1 else names,
+                "targets": ["Linear", *summary.called(summary.heads)] if len(schemes) == 1 else summary.called(names),
                 "weights": weights,
                 "input_activations": None,
                 "output_activations": None,
@@ -121,7 +121,7 @@ class CompressedTensors(Layout):
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
             "config_groups": groups,
-            "ignore": list(summary.float_linears),
+            "ignore": summary.called(summary.float_linears),
         }
 
     def reads(self, config: Mapping[str, Any]) -> Settings | None:

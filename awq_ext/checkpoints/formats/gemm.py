@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def awq_config(summary: Summary, version: str) -> dict[str, Any]:
         "zero_point": True,
         "version": version,
         # matched by substring; null would do for lm_head alone, but not every reader knows it by itself
-        "modules_to_not_convert": list(summary.float_linears) or None,
+        "modules_to_not_convert": summary.called(summary.float_linears) or None,
     }
 
 
@@ -54,7 +54,7 @@ def awq_settings(config: Mapping[str, Any], *versions: str) -> Settings | None:
     return with_dynamic(Settings((size,)), config, "bits", "w_bit")
 
 
-def read_through(names: list[str], quantized: Mapping[str, Any]) -> list[str]:
+def read_through(names: list[str], quantized: Collection[str]) -> list[str]:
     """Find names of float Linears that are part of a quantized layer's name: readers match by substring and would skip both."""
     return [name for name in names if any(name in other for other in quantized)]
 
@@ -72,7 +72,7 @@ class AwqLayout(Layout):
 
     def model_problems(self, summary: Summary) -> list[str]:
         found = super().model_problems(summary)
-        for name in read_through(list(summary.float_linears), summary.layers):
+        for name in read_through(summary.called(summary.float_linears), summary.called(summary.layers)):
             found.append(
                 f"the float Linear {name} would hide quantized ones whose names contain it, because readers compare "
                 "modules_to_not_convert by substring: leave those float too, or quantize it"

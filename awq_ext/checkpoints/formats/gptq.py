@@ -104,7 +104,7 @@ class Gptq(Layout):
             "sym": summary.symmetric,
             "lm_head": bool(summary.heads),
             "checkpoint_format": "gptq",
-            "modules_to_not_convert": list(summary.float_linears) or None,
+            "modules_to_not_convert": summary.called(summary.float_linears) or None,
         } | ({"dynamic": dynamic} if dynamic else {})
 
     def reads(self, config: Mapping[str, Any]) -> Settings | None:

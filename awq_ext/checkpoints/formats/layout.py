@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from .packed import CheckpointError, PackedLinear, exactly, expect
 from .settings import Settings
 
 # what vLLM, SGLang and TensorRT-LLM make one matrix of
-JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -44,6 +44,7 @@ class Summary:
 
     experts: parameters [E, N, K] of which ``layers`` has each matrix, as ``name.0``, ``name.1``, ... -> how the model uses them.
     in_memory: what awq_ext.save adds. heads: those of ``layers`` that are output layers of a language model.
+    renamed: name in the files -> name of the same module in a model of transformers, where the two differ.
     """
 
     layers: Mapping[str, Facts]
@@ -51,6 +52,12 @@ class Summary:
     experts: Mapping[str, str] = field(default_factory=dict)
     in_memory: InMemory | None = None
     heads: Sequence[str] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def called(self, names: Iterable[str]) -> list[str]:
+        """List ``names``, then what transformers calls them in memory: it asks by that name, servers by that of the files."""
+        found = list(names)
+        return [*found, *(self.renamed[name] for name in found if name in self.renamed)]
 
     def group_sizes(self) -> list[int]:
         """List the sizes a reader must know: of layers with several groups; [-1] (or the rows' one length) if there is none."""
@@ -66,7 +73,7 @@ class Summary:
         return sorted({facts.bits for facts in self.layers.values()})
 
     def half_joined(self) -> list[str]:
-        """Name the quantized layers that servers join with neighbours which are float, or have other groups."""
+        """Name the quantized layers that servers join with neighbours which are float, or have other groups or bits."""
         found, known = [], {*self.layers, *self.float_linears}
         for name, facts in self.layers.items():
             prefix, _, leaf = name.rpartition(".")
@@ -224,8 +231,8 @@ def largest_group(in_features: int) -> str:
     return f"{fitting[0]} fits" if fitting else "none of the usual ones fits, -1 does"
 
 
-def _size(facts: Facts) -> int:
-    return -1 if facts.groups == 1 else facts.group_size
+def _size(facts: Facts) -> tuple[int, int]:
+    return -1 if facts.groups == 1 else facts.group_size, facts.bits
 
 
 def _same_groups(facts: Facts, group_size: int) -> bool:
