@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import hf_directory
@@ -141,11 +142,22 @@ def test_efforts_and_the_builtin_texts(model_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     config = json.loads(figures.read_text())["report"]["config"]
     assert (config["method"], config["tune_scales"], config["generated_tokens"]) == ("awq+gptq", 1, 1.0)
+    assert config["builtin_text"] is False  # they are what is given
     again = run(
         "quantize", model_dir, tmp_path / "all", "--calib", "builtin", "--method", "rtn", *given[2:6], "--samples", 999
     )
     assert again.exit_code == 0 and "were asked for" not in again.output  # nobody can make these texts longer
     assert "other text with --traffic" in " ".join(again.output.split())
+
+
+def test_efforts_calibrate_on_the_builtin_texts_beside_those_given(
+    model_dir: Path, calib: Path, tmp_path: Path
+) -> None:
+    figures = tmp_path / "figures.json"
+    result = quantize(model_dir, calib, tmp_path / "out", "--effort", "fast", "--group-size", 32, "--json", figures)
+    assert result.exit_code == 0, result.output
+    [note] = [one for one in json.loads(figures.read_text())["report"]["notes"] if "calibrated on 2 batches" in one]
+    assert re.search(r"and on \d\d+ of the built-in texts", note)
 
 
 def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path: Path) -> None:
