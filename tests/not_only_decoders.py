@@ -19,10 +19,10 @@ Batch = dict[str, Tensor]
 BYTES, IMAGE = 256, 256  # tokens that are bytes; the token that stands for a patch
 SIZES = {
     "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 4,  # of 32 channels, the least that vLLM's CPU backend takes
     "max_position_embeddings": 64,
 }
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
@@ -44,7 +44,7 @@ def reranker() -> nn.Module:
 
 def qwen3_embedding() -> nn.Module:
     """As Qwen3-Embedding: a decoder without its head, the last token's state is the embedding."""
-    return transformers.Qwen3Model(transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16))
+    return transformers.Qwen3Model(transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32))
 
 
 def llava() -> nn.Module:

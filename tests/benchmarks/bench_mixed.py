@@ -1,7 +1,8 @@
 """Mixed 4 and 8 bits under a budget beside plain 4 bits: stored bits a weight and KL divergence from the float model.
 
     python tests/benchmarks/bench_mixed.py MODEL_DIR --calib calib.txt --traffic code.txt de=multi-de.txt ...
-        [--budget 5] [--mixed 32 64] [--group-size 32 64 128] [--method awq+gptq awq] [--save DIR] [--json out.json]
+        [--budget 5] [--mixed 32 64] [--group-size 32 64 128] [--method awq+gptq awq] [--joined] [--save DIR]
+        [--json out.json]
 
 MODEL_DIR: a local Transformers directory. For each size in --mixed `sensitivity` measures every layer alone, on --probes windows,
 and `keep(bits=BUDGET, upper=8)` chooses the layers of 8 bits; the rest is quantized by the first --method. Then each method with
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--joined", action="store_true", help="one width for q, k and v, as servers want it")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -95,7 +97,7 @@ def main() -> None:
 
     for size in args.mixed:
         probe = {"group_size": size, "samples": args.probes, "progress": False}
-        kept = awq_ext.sensitivity(base, calib, **probe).keep(bits=args.budget, upper=8)
+        kept = awq_ext.sensitivity(base, calib, **probe).keep(bits=args.budget, upper=8, joined=args.joined)
         print(f"groups of {size}: {kept}", flush=True)
         model = score(f"mixed g{size}", method=args.method[0], group_size=size, **kept.settings)
         if args.save:
