@@ -9,7 +9,7 @@ from typing import Any
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"method": "awq", "builtin_text": True, "tune_scales": 0},
     "balanced": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "tune_scales": 0},
-    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "tune_scales": 2},
+    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "tune_scales": 1},
 }
 
 
