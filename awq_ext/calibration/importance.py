@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..forwards.calls import CalibrationError, Call, run_call
 from ..forwards.hooks import Hooks
-from ..forwards.memory import FreeMemory
+from ..forwards.memory import FreeMemory, release_free_memory
 from ..forwards.outputs import logits_of, targets_of
 from ..modules import output_embeddings
 from ..survey.survey import BlockSurvey
@@ -80,7 +80,7 @@ def weighing_bytes(model: nn.Module, calls: Sequence[Call], surveys: Sequence[Bl
     width = head.weight.shape[0] if isinstance(head, nn.Linear) else 0
     # the logits, and what their backward begins with
     logits = 2 * width * (head.weight.element_size() if width else 0) * max(call.tokens for call in read)
-    return int(share * inputs + logits + max(share * block, 3 * 4 * _ROWS_AT_ONCE * width))
+    return int(share * inputs + logits + max(share * block, 4 * 4 * _ROWS_AT_ONCE * width))
 
 
 def _weighed(calls: Sequence[Call], batches: int) -> dict[int, Call]:
@@ -179,6 +179,7 @@ def _squared_gradients(
         if not targets:
             raise CalibrationError(f"nothing that calibration batch {index} returned can be differentiated.{_HINT}")
         interrupt.check()
+        release_free_memory()  # the backward is the peak
         try:
             torch.autograd.backward(targets, cotangents)
         except RuntimeError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import run_python
+from programs import run_python, seeing_tests
 
 transformers = pytest.importorskip("transformers", reason="NOTHING PLANNED: pip install 'awq-ext[test]'")
 pytestmark = [
@@ -57,7 +57,7 @@ def measure(way: str, method: str, source: Path, out: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_plan_is_within_a_tenth_of_the_peak(shape: str, way: str, method: str, tmp_path: Path) -> None:
     source = make(tmp_path / "float", shape)
-    done = run_python(__file__, way, method, str(source), str(tmp_path / "out"))
+    done = run_python(__file__, way, method, str(source), str(tmp_path / "out"), **seeing_tests())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print({name: f"{value / 2**20:.0f} MiB" for name, value in found.items()})
