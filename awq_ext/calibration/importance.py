@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from ..forwards.calls import CalibrationError, Call, run_call
 from ..forwards.hooks import Hooks
+from ..forwards.memory import FreeMemory, release_free_memory
 from ..forwards.outputs import logits_of, targets_of
+from ..modules import output_embeddings
 from ..survey.survey import BlockSurvey
 from ..undo import interrupt
 from .gradients import checkpointed, without_gradients
@@ -27,7 +29,10 @@ from .row_weights import PositionWeights, RowWeights, Weights, stretches_of
 
 # The least weight of a row, as a share of the mean: a row that the output does not react to still shows what inputs look like.
 _LEAST = 1e-4
-_ROWS_AT_ONCE = 64
+_ROWS_AT_ONCE = 16
+# Tensors of its widest layer that a block keeps for its backward, and makes in it, such as gate, up, what becomes of them, and the
+# gradients of these.
+_BLOCK_BACKWARD = 10
 _HINT = ' objective="model" runs it with gradients: objective="layer" needs none.'
 
 
@@ -50,18 +55,37 @@ def find_weights(
     linears = [linear for part in parts for _, linear in part]
     generator = torch.Generator().manual_seed(0)
     found: list[dict[str, list[Tensor]]] = []
-    read = {index: _longest_window(calls[index]) if batches else calls[index] for index in _spaced(len(calls), batches)}
+    read, free = _weighed(calls, batches), FreeMemory()
     bar = tqdm(read, desc="importance weights", unit="batch", leave=False, disable=not progress)
     with without_gradients(model), checkpointed([s.block.module for s in surveys], model), bar:
         for index in bar:
             squares = _squared_gradients(model, read[index], index, linears, generator, of_tokens)
             found.append({part[0][0]: _added([squares[linear] for _, linear in part]) for part in parts})
+            free.release_if_grown()
     names = [part[0][0] for part in parts]
     if not all(read.get(index) is call for index, call in enumerate(calls)):
         return PositionWeights(_by_position({name: [rows for mine in found for rows in mine[name]] for name in names}))
     for name in names:
         _normalize([rows for mine in found for rows in mine[name]])
     return RowWeights([{name: [x.flatten() for x in rows] for name, rows in mine.items()} for mine in found], calls)
+
+
+def weighing_bytes(model: nn.Module, calls: Sequence[Call], surveys: Sequence[BlockSurvey], batches: int = 0) -> int:
+    """Estimate what :func:`find_weights` takes at its peak beside the model: the backward of the largest batch that it runs."""
+    read = _weighed(calls, batches).values()
+    share = max(call.elements for call in read) / max(calls[0].elements, 1)
+    inputs = sum(one.input_bytes for one in surveys)
+    block = _BLOCK_BACKWARD * max(one.widest_bytes for one in surveys)
+    head = output_embeddings(model)
+    width = head.weight.shape[0] if isinstance(head, nn.Linear) else 0
+    # the logits, and what their backward begins with
+    logits = 2 * width * (head.weight.element_size() if width else 0) * max(call.tokens for call in read)
+    return int(share * inputs + logits + max(share * block, 4 * 4 * _ROWS_AT_ONCE * width))
+
+
+def _weighed(calls: Sequence[Call], batches: int) -> dict[int, Call]:
+    """Choose what is run backwards, by the number of the batch: ``batches`` (0: all, whole)."""
+    return {index: _longest_window(calls[index]) if batches else calls[index] for index in _spaced(len(calls), batches)}
 
 
 def _spaced(count: int, wanted: int) -> list[int]:
@@ -155,6 +179,7 @@ def _squared_gradients(
         if not targets:
             raise CalibrationError(f"nothing that calibration batch {index} returned can be differentiated.{_HINT}")
         interrupt.check()
+        release_free_memory()  # the backward is the peak
         try:
             torch.autograd.backward(targets, cotangents)
         except RuntimeError as error:

@@ -109,9 +109,10 @@ class PeakMemory:
             self._resets = False
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.start = self._now()
+        self.start = self.now()
 
-    def _now(self) -> int:
+    def now(self) -> int:
+        """Return the bytes in use now."""
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else resident_bytes()
 
     def bytes(self) -> int:
@@ -132,6 +133,10 @@ class PeakAnonymous:
         self._every = every
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="awq_ext-memory", daemon=True)
+
+    def now(self) -> int:
+        """Return the bytes in use now."""
+        return anonymous_bytes()
 
     def _watch(self) -> None:
         while not self._ended.wait(self._every):

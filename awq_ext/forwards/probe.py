@@ -107,8 +107,15 @@ def combined(
 
     Those of one parameter are applied one after another in fp32; the result has its dtype.
     """
-    values: dict[tuple[nn.Module, str], Tensor] = {}
+    by_parameter: dict[tuple[nn.Module, str], list[Callable[[Tensor], Tensor]]] = {}
     for module, name, change in changes:
-        value = values.get((module, name))
-        values[module, name] = change(module._parameters[name].detach().float() if value is None else value)
-    return {(module, name): value.to(module._parameters[name].dtype) for (module, name), value in values.items()}
+        by_parameter.setdefault((module, name), []).append(change)
+    # one after another: a block in fp32 would take twice what its weights do
+    return {(module, name): _changed(module._parameters[name], those) for (module, name), those in by_parameter.items()}
+
+
+def _changed(parameter: Tensor, changes: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+    value = parameter.detach().float()
+    for change in changes:
+        value = change(value)
+    return value.to(parameter.dtype)

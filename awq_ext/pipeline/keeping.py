@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -26,6 +27,23 @@ from ..workdir.fingerprint import fingerprint
 from ..workdir.result import BlockResult
 
 _MADV_PAGEOUT = 21  # linux/mman.h, since 5.4: drops clean pages, and destroys nothing
+
+
+@dataclass(frozen=True)
+class Before:
+    """Memory when a run makes its plan, in bytes: what is held then, and what forwards of the whole model took at their peak.
+
+    weighing: what the weights of rows will take for a while, before the first block. kept: what stays from then until the end.
+    """
+
+    held: int
+    forward: int
+    weighing: int = 0
+    kept: int = 0
+
+    def peak_with(self, solving: int) -> int:
+        """Return the peak of all, of which one comes after another. solving: bytes that quantizing block by block takes."""
+        return max(self.forward, self.held + max(self.weighing, solving)) + self.kept
 
 
 class Keeping:
@@ -62,20 +80,20 @@ class Keeping:
         if self.work is not None:
             self.work.begin(fingerprint(model, calls, config, blocks))
 
-    def plan(self, surveys: Sequence[BlockSurvey], growth: float, config: AwqConfig, base: int, size: int) -> int:
-        """Plan the peak of memory: ``base`` bytes, of a plain forward, and what comes on top. Check memory and disk for it.
+    def plan(self, surveys: Sequence[BlockSurvey], growth: float, config: AwqConfig, before: Before, size: int) -> int:
+        """Plan the peak of memory: what is there before, and what comes on top. Check memory and disk for it.
 
         size: bytes of all parameters. ValueError for more than the limit, OSError for a disk that is too small.
         """
-        planned = base + planned_bytes(surveys, growth, config, self.streamed)
+        planned = before.peak_with(planned_bytes(surveys, growth, config, self.streamed))
         if self._limit is not None and planned > self._limit and can_spill():
             self._spills = True
-            planned = base + planned_bytes(surveys, growth, config, self.streamed, spilled=True)
+            planned = before.peak_with(planned_bytes(surveys, growth, config, self.streamed, spilled=True))
         if self._limit is not None and planned > self._limit:
             raise ValueError(
-                f"quantizing block by block takes about {format_bytes(planned)} of memory, {format_bytes(base)} of it for a plain "
-                f"forward of the first batch; the limit is {format_bytes(self._limit)}: give shorter or smaller calibration "
-                "batches, or a larger max_memory (--max-memory)"
+                f"quantizing block by block takes about {format_bytes(planned)} of memory at its peak, and a plain forward of the "
+                f"first batch {format_bytes(before.forward)}; the limit is {format_bytes(self._limit)}: give shorter or smaller "
+                "calibration batches, or a larger max_memory (--max-memory)"
             )
         if self.work is not None and self.tells:
             left = [one for i, one in enumerate(surveys) if not self.holds(i)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..calibration.importance import weighing_bytes
 from ..config import AwqConfig, configured
 from ..folding.finder import FoldFinder
 from ..folding.fold import Fold, NormFold
@@ -18,7 +19,7 @@ from ..modules import foldable_norms, unwrapped
 from ..reporting.tables import aligned, format_bytes
 from ..solving.block_solver import takes_fold
 from ..survey.budget import planned_bytes
-from ..survey.survey import reasons_to_stay
+from ..survey.survey import BlockSurvey, reasons_to_stay
 from ..undo.thread_state import restoring
 from .session import Session, session
 from .tuning import planned_tuning_bytes
@@ -50,7 +51,7 @@ class Plan:
     """What :func:`awq_ext.quantize` would do; ``print`` shows it as a table.
 
     stays_float: name -> reason of every Linear that will not be quantized. parameters: number of all in the model.
-    planned_memory_bytes: peak of what quantizing adds to a plain forward of one batch.
+    planned_memory_bytes: peak of what quantizing takes beside the model; what a forward of the whole model takes is not in it.
     """
 
     groups: list[GroupPlan]
@@ -74,7 +75,7 @@ class Plan:
         layers = sum(len(group.layers) for group in self.groups)
         summary = (
             f"{layers} Linears in {len(self.groups)} scale groups to quantize ({self.share_quantized:.1%} of all "
-            f"parameters), {len(self.stays_float)} stay float; planned peak memory beside a plain forward: "
+            f"parameters), {len(self.stays_float)} stay float; planned peak memory beside the model: "
             f"{format_bytes(self.planned_memory_bytes)}"
         )
         return "\n".join([*aligned(rows), "", *aligned(stays), *([""] if stays else []), summary])
@@ -136,15 +137,22 @@ def planned(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan
             for group, fold in zip(surveyed.groups, folds, strict=True):
                 linears = [surveyed.linears[name] for name in group.linears]
                 found.append(_planned(surveyed.block.name, group.linears, linears, fold, config, names))
-    builtin = sum(call.elements for call in opened.builtin) / max(opened.calls[0].elements, 1)
-    growth = batches * len(opened.calls) + builtin
     return Plan(
         groups=found,
         stays_float=reasons_to_stay(opened.eligible, surveys),
         parameters=sum(p.numel() for p in model.parameters()),
-        planned_memory_bytes=planned_bytes(surveys, growth, config)
-        + planned_tuning_bytes(surveys, opened.calls, batches, config),
+        planned_memory_bytes=_planned_memory(opened, surveys, batches),
     )
+
+
+def _planned_memory(opened: Session, surveys: Sequence[BlockSurvey], batches: int) -> int:
+    """Estimate the bytes that quantizing takes beside the model, with ``batches`` times the calls of the session."""
+    config, calls = opened.config, opened.calls
+    builtin = sum(call.elements for call in opened.builtin) / max(calls[0].elements, 1)
+    peak = planned_bytes(surveys, batches * len(calls) + builtin, config)
+    if config.weighs_rows:
+        peak = max(peak, weighing_bytes(opened.model, calls, surveys, config.weighed_batches))
+    return peak + planned_tuning_bytes(surveys, calls, batches, config)
 
 
 def _planned(

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from ..calibration.importance import weighing_bytes
 from ..calibration.padding import warnings_for
 from ..calibration.statistics import GroupStatistics, collect
 from ..folding.finder import FoldFinder
@@ -28,7 +29,7 @@ from ..solving.solution import GroupSolution, build_layer
 from ..survey.budget import growth_of
 from ..survey.survey import BlockSurvey
 from ..workdir.result import BlockResult
-from .keeping import Keeping
+from .keeping import Before, Keeping
 from .preparation import extra_calls, row_weights
 from .session import Session
 from .tuning import ScaleTuning, planned_tuning_bytes
@@ -80,13 +81,21 @@ class Run:
         self._calls = opened.calls + extra_calls(opened, report, progress, keeping)
         size = sum(parameter.nbytes for parameter in model.parameters())
         self._tuning = ScaleTuning(model, self._calls, config, report, progress)
-        base, growth = opened.memory.bytes(), growth_of(self.held_calls())
-        base += planned_tuning_bytes(surveys, self._calls, 1.0, config) if self._tuning.wanted else 0
-        report.planned_memory_bytes = keeping.plan(surveys, growth, config, base, size)
+        growth = growth_of(self.held_calls())
+        report.planned_memory_bytes = keeping.plan(surveys, growth, config, self._before(), size)
         self._weights = row_weights(model, self._calls, surveys, config, report, progress, keeping)
         self._biases = own_biases(model, opened.eligible.linears.values())
         self._finder = self._kind_of_finder(foldable_norms(model))
         self._padded: list[str] = []
+
+    def _before(self) -> Before:
+        """Look at the memory before the first block."""
+        opened, surveys, calls = self._session, self._surveys, self._calls
+        config, forward = opened.config, opened.memory.bytes()
+        release_free_memory()
+        weighing = weighing_bytes(opened.model, calls, surveys, config.weighed_batches) if config.weighs_rows else 0
+        kept = planned_tuning_bytes(surveys, calls, 1.0, config) if self._tuning.wanted else 0
+        return Before(opened.memory.now(), forward, weighing, kept)
 
     def held_calls(self) -> list[Call]:
         """Return the batches whose hidden states this process holds."""

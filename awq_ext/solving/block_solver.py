@@ -12,6 +12,7 @@ from ..calibration.statistics import GroupStatistics
 from ..config import AwqConfig
 from ..folding.finder import FoldFinder
 from ..folding.fold import Change, Fold, LinearFold
+from ..forwards.memory import FreeMemory
 from ..forwards.probe import Probe, Substitutes, combined, output_dtypes
 from ..reporting.report import BlockReport
 from ..survey.groups import ScaleGroup
@@ -50,12 +51,14 @@ class BlockSolver:
         self._config = config
         self._finder = finder
         self._biases = biases
+        self._free = FreeMemory()
 
     def solve(self) -> tuple[list[GroupSolution], BlockReport]:
         """Solve all groups, and measure how far the block's output moves."""
         report = BlockReport(self._surveyed.block.name)
         wanted = [takes_fold(group, self._config) for group in self._surveyed.groups]
         folds = self._finder.find(self._probe, self._surveyed.groups, self._surveyed.linears, wanted)
+        self._free.release_if_grown()
         groups, coarse = self._solve_without_worse(folds)
         report.fold_error, allowed = self._fold_error(groups)
         if report.fold_error > allowed:
@@ -64,6 +67,7 @@ class BlockSolver:
             )
             groups, _ = self._solve_without_worse([None] * len(folds), coarse)
             report.fold_error = 0.0
+        self._free.release_if_grown()
         groups, distance = keep_clips_that_serve(self._probe, groups)
         report.output_error = distance / (self._probe.norm or 1.0)
         final = [replace(group, layers=tuple(layer.with_bias_shift() for layer in group.layers)) for group in groups]
@@ -116,6 +120,7 @@ class BlockSolver:
         # from the last group to the first: a Linear is rounded once it is known what is folded into its rows
         for task, fold, choice in reversed(list(zip(tasks, folds, choices, strict=True))):
             group = self._solve_group(task, fold, choice, divisors)
+            self._free.release_if_grown()
             if isinstance(group.fold, LinearFold):
                 divisors[group.fold.module] = group.fold.divisor(group.choice.scale)
             solved.append(group)

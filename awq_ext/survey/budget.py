@@ -1,43 +1,54 @@
-"""Memory budget: what quantizing will need beside a plain forward."""
+"""Memory budget: what quantizing will need beside the model.
+
+A block is solved in steps, which give back what they took before the next one begins. What counts is the largest of them, in the
+block where it is largest.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from ..config import AwqConfig
 from ..forwards.calls import Call
+from ..kernels.reference import group_count
+from ..layers.quantized_weight import row_bytes
 from .survey import BlockSurvey
 
 # Rows and packed panels that quadratic_losses (csrc/drivers/quadratic-inl.h) works on at a time, in bytes.
 _KERNEL_SLAB = 32 << 20
+# What the allocator may hold beyond what is in use: the slack of forwards.memory.FreeMemory, in bytes.
+_HEAP = 16 << 20
+# Tensors of the widest layer that a forward of a block has at a time, such as gate, its activation, up and their product.
+_LAYERS_AT_ONCE = 4
 
 
 def planned_bytes(
     surveys: Sequence[BlockSurvey], growth: float, config: AwqConfig, streamed: bool = False, spilled: bool = False
 ) -> int:
-    """Estimate the bytes that quantizing adds to what one plain forward of the first batch needs.
+    """Estimate the peak of what quantizing block by block takes beside the model, the forwards of the blocks included.
 
-    They are the sum of: hidden states of all batches (``growth`` times the first one's) at one block boundary; statistics of the
-    largest block; all new layers (the float ones stay until the end, so that everything can be taken back); and scratch of one
-    block. Scratch is its largest second moment, packed for the kernels (and factored, where errors are fed back), its quantized
-    weights in float for trials, and its codes twice (with and without clips).
+    For each block it holds the hidden states of all batches (``growth`` times the first one's) at one block boundary, the
+    statistics of the block, and all layers made before (the float ones stay until the end, so that everything can be taken back).
+    What is needed on top for a while is the largest of :func:`_steps`.
 
     streamed: new layers go to a file, block by block. spilled: so do hidden states, but for those of two batches.
     """
-    hidden = max(s.input_bytes for s in surveys) * (min(growth, 2.0) if spilled else growth)
-    statistics = max(statistics_bytes(s) + _centred_bytes(s, config) for s in surveys)
-    made = (max if streamed else sum)(made_bytes([s], config) for s in surveys)
-    # three fp32 [K, K]: the factor; the whole second moment in panels, for refining; and damped, for the clips
-    widths = [m.in_features for s in surveys for n, m in s.linears.items() if config.for_layer(n).uses_gptq]
-    factored = 12 * max(widths, default=0) ** 2
-    return int(hidden + statistics + made + factored + max(_scratch_bytes(s, config) for s in surveys))
+    waiting = max(s.input_bytes for s in surveys) * (min(growth, 2.0) if spilled else growth)
+    peak = made = 0.0
+    for one in surveys:
+        held = waiting + made + statistics_bytes(one) + _centred_bytes(one, config)
+        peak = max(peak, held + max(_steps(one, config), default=0.0))
+        made += 0 if streamed else made_bytes([one], config)
+    return int(peak + _HEAP)
 
 
 def made_bytes(surveys: Sequence[BlockSurvey], config: AwqConfig) -> int:
     """Add up the bytes of the layers that will be made."""
-    weights = {name: linear.weight for s in surveys for name, linear in s.linears.items()}
-    sizes = [_code_bytes(config, n) * w.numel() if config.for_layer(n).packed else w.nbytes for n, w in weights.items()]
-    return int(sum(sizes))
+    weights = {name: linear for s in surveys for name, linear in s.linears.items()}
+    packed = {name: config.for_layer(name).packed for name in weights}
+    return sum(_code_bytes(one, config, name) if packed[name] else one.weight.nbytes for name, one in weights.items())
 
 
 def statistics_bytes(surveyed: BlockSurvey) -> int:
@@ -46,19 +57,83 @@ def statistics_bytes(surveyed: BlockSurvey) -> int:
     return sum(4 * k * k + 16 * k for k in widths)
 
 
-def _code_bytes(config: AwqConfig, name: str) -> float:
-    """Bytes of a quantized weight in memory, with its share of scales and zeros: only codes of 4 bits are packed."""
-    return 0.6 if config.for_layer(name).bits == 4 else 1.1
+def _code_bytes(linear: nn.Linear, config: AwqConfig, name: str) -> int:
+    """Bytes of a Linear's codes, with a 16-bit scale and a zero of a byte for each group."""
+    settings, (n, k) = config.for_layer(name), linear.weight.shape
+    return int(n * (row_bytes(k, settings.bits) + 3 * group_count(k, settings.group_size)))
 
 
-def _scratch_bytes(surveyed: BlockSurvey, config: AwqConfig) -> int:
-    """Estimate the bytes that solving a block needs for a while, beside its statistics."""
-    weights = {name: linear.weight for name, linear in surveyed.linears.items()}
-    moment = max((linear.in_features**2 for linear in surveyed.linears.values()), default=0)
-    trial = sum(w.numel() * (w.element_size() + 2 * _code_bytes(config, name)) for name, w in weights.items())
-    # the upper triangle in fp32, and the largest Linear in fp32 while a trial weight is made of it
-    largest = max((8 * weight.numel() for weight in weights.values()), default=0)
-    return int(2 * moment + trial + largest + _KERNEL_SLAB)
+def _steps(surveyed: BlockSurvey, config: AwqConfig) -> list[float]:
+    """Estimate what each step of solving a block needs beside its statistics: rounding, trials of folds and clips, new layers."""
+    linears = surveyed.linears
+    if not linears:
+        return []
+    forward = _LAYERS_AT_ONCE * surveyed.widest_bytes + 2 * surveyed.input_bytes
+    trial = sum(linear.weight.nbytes for linear in linears.values())
+    largest = max(linears.values(), key=lambda linear: linear.weight.numel()).weight
+    # the last trial weight is made while all others are there: in fp32, before and after a factor
+    one_more = max(0, 8 - largest.element_size()) * largest.numel()
+    codes = sum(_kept_codes(linear, config, name) for name, linear in linears.items())
+    rounding, scratch = _rounding_bytes(surveyed, config)
+    sketches = codes if config.clip == "auto" and not config.uses_gptq else 0
+    return [
+        rounding,
+        codes + trial + max(one_more, forward),
+        codes + sketches + trial + _unit_bytes(surveyed) + max(one_more - largest.nbytes, forward),
+        # without its clip a layer is rounded once more, in the middle of it all; GPTQ has kept what it found
+        codes + trial + (0 if config.uses_gptq else scratch),
+        codes + made_bytes([surveyed], config),
+    ]
+
+
+def _unit_bytes(surveyed: BlockSurvey) -> int:
+    """Bytes of the weights whose clips are tried together: of one Linear, or of all experts of one kind."""
+    families: dict[str, int] = {}
+    for group in surveyed.groups:
+        for name in group.linears:
+            kind = group.family or repr(group.linears) if name in group.experts else name
+            families[kind] = families.get(kind, 0) + surveyed.linears[name].weight.nbytes
+    return max(families.values(), default=0)
+
+
+def _rounding_bytes(surveyed: BlockSurvey, config: AwqConfig) -> tuple[float, float]:
+    """Estimate what rounding takes at its peak, with the codes of all Linears so far, and alone for any one Linear."""
+    kept = peak = alone = 0.0
+    for group in reversed(surveyed.groups):  # rounded from the last to the first
+        first = config.for_layer(group.linears[0])
+        # a scale of a later group may be folded into the rows of these
+        divided = group is not surveyed.groups[-1] and first.searches_scale and config.fold != "never"
+        for name in group.linears:
+            scratch = _scratch_bytes(surveyed.linears[name], config.for_layer(name), divided)
+            peak, alone = max(peak, kept + scratch), max(alone, scratch)
+            kept += _kept_codes(surveyed.linears[name], config, name)
+    return peak, alone
+
+
+def _kept_codes(linear: nn.Linear, config: AwqConfig, name: str) -> int:
+    """Bytes of the codes that are kept of a Linear until its block is solved: with clips and without where both are tried."""
+    settings = config.for_layer(name)
+    twice = settings.clip is not False and settings.method != "rtn"
+    return _code_bytes(linear, config, name) * (2 if twice else 1)
+
+
+def _scratch_bytes(linear: nn.Linear, settings: AwqConfig, divided: bool) -> float:
+    """Estimate what rounding one Linear takes beside the second moment of its input.
+
+    divided: whether its rows are divided first.
+    """
+    weight, (n, k) = linear.weight, linear.weight.shape
+    slab = min(_KERNEL_SLAB, 8 * n * k)
+    # the upper triangle of the second moment in fp32, packed
+    panels = 2 * k * k
+    if settings.uses_gptq:
+        # its factor; and for refining and for clips the whole second moment once more
+        panels = 4 * k * k + max(4 * k * k, panels + slab)
+        slab = 0
+    # the rows that were not compared yet: the weight, a byte a code, and packed codes three times while they are put in order
+    rows = weight.numel() * ((4 if divided else weight.element_size()) + 1 + 1.5)
+    dividing = weight.numel() * (weight.element_size() + 8) if divided else 0
+    return max(rows + panels + slab, dividing)
 
 
 def _centred_bytes(surveyed: BlockSurvey, config: AwqConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,11 @@ from .selection import Eligible
 
 @dataclass(frozen=True)
 class BlockSurvey:
-    """A block as the first batch shows it. ``reasons``: why some of its Linears stay float; ``mixtures``: what may be experts."""
+    """A block as the first batch shows it.
+
+    input_bytes: of what it is called with. reasons: why some of its Linears stay float. mixtures: what may be experts.
+    widest_bytes: of the largest tensor that one of its Linears reads or returns.
+    """
 
     block: Block
     linears: Mapping[str, nn.Linear]
@@ -33,6 +38,7 @@ class BlockSurvey:
     input_bytes: int
     reasons: Mapping[str, str] = field(default_factory=dict)
     mixtures: Sequence[Mixture] = ()
+    widest_bytes: int = 0
 
 
 def survey_model(
@@ -72,7 +78,7 @@ class _BlockWatch:
         self._linears = linears_of(block, linears)
         self._watch = Watch()
         self._experts = MixtureWatch([m for m in mixtures if linears_of(block, m.linears) == m.linears])
-        self._input_bytes = 0
+        self._input_bytes = self._widest_bytes = 0
 
     def put_on(self, on: Hooks, order: list[_BlockWatch]) -> None:
         """Add the hooks, one of which notes in ``order`` that the block was called."""
@@ -88,6 +94,12 @@ class _BlockWatch:
         on.enter_context(self._experts.on(norms))
         on.input(module, entered)
         on.output(module, lambda _: self._watch.release())
+        for linear in self._linears.values():
+            on.output(linear, partial(self._measure, linear))
+
+    def _measure(self, linear: nn.Linear, output: Any) -> None:
+        channels = max(1, linear.in_features / linear.out_features)
+        self._widest_bytes = max(self._widest_bytes, int(channels * tensor_bytes(output)))
 
     def survey(self, kind: Callable[[str], Hashable]) -> BlockSurvey:
         """Return what was seen."""
@@ -96,7 +108,7 @@ class _BlockWatch:
         reasons = self._experts.reasons
         linears = {name: linear for name, linear in self._linears.items() if name not in reasons}
         mixtures = [mixture for mixture in self._experts.mixtures if mixture.linears.keys() & linears.keys()]
-        return BlockSurvey(self.block, linears, groups, self._input_bytes, reasons, mixtures)
+        return BlockSurvey(self.block, linears, groups, self._input_bytes, reasons, mixtures, self._widest_bytes)
 
 
 def survey(
