@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..forwards.calls import CalibrationError, Call, run_call
 from ..forwards.hooks import Hooks
-from ..forwards.memory import FreeMemory, release_free_memory
+from ..forwards.memory import SLACK, FreeMemory, release_free_memory
 from ..forwards.outputs import logits_of, targets_of
 from ..modules import output_embeddings
 from ..survey.survey import BlockSurvey
@@ -80,7 +80,7 @@ def weighing_bytes(model: nn.Module, calls: Sequence[Call], surveys: Sequence[Bl
     width = head.weight.shape[0] if isinstance(head, nn.Linear) else 0
     # the logits, and what their backward begins with
     logits = 2 * width * (head.weight.element_size() if width else 0) * max(call.tokens for call in read)
-    return int(share * inputs + logits + max(share * block, 4 * 4 * _ROWS_AT_ONCE * width))
+    return int(share * inputs + logits + max(share * block, 4 * 4 * _ROWS_AT_ONCE * width) + SLACK)
 
 
 def _weighed(calls: Sequence[Call], batches: int) -> dict[int, Call]:
@@ -173,13 +173,14 @@ def _squared_gradients(
             on.output(linear, partial(see, linear))
         result = run_call(model, call.on_copies(_HINT), index)
         running = False
+        release_free_memory()  # what comes now is the peak
         if of_tokens and not _are_of_tokens(logits_of(result), call):
             raise CalibrationError(f"the model returned no logits for every token id of calibration batch {index}")
         targets, cotangents = _cotangents(result, call, generator)
         if not targets:
             raise CalibrationError(f"nothing that calibration batch {index} returned can be differentiated.{_HINT}")
         interrupt.check()
-        release_free_memory()  # the backward is the peak
+        release_free_memory()
         try:
             torch.autograd.backward(targets, cotangents)
         except RuntimeError as error:

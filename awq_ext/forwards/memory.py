@@ -18,6 +18,8 @@ except ImportError:  # not a Unix: peaks then read as 0
 
 
 _STATUS = Path("/proc/self/status")
+# What the process may hold beyond what is in use before free memory is given back, in bytes.
+SLACK = 16 << 20
 
 
 def _status_bytes(field: str) -> int:
@@ -57,7 +59,7 @@ class FreeMemory:
     take half as long again, because their pages would be mapped anew each time.
     """
 
-    def __init__(self, slack: int = 16 << 20) -> None:
+    def __init__(self, slack: int = SLACK) -> None:
         self._slack = slack
         self._held = resident_bytes()
 

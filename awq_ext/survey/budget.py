@@ -12,14 +12,13 @@ from torch import nn
 
 from ..config import AwqConfig
 from ..forwards.calls import Call
+from ..forwards.memory import SLACK
 from ..kernels.reference import group_count
 from ..layers.quantized_weight import row_bytes
 from .survey import BlockSurvey
 
 # Rows and packed panels that quadratic_losses (csrc/drivers/quadratic-inl.h) works on at a time, in bytes.
 _KERNEL_SLAB = 32 << 20
-# What the allocator may hold beyond what is in use: the slack of forwards.memory.FreeMemory, in bytes.
-_HEAP = 16 << 20
 # Tensors of the widest layer that a forward of a block has at a time, such as gate, its activation, up and their product.
 _LAYERS_AT_ONCE = 4
 
@@ -41,7 +40,7 @@ def planned_bytes(
         held = waiting + made + statistics_bytes(one) + _centred_bytes(one, config)
         peak = max(peak, held + max(_steps(one, config), default=0.0))
         made += 0 if streamed else made_bytes([one], config)
-    return int(peak + _HEAP)
+    return int(peak + SLACK)
 
 
 def made_bytes(surveys: Sequence[BlockSurvey], config: AwqConfig) -> int:
