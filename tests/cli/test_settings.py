@@ -163,7 +163,9 @@ def test_efforts_calibrate_on_the_builtin_texts_beside_those_given(
 def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     given = ("--calib", calib, "--traffic", calib, "--samples", 2, "--seq-len", 64, "--tokens", 64, "--json", figures)
-    result = run("compare", model_dir, *given, "--method", "rtn", "--method", "fast", "--method", "balanced,tune_scales=1")
+    result = run(
+        "compare", model_dir, *given, "--method", "rtn", "--method", "fast", "--method", "balanced,tune_scales=1"
+    )
     assert result.exit_code == 0, result.output
     rows = {row["label"]: row["config"] for row in json.loads(figures.read_text())["rows"]}
     assert rows["fast"]["method"] == "awq"
