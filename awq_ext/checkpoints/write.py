@@ -291,7 +291,7 @@ def _write_shards(folder: Path, parts: Iterable[dict[str, Tensor]], limit: int, 
 
 
 def _storable(tensor: Tensor, taken: set[int], spill: Path | None = None) -> Tensor:
-    """Give a tensor the form that safetensors wants: on the CPU, contiguous, with a storage of its own, added to ``taken``.
+    """Give a tensor the form that safetensors wants: on the CPU, contiguous, in a storage of no other one, added to ``taken``.
 
     spill: a folder for a file to map it from, if what was made of it is large and takes memory.
     """
@@ -299,7 +299,8 @@ def _storable(tensor: Tensor, taken: set[int], spill: Path | None = None) -> Ten
     tensor = tensor.detach().to("cpu").contiguous()
     if spill is not None and packed and tensor.nbytes >= _WORTH_A_FILE:
         tensor = mapped_copy(tensor, spill)
-    if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.untyped_storage().data_ptr() in taken:
+    # a part of a larger storage is written as it is: a copy of what a file maps would take memory until the shard is written
+    if tensor.untyped_storage().data_ptr() in taken:
         tensor = tensor.clone()
     taken.add(tensor.untyped_storage().data_ptr())
     return tensor

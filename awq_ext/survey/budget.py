@@ -34,7 +34,7 @@ def planned_bytes(
 
     streamed: new layers go to a file, block by block. spilled: so do hidden states, but for those of two batches.
     """
-    waiting = max(s.input_bytes for s in surveys) * (min(growth, 2.0) if spilled else growth)
+    waiting = max(s.input_bytes + s.kept_bytes for s in surveys) * (min(growth, 2.0) if spilled else growth)
     peak = made = 0.0
     for one in surveys:
         held = waiting + made + statistics_bytes(one) + _centred_bytes(one, config)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..config import AwqConfig
 from ..forwards.calls import CalibrationError, Call, run_call
@@ -29,7 +31,8 @@ class BlockSurvey:
     """A block as the first batch shows it.
 
     input_bytes: of what it is called with. reasons: why some of its Linears stay float. mixtures: what may be experts.
-    widest_bytes: of the largest tensor that one of its Linears reads or returns.
+    widest_bytes: of the largest tensor that one of its Linears reads or returns. kept_bytes: of what the first block was called
+    with and the model still holds, such as embeddings in a variable.
     """
 
     block: Block
@@ -39,6 +42,7 @@ class BlockSurvey:
     reasons: Mapping[str, str] = field(default_factory=dict)
     mixtures: Sequence[Mixture] = ()
     widest_bytes: int = 0
+    kept_bytes: int = 0
 
 
 def survey_model(
@@ -78,7 +82,8 @@ class _BlockWatch:
         self._linears = linears_of(block, linears)
         self._watch = Watch()
         self._experts = MixtureWatch([m for m in mixtures if linears_of(block, m.linears) == m.linears])
-        self._input_bytes = self._widest_bytes = 0
+        self._input_bytes = self._widest_bytes = self._kept_bytes = 0
+        self._inputs: list[weakref.ref[Tensor]] = []
 
     def put_on(self, on: Hooks, order: list[_BlockWatch]) -> None:
         """Add the hooks, one of which notes in ``order`` that the block was called."""
@@ -87,6 +92,11 @@ class _BlockWatch:
             interrupt.check()
             order.append(self)
             self._input_bytes = tensor_bytes(inputs)
+            tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+            self._inputs = [weakref.ref(tensor) for tensor in tensors]
+            own = {id(tensor) for tensor in tensors}
+            kept = (tensor for one in order[0]._inputs if (tensor := one()) is not None)
+            self._kept_bytes = sum(tensor.nbytes for tensor in kept if id(tensor) not in own)
 
         name, module = self.block.name, self.block.module
         norms = {f"{name}.{inner}" if name else inner: norm for inner, norm in norm_candidates(module).items()}
@@ -108,7 +118,8 @@ class _BlockWatch:
         reasons = self._experts.reasons
         linears = {name: linear for name, linear in self._linears.items() if name not in reasons}
         mixtures = [mixture for mixture in self._experts.mixtures if mixture.linears.keys() & linears.keys()]
-        return BlockSurvey(self.block, linears, groups, self._input_bytes, reasons, mixtures, self._widest_bytes)
+        sizes = (self._widest_bytes, self._kept_bytes)
+        return BlockSurvey(self.block, linears, groups, self._input_bytes, reasons, mixtures, *sizes)
 
 
 def survey(

@@ -194,7 +194,11 @@ def kill(options: argparse.Namespace) -> dict[str, Any]:
     moments = sorted(chance.uniform(0, blocks + 0.1) for _ in range(options.kills))
     runs = []
     for moment in [*moments, float("inf")]:
-        ends = At(out, moment, report["seconds"] / blocks) if moment < float("inf") else lambda: False
+        ends = (
+            At(out, moment, options.block_seconds or report["seconds"] / blocks)
+            if moment < float("inf")
+            else lambda: False
+        )
         process = started("streamed", options, out)
         seconds, peak = watched(process, ends)
         runs.append({"seconds": round(seconds, 1), "exit": process.returncode, "blocks": finished(out), "peak": peak})
@@ -255,6 +259,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--method", default="awq")
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--block-seconds", type=float, help="of a run that is killed; as in the streamed one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--port", type=int, default=29731)

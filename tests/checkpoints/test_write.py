@@ -17,7 +17,7 @@ from torch import Tensor
 from awq_ext import CheckpointError
 from awq_ext.checkpoints.formats import LAYOUTS, InMemory
 from awq_ext.checkpoints.quantized_dir import QuantDir
-from awq_ext.checkpoints.write import is_checkpoint_file, summarize, weights_in, write
+from awq_ext.checkpoints.write import _storable, is_checkpoint_file, summarize, weights_in, write
 
 NATIVE = LAYOUTS["native"]
 
@@ -160,3 +160,15 @@ NAMES = {
 def test_which_files_are_a_checkpoint_and_which_its_weights(name: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     assert (is_checkpoint_file(name), weights_in(tmp_path) == [name]) == NAMES[name]
+
+
+def test_floats_that_a_file_maps_are_written_without_a_copy(tmp_path: Path) -> None:
+    whole = torch.arange(12.0)
+    first, second = whole[:4], whole[4:]
+    taken: set[int] = set()
+    assert _storable(first, taken).data_ptr() == first.data_ptr()
+    # the format refuses two tensors of one storage
+    assert _storable(second, taken).data_ptr() != second.data_ptr()
+    folder = written(tmp_path / "x", source({"first": first, "second": second}))
+    stored = load_file(folder / "model.safetensors")
+    assert same_bits(stored["first"], first) and same_bits(stored["second"], second)
