@@ -173,7 +173,8 @@ def _read_zeros(scales: Tensor, biases: Tensor, bits: int) -> Tensor:
     Two roundings are as good as 2 * zero * u of a step. CheckpointError where that leaves open which zero was meant.
     """
     zeros = _zeros(scales, biases, bits)
-    if torch.equal(_biases(scales, zeros), biases):
+    # scales that are no numbers are refused with the layer, and have no zeros to warn of
+    if torch.equal(_biases(scales, zeros), biases) or not bool(scales.isfinite().all()):
         return zeros
     most = zeros.double() * torch.finfo(scales.dtype).eps  # which is 2 * u
     off = (-biases.double() / scales.double() - zeros).abs()
