@@ -92,6 +92,8 @@ class Run:
         """Look at the memory before the first block."""
         opened, surveys, calls = self._session, self._surveys, self._calls
         config, forward = opened.config, opened.memory.bytes()
+        if config.weighs_rows:
+            import torch._dynamo  # noqa: F401  what checkpoints blocks loads it, about 50 MB that stay
         release_free_memory()
         weighing = weighing_bytes(opened.model, calls, surveys, config.weighed_batches) if config.weighs_rows else 0
         kept = planned_tuning_bytes(surveys, calls, 1.0, config) if self._tuning.wanted else 0

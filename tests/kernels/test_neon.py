@@ -21,6 +21,7 @@ FLAGS = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"
 SOURCES = {
     "csrc/kernels/scalar.cpp": KERNEL_FLAGS,
     "csrc/kernels/neon.cpp": KERNEL_FLAGS,
+    "csrc/base/buffer.cpp": [],
     "csrc/base/helpers.cpp": [],
     "csrc/base/parallel.cpp": [],
     "csrc/drivers/activations.cpp": [],
