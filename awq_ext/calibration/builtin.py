@@ -11,12 +11,12 @@ from dataclasses import replace
 from importlib import resources
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import AwqConfig
 from ..forwards.calls import Call
 from ..forwards.samples import token_ids
+from .extra_batches import holds_ids
 
 BUILTIN = "builtin"
 FILES = ("english.txt", "code.txt", "languages.txt")
@@ -78,8 +78,7 @@ def _place_of_ids(call: Call) -> str | None:
     if len(values) != 1 or len(call.args) > 1:
         return None
     name, value = values.popitem()
-    ids = isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.int32, torch.int64)
-    return name if ids else None
+    return name if holds_ids(value) else None
 
 
 def _ids(call: Call) -> Tensor:

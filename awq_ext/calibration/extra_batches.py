@@ -101,10 +101,11 @@ def _special(values: Mapping[str, Any]) -> Iterator[int]:
 def _ids_of(call: Call, names: Sequence[str]) -> dict[str, Tensor]:
     """Find the token ids [B, T] among a call's arguments, by name."""
     named = dict(zip(names, call.args, strict=False)) | call.kwargs
-    return {name: value for name, value in named.items() if name.endswith(_IDS) and _holds_ids(value)}
+    return {name: value for name, value in named.items() if name.endswith(_IDS) and holds_ids(value)}
 
 
-def _holds_ids(value: Any) -> bool:
+def holds_ids(value: Any) -> bool:
+    """Tell whether a value is token ids [B, T]."""
     return isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.int32, torch.int64)
 
 
