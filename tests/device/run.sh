@@ -40,7 +40,8 @@ PYTHON
 emulated=()
 if [ -n "$check" ]; then
   emulated=(--emulated)
-  export PYTHONPATH="$PWD:$PWD/tests:$PWD/tests/device"
+  export PYTHONPATH="$PWD/tests:$PWD/tests/device${PYTHONPATH:+:$PYTHONPATH}"
+  cd "$work" || exit 1 # so that a source tree without a build does not stand before the awq_ext that is installed
 else
   [ -n "$only" ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || stop "torch sees no GPU: try --check"
   command -v nvcc >/dev/null || stop "nvcc is not on the path"
