@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
-TIMEOUT = 120.0  # seconds without a sign of life after which a process counts as dead
+TIMEOUT = 30.0  # seconds without a sign of life after which a process counts as dead
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
