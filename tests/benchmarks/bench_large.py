@@ -233,7 +233,9 @@ def several(options: argparse.Namespace) -> dict[str, Any]:
     print(found, flush=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     start = time.perf_counter()
-    resumed = subprocess.run([*launcher, *command("streamed", options, out)], check=False)
+    # torchrun gives one thread, and with another number of threads a forward may round differently
+    alike = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    resumed = subprocess.run([*launcher, *command("streamed", options, out)], check=False, env=alike)
     found["resumed"] = {"exit": resumed.returncode, "seconds": round(time.perf_counter() - start, 1)}
     found["differing"] = differing(options.out / "streamed", out)
     print(f"{found['resumed']}; files that differ from those of one process: {found['differing'] or 'none'}")
