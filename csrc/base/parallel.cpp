@@ -21,6 +21,13 @@ constexpr int64_t kWindow = 40'000'000, kMuch = 20'000'000;
 // For how long. To try the team again costs about kMuch if the machine is still shared.
 constexpr int64_t kHelpersFor = 500'000'000;
 
+// The thread sanitizer sees races where there are none with libgomp, which is not built for it: it gets helpers only.
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kHasTeam = false;
+#else
+constexpr bool kHasTeam = true;
+#endif
+
 int64_t now() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
 
 // Callers may overwrite what another has just noted here; a switch then comes a little earlier or later.
@@ -64,7 +71,7 @@ bool in_parallel() { return in_helped_loop() || omp_in_parallel(); }
 
 void run_parallel(const Loop& loop, int threads, Threads supply) {
   // In a child of fork() the team is gone, but OpenMP does not know that and would wait for it.
-  if (is_forked_child()) return run_with_helpers(loop, threads);
+  if (!kHasTeam || is_forked_child()) return run_with_helpers(loop, threads);
   if (supply == Threads::team_or_helpers && now() < helpers_until.load(std::memory_order_relaxed) && may_have_helpers())
     return run_with_helpers(loop, threads);
   const int64_t waited = run_with_team(loop, threads);
