@@ -7,9 +7,15 @@ from typing import Any
 
 # What each stands for; what it gives and costs: docs/research-notes-tuning.md.
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "awq", "builtin_text": True, "tune_scales": 0},
-    "balanced": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "tune_scales": 0},
-    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "tune_scales": 1},
+    "fast": {"method": "awq", "builtin_text": True, "learn_rounding": 0, "tune_scales": 0},
+    "balanced": {
+        "method": "awq+gptq",
+        "builtin_text": True,
+        "weighed_batches": 4,
+        "learn_rounding": 0,
+        "tune_scales": 0,
+    },
+    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "learn_rounding": 60, "tune_scales": 1},
 }
 
 

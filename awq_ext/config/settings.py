@@ -115,6 +115,10 @@ class AwqConfig:
     fold: where 1/s goes that makes up for a scale s. "auto": into the norm or Linear before, where a numeric proof shows that
         nothing else changes; elsewhere the layer divides its input at run time. "never": always at run time. "always": never at
         run time; layers before which nothing can take it get no scale. For formats without a place for run-time scales.
+    learn_rounding: gradient steps for each block, on the codes and scales of its Linears together, which start at those found
+        (arXiv 2309.05516); 0 for none. They lower the error of the block's output behind quantized blocks, two batches a step.
+        One batch of eight takes no part, and decides whether what was learned stays. A step takes as long as some eight forwards
+        of a batch through the block. Not for several processes. Blocks without gradients keep their codes, with a warning.
     tune_scales: passes over the calibration batches in which the scales of all weight groups are tuned end to end, by gradient
         steps on the model's KL divergence from the float model; 0 for none. Codes and zeros stay. One batch of eight takes no part,
         and the old scales come back unless the divergence there falls. A batch of a pass takes as long as four forwards. Only for
@@ -162,6 +166,7 @@ class AwqConfig:
     builtin_text: bool = False
     random_tokens: float | None = None
     generated_tokens: float | None = None
+    learn_rounding: int = 0
     tune_scales: int = 0
     packed: bool = True
     skip: tuple[Selector, ...] = ()

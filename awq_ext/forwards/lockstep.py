@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -52,19 +52,28 @@ class Stop:
         return self._args, self._kwargs
 
     @property
+    def index(self) -> int:
+        """The batch's number."""
+        return self._worker._index
+
+    @property
     def waiting(self) -> bool:
         """Whether the batch waits here, and has not been advanced."""
         return self._worker.stop is self
 
-    def run_on_copies(self) -> Any:
+    def run_on_copies(
+        self, gradients: bool = False, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    ) -> Any:
         """Run the block on copies of its arguments and return its output; the forward stays where it is.
 
-        It runs in the grad mode and autocast of this batch's forward. Hooks on the block itself do not run (its submodules' do).
+        It runs in the grad mode and autocast of this batch's forward, or with ``gradients`` in grad mode. Hooks on the block
+        itself do not run (its submodules' do). inputs: other arguments, on which a batch that went on can run the block too.
         """
 
         def run() -> Any:
-            args, kwargs = copy_inputs((self._args, self._kwargs))
-            return self.block.module.forward(*args, **kwargs)
+            args, kwargs = copy_inputs(inputs or (self._args, self._kwargs))
+            with torch.enable_grad() if gradients else nullcontext():
+                return self.block.module.forward(*args, **kwargs)
 
         return self._worker.do(run)
 
@@ -129,7 +138,9 @@ class Worker(greenlet.greenlet):
 
     def do(self, request: Callable[[], T]) -> T:
         interrupt.check()
+        grad = torch.is_grad_enabled()
         self.switch(request)
+        torch.set_grad_enabled(grad)  # the forward came back in the mode that all began in
         result, self._result = self._result, None
         return result
 

@@ -6,7 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import torch
 
 from ..calibration.importance import weighing_bytes
 from ..calibration.padding import warnings_for
@@ -31,8 +34,12 @@ from ..survey.survey import BlockSurvey
 from ..workdir.result import BlockResult
 from .keeping import Before, Keeping
 from .preparation import extra_calls, row_weights
+from .quantized_stream import QuantizedStream
 from .session import Session
 from .tuning import ScaleTuning, planned_tuning_bytes
+
+# Codes are learned in blocks that return at most so many times the bytes that they take.
+_MOST_RETURNED = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +94,7 @@ class Run:
         self._biases = own_biases(model, opened.eligible.linears.values())
         self._finder = self._kind_of_finder(foldable_norms(model))
         self._padded: list[str] = []
+        self._stream = QuantizedStream()
 
     def _before(self) -> Before:
         """Look at the memory before the first block."""
@@ -143,7 +151,9 @@ class Run:
     def collect(self, block: Block) -> Collected:
         """Collect statistics while the batches stream through the float block."""
         start = time.perf_counter()
-        found, output = collect(block.surveyed, block.stops, self._session.device, block.hold, self._weights)
+        # codes are learned on the inputs of all batches, which then must still be there
+        hold = block.hold or self._session.config.learn_rounding > 0
+        found, output = collect(block.surveyed, block.stops, self._session.device, hold, self._weights)
         return Collected(found, output, time.perf_counter() - start)
 
     def solve(self, block: Block, collected: Collected) -> BlockResult:
@@ -151,15 +161,33 @@ class Run:
         start = time.perf_counter()
         first = block.stops[0]
         probe = Probe(first.run_on_copies, collected.output, first.call.row_mask)
-        solver = BlockSolver(
-            block.surveyed, collected.statistics, probe, self._session.config, self._finder, self._biases
-        )
-        result = self._result(*solver.solve())
+        config = self._session.config
+        probes = partial(self._probes_with_gradients, block.stops) if self._learns(block, probe) else None
+        given = (block.surveyed, collected.statistics, probe, config, self._finder, self._biases, probes)
+        result = self._result(*BlockSolver(*given).solve())
         result.padded = [name for group in collected.statistics for name in group.including_padding]
         result.pattern = self._finder.remembered(*self._folds_of(block))
         result.calibration_seconds = collected.seconds
         result.search_seconds = time.perf_counter() - start
         return result
+
+    def _learns(self, block: Block, probe: Probe) -> bool:
+        """Whether codes are learned: not where all outputs would take much more memory than all inputs, as logits do."""
+        returned = sum(one.nbytes for one in probe.reference)
+        return self._session.config.learn_rounding > 0 and returned <= _MOST_RETURNED * block.surveyed.input_bytes
+
+    def _probes_with_gradients(self, stops: Sequence[Stop]) -> list[Probe]:
+        """Make probes of all batches behind quantized blocks, with the outputs that the float model has there.
+
+        They keep what a backward needs wherever their caller is in grad mode.
+        """
+
+        def probe(stop: Stop) -> Probe:
+            inputs = self._stream.inputs(stop)
+            run = lambda: stop.run_on_copies(torch.is_grad_enabled(), inputs)  # noqa: E731
+            return Probe(run, stop.run_on_copies(), stop.call.row_mask)
+
+        return [probe(stop) for stop in stops]
 
     def _folds_of(self, block: Block) -> tuple[Any, ...]:
         """Return what the finder of folds asks of a block."""
@@ -192,6 +220,8 @@ class Run:
 
     def swap(self, block: Block, result: BlockResult) -> None:
         """Put int4 layers in place of the block's Linears, and apply the folds."""
+        follows = self._session.config.learn_rounding > 0 and not block.hold
+        passed = self._stream.advance(block.stops) if follows else []
         if not block.hold:
             free = FreeMemory()
             # through the float block; most of them went that way when statistics were collected
@@ -207,6 +237,7 @@ class Run:
         for name, module in result.modules.items():
             journal.set_module(model, name, module)
         self._tuning.take(result.modules)
+        self._stream.follow(passed)
 
     def finished(self, block: Block, result: BlockResult) -> None:
         """Give back what the block took, and report what was found."""

@@ -61,6 +61,11 @@ class SharedRun(Run):
 
     def __init__(self, opened: Any, surveys: Any, report: Any, progress: bool, rescaling: Any, keeping: Any) -> None:
         self._team = keeping.team
+        if steps := opened.config.learn_rounding:
+            raise ValueError(
+                f"learn_rounding={steps} needs all calibration batches in one process, and {self._team.size} work together: "
+                'set learn_rounding=0 (effort="best" sets another), or distributed=False'
+            )
         keeping.find_held(surveys)
         super().__init__(opened, surveys, report, progress and self._team.leads, rescaling, keeping)
         self._order = [one.block for one in surveys]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ..calibration.gradients import without_gradients
 from ..calibration.statistics import GroupStatistics
 from ..config import AwqConfig
 from ..folding.finder import FoldFinder
@@ -20,6 +21,7 @@ from ..survey.survey import BlockSurvey
 from .clips import keep_clips_that_serve
 from .codes import spread_rows
 from .gptq import Quantizer
+from .learned import learn_rounding
 from .rounding import loss_after_gptq, rounded, searched
 from .scales import STRENGTHS, ScaleChoice, rows_to_judge_by, search_scale
 from .solution import GroupSolution
@@ -33,7 +35,7 @@ class BlockSolver:
     """Solver of the scale groups of one block.
 
     probe: gives the block's output under substituted parameters. biases: the Linears whose bias may take over the mean of their
-    error (``bias.own_biases``).
+    error (``bias.own_biases``). probes: makes those of all batches, with gradients, on which codes are learned; None: they are not.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class BlockSolver:
         config: AwqConfig,
         finder: FoldFinder,
         biases: Set[nn.Linear] = frozenset(),
+        probes: Callable[[], Sequence[Probe]] | None = None,
     ) -> None:
         self._surveyed = surveyed
         self._statistics = statistics
@@ -51,6 +54,7 @@ class BlockSolver:
         self._config = config
         self._finder = finder
         self._biases = biases
+        self._probes = probes
         self._free = FreeMemory()
 
     def solve(self) -> tuple[list[GroupSolution], BlockReport]:
@@ -69,9 +73,29 @@ class BlockSolver:
             report.fold_error = 0.0
         self._free.release_if_grown()
         groups, distance = keep_clips_that_serve(self._probe, groups)
+        if self._probes is not None:
+            groups, distance = self._learned(groups, distance, report)
         report.output_error = distance / (self._probe.norm or 1.0)
         final = [replace(group, layers=tuple(layer.with_bias_shift() for layer in group.layers)) for group in groups]
         return final, report
+
+    def _learned(
+        self, groups: Sequence[GroupSolution], distance: float, report: BlockReport
+    ) -> tuple[list[GroupSolution], float]:
+        """Learn codes and scales from those found; return the groups as they are where the block has no gradients."""
+        try:
+            with without_gradients(self._surveyed.block.module):
+                found, learned = learn_rounding(self._probes(), groups, self._config.learn_rounding)
+        except RuntimeError as error:  # a model need not have gradients to be quantized
+            report.note = "; ".join(filter(None, [report.note, f"rounding not learned: {error}"]))
+            return list(groups), distance
+        self._free.release_if_grown()
+        if learned is None or not learned.kept:
+            return list(groups), distance
+        substitutes = {
+            key: value for group in found for layer in group.layers for key, value in layer.substitutes().items()
+        }
+        return found, self._probe.distance(substitutes)
 
     def _solve_without_worse(
         self, folds: Sequence[Fold | None], coarse: Set[nn.Linear] = frozenset()

@@ -210,6 +210,13 @@ def divided(weight: Tensor, divisor: Tensor | None) -> Tensor:
     return weight if divisor is None else weight.float() / divisor[:, None]
 
 
+def mean_loss(
+    task: LayerTask, found: QuantizedWeight, scale: Tensor | None = None, divisor: Tensor | None = None
+) -> float:
+    """Compute the loss of codes, as a :class:`LayerSolution` has it."""
+    return _mean(task, row_losses(task.weight, found, task.second_moment, scale, divisor))
+
+
 def _mean(task: LayerTask, losses: RowLosses) -> float:
     """Compute the mean squared output error per calibration row, summed over all output rows."""
     return float(losses.plain.sum()) / task.input.rows

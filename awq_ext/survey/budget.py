@@ -21,6 +21,11 @@ from .survey import BlockSurvey
 _KERNEL_SLAB = 32 << 20
 # Tensors of the widest layer that a forward of a block has at a time, such as gate, its activation, up and their product.
 _LAYERS_AT_ONCE = 4
+# Bytes of a weight while codes are learned: a position, its start, a zero, the weight, a gradient and its step in fp32, two codes,
+# and the weight and its gradient in 16 bits.
+_LEARNED_WEIGHT = 6 * 4 + 2 + 2 * 2
+# Tensors of the widest layer that a block keeps for a backward.
+_LAYERS_KEPT = 16
 
 
 def planned_bytes(
@@ -38,7 +43,7 @@ def planned_bytes(
     peak = made = 0.0
     for one in surveys:
         held = waiting + made + statistics_bytes(one) + _centred_bytes(one, config)
-        peak = max(peak, held + max(_steps(one, config), default=0.0))
+        peak = max(peak, held + max(_steps(one, config), default=0.0), held + _learning_bytes(one, growth, config))
         made += 0 if streamed else made_bytes([one], config)
     return int(peak + SLACK)
 
@@ -83,6 +88,18 @@ def _steps(surveyed: BlockSurvey, config: AwqConfig) -> list[float]:
         codes + trial + (0 if config.uses_gptq else scratch),
         codes + made_bytes([surveyed], config),
     ]
+
+
+def _learning_bytes(surveyed: BlockSurvey, growth: float, config: AwqConfig) -> float:
+    """Estimate what learning the codes of a block takes: of each weight what its steps need, and hidden states of all batches.
+
+    These are the outputs of the float block, and what arrives behind quantized blocks.
+    """
+    if not config.learn_rounding:
+        return 0.0
+    weights = sum(linear.weight.numel() for linear in surveyed.linears.values())
+    codes = sum(_kept_codes(linear, config, name) for name, linear in surveyed.linears.items())
+    return codes + _LEARNED_WEIGHT * weights + 2 * surveyed.input_bytes * growth + _LAYERS_KEPT * surveyed.widest_bytes
 
 
 def _unit_bytes(surveyed: BlockSurvey) -> int:

@@ -15,7 +15,7 @@ from .linear import RUN_CHANNELS, int8_activations, quant_linear, quant_scale_gr
 from .quantize import SCALE_RANGE, dequantize_weight, pack_int4, quantize_weight, unpack_int4
 from .refine import refine_quantized
 from .search import code_losses, quadratic_loss, scale_losses, search_clip
-from .sizes import expand_groups, group_count, group_length
+from .sizes import expand_groups, group_count, group_length, in_groups
 from .stats import ActivationStats
 from .tiles import (
     TILE_BITS,

@@ -1,0 +1,182 @@
+"""Codes and scales of a block learned together (as AutoRound, arXiv 2309.05516, does), starting at those that were found.
+
+The search and error feedback solve one Linear at a time. What the errors of a block's Linears do together, in attention scores and
+in products with gates, only its output tells. So positions between codes, and the scales of weight groups, take gradient steps on
+the error of the output, and a position that passes the middle between two codes has the other one. Batches that take no part
+decide whether what was learned stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..forwards.probe import Probe
+from ..kernels.reference import expand_groups, in_groups
+from ..layers.quantized_weight import QuantizedWeight
+from .rounding import divided, mean_loss
+from .solution import GroupSolution, LayerSolution
+
+# Of the first step: of positions, in codes, and of scales, as a share. Both fall to 0 in a line.
+RATE, SCALE_RATE = 5e-3, 5e-4
+# Batches of a step, and steps after which the held-out batches are asked.
+TOGETHER, LOOK = 2, 20
+# One batch of so many is kept for the decision.
+HELD = 8
+# A position begins where the float weight lies, but at most so far from the code that was found: a step must not undo that.
+_NEAR = 0.45
+# How far it can move: half a code to each side.
+_REACH = 0.5
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What learning did: the output's relative squared error on the batches that took no part, before and after."""
+
+    before: float
+    after: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether what was learned stays."""
+        return self.after < self.before
+
+
+def learn_rounding(
+    probes: Sequence[Probe], groups: Sequence[GroupSolution], steps: int
+) -> tuple[list[GroupSolution], Learned | None]:
+    """Learn the codes and scales of a block's Linears, which keep theirs unless the held-out batches gain.
+
+    probes: of all batches, whose runs keep what a backward needs. A Linear that would then lose more than with RTN keeps its
+    codes. None where there is nothing to learn: fewer than two batches, or no Linear with a search and fewer than 8 bits. Raises
+    RuntimeError for a block that has no gradients.
+    """
+    layers = [_Rounding(layer) for group in groups for layer in group.layers if _learns(layer)]
+    held = range(min(HELD, len(probes)) // 2, len(probes), HELD)
+    judged, seen = [probes[i] for i in held], [one for i, one in enumerate(probes) if i not in held]
+    if not layers or not judged or not seen:
+        return list(groups), None
+    fixed = {key: value for group in groups for layer in group.layers for key, value in layer.substitutes().items()}
+    before = best = _judge(judged, fixed | _weights(layers))
+    order = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        chosen = torch.randperm(len(seen), generator=order)[:TOGETHER].tolist()
+        _take_step(layers, [seen[i] for i in chosen], fixed, 1 - step / steps)
+        if (step + 1) % LOOK == 0 or step + 1 == steps:
+            now = _judge(judged, fixed | _weights(layers))
+            if now < best:
+                best = now
+                for layer in layers:
+                    layer.note()
+    if not best < before:
+        return list(groups), Learned(before, before)
+    solved = {id(layer.given): layer.solution() for layer in layers}
+    found = [replace(one, layers=tuple(solved.get(id(layer), layer) for layer in one.layers)) for one in groups]
+    final = {key: value for group in found for layer in group.layers for key, value in layer.substitutes().items()}
+    after = _judge(judged, final)
+    return (found, Learned(before, after)) if after < before else (list(groups), Learned(before, before))
+
+
+def _learns(layer: LayerSolution) -> bool:
+    settings = layer.task.settings
+    return not layer.task.problem and settings.method != "rtn" and settings.bits < 8
+
+
+class _Rounding:
+    """The codes of one Linear while they are learned. given: as it was found."""
+
+    def __init__(self, layer: LayerSolution) -> None:
+        self.given = layer
+        found = layer.found
+        self._scales, self._zeros = found.scales.float(), self._spread(found.zeros.float())
+        self._thetas = torch.zeros_like(self._scales)
+        target = divided(layer.task.weight, layer.divisor).float()
+        if layer.scale is not None:
+            target = target * layer.scale
+        codes = found.codes().float()
+        target = target / self._spread(self._scales) + self._zeros
+        self._start = codes + (target - codes).clamp_(-_NEAR, _NEAR)
+        self._position = self._start.clone()
+        self._best = found
+
+    def _spread(self, values: Tensor) -> Tensor:
+        found = self.given.found
+        return expand_groups(values, found.in_features, found.group_size)
+
+    def _codes(self) -> Tensor:
+        return self._position.round().clamp_(0, 2**self.given.found.bits - 1)
+
+    def _stored_scales(self) -> Tensor:
+        dtype = self.given.found.scales.dtype
+        most = torch.finfo(dtype).max
+        return (self._scales * self._thetas.exp()).clamp_(-most, most).to(dtype)
+
+    def weight(self) -> Tensor:
+        """Dequantize to the original space, as ``LayerSolution.weight`` does: fp32 [N, K]."""
+        weight = (self._codes() - self._zeros).mul_(self._spread(self._stored_scales().float()))
+        if self.given.scale is not None:
+            weight.div_(self.given.scale)
+        return weight if self.given.divisor is None else weight.mul_(self.given.divisor[:, None])
+
+    def move(self, gradient: Tensor, rate: float) -> None:
+        """Step against the sign of the gradient of :meth:`weight`, fp32 [N, K]."""
+        # d weight / d theta is the weight; d weight / d position has the sign of the scale, as scales and divisors are positive
+        size = self.given.found.group_size
+        self._thetas -= SCALE_RATE * rate * in_groups(gradient * self.weight(), size).sum(-1).sign()
+        step = gradient.sign_().mul_(self._spread(self._scales.sign())).mul_(RATE * rate)
+        self._position.sub_(step).sub_(self._start).clamp_(-_REACH, _REACH).add_(self._start)
+
+    def note(self) -> None:
+        """Note the codes and scales of now as the best ones."""
+        found = self.given.found
+        codes, zeros = self._codes().to(torch.uint8), found.zeros
+        self._best = QuantizedWeight.of_codes(codes, self._stored_scales(), zeros, found.group_size, found.bits)
+
+    def solution(self) -> LayerSolution:
+        """Return the best solution, or the given one where the Linear alone would lose more than RTN."""
+        given = self.given
+        loss = mean_loss(given.task, self._best, given.scale, given.divisor)
+        return replace(given, found=self._best, loss=loss) if loss <= given.limit else given
+
+
+def _weights(layers: Sequence[_Rounding]) -> dict[tuple[nn.Module, str], Tensor]:
+    linears = [layer.given.task.linear for layer in layers]
+    made = (layer.weight().to(linear.weight.dtype) for layer, linear in zip(layers, linears, strict=True))
+    return {(linear, "weight"): weight for linear, weight in zip(linears, made, strict=True)}
+
+
+def _take_step(
+    layers: Sequence[_Rounding], probes: Sequence[Probe], fixed: Mapping[tuple[nn.Module, str], Tensor], rate: float
+) -> None:
+    weights = _weights(layers)
+    leaves = [weight.requires_grad_() for weight in weights.values()]
+    sums: list[Tensor | None] = [None] * len(leaves)
+    for probe in probes:
+        with torch.enable_grad():
+            loss = _error(probe, dict(fixed) | weights)
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
+    for layer, gradient in zip(layers, sums, strict=True):
+        if gradient is not None:  # of an expert that no token of these batches reached there is none
+            layer.move(gradient.float(), rate)
+
+
+def _error(probe: Probe, substitutes: Mapping[tuple[nn.Module, str], Tensor]) -> Tensor:
+    """Average the squared error of the output's rows, each by its row's own size: a norm that follows divides by that."""
+    total, parts = torch.zeros(()), 0
+    for output, wanted in zip(probe.output(substitutes), probe.reference, strict=True):
+        if not wanted.numel():
+            continue
+        if output.shape != wanted.shape:
+            raise RuntimeError(f"the block returned shape {tuple(output.shape)}, then {tuple(wanted.shape)}")
+        size = wanted.float().square().mean(-1)
+        error = (output.float() - wanted.float()).square().mean(-1)
+        total, parts = total.to(error) + (error / size.clamp_min(torch.finfo(torch.float32).tiny)).mean(), parts + 1
+    return total / max(parts, 1)
+
+
+def _judge(probes: Sequence[Probe], substitutes: Mapping[tuple[nn.Module, str], Tensor]) -> float:
+    return sum(float(_error(probe, substitutes)) for probe in probes) / len(probes)

@@ -1,0 +1,141 @@
+"""quantize(learn_rounding=): closer outputs, what is left as it was, blocks that cannot be learned, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from checks import Snapshot
+from torch import Tensor, nn
+
+import awq_ext
+from awq_ext.config import AwqConfig
+from awq_ext.demo import data
+from awq_ext.demo.model import ByteLlama, ByteLlamaConfig, load_demo_model
+from awq_ext.layers.quant_linear import QuantLinear
+from awq_ext.solving import learned
+
+FAST = {"method": "awq+gptq", "group_size": 16, "random_tokens": 0, "generated_tokens": 0, "progress": False}
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return ByteLlama(ByteLlamaConfig(32, 64, 2, 4, 2, 64)).eval()
+
+
+def windows(first: int, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(first)
+    return [torch.randint(0, 256, (1, 40), generator=generator) for _ in range(count)]
+
+
+def divergence(model: nn.Module) -> float:
+    """Mean KL divergence from the demo's float model on text that took no part."""
+    rows = [row[None] for row in data.held_out_tokens(2048, 128)]
+    return awq_ext.evaluate(model, rows, reference=load_demo_model())["kl"].value
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bits": 3, "packed": False}, {"symmetric": True, "fold": "never", "propagate": "quantized"}],
+    ids=["int4", "fake 3 bits", "divided at run time, blocks on quantized ones"],
+)
+def test_learned_codes_are_closer_to_the_float_model(settings: dict[str, Any]) -> None:
+    calib, common = data.calibration_batches(24, 1, 128), FAST | {"group_size": 64}
+    plain, model = (awq_ext.quantize(load_demo_model(), calib, learn_rounding=n, **common, **settings) for n in (0, 40))
+    assert divergence(model) < 0.95 * divergence(plain)
+    for layer in model.awq_report.layers:
+        assert layer.loss is None or layer.loss <= layer.loss_rtn
+    for one, other in zip(plain.modules(), model.modules(), strict=True):
+        assert type(one) is type(other)
+        if isinstance(one, QuantLinear):
+            assert torch.equal(one.zeros, other.zeros)
+            assert float((one.qweight != other.qweight).float().mean()) < 0.2
+
+
+def test_twice_the_same(tmp_path: Any) -> None:
+    calib = windows(0, 8)
+    one, again = (awq_ext.quantize(llama(), calib, learn_rounding=20, **FAST).state_dict() for _ in range(2))
+    assert one.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in one.items())
+    resumed = llama()
+    awq_ext.quantize(resumed, calib, learn_rounding=20, resume=tmp_path / "work", **FAST)
+    again = awq_ext.quantize(llama(), calib, learn_rounding=20, resume=tmp_path / "work", **FAST).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in resumed.state_dict().items())
+
+
+def test_without_a_gain_on_the_held_out_batches_all_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned, "RATE", 50.0)  # every code goes as far as it can, wherever that leads
+    monkeypatch.setattr(learned, "SCALE_RATE", 1.0)
+    calib = windows(0, 9)
+    plain, model = (awq_ext.quantize(llama(), calib, learn_rounding=n, **FAST) for n in (0, 3))
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class Closed(nn.Module):
+    """A block that computes without gradients."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.block(*args, **kwargs)
+
+
+def test_a_block_without_gradients_is_quantized_with_a_note() -> None:
+    def closed() -> nn.Module:
+        model = llama()
+        model.layers[0] = Closed(model.layers[0])
+        return model
+
+    with pytest.warns(UserWarning, match="rounding not learned"):
+        model = awq_ext.quantize(closed(), windows(0, 8), learn_rounding=20, **FAST)
+    plain = awq_ext.quantize(closed(), windows(0, 8), **FAST)
+    same, other = model.layers[0].state_dict(), plain.layers[0].state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in same.items())
+
+
+def test_one_batch_or_logits_teach_nothing() -> None:
+    """With one batch none could decide. A whole model returns much more than it reads: all logits would be held."""
+    for count, blocks in ((1, None), (8, [])):
+        settings = FAST | {"blocks": blocks}
+        plain, model = (awq_ext.quantize(llama(), windows(0, count), learn_rounding=n, **settings) for n in (0, 2))
+        assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_gradients_of_the_users_parameters_are_not_touched() -> None:
+    model = llama()
+    marks = {name: torch.full_like(p, 3.0) for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = marks[name]
+    norms = {name: parameter for name, parameter in model.named_parameters() if "norm" in name}
+    awq_ext.quantize(model, windows(0, 8), learn_rounding=4, **FAST)
+    assert norms
+    for name, parameter in norms.items():
+        assert parameter.grad is marks[name]
+        assert (parameter.grad == 3).all()
+
+
+def test_an_interrupt_while_learning_leaves_the_float_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learned._Rounding, "move", stop)
+    model = llama()
+    before = Snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        awq_ext.quantize(model, windows(0, 8), learn_rounding=4, **FAST)
+    before.assert_unchanged()
+
+
+def test_the_plan_counts_what_learning_holds() -> None:
+    plans = [awq_ext.plan(llama(), windows(0, 1)[0], batches=8, learn_rounding=n, group_size=16) for n in (0, 1)]
+    assert plans[1].planned_memory_bytes > plans[0].planned_memory_bytes
+
+
+def test_the_setting() -> None:
+    assert AwqConfig().learn_rounding == 0
+    with pytest.raises(ValueError, match=r"AwqConfig[.]learn_rounding=-1: at least 0"):
+        AwqConfig(learn_rounding=-1)
