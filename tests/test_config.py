@@ -108,6 +108,8 @@ def test_json_round_trip() -> None:
 
 
 def test_an_unknown_field_is_named() -> None:
+    with pytest.raises(TypeError, match=r"no field efort [(]given efort='best'[)]: did you mean effort[?]"):
+        AwqConfig(efort="best")
     with pytest.raises(ValueError, match=r"no field nothing \(given nothing=1\); its fields are .*bits"):
         AwqConfig.from_dict({"nothing": 1})
 
@@ -215,9 +217,12 @@ def test_an_effort_stands_for_fields_and_those_given_beside_it_count() -> None:
     best = AwqConfig(effort="best")
     assert best.method == "awq+gptq"
     assert best.tune_scales > 0
+    assert best.learn_rounding > 0
     assert "effort" not in best.to_dict()
     assert AwqConfig.from_dict(best.to_dict()) == best
-    assert AwqConfig(effort="best", tune_scales=0, group_size=64) == AwqConfig(effort="balanced", group_size=64)
+    assert AwqConfig(effort="best", learn_rounding=0, tune_scales=0, group_size=64) == AwqConfig(
+        effort="balanced", group_size=64
+    )
     assert AwqConfig("gptq", effort="best").method == "gptq"
     assert AwqConfig("gptq", effort="best").tune_scales == best.tune_scales
 

@@ -22,7 +22,7 @@ app = typer.Typer(
     help=(
         "Activation-aware Weight Quantization: models with 4-bit weights and 16- or 32-bit activations.\n\n"
         "[bold]Start here[/bold]\n\n"
-        "awq-ext demo      see it work in about a minute; nothing is downloaded\n\n"
+        "awq-ext demo      see it work in half a minute; nothing is downloaded\n\n"
         "awq-ext doctor    see which kernels this machine uses, and whether they compute what they should\n\n"
         "[bold]Your own model[/bold], a Hugging Face directory (pip install 'awq-ext\\[hf]')\n\n"
         "awq-ext compare   which method loses least on your text?\n\n"
@@ -40,7 +40,7 @@ app = typer.Typer(
 TYPICAL = """\
 awq-ext quantize MODEL OUT --calib TEXT.jsonl     quantize a Hugging Face model, and see how far the result is from it
 awq-ext eval OUT TEXT.txt --reference MODEL       score the result on a text of yours
-awq-ext demo                                      see it work in about a minute; nothing is downloaded
+awq-ext demo                                      see it work in half a minute; nothing is downloaded
 """
 
 

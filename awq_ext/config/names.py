@@ -101,7 +101,7 @@ def _check_version(value: Any) -> None:
 
 def unknown_field(name: str, value: Any, known: Iterable[str]) -> str:
     """Say that AwqConfig has no such field, and which one may be meant."""
-    known = sorted(known)
+    known = sorted({*known, "effort"})  # which is understood beside the fields
     near = [_ELSEWHERE[name.lower()]] if name.lower() in _ELSEWHERE else difflib.get_close_matches(name, known, 2)
     says = f"AwqConfig has no field {name} (given {name}={value!r})"
     return f"{says}: did you mean {' or '.join(near)}?" if near else f"{says}; its fields are {', '.join(known)}"

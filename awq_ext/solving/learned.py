@@ -8,14 +8,14 @@ decide whether what was learned stays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..forwards.probe import Probe
-from ..kernels.reference import expand_groups, in_groups
+from ..kernels.reference import expand_groups, group_length, in_groups
 from ..layers.quantized_weight import QuantizedWeight
 from .rounding import divided, mean_loss
 from .solution import GroupSolution, LayerSolution
@@ -91,23 +91,32 @@ class _Rounding:
     def __init__(self, layer: LayerSolution) -> None:
         self.given = layer
         found = layer.found
-        self._scales, self._zeros = found.scales.float(), self._spread(found.zeros.float())
+        self._scales, self._zeros = found.scales.float(), found.zeros.float()
         self._thetas = torch.zeros_like(self._scales)
-        target = divided(layer.task.weight, layer.divisor).float()
+        target = divided(layer.task.weight, layer.divisor).to(torch.float32, copy=True)
         if layer.scale is not None:
-            target = target * layer.scale
+            target.mul_(layer.scale)
         codes = found.codes().float()
-        target = target / self._spread(self._scales) + self._zeros
+        target = self._by_group(target, torch.div, self._scales)
+        target = self._by_group(target, torch.add, self._zeros)
         self._start = codes + (target - codes).clamp_(-_NEAR, _NEAR)
-        self._position = self._start.clone()
+        self._moved = torch.zeros_like(codes)
         self._best = found
 
-    def _spread(self, values: Tensor) -> Tensor:
+    def _by_group(self, values: Tensor, operation: Callable[..., Tensor], others: Tensor) -> Tensor:
+        """Combine ``values`` fp32 [N, K] with those [N, G] of their groups, in place if all groups are full."""
         found = self.given.found
-        return expand_groups(values, found.in_features, found.group_size)
+        n, groups = others.shape
+        if (
+            values.shape[1] % groups == 0
+            and group_length(found.in_features, found.group_size) * groups == values.shape[1]
+        ):
+            parts = values.view(n, groups, -1)
+            return operation(parts, others[..., None], out=parts).view(n, -1)
+        return operation(values, expand_groups(others, found.in_features, found.group_size))
 
     def _codes(self) -> Tensor:
-        return self._position.round().clamp_(0, 2**self.given.found.bits - 1)
+        return (self._start + self._moved).round_().clamp_(0, 2**self.given.found.bits - 1)
 
     def _stored_scales(self) -> Tensor:
         dtype = self.given.found.scales.dtype
@@ -116,18 +125,19 @@ class _Rounding:
 
     def weight(self) -> Tensor:
         """Dequantize to the original space, as ``LayerSolution.weight`` does: fp32 [N, K]."""
-        weight = (self._codes() - self._zeros).mul_(self._spread(self._stored_scales().float()))
+        weight = self._by_group(self._codes(), torch.sub, self._zeros)
+        weight = self._by_group(weight, torch.mul, self._stored_scales().float())
         if self.given.scale is not None:
             weight.div_(self.given.scale)
         return weight if self.given.divisor is None else weight.mul_(self.given.divisor[:, None])
 
-    def move(self, gradient: Tensor, rate: float) -> None:
-        """Step against the sign of the gradient of :meth:`weight`, fp32 [N, K]."""
+    def move(self, weight: Tensor, gradient: Tensor, rate: float) -> None:
+        """Step against the sign of the gradient of ``weight``, which :meth:`weight` returned: both fp32 [N, K]."""
         # d weight / d theta is the weight; d weight / d position has the sign of the scale, as scales and divisors are positive
         size = self.given.found.group_size
-        self._thetas -= SCALE_RATE * rate * in_groups(gradient * self.weight(), size).sum(-1).sign()
-        step = gradient.sign_().mul_(self._spread(self._scales.sign())).mul_(RATE * rate)
-        self._position.sub_(step).sub_(self._start).clamp_(-_REACH, _REACH).add_(self._start)
+        self._thetas -= SCALE_RATE * rate * in_groups(gradient * weight, size).sum(-1).sign()
+        step = self._by_group(gradient.sign_(), torch.mul, self._scales.sign())
+        self._moved.sub_(step, alpha=RATE * rate).clamp_(-_REACH, _REACH)
 
     def note(self) -> None:
         """Note the codes and scales of now as the best ones."""
@@ -159,9 +169,9 @@ def _take_step(
             loss = _error(probe, dict(fixed) | weights)
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
         sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
-    for layer, gradient in zip(layers, sums, strict=True):
+    for layer, weight, gradient in zip(layers, leaves, sums, strict=True):
         if gradient is not None:  # of an expert that no token of these batches reached there is none
-            layer.move(gradient.float(), rate)
+            layer.move(weight.detach().float(), gradient.float().contiguous(), rate)
 
 
 def _error(probe: Probe, substitutes: Mapping[tuple[nn.Module, str], Tensor]) -> Tensor:

@@ -50,7 +50,6 @@ def test_learned_codes_are_closer_to_the_float_model(settings: dict[str, Any]) -
         assert type(one) is type(other)
         if isinstance(one, QuantLinear):
             assert torch.equal(one.zeros, other.zeros)
-            assert float((one.qweight != other.qweight).float().mean()) < 0.2
 
 
 def test_twice_the_same(tmp_path: Any) -> None:
