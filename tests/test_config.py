@@ -216,15 +216,14 @@ def test_an_effort_stands_for_fields_and_those_given_beside_it_count() -> None:
     assert AwqConfig(effort="balanced") == AwqConfig(method="awq+gptq", builtin_text=True)
     best = AwqConfig(effort="best")
     assert best.method == "awq+gptq"
-    assert best.tune_scales > 0
     assert best.learn_rounding > 0
     assert "effort" not in best.to_dict()
     assert AwqConfig.from_dict(best.to_dict()) == best
-    assert AwqConfig(effort="best", learn_rounding=0, tune_scales=0, group_size=64) == AwqConfig(
+    assert AwqConfig(effort="best", learn_rounding=0, group_size=64) == AwqConfig(
         effort="balanced", group_size=64
     )
     assert AwqConfig("gptq", effort="best").method == "gptq"
-    assert AwqConfig("gptq", effort="best").tune_scales == best.tune_scales
+    assert AwqConfig("gptq", effort="best").learn_rounding == best.learn_rounding
 
 
 def test_an_effort_in_overrides_counts_more_than_the_config() -> None:
