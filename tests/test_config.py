@@ -219,9 +219,7 @@ def test_an_effort_stands_for_fields_and_those_given_beside_it_count() -> None:
     assert best.learn_rounding > 0
     assert "effort" not in best.to_dict()
     assert AwqConfig.from_dict(best.to_dict()) == best
-    assert AwqConfig(effort="best", learn_rounding=0, group_size=64) == AwqConfig(
-        effort="balanced", group_size=64
-    )
+    assert AwqConfig(effort="best", learn_rounding=0, group_size=64) == AwqConfig(effort="balanced", group_size=64)
     assert AwqConfig("gptq", effort="best").method == "gptq"
     assert AwqConfig("gptq", effort="best").learn_rounding == best.learn_rounding
 

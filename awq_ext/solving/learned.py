@@ -59,7 +59,7 @@ def learn_rounding(
     judged, seen = [probes[i] for i in held], [one for i, one in enumerate(probes) if i not in held]
     if not layers or not judged or not seen:
         return list(groups), None
-    fixed = {key: value for group in groups for layer in group.layers for key, value in layer.substitutes().items()}
+    fixed = _fixed(groups, [layer.given for layer in layers])
     before = best = _judge(judged, fixed | _weights(layers))
     order = torch.Generator().manual_seed(0)
     for step in range(steps):
@@ -78,6 +78,16 @@ def learn_rounding(
     final = {key: value for group in found for layer in group.layers for key, value in layer.substitutes().items()}
     after = _judge(judged, final)
     return (found, Learned(before, after)) if after < before else (list(groups), Learned(before, before))
+
+
+def _fixed(groups: Sequence[GroupSolution], learned: Sequence[LayerSolution]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Make the substitutes of all that is not learned: other Linears, and biases."""
+    moving = {(layer.task.linear, "weight") for layer in learned}
+    found = {}
+    for group in groups:
+        for layer in group.layers:
+            found |= {key: value for key, value in layer.substitutes().items() if key not in moving}
+    return found
 
 
 def _learns(layer: LayerSolution) -> bool:

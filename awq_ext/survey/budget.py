@@ -21,9 +21,9 @@ from .survey import BlockSurvey
 _KERNEL_SLAB = 32 << 20
 # Tensors of the widest layer that a forward of a block has at a time, such as gate, its activation, up and their product.
 _LAYERS_AT_ONCE = 4
-# Bytes of a weight while codes are learned: a position, its start, a zero, the weight, a gradient and its step in fp32, two codes,
-# and the weight and its gradient in 16 bits.
-_LEARNED_WEIGHT = 6 * 4 + 2 + 2 * 2
+# While codes are learned each weight has its position and how far it moved, in fp32, and its best code; and in the model's dtype
+# the weight and its gradients of two batches and their sum. While one Linear moves, five more tensors in fp32.
+_LEARNED_FLOATS, _LEARNED_WEIGHTS, _MOVING_FLOATS = 2, 4, 5
 # Tensors of the widest layer that a block keeps for a backward.
 _LAYERS_KEPT = 16
 
@@ -97,9 +97,11 @@ def _learning_bytes(surveyed: BlockSurvey, growth: float, config: AwqConfig) -> 
     """
     if not config.learn_rounding:
         return 0.0
-    weights = sum(linear.weight.numel() for linear in surveyed.linears.values())
+    weights = [linear.weight for linear in surveyed.linears.values()]
+    held = sum((4 * _LEARNED_FLOATS + 1) * one.numel() + _LEARNED_WEIGHTS * one.nbytes for one in weights)
+    moving = 4 * _MOVING_FLOATS * max((one.numel() for one in weights), default=0)
     codes = sum(_kept_codes(linear, config, name) for name, linear in surveyed.linears.items())
-    return codes + _LEARNED_WEIGHT * weights + 2 * surveyed.input_bytes * growth + _LAYERS_KEPT * surveyed.widest_bytes
+    return codes + held + moving + 2 * surveyed.input_bytes * growth + _LAYERS_KEPT * surveyed.widest_bytes
 
 
 def _unit_bytes(surveyed: BlockSurvey) -> int:

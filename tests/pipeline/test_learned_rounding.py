@@ -41,8 +41,8 @@ def divergence(model: nn.Module) -> float:
     ids=["int4", "fake 3 bits", "divided at run time, blocks on quantized ones"],
 )
 def test_learned_codes_are_closer_to_the_float_model(settings: dict[str, Any]) -> None:
-    calib, common = data.calibration_batches(24, 1, 128), FAST | {"group_size": 64}
-    plain, model = (awq_ext.quantize(load_demo_model(), calib, learn_rounding=n, **common, **settings) for n in (0, 40))
+    calib, common = data.calibration_batches(24, 4, 128), FAST | {"group_size": 64}
+    plain, model = (awq_ext.quantize(load_demo_model(), calib, learn_rounding=n, **common, **settings) for n in (0, 80))
     assert divergence(model) < 0.95 * divergence(plain)
     for layer in model.awq_report.layers:
         assert layer.loss is None or layer.loss <= layer.loss_rtn

@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks cannot be reset on this system"),
 ]
 WINDOWS, LENGTH = 4, 128
+LEARNED = ", learned"
 # wide blocks: their second moments, factors and trial weights are what counts. Many tokens: the logits and their gradient do.
 SHAPES = {
     "wide": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 4000},
@@ -43,6 +44,8 @@ def measure(way: str, method: str, source: Path, out: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     calib = [torch.randint(0, 4000, (1, LENGTH), generator=generator) for _ in range(WINDOWS)]
     settings: dict[str, Any] = {"method": method, "group_size": 128, "n_grid": 2, "search_rows": 64, "progress": False}
+    if method.endswith(LEARNED):
+        settings |= {"method": method.removesuffix(LEARNED), "learn_rounding": 3}
     if way == "streamed":
         awq_ext.quantize_checkpoint(source, out, calib, **settings)
         report = json.loads((out / "awq_report.json").read_text())
@@ -52,7 +55,7 @@ def measure(way: str, method: str, source: Path, out: Path) -> None:
     print(json.dumps({"planned": report["planned_memory_bytes"], "peak": report["peak_memory_bytes"]}))
 
 
-@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+@pytest.mark.parametrize("method", ["awq", "awq+gptq", "awq" + LEARNED])
 @pytest.mark.parametrize("way", ["memory", "streamed"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_plan_is_within_a_tenth_of_the_peak(shape: str, way: str, method: str, tmp_path: Path) -> None:
