@@ -109,5 +109,8 @@ def unknown_field(name: str, value: Any, known: Iterable[str]) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Say which of the known words is nearest, as the end of a sentence; nothing where none is near."""
-    near = difflib.get_close_matches(word, list(known), 1)
+    known = list(known)
+    # gptq+awq has all letters of gptq, but means awq+gptq
+    near = [one for one in known if sorted(one.split("+")) == sorted(word.split("+"))]
+    near = near or difflib.get_close_matches(word, known, 1)
     return f" (did you mean {near[0]}?)" if near else ""

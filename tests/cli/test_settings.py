@@ -57,6 +57,7 @@ def test_autoawqs_names_work(model_dir: Path, calib: Path, tmp_path: Path) -> No
         (("--skip", "re:("), "'re:(' is no regular expression"),
         (("--head", "int5"), "int5 is not one of float, int8, int4"),
         (("--head", "int8", "--set", "quantize_head=true"), "--head int8 sets head, which --set gives too (int4)"),
+        (("--method", "gptq+awq"), "(did you mean awq+gptq?)"),
         (("--method", "aqw"), "aqw is not one of awq, rtn, gptq, awq+gptq (did you mean awq?)"),
         (("--format", "compresed-tensors"), "(did you mean compressed-tensors?)"),
         (("--dtype", "bf16"), "bf16 is not one of auto, bfloat16"),
