@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..forwards.calls import CalibrationError, Call, run_call
 from ..forwards.hooks import Hooks
 from ..forwards.memory import SLACK, FreeMemory, release_free_memory
-from ..forwards.outputs import logits_of, targets_of
+from ..forwards.outputs import float_tensors, logits_of, targets_of
 from ..modules import output_embeddings
 from ..survey.survey import BlockSurvey
 from ..undo import interrupt
@@ -198,8 +197,7 @@ def _add_squares(rows: Tensor, gradient: Tensor) -> None:
 def _cotangents(result: Any, call: Call, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
     """Return what can be differentiated in an output, and F^(1/2) times random signs for it; F is the identity but for logits."""
     logits = _logits(result, call)
-    leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    given = [leaf for leaf in leaves if leaf.dim()] if logits is None else [logits]
+    given = [leaf for leaf in float_tensors(result) if leaf.dim()] if logits is None else [logits]
     targets = [target for target in given if target.requires_grad]
     return targets, [_signed_root(target, call, generator, softmax=logits is not None) for target in targets]
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from ..checkpoints.formats.layout import JOINED
@@ -18,7 +17,7 @@ from ..config import AwqConfig, configured
 from ..forwards.calls import Call, read_calls, run_call
 from ..forwards.forked import finishing_after_fork
 from ..forwards.mode import calibration_mode
-from ..forwards.outputs import distance_of, logits_of, norm_of, targets_of
+from ..forwards.outputs import distance_of, float_tensors, logits_of, norm_of, targets_of
 from ..kernels.reference import TILE_BITS
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
@@ -310,9 +309,7 @@ class _OutputCost:
         return torch.stack([scores[2], scores[0]]).cpu()
 
     def _distance(self, output: Any, expected: Any, call: Call) -> Tensor:
-        one, other = (
-            [t for t in tree_leaves(o) if isinstance(t, Tensor) and t.is_floating_point()] for o in (output, expected)
-        )
+        one, other = float_tensors(output), float_tensors(expected)
         return torch.tensor([[distance_of(one, other) ** 2], [norm_of(other) ** 2]], dtype=torch.float64)
 
 

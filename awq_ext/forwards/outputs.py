@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .calls import Call
 
@@ -31,6 +32,11 @@ def targets_of(call: Call) -> Tensor | None:
         if isinstance(value, Tensor) and value.dim() == 2 and value.dtype in (torch.int64, torch.int32):
             return value.long()
     return None
+
+
+def float_tensors(output: Any) -> list[Tensor]:
+    """List the floating-point tensors in what a model or a block returned."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

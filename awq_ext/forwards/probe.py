@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .hooks import Hooks
 from .inputs import linear_input
-from .outputs import distance_of, norm_of
+from .outputs import distance_of, float_tensors, norm_of
 
 # Parameters, by (module, name), that a block sees on trial instead of the real ones.
 Substitutes = Mapping[tuple[nn.Module, str], Tensor]
@@ -76,8 +75,7 @@ class Probe:
         return tensor if mask is None else tensor.flatten(0, -2)[mask.flatten()]
 
     def _rows(self, output: Any) -> list[Tensor]:
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return [self._counted(tensor) for tensor in tensors]
+        return [self._counted(tensor) for tensor in float_tensors(output)]
 
     def distance(self, substitutes: Substitutes) -> float:
         """Return ||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""

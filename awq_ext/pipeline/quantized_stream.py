@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..forwards.hooks import Hooks
 from ..forwards.inputs import copy_inputs
 from ..forwards.lockstep import Stop
+from ..forwards.outputs import float_tensors
 
 # Positional and keyword arguments of a block.
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -48,7 +49,7 @@ class QuantizedStream:
         returned: list[Tensor] = []
 
         def see(output: Any) -> None:
-            returned[:] = _tensors(output)
+            returned[:] = float_tensors(output)
 
         with Hooks() as on:
             on.output(stop.block.module, see)
@@ -59,10 +60,6 @@ class QuantizedStream:
         """Run the block, which is quantized by now, for each of these batches; what was kept for that is given back."""
         while passed:
             stop, inputs, returned = passed.pop()
-            now = _tensors(stop.run_on_copies(inputs=inputs))
+            now = float_tensors(stop.run_on_copies(inputs=inputs))
             if [one.shape for one in now] == [one.shape for one in returned]:
                 self._returned[stop.index] = list(zip(returned, now, strict=True))
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

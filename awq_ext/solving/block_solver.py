@@ -24,7 +24,7 @@ from .gptq import Quantizer
 from .learned import learn_rounding
 from .rounding import loss_after_gptq, rounded, searched
 from .scales import STRENGTHS, ScaleChoice, rows_to_judge_by, search_scale
-from .solution import GroupSolution
+from .solution import GroupSolution, substitutes_of
 from .tasks import GroupTask, LayerTask, problem_of
 
 # For each Linear with a later group's scale folded into its rows, what these are divided by: fp32 [N].
@@ -92,10 +92,7 @@ class BlockSolver:
         self._free.release_if_grown()
         if learned is None or not learned.kept:
             return list(groups), distance
-        substitutes = {
-            key: value for group in found for layer in group.layers for key, value in layer.substitutes().items()
-        }
-        return found, self._probe.distance(substitutes)
+        return found, self._probe.distance(substitutes_of(layer for group in found for layer in group.layers))
 
     def _solve_without_worse(
         self, folds: Sequence[Fold | None], coarse: Set[nn.Linear] = frozenset()

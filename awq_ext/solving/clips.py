@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..forwards.probe import Probe
-from .solution import GroupSolution, LayerSolution
+from .solution import GroupSolution, LayerSolution, substitutes_of
 
 
 def keep_clips_that_serve(probe: Probe, groups: Sequence[GroupSolution]) -> tuple[list[GroupSolution], float]:
@@ -20,11 +20,11 @@ def keep_clips_that_serve(probe: Probe, groups: Sequence[GroupSolution]) -> tupl
     """
     kept = {layer.task.name: layer for group in groups for layer in group.layers}
     units = _doubtful(probe, kept, _clip_units(groups))
-    substitutes = _substitutes(kept.values())
+    substitutes = substitutes_of(kept.values())
     best = probe.distance(substitutes)
     for unit in units:
         layers = [layer for layer in (one.unclipped.solve() for one in unit) if layer.loss <= layer.limit]
-        trial = substitutes | _substitutes(layers)
+        trial = substitutes | substitutes_of(layers)
         if layers and (distance := probe.distance(trial)) < best:
             best, substitutes = distance, trial
             kept |= {layer.task.name: layer for layer in layers}
@@ -40,12 +40,12 @@ def _doubtful(
         return list(units)
     sketches = {layer.task.name: layer.unclipped.sketches() for layer in layers}
     clipped = {name: pair[0] for name, pair in sketches.items()}
-    substitutes = _substitutes({**solved, **clipped}.values())
+    substitutes = substitutes_of({**solved, **clipped}.values())
     best = probe.distance(substitutes)
     found = []
     for unit in units:
         full = [sketches[layer.task.name][1] for layer in unit if layer.task.name in sketches]
-        trial = substitutes | _substitutes(full)
+        trial = substitutes | substitutes_of(full)
         if full and (distance := probe.distance(trial)) >= best:
             continue
         if full:
@@ -61,13 +61,6 @@ def _sketches_pay(probe: Probe, weights: Sequence[Tensor]) -> bool:
     """
     tokens = max((one.numel() // one.shape[-1] for one in probe.reference if one.numel()), default=0)
     return sum(w.numel() * w.shape[1] for w in weights) > 2 * tokens * sum(w.numel() for w in weights)
-
-
-def _substitutes(layers: Iterable[LayerSolution]) -> dict[tuple[nn.Module, str], Tensor]:
-    found: dict[tuple[nn.Module, str], Tensor] = {}
-    for layer in layers:
-        found |= layer.substitutes()
-    return found
 
 
 def _clip_units(groups: Sequence[GroupSolution]) -> list[list[LayerSolution]]:

@@ -18,7 +18,7 @@ from ..forwards.probe import Probe
 from ..kernels.reference import expand_groups, group_length, in_groups
 from ..layers.quantized_weight import QuantizedWeight
 from .rounding import divided, mean_loss
-from .solution import GroupSolution, LayerSolution
+from .solution import GroupSolution, LayerSolution, substitutes_of
 
 # Of the first step: of positions, in codes, and of scales, as a share. Both fall to 0 in a line.
 RATE, SCALE_RATE = 5e-3, 5e-4
@@ -75,8 +75,7 @@ def learn_rounding(
         return list(groups), Learned(before, before)
     solved = {id(layer.given): layer.solution() for layer in layers}
     found = [replace(one, layers=tuple(solved.get(id(layer), layer) for layer in one.layers)) for one in groups]
-    final = {key: value for group in found for layer in group.layers for key, value in layer.substitutes().items()}
-    after = _judge(judged, final)
+    after = _judge(judged, substitutes_of(layer for group in found for layer in group.layers))
     return (found, Learned(before, after)) if after < before else (list(groups), Learned(before, before))
 
 

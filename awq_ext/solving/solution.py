@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,6 +124,14 @@ class LayerSolution:
         if self.bias_shift is None:
             return []
         return [(self.task.linear, "bias", lambda bias: bias + self.bias_shift.float())]
+
+
+def substitutes_of(layers: Iterable[LayerSolution]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Join what :meth:`LayerSolution.substitutes` gives for each of ``layers``."""
+    found: dict[tuple[nn.Module, str], Tensor] = {}
+    for layer in layers:
+        found |= layer.substitutes()
+    return found
 
 
 @dataclass(frozen=True, eq=False)

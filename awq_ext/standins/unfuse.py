@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..forwards.calls import CalibrationError, Call, run_call
 from ..forwards.hooks import Hooks
-from ..forwards.outputs import distance_of, norm_of
+from ..forwards.outputs import distance_of, float_tensors, norm_of
 from ..undo.journal import Journal
 from .eager import eager, eager_configs, eager_errors
 from .expert_linears import MATMULS, USES
@@ -75,8 +75,7 @@ def unfuse(
 
 def _run(model: nn.Module, call: Call) -> list[Tensor]:
     with torch.no_grad():
-        output = run_call(model, call.on_copies(), 0)
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return float_tensors(run_call(model, call.on_copies(), 0))
 
 
 def _compare_eager(
