@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from awq_ext.config import AwqConfig
 from awq_ext.demo import data
 from awq_ext.demo.model import ByteLlama, ByteLlamaConfig, load_demo_model
 from awq_ext.layers.quant_linear import QuantLinear
+from awq_ext.pipeline.shared_run import SharedRun
 from awq_ext.solving import learned
 
 FAST = {"method": "awq+gptq", "group_size": 16, "random_tokens": 0, "generated_tokens": 0, "progress": False}
@@ -132,6 +134,12 @@ def test_an_interrupt_while_learning_leaves_the_float_model(monkeypatch: pytest.
 def test_the_plan_counts_what_learning_holds() -> None:
     plans = [awq_ext.plan(llama(), windows(0, 1)[0], batches=8, learn_rounding=n, group_size=16) for n in (0, 1)]
     assert plans[1].planned_memory_bytes > plans[0].planned_memory_bytes
+
+
+def test_several_processes_are_refused() -> None:
+    opened, keeping = SimpleNamespace(config=AwqConfig(learn_rounding=2)), SimpleNamespace(team=SimpleNamespace(size=3))
+    with pytest.raises(ValueError, match="learn_rounding=2 needs all calibration batches in one process, and 3 work"):
+        SharedRun(opened, [], None, False, None, keeping)
 
 
 def test_the_setting() -> None:
