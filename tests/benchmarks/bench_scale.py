@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_scale.py [--rates docs/bench_scale.json] [--tokens 65536] [--batch 512] [--machines 1,4,16]
 
-rates: what tests/benchmarks/bench_block.py measured on one machine, and the speed of network and disk, which are assumed. One
-process a machine. Work is counted in multiply-adds: of a forward one a weight and token, of the statistics K (K + 1) / 2 for each
-row of an input with K channels. The search is taken to grow with the number of weights.
+rates: what tests/benchmarks/bench_block.py measured on one machine, for two blocks, and the speed of network and disk, which
+are assumed. One process a machine. Work is counted in multiply-adds: of a forward one a weight and token, of the statistics
+K (K + 1) / 2 for each row of an input with K channels. The search takes a time for each weight, and one that also grows with the
+channels of its input, over which the losses are summed: what two blocks of different width took tells both.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ class Model:
     def forward(self) -> int:
         """Multiply-adds of a token."""
         return sum(out * width * reached for out, width, _, reached in self.linears)
+
+    @property
+    def products(self) -> int:
+        """Of each weight with all channels of its input: what a loss takes of all weights of a block."""
+        return sum(out * width * width * copies for out, width, copies, _ in self.linears)
 
     @property
     def statistics(self) -> int:
@@ -103,10 +109,10 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Rates:
-    """calibration: seconds of a multiply-add. search: seconds of a weight. network, disk: bytes a second."""
+    """calibration: seconds of a multiply-add. search: seconds of a weight, and of a product. network, disk: bytes a second."""
 
     calibration: float
-    search: float
+    search: tuple[float, float]
     network: float
     disk: float
 
@@ -114,15 +120,37 @@ class Rates:
     def read(cls, path: Path) -> Rates:
         """Take them from a file like docs/bench_scale.json."""
         told = json.loads(path.read_text("utf-8"))
-        block, rows = told["measured"]["block"], told["measured"]["rows"]
-        model = llama("", 1, **block)
-        work = sum(row["tokens"] for row in rows) * (model.forward + model.statistics)
-        return cls(
-            sum(row["calibration"] for row in rows) / work,
-            sum(row["search"] for row in rows) / len(rows) / model.weights,
-            told["assumed"]["network_bytes_per_second"],
-            told["assumed"]["disk_bytes_per_second"],
+        small, wide = told["measured"]["blocks"]
+        models = [llama("", 1, **one["block"]) for one in (small, wide)]
+        work = sum(
+            row["tokens"] * (model.forward + model.statistics)
+            for one, model in zip((small, wide), models, strict=True)
+            for row in one["rows"]
         )
+        calibration = sum(row["calibration"] for one in (small, wide) for row in one["rows"])
+        searches = [sum(row["search"] for row in one["rows"]) / len(one["rows"]) for one in (small, wide)]
+        assumed = told["assumed"]
+        return cls(
+            calibration / work,
+            _two_rates(models, searches),
+            assumed["network_bytes_per_second"],
+            assumed["disk_bytes_per_second"],
+        )
+
+    def seconds_of_search(self, model: Model) -> float:
+        """Of one block."""
+        weight, product = self.search
+        return model.weights * weight + model.products * product
+
+
+def _two_rates(models: list[Model], seconds: list[float]) -> tuple[float, float]:
+    """Solve seconds = a weights + b products for two blocks. ValueError where a rate would be negative."""
+    (w0, w1), (p0, p1) = ([getattr(one, name) for one in models] for name in ("weights", "products"))
+    product = (seconds[1] * w0 - seconds[0] * w1) / (p1 * w0 - p0 * w1)
+    weight = (seconds[0] - product * p0) / w0
+    if weight < 0 or product < 0:
+        raise ValueError(f"searches of {seconds} s do not grow like weights and products: measure both blocks alone")
+    return weight, product
 
 
 @dataclass(frozen=True)
@@ -158,7 +186,7 @@ def cost(model: Model, rates: Rates, machines: int, tokens: int, batch: int) -> 
         "read": read / rates.disk,
         "calibrate": model.blocks * work * rates.calibration,
         "send": (sent + layers) / rates.network,
-        "search": windows * model.weights * rates.search,
+        "search": windows * rates.seconds_of_search(model),
     }
     cache = window * model.weights * _FLOAT
     return Cost(read, sent, layers, model.statistics_bytes, passing, mine * model.hidden * _FLOAT, cache, seconds)
