@@ -206,12 +206,13 @@ def collect(
     hold: bool,
     weights: Weights | None = None,
     accumulator: Callable[[int, torch.device], Accumulator] = kernels.activation_stats,
+    advance: Callable[[Stop], None] = Stop.advance,
 ) -> tuple[list[GroupStatistics], Any]:
     """Stream every batch through the block; return the statistics of each of its groups, and the first batch's output.
 
     The first batch stays at the block's entry for later probes. With ``hold`` all batches do: they run the block on copies now, and
     again later, on other weights. Otherwise they move on to the next block, and the block runs once. weights: of the calibration
-    rows (None: all count alike).
+    rows (None: all count alike). advance: lets a batch move on.
     """
     statistics = BlockStatistics(surveyed, device, accumulator)
     watch = InputWatch(surveyed, weights, statistics.add)
@@ -224,6 +225,6 @@ def collect(
             if hold:
                 stop.run_on_copies()
             else:
-                stop.advance()
+                advance(stop)
             free.release_if_grown()
     return statistics.groups(watch.including_padding), output

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from ..calibration.importance import weighing_bytes
 from ..calibration.padding import warnings_for
 from ..calibration.statistics import GroupStatistics, collect
@@ -34,12 +32,9 @@ from ..survey.survey import BlockSurvey
 from ..workdir.result import BlockResult
 from .keeping import Before, Keeping
 from .preparation import extra_calls, row_weights
-from .quantized_stream import QuantizedStream
+from .quantized_stream import MOST_RETURNED, QuantizedStream
 from .session import Session
 from .tuning import ScaleTuning, planned_tuning_bytes
-
-# Codes are learned in blocks that return at most so many times the bytes that they take.
-_MOST_RETURNED = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +146,9 @@ class Run:
     def collect(self, block: Block) -> Collected:
         """Collect statistics while the batches stream through the float block."""
         start = time.perf_counter()
-        # codes are learned on the inputs of all batches, which then must still be there
-        hold = block.hold or self._session.config.learn_rounding > 0
-        found, output = collect(block.surveyed, block.stops, self._session.device, hold, self._weights)
+        given = (block.surveyed, block.stops, self._session.device, block.hold, self._weights)
+        advance = partial(self._stream.advance, target=True) if self._follows(block) else Stop.advance
+        found, output = collect(*given, advance=advance)
         return Collected(found, output, time.perf_counter() - start)
 
     def solve(self, block: Block, collected: Collected) -> BlockResult:
@@ -162,7 +157,7 @@ class Run:
         first = block.stops[0]
         probe = Probe(first.run_on_copies, collected.output, first.call.row_mask)
         config = self._session.config
-        probes = partial(self._probes_with_gradients, block.stops) if self._learns(block, probe) else None
+        probes = partial(self._stream.probes, block.stops) if self._learns(block, probe) else None
         given = (block.surveyed, collected.statistics, probe, config, self._finder, self._biases, probes)
         result = self._result(*BlockSolver(*given).solve())
         result.padded = [name for group in collected.statistics for name in group.including_padding]
@@ -171,23 +166,14 @@ class Run:
         result.search_seconds = time.perf_counter() - start
         return result
 
+    def _follows(self, block: Block) -> bool:
+        """Whether codes are learned on what arrives behind quantized blocks, in this block or a later one."""
+        return self._session.config.learn_rounding > 0 and not block.hold
+
     def _learns(self, block: Block, probe: Probe) -> bool:
         """Whether codes are learned: not where all outputs would take much more memory than all inputs, as logits do."""
         returned = sum(one.nbytes for one in probe.reference)
-        return self._session.config.learn_rounding > 0 and returned <= _MOST_RETURNED * block.surveyed.input_bytes
-
-    def _probes_with_gradients(self, stops: Sequence[Stop]) -> list[Probe]:
-        """Make probes of all batches behind quantized blocks, with the outputs that the float model has there.
-
-        They keep what a backward needs wherever their caller is in grad mode.
-        """
-
-        def probe(stop: Stop) -> Probe:
-            inputs = self._stream.inputs(stop)
-            run = lambda: stop.run_on_copies(torch.is_grad_enabled(), inputs)  # noqa: E731
-            return Probe(run, stop.run_on_copies(), stop.call.row_mask)
-
-        return [probe(stop) for stop in stops]
+        return self._session.config.learn_rounding > 0 and returned <= MOST_RETURNED * block.surveyed.input_bytes
 
     def _folds_of(self, block: Block) -> tuple[Any, ...]:
         """Return what the finder of folds asks of a block."""
@@ -220,14 +206,13 @@ class Run:
 
     def swap(self, block: Block, result: BlockResult) -> None:
         """Put int4 layers in place of the block's Linears, and apply the folds."""
-        follows = self._session.config.learn_rounding > 0 and not block.hold
-        passed = self._stream.advance(block.stops) if follows else []
         if not block.hold:
             free = FreeMemory()
+            advance = partial(self._stream.advance, target=False) if self._follows(block) else Stop.advance
             # through the float block; most of them went that way when statistics were collected
             for stop in block.stops:
                 if stop.waiting:
-                    stop.advance()
+                    advance(stop)
                     free.release_if_grown()
         journal, model = self._session.journal, self._session.model
         for name, values in result.writes.items():
@@ -237,7 +222,7 @@ class Run:
         for name, module in result.modules.items():
             journal.set_module(model, name, module)
         self._tuning.take(result.modules)
-        self._stream.follow(passed)
+        self._stream.follow()
 
     def finished(self, block: Block, result: BlockResult) -> None:
         """Give back what the block took, and report what was found."""
