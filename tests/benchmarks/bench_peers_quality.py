@@ -1,13 +1,13 @@
-"""Perplexity and seconds beside llm-compressor (AWQModifier, GPTQModifier) and AutoAWQ: same calibration tokens, same windows.
+"""Perplexity, divergence and seconds beside llm-compressor (AWQModifier, GPTQModifier), AutoRound and AutoAWQ.
 
     python tests/benchmarks/bench_peers_quality.py MODEL_DIR --calib calib.txt --traffic code.txt de=de.txt
-        [--llmcompressor PYTHON] [--autoawq PYTHON] [--limit SECONDS] [--blocks N] [--group-size 64]
-        [--json out.json]
+        [--llmcompressor PYTHON] [--autoround PYTHON] [--autoawq PYTHON] [--peers NAME] [--limit SECONDS] [--blocks N]
+        [--group-size 64] [--json out.json]
 
-PYTHON: the interpreter of an environment with llmcompressor 0.14, or autoawq 0.2.9 with transformers 4.51.3. A peer works in that
-environment, in a process of its own that knows nothing of awq_ext: this very file, with --worker. Each scores its own quantized
-model with the same loop. Seconds are those of quantizing alone, model loaded. --blocks: the model's first blocks alone, for peers
-that take long; times can then be compared, perplexities mean nothing.
+All get the same calibration tokens, and are scored on the same windows by the same loop. PYTHON: the interpreter of an environment
+with llmcompressor 0.14, with auto-round 0.16, or with autoawq 0.2.9 and transformers 4.51.3. A peer works in that environment, in a
+process of its own that knows nothing of awq_ext: this very file, with --worker. Seconds are those of quantizing alone, model
+loaded. --blocks: the model's first blocks alone, for peers that take long; times can then be compared, scores mean nothing.
 """
 
 from __future__ import annotations
@@ -25,29 +25,54 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-PEERS = {"llmcompressor": ("llmcompressor awq", "llmcompressor gptq"), "autoawq": ("autoawq",)}
+PEERS = {
+    "llmcompressor": ("llmcompressor awq", "llmcompressor gptq"),
+    "autoround": ("auto-round light", "auto-round"),
+    "autoawq": ("autoawq",),
+}
+# AutoRound's own recipes: steps a block
+ROUNDS = {"auto-round light": 50, "auto-round": 200}
 OURS = ("rtn", "awq", "gptq", "awq+gptq", "awq+gptq,propagate=quantized")
 
 
 @torch.no_grad()
-def perplexity(model: Any, windows: torch.Tensor) -> float:
-    """exp of the mean loss of all tokens but the first of each window; windows int64 [count, length]."""
-    total, count = 0.0, 0
+def score(model: Any, floats: Any, windows: torch.Tensor) -> tuple[float, float]:
+    """Perplexity, and mean KL divergence from the model ``floats``, over all tokens but each window's first.
+
+    windows: int64 [count, length].
+    """
+    loss, divergence, count = 0.0, 0.0, 0
     for row in windows.split(1):
-        logits = model(row, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum").item()
+        found, wanted = (F.log_softmax(one(row, use_cache=False).logits[0, :-1].float(), -1) for one in (model, floats))
+        loss += F.nll_loss(found, row[0, 1:], reduction="sum").item()
+        divergence += F.kl_div(found, wanted, reduction="sum", log_target=True).item()
         count += row[:, 1:].numel()
-    return math.exp(total / count)
+    return math.exp(loss / count), divergence / count
+
+
+def scores(model: Any, floats: Any, texts: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each text: windows int64 [count, length]."""
+    found = {text: score(model, floats, torch.as_tensor(windows)) for text, windows in texts.items()}
+    return {
+        "perplexity": {text: one for text, (one, _) in found.items()},
+        "divergence": {text: one for text, (_, one) in found.items()},
+    }
+
+
+def load(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 
 
 def work(name: str, job: dict[str, Any]) -> dict[str, Any]:
     """Quantize by one peer and score; runs in the peer's environment."""
     calib = torch.tensor(job["calib"])
     began = time.perf_counter()
-    quantize = autoawq if name == "autoawq" else llmcompressor
+    quantize = autoawq if name == "autoawq" else autoround if name in ROUNDS else llmcompressor
     model, seconds = quantize(name, job, calib)
-    scores = {text: perplexity(model, torch.tensor(ids)) for text, ids in job["traffic"].items()}
-    return {"perplexity": scores, "seconds": seconds, "seconds_in_all": time.perf_counter() - began}
+    found = scores(model, load(job["model"]), job["traffic"])
+    return found | {"seconds": seconds, "seconds_in_all": time.perf_counter() - began}
 
 
 def llmcompressor(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[Any, float]:
@@ -56,9 +81,8 @@ def llmcompressor(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[
     torch.Tensor.pin_memory = lambda self, *_, **__: self
     from datasets import Dataset
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16).eval()
+    model = load(job["model"])
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": job["group_size"]}
     groups = {"config_groups": {"all": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
     if name.endswith("gptq"):
@@ -75,6 +99,23 @@ def llmcompressor(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[
         max_seq_length=calib.shape[1],
     )
     return model, time.perf_counter() - began
+
+
+def autoround(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[Any, float]:
+    """4 bits asymmetric, in groups; both recipes with 8 windows a step."""
+    from auto_round import AutoRound
+    from torch.utils.data import DataLoader
+    from transformers import AutoTokenizer
+
+    model = load(job["model"])
+    settings = {"bits": 4, "group_size": job["group_size"], "sym": False, "iters": ROUNDS[name], "batch_size": 8}
+    if name == "auto-round light":
+        settings["lr"] = 5e-3
+    data = {"dataset": DataLoader(list(calib), batch_size=1), "seqlen": calib.shape[1], "nsamples": len(calib)}
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    began = time.perf_counter()
+    quantized, _ = AutoRound(model, tokenizer=tokenizer, device_map="cpu", **settings, **data).quantize()
+    return quantized, time.perf_counter() - began
 
 
 def autoawq(name: str, job: dict[str, Any], calib: torch.Tensor) -> tuple[Any, float]:
@@ -119,24 +160,22 @@ def ours(job: dict[str, Any], methods: list[str]) -> dict[str, Any]:
     """The same by awq_ext."""
     import copy
 
-    from transformers import AutoModelForCausalLM
-
     import awq_ext
+    from awq_ext.cli import hf
     from awq_ext.cli.options.settings import parse_method
 
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16).eval()
-    texts = {text: torch.tensor(ids) for text, ids in job["traffic"].items()}
-    found = {"float": {"perplexity": {text: perplexity(model, ids) for text, ids in texts.items()}, "seconds": 0.0}}
+    model, tokenizer = load(job["model"]), hf.load_tokenizer(Path(job["model"]))
+    found = {"float": scores(model, model, job["traffic"]) | {"seconds": 0.0}}
     for method in methods:
         fields = parse_method(method)
         label = fields.pop("label")
         quantized = copy.deepcopy(model)
         began = time.perf_counter()
         calib = torch.tensor(job["calib"]).split(1)
-        awq_ext.quantize(quantized, calib, group_size=job["group_size"], progress=False, **fields)
+        awq_ext.quantize(quantized, calib, tokenizer=tokenizer, group_size=job["group_size"], progress=False, **fields)
         seconds = time.perf_counter() - began
-        scores = {text: perplexity(quantized, ids) for text, ids in texts.items()}
-        found[f"awq_ext {label}"] = {"perplexity": scores, "seconds": seconds}
+        found[f"awq_ext {label}"] = scores(quantized, model, job["traffic"]) | {"seconds": seconds}
+        print(f"awq_ext {label}: {found[f'awq_ext {label}']}", flush=True)
     return found
 
 
@@ -156,13 +195,14 @@ def in_its_environment(python: str, name: str, job: dict[str, Any], limit: float
 
 
 def markdown(found: dict[str, Any], texts: list[str]) -> str:
-    """A line each: perplexities and seconds."""
-    lines = ["| method | " + " | ".join(texts) + " | seconds |", "|:--|" + "--:|" * (len(texts) + 1)]
+    """A line each: perplexities, mean divergence and seconds."""
+    lines = ["| method | " + " | ".join(texts) + " | mean KL | seconds |", "|:--|" + "--:|" * (len(texts) + 2)]
     for name, row in found.items():
         if "error" in row:
             lines.append(f"| {name} | failed: {row['error']} |")
             continue
         cells = [f"{row['perplexity'][text]:.3f}" for text in texts]
+        cells.append(f"{sum(row['divergence'].values()) / len(texts):.4f}")
         lines.append("| " + " | ".join([name, *cells, f"{row['seconds']:.1f}"]) + " |")
     return "\n".join(lines)
 
@@ -191,7 +231,9 @@ def main() -> None:
     parser.add_argument("--traffic", nargs="+", required=True, metavar="[NAME=]PATH")
     parser.add_argument("--method", nargs="+", default=list(OURS))
     parser.add_argument("--llmcompressor", metavar="PYTHON")
+    parser.add_argument("--autoround", metavar="PYTHON")
     parser.add_argument("--autoawq", metavar="PYTHON")
+    parser.add_argument("--peers", nargs="+", help="these of the peers alone, such as 'auto-round light'")
     parser.add_argument("--limit", type=float, help="give a peer up after so many seconds")
     parser.add_argument("--blocks", type=int, help="quantize the model's first blocks alone")
     parser.add_argument("--group-size", type=int, default=64)
@@ -224,6 +266,8 @@ def race(args: argparse.Namespace, model: Path) -> None:
     found = ours(job, args.method)
     for peer, names in PEERS.items():
         for name in names if getattr(args, peer) else ():
+            if args.peers and name not in args.peers:
+                continue
             found[name] = in_its_environment(getattr(args, peer), name, job, args.limit)
             print(f"{name}: {found[name]}", flush=True)
     print(markdown(found, list(texts)))

@@ -123,23 +123,29 @@ def choices(data: Data, markdown: Markdown) -> str:
 
 
 def peers(data: Data, markdown: Markdown, described: str) -> str:
-    """Ours and other tools: perplexities, seconds, and how many times longer than ours the same method took."""
+    """Ours and other tools: perplexities, seconds, and how many times longer than ours the same method took.
+
+    Where divergences were measured, their mean over the texts too.
+    """
     results, s = data["results"], data["settings"]
     # the first blocks alone make no model
     texts = [] if s.get("blocks") else list(next(iter(results.values()))["perplexity"])
     if s.get("blocks"):
         results = {name: row for name, row in results.items() if name != "float"}
+    diverge = ["mean KL"] if texts and all("divergence" in row or "error" in row for row in results.values()) else []
     rows = []
     for name, row in results.items():
         if "error" in row:
-            rows.append([name, *([""] * len(texts)), "", row["error"]])
+            rows.append([name, *([""] * len(texts + diverge)), "", row["error"]])
             continue
         times = f"{row['seconds'] / results[SAME[name]]['seconds']:.1f}x" if name in SAME else ""
         cells = [f"{row['perplexity'][text]:.3f}" for text in texts]
+        cells += [f"{sum(row['divergence'].values()) / len(texts):.4f}" for _ in diverge if name != "float"]
+        cells += [""] * (len(texts + diverge) - len(cells))
         rows.append([name, *cells, f"{row['seconds']:.1f}" if row["seconds"] else "", times])
     part = f"the first {s['blocks']} blocks of " if s.get("blocks") else ""
     head = f"{part}{s['model']}, 4 bits, groups of {s['group_size']}, {s['samples']} x {s['seq']} tokens of calibration"
     head += f", scored on {s['tokens']} tokens of each text. {described}." if texts else f". {described}."
     return f"{head[0].upper()}{head[1:]}\n\n" + markdown(
-        ("perplexity" if texts else "", *texts, "seconds", "× awq_ext's time"), rows
+        ("perplexity" if texts else "", *texts, *diverge, "seconds", "× awq_ext's time"), rows
     )
