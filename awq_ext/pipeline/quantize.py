@@ -61,7 +61,7 @@ def quantize(
         ``attention_mask`` marks 0 do not count), a list of token ids or, with ``tokenizer``, a str, a list of messages, or a row of
         a data set with "text", "messages", "conversations" or "prompt" and "completion". Tensors are moved to the model's device.
         "builtin" (with ``tokenizer``): a small mix of languages and code that ships with the package, and as much text that the
-        model writes itself (``generated_tokens``). Text of your own traffic is better.
+        model writes itself (``generated_tokens``). Your own text is better.
     inputs: what of a sample the model is called with: "all"; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
     resume: a directory for what is finished, made if need be. After an interrupt of any kind, SIGKILL and power cuts included, the

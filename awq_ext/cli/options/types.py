@@ -61,8 +61,9 @@ Effort = Annotated[
     str | None,
     typer.Option(
         callback=check_effort,
-        help="fast (awq), balanced (awq+gptq) or best (awq+gptq, then all scales tuned end to end): settings by the time that they "
-        "take. Options and --set count more.",
+        help="Settings chosen by the time that they take: fast (awq), balanced (awq+gptq) or best (awq+gptq, then the codes of "
+        "each block are learned together). All three also calibrate on the texts that ship with the package. Other options and "
+        "--set come first.",
         show_default=False,
     ),
 ]
