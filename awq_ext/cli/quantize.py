@@ -30,9 +30,9 @@ from .options.types import (
     Dtype,
     Effort,
     Field,
+    FloatModel,
     Head,
     JsonPath,
-    ModelDir,
     OverwriteFloat,
     PerLayer,
     Revision,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 @one_of_several
 def quantize(
     context: typer.Context,
-    model_dir: ModelDir,
+    model_dir: FloatModel,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Where the quantized model goes; made if need be.")],
     calib: Calib,
     method: Annotated[

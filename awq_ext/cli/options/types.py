@@ -18,6 +18,15 @@ ModelDir = Annotated[
         "the hub's cache).",
     ),
 ]
+FloatModel = Annotated[
+    Path,
+    typer.Argument(
+        callback=check_source,
+        metavar="MODEL",
+        help="The float model: a Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION on the hub (downloaded once, to the "
+        "hub's cache).",
+    ),
+]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub; the same as ORG/NAME@REVISION.")
 ]
