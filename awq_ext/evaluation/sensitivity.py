@@ -91,9 +91,9 @@ class Sensitivity:
     def keep(self, bits: float, upper: int | str = "float", joined: bool = False) -> Kept:
         """Choose the parts that save most cost for each extra bit, within ``bits`` stored bits a weight on average.
 
-        upper: what they become: "float", or 5 to 8 bits (5 to 7 are fake-quantized: no packed layer has them). A bit more makes
-        rounding errors half and squared ones a quarter, which is how the cost of ``upper`` bits is estimated.
-        joined: choose q, k and v together, and gate and up: vLLM and other servers make one matrix of them, of one width.
+        upper: what the chosen parts become: "float", or 5 to 8 bits (5 to 7 are fake-quantized: no packed layer has them). The
+            cost of ``upper`` bits is estimated: each further bit halves rounding errors, and quarters squared ones.
+        joined: choose q, k and v together, and gate and up: vLLM and other servers make one matrix of them, with the same bits.
         Raises ValueError for a budget below what quantizing everything takes.
         """
         if upper != "float" and (

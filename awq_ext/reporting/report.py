@@ -23,7 +23,7 @@ class LayerReport:
     ``AwqConfig.objective`` says, so losses of methods with error feedback cannot be compared with those of others.
 
     status: "int4", "int8", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
-    scale: "identity", "plain" or "duo"; alpha its exponent; power: of that scale, which error feedback was given (otherwise 1).
+    scale: "identity", "plain" or "duo"; alpha its exponent; power: of that scale, under error feedback (otherwise 1).
     applied: "norm" or "linear" (folded into one), "run time", "weights" (fake-quantized weights hold both) or "" (nothing to
     apply). group: the first Linear of the scale group, which shares the scale.
     bias_corrected: whether its bias takes over the mean of its error; ``loss`` is what is left then, ``loss_rtn`` RTN's as it is.
