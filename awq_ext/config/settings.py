@@ -73,7 +73,7 @@ class AwqConfig:
     has a table of all fields: each field's first sentence here, its type and its default.
 
     effort: "fast", "balanced" or "best": several fields at once, chosen by the time that they take. A field that is given beside
-        it comes first. It is an argument of AwqConfig, not a field: ``to_dict()`` has the fields that it stands for
+        it overrides it. An effort is an argument of AwqConfig, not a field: ``to_dict()`` has the fields that it stands for
         (``config/effort.py``).
 
     What is quantized:
@@ -82,8 +82,8 @@ class AwqConfig:
     group_size: input channels that share one scale and one zero; -1 is the whole row. A short last group is fine.
     head: whether the output layer of language models is quantized, and to how many bits. That layer is what
         ``get_output_embeddings()`` returns, and what is called ``lm_head``. "float" leaves it as it is, "int4" quantizes it like
-        the other layers, "int8" rounds it to nearest in 8 bits. ``bits`` does not apply to it, all other fields do; a pattern of
-        ``per_layer`` that fits its name comes first.
+        the other layers, "int8" rounds it to nearest in 8 bits. ``bits`` does not apply to it, all other fields do. A pattern of
+        ``per_layer`` that fits its name overrides both.
         A weight that it shares with the embedding stays there in float, and the two are no longer tied. ``quantize_head=True``
         is understood as head="int4".
     skip: layers that stay float, beside the output layer of language models. Each is a pattern of whole layer names (fnmatch, such

@@ -72,7 +72,7 @@ Effort = Annotated[
         callback=check_effort,
         help="Settings chosen by the time that they take: fast (awq), balanced (awq+gptq) or best (awq+gptq, then the codes of "
         "each block are learned together). All three also calibrate on the texts that ship with the package. Other options and "
-        "--set come first.",
+        "--set override them.",
         show_default=False,
     ),
 ]
