@@ -29,7 +29,7 @@ app = typer.Typer(
         "awq-ext quantize  quantize with it\n\n"
         "awq-ext eval      score the result\n\n"
         "awq-ext report    read what was done to every layer\n\n"
-        "awq-ext convert   hand it to other tools\n\n"
+        "awq-ext convert   convert it for other tools\n\n"
         "[bold]In Python[/bold]\n\n"
         "model = awq_ext.quantize(model, calib_loader)\n\n"
         "Exit codes: 0 done, 1 failed (one line says why), 2 a wrong option, 130 interrupted."

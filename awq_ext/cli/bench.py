@@ -51,7 +51,7 @@ def bench(
 
     Will my model be faster? Where a Linear's weight does not fit in the processor's cache, decoding (1 row) is limited by how fast
     the memory is read, and int4 reads less. The best of many calls counts. The columns "int8" are the int4 layer with
-    compute_dtype="int8", which rounds activations to eight bits. Where int4 is slower than float, words below the table say what
+    compute_dtype="int8", which rounds activations to eight bits. Where int4 is slower than float, a note below the table says what
     helps.
 
     Example: awq-ext bench --shape 2048x8192 --rows 1 --rows 64

@@ -19,9 +19,9 @@ from .options.types import (
     Device,
     Dtype,
     Field,
+    FloatModel,
     Head,
     JsonPath,
-    ModelDir,
     Overwrite,
     PerLayer,
     Revision,
@@ -38,7 +38,7 @@ from .options.types import (
 
 @one_line_errors
 def compare(
-    model_dir: ModelDir,
+    model_dir: FloatModel,
     calib: Calib,
     traffic: Annotated[
         list[str],

@@ -30,9 +30,9 @@ from .options.types import (
     Dtype,
     Effort,
     Field,
+    FloatModel,
     Head,
     JsonPath,
-    ModelDir,
     OverwriteFloat,
     PerLayer,
     Revision,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 @one_of_several
 def quantize(
     context: typer.Context,
-    model_dir: ModelDir,
+    model_dir: FloatModel,
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="Where the quantized model goes; made if need be.")],
     calib: Calib,
     method: Annotated[
@@ -151,21 +151,22 @@ def quantize(
 ) -> None:
     """Quantize a Hugging Face model to int4.
 
-    The calibration text decides which channels are protected: take a few dozen windows of text like that which you serve (prompts
-    with their answers, in the model's chat format), not only prose. [bold]awq-ext compare[/bold] shows which method suits it best.
+    The calibration text decides which channels are protected. Take a few dozen windows of text like the text you serve: prompts
+    with their answers, in the model's chat format, not only prose. [bold]awq-ext compare[/bold] shows which method suits it best.
 
-    The last lines say what it cost: bytes, and the distance from the float model on calibration text that was left out. With
-    --traffic the result is scored on other texts too. The model card has these figures.
+    The last lines say what quantizing cost: bytes, and the distance from the float model on calibration text that was left out.
+    With --traffic the result is scored on evaluation texts of yours too. The model card has these figures.
 
     Example: awq-ext quantize ./Llama ./Llama-int4 --calib prompts.jsonl --calib code.txt --group-size 64
 
-    Interrupted in any way, the same command goes on after the last finished block; until OUT is there, OUT.partial holds them.
+    After an interrupt of any kind the same command goes on after the last finished block. OUT.partial holds these blocks until OUT
+    is complete.
 
     Several processes share the work: torchrun --nproc-per-node 4 -m awq_ext quantize ... (docs/scale.md).
 
-    OUT holds config, tokenizer, weights, the report and a model card. Layouts without a place for scales that are applied at run
-    time get a model whose scales are all folded (fold=always). What the layout cannot hold, such as widths that the group size does
-    not divide, is said before the work begins.
+    OUT holds config, tokenizer, weights, the report and a model card. Most layouts cannot store scales that are applied at run
+    time. For these, scales are folded into earlier layers or left out (fold=always). If the layout cannot hold something else, such
+    as widths that the group size does not divide, an error says so before the work begins.
     """
     from ..checkpoints.formats import LAYOUTS
     from ..checkpoints.saved import record_scores

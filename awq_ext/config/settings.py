@@ -69,81 +69,89 @@ def _names(cls: Any) -> list[str]:
 class AwqConfig:
     """Settings of :func:`awq_ext.quantize`. Frozen; a bad value raises TypeError or ValueError naming field, value and choices.
 
-    AutoAWQ's names (w_bit, q_group_size, zero_point, version, modules_to_not_convert) are understood too.
+    AutoAWQ's names (w_bit, q_group_size, zero_point, version, modules_to_not_convert) are understood too. docs/guides/reference.md
+    has a table of all fields: each field's first sentence here, its type and its default.
 
-    effort: "fast", "balanced" or "best", a choice of several fields by the time that they take: ``AwqConfig(effort="best")``. A
-        field that is given beside it counts. It is no field itself: ``to_dict()`` has what it stands for (``config/effort.py``).
+    effort: "fast", "balanced" or "best": several fields at once, chosen by the time that they take. A field that is given beside
+        it overrides it. An effort is an argument of AwqConfig, not a field: ``to_dict()`` has the fields that it stands for
+        (``config/effort.py``).
 
     What is quantized:
 
-    bits: 4 or 8, or 2 to 8 with ``packed=False``.
-    group_size: input channels that share one scale and zero, -1 for the whole row; a short last group is fine.
-    head: the output layer of language models (what ``get_output_embeddings()`` returns, and what is called ``lm_head``): "float"
-        leaves it as it is, "int4" quantizes it like the other layers, "int8" rounds it to nearest in 8 bits. It has 4 or 8 bits
-        whatever ``bits`` says, and all else from the other fields; a pattern of ``per_layer`` that fits its name comes first.
+    bits: bits of a weight: 4 or 8, or 2 to 8 with ``packed=False``.
+    group_size: input channels that share one scale and one zero; -1 is the whole row. A short last group is fine.
+    head: whether the output layer of language models is quantized, and to how many bits. That layer is what
+        ``get_output_embeddings()`` returns, and what is called ``lm_head``. "float" leaves it as it is, "int4" quantizes it like
+        the other layers, "int8" rounds it to nearest in 8 bits. ``bits`` does not apply to it, all other fields do. A pattern of
+        ``per_layer`` that fits its name overrides both.
         A weight that it shares with the embedding stays there in float, and the two are no longer tied. ``quantize_head=True``
         is understood as head="int4".
     skip: layers that stay float, beside the output layer of language models. Each is a pattern of whole layer names (fnmatch, such
         as ``"*.router"``, or a regular expression after ``re:``), or a function of (name, module) that returns a bool. A pattern
         that fits no layer is an error.
-    only: the layers that alone are quantized, given like ``skip``; empty for all.
-    per_layer: fields for some layers, by name pattern; the first pattern that matches counts. Such as
+    only: the only layers that are quantized; empty is all. Given like ``skip``.
+    per_layer: other fields for some layers, by name pattern. The first pattern that fits counts. An example:
         ``{"*.down_proj": {"group_size": 32}, "layers.0.*": {"bits": 8}}``.
-    min_weights: Linears with fewer weights stay as they are.
-    min_tokens: experts that see fewer calibration rows are rounded to nearest, with a warning.
+    min_weights: Linears with fewer weights than this stay float.
+    min_tokens: experts that see fewer calibration rows than this are rounded to nearest, with a warning.
     packed: True makes QuantLinear modules; False leaves nn.Linear with fake-quantized weights, for experiments.
 
     How it is rounded:
 
-    method: "awq" searches scales and clips; "gptq" rounds with error feedback (arXiv 2210.17323), each channel making up for
-        the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
-    symmetric: zero fixed at the middle code instead of one zero per group.
-    scale_dtype: storage type of the scales, "float16" or "bfloat16".
-    clip: whether to try smaller weight ranges: True in every layer, False in none, "auto" where that lowers the error of the
-        block's output too (queries and keys often lose by it).
-    n_grid: steps of alpha in [0, 1] (AWQ, arXiv 2306.00978, equation 5).
-    search_rows: output rows of a scale group on which candidates for its scale are ranked, 0 for all. Beyond 2048 input channels
+    method: how scales and codes are found: by AWQ, GPTQ, both, or rounding to nearest. "awq" searches scales and clips. "gptq"
+        rounds with error feedback (arXiv 2210.17323): each channel makes up for the errors of those before it. "awq+gptq" does
+        that with weights multiplied by AWQ's scales. "rtn" rounds to nearest.
+    symmetric: whether the zero is the middle code of every group; otherwise each group has a zero of its own.
+    scale_dtype: dtype in which the scales are stored.
+    clip: whether smaller weight ranges are tried. True tries them in every layer, False in none; "auto" keeps them only where they
+        also lower the error of the block's output (queries and keys often lose by them).
+    n_grid: steps of alpha from 0 to 1 in the search for scales (AWQ, arXiv 2306.00978, equation 5).
+    search_rows: output rows of a scale group on which candidates for its scale are ranked; 0 is all. Beyond 2048 input channels
         there are fewer, in proportion. The losses in the report always count every row.
-    act_order: error feedback rounds channels by falling second moment, the most important first; False: as they stand.
-    damping: what error feedback and refining add to each channel's second moment, as a share of it. With more damping the
+    act_order: whether error feedback rounds the channels with the largest second moments first; otherwise in their own order.
+    damping: share of its own second moment that is added to each channel's, in error feedback and refining. With more damping the
         correlations between channels count less: errors on the calibration text grow, errors on other text fall
         (docs/research.md).
-    refine: rounds of coordinate descent after rounding, 0 for none. After error feedback they change the scales of weight groups
+    refine: rounds of coordinate descent after rounding; 0 is none. After error feedback they change the scales of weight groups
         and the codes; otherwise there is one round at most, on the scales alone.
-    bias_correction: True lets the bias of a Linear take over the mean of its error (arXiv 1906.04721, section 4.2); scales and
-        clips are then chosen by the error that is left. Never with "rtn". False leaves biases alone.
-    fold: where 1/s goes that makes up for a scale s. "auto": into the norm or Linear before, where a numeric proof shows that
-        nothing else changes; elsewhere the layer divides its input at run time. "never": always at run time. "always": never at
-        run time; layers before which nothing can take it get no scale. For formats without a place for run-time scales.
-    learn_rounding: gradient steps for each block, on the codes and scales of its Linears together, which start at those found
-        (arXiv 2309.05516); 0 for none. They lower the error of the block's output behind quantized blocks, two batches a step.
-        One batch of eight takes no part, and decides whether what was learned stays. A step takes as long as some eight forwards
-        of a batch through the block. Not for several processes. Blocks without gradients keep their codes, with a warning.
-    tune_scales: passes over the calibration batches in which the scales of all weight groups are tuned end to end, by gradient
-        steps on the model's KL divergence from the float model; 0 for none. Codes and zeros stay. One batch of eight takes no part,
-        and the old scales come back unless the divergence there falls. A batch of a pass takes as long as four forwards. Only for
+    bias_correction: whether the bias of a Linear takes over the mean of its error (arXiv 1906.04721, section 4.2). Scales and clips
+        are then chosen by the error that is left. Never with "rtn".
+    fold: where the factor 1/s goes that makes up for AWQ's scale s: into the norm or Linear before (folded), or to run time. "auto"
+        folds where a numeric proof shows that nothing else changes; elsewhere the layer divides its input at run time. "never"
+        always divides at run time. "always" never does; where nothing before a layer can take over 1/s, it gets no scale. For
+        formats that cannot store run-time scales.
+    learn_rounding: gradient steps for each block that learn the codes and scales of its Linears together; 0 is none. They begin at
+        the codes that ``method`` found (arXiv 2309.05516 begins at plain rounding), and lower the error of the block's output.
+        The block's inputs come from the quantized blocks before it, and its target is its output in the float model. A step takes
+        two batches, and about as long as eight forwards of one batch through the block. One batch of eight is held out: what was
+        learned is kept only if the error on it falls. Blocks without gradients keep their codes, with a warning. Several processes
+        cannot share this work.
+    tune_scales: passes over the calibration batches that tune the scales of all weight groups end to end; 0 is none. They are
+        gradient steps on the model's KL divergence from the float model. Codes and zeros stay. One batch of eight is held out: the
+        old scales come back unless the divergence on it falls. A batch of a pass takes as long as four forwards. Only for
         models that return logits for every token id and can be differentiated: others are left untuned, with a note in the report.
         Text unlike all calibration batches may lose by it, above all with few of them (docs/research-notes-tuning.md).
 
     How it is calibrated:
 
-    seq_len: window length in tokens when calibration samples are texts.
-    builtin_text: whether the texts that ship with the package are calibrated on too, beside those given (``calibration/texts``: a
-        small mix of languages, code and data). It helps on text unlike the calibration text (docs/research-notes-tuning.md). Only
-        where ``tokenizer`` is given and batches are token ids alone: otherwise the report notes that it was left out.
-    random_tokens: further calibration batches, of random tokens, as a share of the number of those given. They help error
-        feedback on text unlike the calibration text (docs/research.md). Only for models that read token ids and have
+    seq_len: tokens in a window, where calibration samples are texts.
+    builtin_text: whether the texts that ship with the package are calibrated on too, beside those given. They are a small mix of
+        languages, code and data (``calibration/texts``). They help on text unlike the calibration text
+        (docs/research-notes-tuning.md). They need ``tokenizer``, and batches that are token ids alone: otherwise they are left
+        out, with a note in the report.
+    random_tokens: further calibration batches of random tokens, as a share of those given; None chooses by the method. They help
+        error feedback on text unlike the calibration text (docs/research.md). Only for models that read token ids and have
         ``get_input_embeddings()``. None: 0.25 with error feedback, otherwise 0.
-    generated_tokens: likewise, batches of text that the model writes itself. Only for decoders that are called like those of
-        transformers (``past_key_values``, ``use_cache``). None: 0.25 with error feedback, unless ``builtin_text`` takes
-        their place; otherwise 0.
-    objective: how much a Linear's error on a calibration row counts. "layer": all rows alike. "model": each row has an importance
-        weight, which says how strongly the model's output reacts to errors there; a backward of the whole model finds it
-        (``calibration/importance.py``). None: "model" with error feedback, if the model returns logits for every token id and can
-        be differentiated; otherwise "layer".
-    weighed_batches: how many batches get that backward (of token ids, one window of each). All other rows get the mean weight of
-        their position in a window. 0: all batches, and each row has its own weight. That comes closer still to the float model, and
-        takes as much time as all the rest.
+    generated_tokens: further calibration batches of text that the model writes, as a share of those given; None chooses by the
+        method. Only for decoders that are called like those of transformers (``past_key_values``, ``use_cache``). None: 0.25 with
+        error feedback, unless ``builtin_text`` takes their place; otherwise 0.
+    objective: whether all calibration rows count alike, or importance-weighted; None chooses by the method. "layer": a Linear's
+        error counts alike on all rows. "model": each row has an importance weight, which says how strongly the model's output
+        reacts to errors there; a backward of the whole model finds it (``calibration/importance.py``). None: "model" with error
+        feedback, if the model returns logits for every token id and can be differentiated; otherwise "layer".
+    weighed_batches: batches whose rows get importance weights by a backward; 0 is all. Of a batch of token ids that is one window.
+        All other rows get the mean weight of their position in a window. With 0 each row has its own weight: that comes closer
+        still to the float model, and takes as much time as all the rest.
     propagate: what a block is calibrated on: the outputs of the "float" or of the "quantized" blocks before it.
     """
 

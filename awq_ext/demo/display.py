@@ -62,10 +62,10 @@ def group_words(group_size: int) -> str:
 
 
 def row_table(found: Example) -> Table:
-    """Show the loud channel, a quiet one, and the sum over all."""
+    """Show the channel with the large activation, another one, and the sum over all."""
     header = ["channel", "activation", "weight", "RTN error", "costs", "AWQ scale", "error", "costs"]
     rows = []
-    for name, i in (("the loud one", found.loud), ("a quiet one", found.quiet)):
+    for name, i in (("large activation", found.loud), ("small activation", found.quiet)):
         figures = [f"{float(found.activations[i]):g}", f"{float(found.weights[i]):.2f}"]
         figures += [f"{float(found.rtn.errors[i]):.3f}", f"{float(found.rtn.costs[i]):.2f}"]
         figures += [

@@ -9,7 +9,7 @@ from .theory import Example
 
 
 def which_hurts(example: Example) -> str:
-    """Say which of two of RTN's errors costs more, the one on the loud channel or the larger one on a quiet one."""
+    """Say which of two of RTN's errors costs more: that where activations are large, or a larger one where they are small."""
     loud, quiet = example.loud, example.quiet
     (one, cost), (other, other_cost) = (
         (float(example.rtn.errors[i]), float(example.rtn.costs[i])) for i in (loud, quiet)
@@ -24,12 +24,12 @@ def which_hurts(example: Example) -> str:
 
 
 def what_scaling_does(example: Example) -> str:
-    """Say what AWQ's scale does to the error on the loud channel, and to all channels together."""
+    """Say what AWQ's scale does to the error where activations are large, and to all channels together."""
     if bool((example.scale == 1).all()):
         return "AWQ: the search finds no scale that costs less than RTN."
     loud, total, before = example.loud, example.awq.total, example.rtn.total
     lead = (
-        f"AWQ: the weight of the loud channel is multiplied by {float(example.scale[loud]):.1f} before it is rounded, its "
+        f"AWQ: the weight with the large activation is multiplied by {float(example.scale[loud]):.1f} before it is rounded, its "
         f"activation divided by as much. The error there goes from {float(example.rtn.errors[loud]):.3f} to "
         f"{float(example.awq.errors[loud]):.3f}. "
     )

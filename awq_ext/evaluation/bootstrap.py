@@ -68,7 +68,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made: ``resamples`` draws from ``seed``, covering ``confidence`` of them."""
+    """How intervals are made: from ``resamples`` random draws (``seed``), of which they hold the share ``confidence``."""
 
     confidence: float = 0.95
     resamples: int = 2000
@@ -85,7 +85,7 @@ class Bootstrap:
         return Estimate(measure.value, *self._interval(lambda: measure.replicates(self.resamples, self.seed), measure))
 
     def difference(self, one: Measure, other: Measure) -> Estimate:
-        """Subtract ``other``, paired: both are scored on the same windows, and what a window does to both falls out.
+        """Subtract ``other``, paired: both are scored on the same windows, so what a window adds to both cancels.
 
         Raises ValueError when they were not.
         """

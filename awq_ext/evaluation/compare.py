@@ -54,17 +54,17 @@ def compare(
 ) -> Comparison:
     """Quantize ``model`` by each of ``methods`` and score every result on every text of ``traffic``.
 
-    calib: the calibration samples. traffic: evaluation samples by name, such as {"code": [...]}, like the text that you serve
-        and others than you calibrate on. All as :func:`awq_ext.quantize` reads them.
+    calib: the calibration samples. traffic: evaluation samples by name, such as {"code": [...]}, like the text that you serve,
+        and not those that you calibrate on. All as :func:`awq_ext.quantize` reads them.
     methods: names ("rtn", "awq", ...), dicts of :class:`AwqConfig` fields (a "label" among them is the name in the table), or
         AwqConfig objects; or a dict of these by label. settings: fields that hold for all of them, such as ``group_size=64``.
     metric: as for :func:`awq_ext.evaluate`; None scores next tokens: perplexity, KL divergence and top-1 agreement with ``model``.
     speed_seconds: time for each speed measurement, a method and the float model taking turns; 0 leaves speeds out.
-    on_model: called with the label and the model of each row, the float one first, before the model is let go: to let it write
-        a text, say. An error in it is one of the method.
+    on_model: called with the label and the model of each row, the float one first, before the model is freed. For example, to let
+        it write a text. An error in it counts as an error of the method.
 
     Returns a :class:`Comparison`: print it, show it in a notebook, ``to_markdown()``, ``to_json()``. A method that fails has its
-    error in the table, and a warning; the others are done nevertheless.
+    error in the table, and a warning; the others go on.
 
     ``model`` is never written, so an error or an interrupt cannot harm it either: each method works on a copy that shares
     its matrices, one at a time. Peak memory is what quantizing the model in place takes. Raises TypeError or ValueError for

@@ -51,7 +51,10 @@ class Variant:
 
 @dataclass(frozen=True, repr=False)  # its __str__ is what is to be seen
 class Comparison:
-    """All rows, the float model first. ``print`` it, show it in a notebook, or take ``to_markdown()`` or ``to_json()``."""
+    """What :func:`compare` found: one row for each method, after that of the float model.
+
+    ``print`` it, show it in a notebook, or take ``to_markdown()`` or ``to_json()``.
+    """
 
     rows: Sequence[Variant]
     traffic: Sequence[str]

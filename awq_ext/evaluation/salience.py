@@ -80,7 +80,7 @@ class Salience:
     def enough_tokens(self) -> int | None:
         """Calibration tokens that are enough for nine groups of ten; None where a single sample tells nothing.
 
-        An expert sees a share of the tokens, and needs as many more.
+        An expert sees only a share of the tokens, and needs correspondingly more.
         """
         seen = max(row.tokens for row in self.rows)
         known = sorted(math.ceil(r.enough_tokens * seen / r.tokens) for r in self.rows if r.enough_tokens is not None)
@@ -174,7 +174,7 @@ def salience(
 
     loader: the calibration samples. traffic: evaluation samples by name, such as {"code": [...]}. Both as
         :func:`awq_ext.quantize` reads them.
-    tolerance: relative standard error of a channel's mean |x| that counts as known. AWQ takes the square root or so of it
+    tolerance: relative standard error below which a channel's mean |x| counts as known. AWQ takes the square root or so of it
         (s = x_mean^alpha), and one step of alpha's grid moves the s of a channel ten times the mean by 12 %.
     settings: fields of :class:`AwqConfig` that choose layers, such as ``skip``.
 

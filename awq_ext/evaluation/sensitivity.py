@@ -65,7 +65,7 @@ class Kept:
 
 @dataclass(frozen=True, repr=False)  # its __str__ is what is to be seen
 class Sensitivity:
-    """The cost of each part; ``print`` shows the costliest first, :meth:`keep` chooses.
+    """What :func:`sensitivity` found: the cost of each part. ``print`` it; :meth:`keep` spends a budget of bits.
 
     measure: "kl" (mean divergence of the float model's next-token distribution, nats a token) or "output" (squared error of the
     model's output, relative). together: the cost of quantizing everything; the sum of the parts is near it as far as costs add up.
@@ -89,11 +89,11 @@ class Sensitivity:
         return sum(part.cost.value for part in self.parts)
 
     def keep(self, bits: float, upper: int | str = "float", joined: bool = False) -> Kept:
-        """Choose the parts that save most cost for each bit more, within ``bits`` stored bits a weight on average.
+        """Choose the parts that save most cost for each extra bit, within ``bits`` stored bits a weight on average.
 
-        upper: what they become: "float", or 5 to 8 bits (5 to 7 are fake-quantized: no packed layer has them). A bit more makes
-        rounding errors half and squared ones a quarter, which is how the cost of ``upper`` bits is estimated.
-        joined: choose q, k and v together, and gate and up: vLLM and other servers make one matrix of them, of one width.
+        upper: what the chosen parts become: "float", or 5 to 8 bits (5 to 7 are fake-quantized: no packed layer has them). The
+            cost of ``upper`` bits is estimated: each further bit halves rounding errors, and quarters squared ones.
+        joined: choose q, k and v together, and gate and up: vLLM and other servers make one matrix of them, with the same bits.
         Raises ValueError for a budget below what quantizing everything takes.
         """
         if upper != "float" and (

@@ -105,15 +105,15 @@ def from_pretrained(
     """Load the model of a directory with config.json and a quantized checkpoint of any layout, in eval mode, on the CPU.
 
     directory: also a GGUF file by itself, whose config is made of its metadata; or a name on the Hugging Face hub,
-        such as "Qwen/Qwen2.5-7B-Instruct-AWQ", whose files are taken from the cache or downloaded; revision, token, cache_dir and
-        local_files_only are huggingface_hub's, without which its own defaults hold (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE). Pickled
+        such as "Qwen/Qwen2.5-7B-Instruct-AWQ", whose files are taken from the cache or downloaded. revision, token, cache_dir and
+        local_files_only are those of huggingface_hub, whose defaults hold otherwise (HF_TOKEN, HF_HOME, HF_HUB_OFFLINE). Pickled
         weights are never downloaded.
 
     The class is the one that config.json names, of the transformers package (``pip install "awq-ext[hf]"``). Weights are built
     empty and filled shard by shard: no float copy of a quantized weight ever exists.
     dtype: of everything that is not quantized; None keeps the dtypes of the files.
-    options: passed to the config, such as ``attn_implementation="eager"`` or ``trust_remote_code=True``, without which code that
-        lies beside a model is never run.
+    options: passed to the config, such as ``attn_implementation="eager"`` or ``trust_remote_code=True``. Code that lies beside a
+        model is never run without the latter.
     Raises CheckpointError for names that cannot be found, for damaged, hostile or unfitting files, and for layouts that cannot be
     read; ImportError without transformers.
     """

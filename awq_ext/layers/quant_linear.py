@@ -39,8 +39,8 @@ class QuantLinear(nn.Module):
     an earlier operation.
     Activations fp32, bf16 or fp16 of any leading shape; the output has their dtype. The weight is frozen; gradients reach
     the input and the bias. ``compute`` says what the products are computed in (:func:`set_compute_dtype`).
-    ``rescaled``: a power of two by which the model's own forward had multiplied the weight when it was quantized, 1 for nearly all
-    models. The forward of the loaded model, which would do so again, may: nothing changes.
+    ``rescaled`` is 1 for nearly all models. In the others (RWKV) the model's own first forward multiplies the weight in place by a
+    power of two: this one, which the quantized weight holds already. When a loaded model does that again, nothing changes.
     """
 
     rescaled = 1.0

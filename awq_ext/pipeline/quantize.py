@@ -57,28 +57,30 @@ def quantize(
 
     model: any nn.Module with nn.Linear inside, float32, bfloat16 or float16. Compiled kernels run on the CPU, plain torch on any
         other device.
-    calib_loader: iterable of samples, each a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
-        ``attention_mask`` marks 0 do not count), a list of token ids or, with ``tokenizer``, a str, a list of messages, or a row of
-        a data set with "text", "messages", "conversations" or "prompt" and "completion". Tensors are moved to the model's device.
-        "builtin" (with ``tokenizer``): a small mix of languages and code that ships with the package, and as much text that the
-        model writes itself (``generated_tokens``). Text of your own traffic is better.
-    inputs: what of a sample the model is called with: "all"; "first" for loaders of (input, label) pairs; or a function of it.
+    calib_loader: iterable of samples. Each is a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
+        ``attention_mask`` marks 0 do not count) or a list of token ids. With ``tokenizer`` it may also be a str, a list of
+        messages, or a row of a data set with "text", "messages", "conversations" or "prompt" and "completion". Tensors are moved to
+        the model's device. "builtin" in place of samples (with ``tokenizer``) is a small mix of languages and code that ships with
+        the package, and as much text that the model writes itself (``generated_tokens``). Your own text is better.
+    tokenizer: turns texts and chats into token ids; needed for these, and for ``builtin_text``.
+    inputs: what the model is called with: "all" of a sample; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
-    resume: a directory for what is finished, made if need be. After an interrupt of any kind, SIGKILL and power cuts included, the
-        same call on the same float model goes on after the last finished block, to the very result that it would have had. It stays
-        when all is done: remove it once the model is saved. fresh: True removes what is in it first.
+    progress: whether a bar is shown.
+    resume: a directory for finished blocks, made if need be. After an interrupt of any kind, SIGKILL and power cuts included, the
+        same call on the same float model goes on after the last finished block, and ends with the result of an uninterrupted call.
+        The directory stays: remove it once the model is saved. fresh: True removes what is in it first.
     distributed: in an initialized ``torch.distributed`` group of several processes all of them make this call, with the same
         arguments, and share the work: each gets the layers of one process, bit for bit; process 0 writes ``resume``. False: this
-        process works alone. timeout: seconds without a sign of life after which a process of them counts as dead.
+        process works alone. timeout: seconds without a sign of life after which a process counts as dead.
     config, overrides: an :class:`AwqConfig` or a dict of its fields (or AutoAWQ's), and fields by name, such as ``group_size=64``.
 
-    Returns ``model``, with QuantLinear in place of nn.Linear and ``model.awq_report`` telling what was done; one of Transformers
-    also writes whole quantized checkpoints with its own ``save_pretrained``. Raises ValueError
-    or TypeError for unusable arguments, CalibrationError when the model rejects a batch, ResumeError for a directory with the work
-    of another call (other weights, batches, settings or versions) or of a running process, TeamError where another of several
-    processes failed or is gone, and whatever the loader raises. After
-    any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C takes effect after the current forward
-    of a block or search of a layer; a second one takes effect at once. One that comes when all is done leaves the quantized model.
+    Returns ``model``, with QuantLinear in place of nn.Linear. ``model.awq_report`` says what was done. A Transformers model
+    also writes whole quantized checkpoints with its own ``save_pretrained``. Raises ValueError or TypeError for unusable arguments,
+    CalibrationError when the model rejects a batch, ResumeError for a directory with the work of another call (other weights,
+    batches, settings or versions) or of a running process, TeamError where another of several processes failed or is gone, and
+    whatever the loader raises. After any exception, KeyboardInterrupt included, the model is bit for bit what it was. A Ctrl-C
+    takes effect after the current forward of a block or search of a layer; a second one takes effect at once. One that comes when
+    all is done leaves the quantized model.
     """
     if fresh and resume is None:
         raise ValueError("fresh=True starts a work directory over: name it with resume=")

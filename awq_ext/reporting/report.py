@@ -17,12 +17,13 @@ FEW_TOKENS = 4000
 
 @dataclass
 class LayerReport:
-    """One nn.Linear. Losses are mean squared output errors per calibration row, summed over outputs; None if not measured.
+    """What became of one nn.Linear.
 
-    Rows count as ``AwqConfig.objective`` says: losses of methods with error feedback and of others do not compare.
+    Losses are mean squared output errors per calibration row, summed over outputs; None if not measured. Rows count as
+    ``AwqConfig.objective`` says, so losses of methods with error feedback cannot be compared with those of others.
 
     status: "int4", "int8", "fake" (fake-quantized), or "float" (left as it was; ``note`` says why).
-    scale: "identity", "plain" or "duo"; alpha its exponent; power: of that scale, which error feedback was given (otherwise 1).
+    scale: "identity", "plain" or "duo"; alpha its exponent; power: of that scale, under error feedback (otherwise 1).
     applied: "norm" or "linear" (folded into one), "run time", "weights" (fake-quantized weights hold both) or "" (nothing to
     apply). group: the first Linear of the scale group, which shares the scale.
     bias_corrected: whether its bias takes over the mean of its error; ``loss`` is what is left then, ``loss_rtn`` RTN's as it is.
@@ -53,9 +54,10 @@ class LayerReport:
 
 @dataclass
 class BlockReport:
-    """One block. fold_error: relative error of its float output once folds were applied; output_error: of its quantized output.
+    """What became of one block, measured on the first calibration batch.
 
-    Both on the first batch. note: why its folds were given up, if they were.
+    fold_error: relative error of its float output once folds were applied; output_error: of its quantized output. note: why its
+    folds were given up, or its rounding was not learned, if so.
     """
 
     name: str

@@ -29,7 +29,7 @@ _VERSION = 1
 
 
 class ResumeError(RuntimeError):
-    """A work directory that this call cannot go on from, and why."""
+    """A work directory from which this call cannot go on; the message says why."""
 
 
 class WorkDirectory:

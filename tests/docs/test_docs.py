@@ -116,7 +116,7 @@ def test_the_readmes_example(
 ) -> None:
     """In Python, then by the command; the hub's name is the only thing exchanged."""
     model = stand_in(tmp_path / "model")
-    (tmp_path / "traffic.txt").write_text("".join(f"{i} questions and {i * i} answers\n" for i in range(400)))
+    (tmp_path / "my-text.txt").write_text("".join(f"{i} questions and {i * i} answers\n" for i in range(400)))
     monkeypatch.chdir(tmp_path)
     (snippet,) = snippets("README.md", "python")
     assert HUB_NAME in snippet

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import hf_directory
-import models
 import pytest
 import torch
 import yaml
@@ -26,7 +25,8 @@ transformers = pytest.importorskip("transformers", reason="the guides were NOT t
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import; and that windows are few
 ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "docs" / "guides"
-HUB_NAME = "Qwen/Qwen2.5-0.5B-Instruct"
+HUB_NAME, HUB_MIXTURE = "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen1.5-MoE-A2.7B-Chat"
+FILES = ("calib.txt", "code.txt", "prose.txt", "train.txt")
 CODELESS = {"what-goes-wrong", "reference"}
 RUN = sorted({path.stem for path in GUIDES.glob("*.md")} - CODELESS)
 LONG = {"hugging-face", "choose-a-method", "calibrate"}  # most of the time that all take
@@ -47,38 +47,23 @@ def stand_in(folder: Path) -> Path:
     return folder
 
 
-def llama(folder: Path) -> nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def experts() -> nn.Module:
+def experts(folder: Path) -> Path:
+    """The same for the mixture."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 260}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).save_pretrained(folder)
+    hf_directory.tokenizer().save_pretrained(folder)
+    return folder
 
 
-def known_names(page: str, folder: Path) -> dict[str, Any]:
-    """What the pages take for granted."""
-    windows, others = models.token_batches((40, 40, 40)), models.token_batches((30, 30))
-    names = {
-        "awq_ext": awq_ext,
-        "model": experts() if page == "mixture-of-experts" else llama(folder),
-        **{name: llama(folder) for name in ("other", "first", "second", "third")},
-        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder),
-        "calib_loader": windows,
-        "example": windows[0],
-        "windows": windows,
-        "code_windows": windows,
-        "json_windows": others,
-    }
-    if page == "not-only-decoders":
-        texts = text_batches(count=3)
-        names |= {"encoder": made(bert), "text_batches": texts[1:], "held_out": texts[0]}
-        names |= {"seeing": made(llava), "picture_batches": picture_batches(count=2)}
-    if page == "lora":
-        names["quantized"] = awq_ext.quantize(llama(folder), windows, group_size=32, n_grid=2, progress=False)
-    return names
+def known_names(page: str) -> dict[str, Any]:
+    """What a page takes for granted: nothing, unless its words say what the names are."""
+    if page != "not-only-decoders":
+        return {}
+    texts = text_batches(count=3)
+    names = {"encoder": made(bert), "text_batches": texts[1:], "held_out": texts[0]}
+    return names | {"seeing": made(llava), "picture_batches": picture_batches(count=2)}
 
 
 @pytest.mark.parametrize(
@@ -88,9 +73,9 @@ def test_the_guide_runs_as_typed(page: str, tmp_path: Path, monkeypatch: pytest.
     if page == "lora":
         pytest.importorskip("peft", reason="the guide on LoRA was NOT tested: pip install 'awq-ext[test]'")
     folder = stand_in(tmp_path / "model")
-    for name in ("prompts.jsonl", "code.txt"):
-        row = '{"prompt": "a question", "completion": "its answer"}\n' if name.endswith("jsonl") else "a = 1\n"
-        (tmp_path / name).write_text(row * 200)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a question", "completion": "its answer"}\n' * 200)
+    for name in FILES:
+        (tmp_path / name).write_text("".join(f"{name}: {i} and {i * i}\n" for i in range(80)))
     monkeypatch.chdir(tmp_path)
     for name, value in {
         "RANK": "0",
@@ -99,12 +84,15 @@ def test_the_guide_runs_as_typed(page: str, tmp_path: Path, monkeypatch: pytest.
         "MASTER_PORT": str(free_port()),
     }.items():
         monkeypatch.setenv(name, value)  # as torchrun does for the guide on several machines
-    known, found = known_names(page, folder), blocks(page, "python")
+    if page == "mixture-of-experts":
+        experts(tmp_path / "mixture")
+    known, found = known_names(page), blocks(page, "python")
     assert found
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for block in found:
-            exec(compile(block.replace(HUB_NAME, str(folder)), f"{page}.md", "exec"), known)
+            here = block.replace(HUB_NAME, str(folder)).replace(HUB_MIXTURE, str(tmp_path / "mixture"))
+            exec(compile(here, f"{page}.md", "exec"), known)
     reported = [value for value in known.values() if isinstance(value, nn.Module) and hasattr(value, "awq_report")]
     assert reported
     for command in (line for text in blocks(page, "") for line in text.splitlines() if line.startswith("awq-ext ")):

@@ -16,7 +16,7 @@ from awq_ext import cli
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import
 PAGE = Path(__file__).parents[2] / "docs" / "json.md"
-TYPES = {"number": (int, float), "text": str, "truth": bool, "any": object}
+TYPES = {"number": (int, float), "string": str, "bool": bool, "any": object}
 
 
 def documented(name: str, at: str = "") -> dict[str, tuple[str, bool]]:

@@ -18,6 +18,15 @@ ModelDir = Annotated[
         "the hub's cache).",
     ),
 ]
+FloatModel = Annotated[
+    Path,
+    typer.Argument(
+        callback=check_source,
+        metavar="MODEL",
+        help="The float model: a Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION on the hub (downloaded once, to the "
+        "hub's cache).",
+    ),
+]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of MODEL on the hub; the same as ORG/NAME@REVISION.")
 ]
@@ -61,8 +70,9 @@ Effort = Annotated[
     str | None,
     typer.Option(
         callback=check_effort,
-        help="fast (awq), balanced (awq+gptq) or best (awq+gptq, then all scales tuned end to end): settings by the time that they "
-        "take. Options and --set count more.",
+        help="Settings chosen by the time that they take: fast (awq), balanced (awq+gptq) or best (awq+gptq, then the codes of "
+        "each block are learned together). All three also calibrate on the texts that ship with the package. Other options and "
+        "--set override them.",
         show_default=False,
     ),
 ]
