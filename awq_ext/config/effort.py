@@ -15,7 +15,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "learn_rounding": 0,
         "tune_scales": 0,
     },
-    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "learn_rounding": 60, "tune_scales": 0},
+    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "learn_rounding": 120, "tune_scales": 0},
 }
 
 

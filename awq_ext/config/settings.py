@@ -123,9 +123,9 @@ class AwqConfig:
     learn_rounding: gradient steps for each block that learn the codes and scales of its Linears together; 0 is none. They begin at
         the codes that ``method`` found (arXiv 2309.05516 begins at plain rounding), and lower the error of the block's output.
         The block's inputs come from the quantized blocks before it, and its target is its output in the float model. A step takes
-        two batches, and about as long as eight forwards of one batch through the block. One batch of eight is held out: what was
-        learned is kept only if the error on it falls. Blocks without gradients keep their codes, with a warning. Several processes
-        cannot share this work.
+        one batch, and about as long as four of its forwards through the block. One batch of eight is held out: what was learned is
+        kept only if the error on it falls. Blocks without gradients keep their codes, with a warning. Several processes cannot
+        share this work.
     tune_scales: passes over the calibration batches that tune the scales of all weight groups end to end; 0 is none. They are
         gradient steps on the model's KL divergence from the float model. Codes and zeros stay. One batch of eight is held out: the
         old scales come back unless the divergence on it falls. A batch of a pass takes as long as four forwards. Only for

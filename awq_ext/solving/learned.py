@@ -21,9 +21,9 @@ from .rounding import divided, mean_loss
 from .solution import GroupSolution, LayerSolution, substitutes_of
 
 # Of the first step: of positions, in codes, and of scales, as a share. Both fall to 0 in a line.
-RATE, SCALE_RATE = 5e-3, 5e-4
-# Batches of a step, and steps after which the held-out batches are asked.
-TOGETHER, LOOK = 2, 20
+RATE, SCALE_RATE = 5e-3, 1e-3
+# Steps, of a batch each, after which the held-out batches are asked.
+LOOK = 40
 # One batch of so many is kept for the decision.
 HELD = 8
 # A position begins where the float weight lies, but at most so far from the code that was found: a step must not undo that.
@@ -61,10 +61,8 @@ def learn_rounding(
         return list(groups), None
     fixed = _fixed(groups, [layer.given for layer in layers])
     before = best = _judge(judged, fixed | _weights(layers))
-    order = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        chosen = torch.randperm(len(seen), generator=order)[:TOGETHER].tolist()
-        _take_step(layers, [seen[i] for i in chosen], fixed, 1 - step / steps)
+    for step, chosen in enumerate(_order(len(seen), steps)):
+        _take_step(layers, seen[chosen], fixed, 1 - step / steps)
         if (step + 1) % LOOK == 0 or step + 1 == steps:
             now = _judge(judged, fixed | _weights(layers))
             if now < best:
@@ -77,6 +75,13 @@ def learn_rounding(
     found = [replace(one, layers=tuple(solved.get(id(layer), layer) for layer in one.layers)) for one in groups]
     after = _judge(judged, substitutes_of(layer for group in found for layer in group.layers))
     return (found, Learned(before, after)) if after < before else (list(groups), Learned(before, before))
+
+
+def _order(batches: int, steps: int) -> list[int]:
+    """Draw the batch of each step: all of them once, in another order each time, before any comes again."""
+    generator = torch.Generator().manual_seed(0)
+    rounds = [torch.randperm(batches, generator=generator) for _ in range(-(-steps // batches))]
+    return torch.cat(rounds)[:steps].tolist() if rounds else []
 
 
 def _fixed(groups: Sequence[GroupSolution], learned: Sequence[LayerSolution]) -> dict[tuple[nn.Module, str], Tensor]:
@@ -168,18 +173,14 @@ def _weights(layers: Sequence[_Rounding]) -> dict[tuple[nn.Module, str], Tensor]
 
 
 def _take_step(
-    layers: Sequence[_Rounding], probes: Sequence[Probe], fixed: Mapping[tuple[nn.Module, str], Tensor], rate: float
+    layers: Sequence[_Rounding], probe: Probe, fixed: Mapping[tuple[nn.Module, str], Tensor], rate: float
 ) -> None:
     weights = _weights(layers)
     leaves = [weight.requires_grad_() for weight in weights.values()]
-    sums: list[Tensor | None] = [None] * len(leaves)
-    for probe in probes:
-        with torch.enable_grad():
-            loss = _error(probe, dict(fixed) | weights)
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
-    for layer, weight, gradient in zip(layers, leaves, sums, strict=True):
-        if gradient is not None:  # of an expert that no token of these batches reached there is none
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(_error(probe, dict(fixed) | weights), leaves, allow_unused=True)
+    for layer, weight, gradient in zip(layers, leaves, gradients, strict=True):
+        if gradient is not None:  # of an expert that no token of this batch reached there is none
             layer.move(weight.detach().float(), gradient.float().contiguous(), rate)
 
 
