@@ -91,12 +91,13 @@ def check_size(value: str) -> str:
 
 def _checked(value: str, choices: Iterable[str]) -> str:
     """Find a choice however its letters are written; else a usage error that names the nearest."""
-    from ...config import did_you_mean
+    from ...config import did_you_mean, nearest_choice
 
     choices = list(choices)
     wanted = value.lower()
     if wanted not in choices:
-        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{did_you_mean(wanted, choices)}")
+        meant = did_you_mean(nearest_choice(wanted, choices))
+        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{meant}")
     return wanted
 
 
