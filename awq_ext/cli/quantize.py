@@ -215,6 +215,8 @@ def quantize(
         if at.leads:
             hf.save_model(model, out_dir, format, covered, at.streamed, verify)
         at.work.remove()
+        if all(map(texts.is_builtin, calib)):
+            report.builtin_tokens = report.calibration_tokens
     if not at.leads:  # the first of several processes does the rest
         return
     console.print(escape(report.summary()), soft_wrap=True)
