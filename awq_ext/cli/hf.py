@@ -146,9 +146,7 @@ def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping
     try:
         foresee.check_format(model, batch[:, :_FEW_TOKENS], format, **settings)
     except CheckpointError as error:
-        ways = "settings are options here: --group-size, --skip, --set FIELD=VALUE. "
-        ways += "--format native, which awq_ext alone loads, holds every model"
-        raise CheckpointError(f"{error}\n{ways}") from None
+        raise CheckpointError(f"{error}\n--format native, which awq_ext alone loads, holds every model") from None
 
 
 def tell_readers(console: Console, directory: Path, format: str) -> None:

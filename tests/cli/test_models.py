@@ -289,9 +289,9 @@ def test_a_mistake_is_one_line(
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        (["--group-size", 128], ("in_features=64 is not a multiple of group_size=128", "--format native")),
-        (["--group-size", 32, "--set", "fold=never"], ("its input is scaled at run time", 'fold="always"')),
-        (["--group-size", 32, "--format", "modelopt"], ("symmetric=True",)),
+        (["--group-size", 128], ("in_features=64 is not a multiple of --group-size 128", "--format native")),
+        (["--group-size", 32, "--set", "fold=never"], ("its input is scaled at run time", "--set fold=always")),
+        (["--group-size", 32, "--format", "modelopt"], ("--set symmetric=true",)),
         (["--group-size", 32, "--set", "bits=8"], ("it has 8 bits, not 4", "--format native")),
         (["--group-size", 32, "--set", 'per_layer={"*up_proj": {"group_size": 16}}'], ("different group sizes",)),
     ],

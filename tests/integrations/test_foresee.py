@@ -101,7 +101,10 @@ def test_what_saving_says_is_said_before(
     assert before == seen(model, format, settings, tmp_path / "out")
     assert (before is None) == holds
     if 8 in (settings.get("bits"), *(own.get("bits") for own in settings.get("per_layer", {}).values())) and not holds:
-        assert any('it has 8 bits, not 4: use format="compressed-tensors", "gptq" or' in line for line in before)
+        assert any(
+            'it has 8 bits, not 4: use format="compressed-tensors", "gptq", "mlx", "native" or' in line
+            for line in before
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*neighbours are float")
