@@ -61,8 +61,8 @@ Effort = Annotated[
     str | None,
     typer.Option(
         callback=check_effort,
-        help="fast (awq), balanced (awq+gptq) or best (awq+gptq, then all scales tuned end to end): settings by the time that they "
-        "take. Options and --set count more.",
+        help="fast (awq), balanced (awq+gptq) or best (awq+gptq, then the codes of each block are learned together): settings by "
+        "the time that they take. Options and --set count more.",
         show_default=False,
     ),
 ]
