@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .. import Evaluation
+    from ..evaluation.bootstrap import Estimate
 
 
 @one_line_errors
@@ -92,7 +93,7 @@ def eval(
     found = score(model, other, scored, str(model_dir), console)
     figures = {name: one.to_dict() for name, one in found.items()}
     if card:
-        record_scores(model_dir, figures)
+        record_scores(folder, figures)
     write_json(figures, json_path)
 
 
@@ -104,12 +105,12 @@ def score(
     from ..evaluation.comparison import plus_minus
 
     found = {name: evaluate(model, samples, reference=reference, progress=True) for name, samples in scored.items()}
-    measures = list(next(iter(found.values())).measures)
+    figures = [_figures(one) for one in found.values()]
     rows = [
-        [Cell(name), Cell(f"{one.tokens:,}"), *(Cell(plus_minus(one[measure])) for measure in measures)]
-        for name, one in found.items()
+        [Cell(name), Cell(f"{one.tokens:,}"), *(Cell(plus_minus(value)) for value in values.values())]
+        for (name, one), values in zip(found.items(), figures, strict=True)
     ]
-    console.print(Table(title, ["text", "tokens", *measures], rows).to_rich())
+    console.print(Table(title, ["text", "tokens", *figures[0]], rows).to_rich())
     windows = ", ".join(f"{one.windows} of {escape(name)}" for name, one in found.items())
     legend = f"±: half the 95% interval over windows ({windows}); of fewer than ten windows it says little"
     if reference is not None:
@@ -118,6 +119,14 @@ def score(
     if (table := _llama_table(found)) is not None:
         console.print(table.to_rich())
     return found
+
+
+def _figures(found: Evaluation) -> dict[str, Estimate]:
+    """List the measures, with the reference's perplexity beside the model's."""
+    measures = {name: found[name] for name in found.measures}
+    if (other := found.reference_perplexity) is not None:
+        measures = {"perplexity": measures["perplexity"], "the reference's": other, **measures}
+    return measures
 
 
 def _llama_table(found: Mapping[str, Evaluation]) -> Table | None:

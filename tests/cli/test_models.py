@@ -112,6 +112,7 @@ def test_eval(model_dir: Path, texts: dict[str, Path], quantized: Path) -> None:
     )
     assert shown.exit_code == 0, shown.output
     figures = json.loads(shown.stdout)  # the table goes to standard error
+    assert re.search(r"perplexity\s+the reference's\s+kl", shown.stderr)
     assert set(figures) == {"code", "p"} and "top1: share of tokens" in shown.stderr
     assert "over windows (1 of code, 1 of p)" in shown.stderr.replace("\n", " ")
     assert 0 < figures["code"]["kl"]["value"] < 1
