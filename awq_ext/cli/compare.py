@@ -105,6 +105,7 @@ def compare(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--method") from None
     texts.check_field(field, [*calib, *named.values()])
+    hf.note_same_texts(calib, named)
     folder = hf.folder(model_dir, revision, token)
     hf.refuse_quantized(folder)
     tokenizer = hf.load_tokenizer(folder, trust_remote_code)
@@ -145,13 +146,13 @@ def next_command(parts: list[str], config: Mapping[str, Any], effort: str | None
 
     parts: its beginning; effort: what the row was asked for by, if it was.
     """
-    if not config["packed"] or config["bits"] not in (4, 8):
     from ..config import AwqConfig
 
+    if not config["packed"] or config["bits"] not in (4, 8):
         return ""
-    said = {name: value for name, value in config.items() if value != usual[name] and name != "seq_len"}
     usual = (AwqConfig() if effort is None else AwqConfig(effort=effort)).to_dict()
     parts = parts if effort is None else [*parts, "--effort", effort]
+    said = {name: value for name, value in config.items() if value != usual[name] and name != "seq_len"}
     for name in ("method", "group_size", "bits"):
         if name in said:
             parts = [*parts, f"--{name.replace('_', '-')}", str(said.pop(name))]

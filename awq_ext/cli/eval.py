@@ -78,9 +78,9 @@ def eval(
     texts.check_field(field, named.values())
     if card and not (model_dir.is_dir() and is_quantized(model_dir)):
         raise typer.BadParameter(f"{model_dir} is no directory of a quantized model", param_hint="--card")
-    model_dir = hf.folder(model_dir, revision, token)
-    tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
-    model = hf.load_model(model_dir, dtype, trust_remote_code, device)
+    folder = hf.folder(model_dir, revision, token)
+    tokenizer = hf.load_tokenizer(folder, trust_remote_code)
+    model = hf.load_model(folder, dtype, trust_remote_code, device)
     other = None
     if reference is not None:
         other = hf.load_model(hf.folder(reference, token=token), dtype, trust_remote_code, device)

@@ -198,6 +198,7 @@ def test_options_of_their_own(made: Path, tmp_path: Path) -> None:
         (["--per-layer", "*.down_proj"], "is not PATTERN:FIELD=VALUE"),
         (["--per-layer", "{"], "is no JSON"),
         (["--per-layer", "*.down_proj:bitz=8"], "bitz"),
+        (["--max-memory", "20mbb"], "'20mbb' is no size: give bytes, or a number with a unit"),
         (["--report", "x.pdf"], "give a name that ends in .html or .htm"),
     ],
 )
