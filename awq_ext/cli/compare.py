@@ -122,7 +122,7 @@ def compare(
     given = {"field": field, "samples": samples, "seed": seed, "seq-len": seq_len, "dtype": dtype, "device": device}
     parts = _beginning(model_dir, calib, given)
     effort = next((one["effort"] for one in methods if one["label"] == summed.label and "effort" in one), None)
-    following = next_command(parts, found[summed.label].config, effort)
+    following = next_command(parts, found[summed.label].config, effort, with_builtin(calib, {}))
     none = "directories hold 4 or 8 bits, packed: name such methods, to see which of them to take"
     console.print(f"next: {following or none}", markup=False, soft_wrap=True)
     write_json(found.to_dict() | {"verdict": summed.text, "take": summed.label, "next": following}, json_path)
@@ -141,16 +141,18 @@ def _last_name(model: Path) -> str:
     return Path(str(model).partition("@")[0]).name or model.resolve().name
 
 
-def next_command(parts: list[str], config: Mapping[str, Any], effort: str | None = None) -> str:
+def next_command(
+    parts: list[str], config: Mapping[str, Any], effort: str | None = None, implied: Mapping[str, Any] | None = None
+) -> str:
     """Write the command that makes a directory with the settings of a row; "" where none does.
 
-    parts: its beginning; effort: what the row was asked for by, if it was.
+    parts: its beginning; effort: what the row was asked for by, if it was; implied: settings that the beginning brings.
     """
     from ..config import AwqConfig
 
     if not config["packed"] or config["bits"] not in (4, 8):
         return ""
-    usual = (AwqConfig() if effort is None else AwqConfig(effort=effort)).to_dict()
+    usual = (AwqConfig() if effort is None else AwqConfig(effort=effort)).to_dict() | dict(implied or {})
     parts = parts if effort is None else [*parts, "--effort", effort]
     said = {name: value for name, value in config.items() if value != usual[name] and name != "seq_len"}
     for name in ("method", "group_size", "bits"):

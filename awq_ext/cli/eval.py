@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .. import Evaluation
-    from ..evaluation.bootstrap import Estimate
 
 
 @one_line_errors
@@ -102,12 +101,11 @@ def score(
 ) -> dict[str, Evaluation]:
     """Score a model on windows of tokens by the name of their text, and print the figures as a table."""
     from .. import evaluate
-    from ..evaluation.comparison import plus_minus
 
     found = {name: evaluate(model, samples, reference=reference, progress=True) for name, samples in scored.items()}
     figures = [_figures(one) for one in found.values()]
     rows = [
-        [Cell(name), Cell(f"{one.tokens:,}"), *(Cell(plus_minus(value)) for value in values.values())]
+        [Cell(name), Cell(f"{one.tokens:,}"), *map(Cell, values.values())]
         for (name, one), values in zip(found.items(), figures, strict=True)
     ]
     console.print(Table(title, ["text", "tokens", *figures[0]], rows).to_rich())
@@ -121,11 +119,14 @@ def score(
     return found
 
 
-def _figures(found: Evaluation) -> dict[str, Estimate]:
-    """List the measures, with the reference's perplexity beside the model's."""
-    measures = {name: found[name] for name in found.measures}
+def _figures(found: Evaluation) -> dict[str, str]:
+    """Format the measures, with the reference's perplexity beside the model's."""
+    from ..evaluation.comparison import plus_minus
+
+    measures = {name: plus_minus(found[name]) for name in found.measures}
     if (other := found.reference_perplexity) is not None:
-        measures = {"perplexity": measures["perplexity"], "the reference's": other, **measures}
+        # without its interval, as in the tables of compare: rows fit into 80 columns
+        measures = {"perplexity": measures["perplexity"], "the reference's": f"{other.value:.3f}", **measures}
     return measures
 
 

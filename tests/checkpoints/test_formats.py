@@ -261,9 +261,9 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_eight_bits_are_for_layouts_that_have_them(name: str) -> None:
     layer = random_layer(k=256, g=64, symmetric=True, bits=8)
     (problem,) = LAYOUTS[name].problems("self_attn.q_proj", layer)
-    start, named, end = problem.partition('use format="compressed-tensors", "gptq", "mlx", "native" or')
+    start, named, end = problem.partition('use format="compressed-tensors", "gptq", "mlx", "native" or "gguf" (that ')
     assert named and start == "it has 8 bits, not 4: "
-    assert end == ', if it is symmetric, "gguf"; or quantize with bits=4 (an output layer: with head="int4")'
+    assert end == 'only if it is symmetric), or quantize with bits=4 (an output layer: with head="int4")'
     holding = {other for other, layout in LAYOUTS.items() if not layout.problems("self_attn.q_proj", layer)}
     assert holding == {other for other in LAYOUTS if f'"{other}"' in problem}
 

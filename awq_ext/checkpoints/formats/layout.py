@@ -157,8 +157,8 @@ class Layout:
         if layer.bits not in self.widths:
             held = " or ".join(map(str, self.widths))
             found.append(
-                f'it has {layer.bits} bits, not {held}: use format="compressed-tensors", "gptq", "mlx", "native" or, if it is '
-                f'symmetric, "gguf"; or quantize with bits={held} (an output layer: with head="int{held}")'
+                f'it has {layer.bits} bits, not {held}: use format="compressed-tensors", "gptq", "mlx", "native" or "gguf" (that '
+                f'only if it is symmetric), or quantize with bits={held} (an output layer: with head="int{held}")'
             )
         if layer.pre_quant_scale is not None and not self.run_time_scales:
             found.append('its input is scaled at run time, for which there is no slot: quantize with fold="always"')
