@@ -105,7 +105,6 @@ def compare(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--method") from None
     texts.check_field(field, [*calib, *named.values()])
-    hf.note_same_texts(calib, named)
     folder = hf.folder(model_dir, revision, token)
     hf.refuse_quantized(folder)
     tokenizer = hf.load_tokenizer(folder, trust_remote_code)
@@ -113,6 +112,7 @@ def compare(
     scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
     model = hf.load_model(folder, dtype, trust_remote_code, device)
     hf.note_lengths(model, batches, samples)
+    hf.note_same_texts(calib, named)
     found = compare_methods(model, batches, scored, methods, tokenizer=tokenizer, progress=True, **chosen)
     console.print(found)
     if markdown is not None:

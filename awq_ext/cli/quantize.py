@@ -196,7 +196,6 @@ def quantize(
     console = console_for(json_path)
     named = hf.named_texts(traffic)
     texts.check_field(field, [*calib, *named.values()])
-    hf.note_same_texts(calib, named)
     source = hf.folder(model_dir, revision, token)
     hf.refuse_quantized(source)
     tokenizer = hf.load_tokenizer(source, trust_remote_code)
@@ -210,6 +209,7 @@ def quantize(
     ):
         model = at.model
         hf.note_lengths(model, batches, 0 if all(map(texts.is_builtin, calib)) else samples)
+        hf.note_same_texts(calib, named)
         hf.check_format(model, batches[0], format, chosen)
         remembered = _remembered(model, left) if at.leads else None
         at.quantize(batches, chosen, tokenizer)

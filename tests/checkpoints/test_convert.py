@@ -178,7 +178,7 @@ def test_command(tmp_path: Path) -> None:
     assert_holds(tmp_path / "b", layers)
     for arguments, code, text in (
         (["--format", "marlin"], 2, "is not one of awq"),
-        (["--format", "modelopt"], 1, "symmetric=True"),
+        (["--format", "modelopt"], 1, "--set symmetric=true"),
         (["--max-shard-size", "much"], 2, "max_shard_size"),
     ):
         result = CliRunner().invoke(app, ["convert", str(tmp_path / "a"), str(tmp_path / "c"), *arguments])
