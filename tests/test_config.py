@@ -112,6 +112,8 @@ def test_an_unknown_field_is_named() -> None:
         AwqConfig(efort="best")
     with pytest.raises(ValueError, match=r"no field nothing \(given nothing=1\); its fields are .*bits"):
         AwqConfig.from_dict({"nothing": 1})
+    with pytest.raises(TypeError, match=r"awq_ext\.save_pretrained\(model, directory, format='gguf'\)"):
+        AwqConfig(format="gguf")
 
 
 @pytest.mark.parametrize(

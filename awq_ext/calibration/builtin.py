@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +22,10 @@ BUILTIN = "builtin"
 FILES = ("english.txt", "code.txt", "languages.txt")
 # Batches of its own text to one of the built-in mix, which is short, and in fewer languages than many models know.
 WRITTEN = 1.0
+NO_TOKENIZER = (
+    "calibrated without the texts that ship with the package (builtin_text=True, which every effort sets), as no tokenizer was "
+    "given: pass tokenizer=, or builtin_text=False to do without them"
+)
 
 
 def builtin_text() -> str:
@@ -45,30 +49,36 @@ def builtin_calibration(tokenizer: Callable[..., Any] | None, config: AwqConfig)
     return [builtin_text()], replace(config, generated_tokens=written, builtin_text=False)
 
 
-def builtin_calls(
-    config: AwqConfig, given: Sequence[Call], tokenizer: Callable[..., Any] | None
-) -> tuple[list[Call], AwqConfig, str]:
+class Mix(NamedTuple):
+    """What becomes of ``config.builtin_text``: calls of the mix, and the settings, which deny it where it takes no part.
+
+    note, warning: why it takes none; a warning where the caller can change that. Otherwise "".
+    """
+
+    calls: list[Call]
+    config: AwqConfig
+    note: str = ""
+    warning: str = ""
+
+
+def builtin_calls(config: AwqConfig, given: Sequence[Call], tokenizer: Callable[..., Any] | None) -> Mix:
     """Make calls of the mix, one window of ``config.seq_len`` tokens each, that are like the calls ``given``.
 
-    Also returns the settings, and why the mix takes no part where ``config.builtin_text`` asks for it, or "". It takes none without
-    a tokenizer, and beside batches that hold more than token ids; then the settings say so too.
+    There are none beside batches that hold more than token ids, and without a tokenizer.
     """
     if not config.builtin_text:
-        return [], config, ""
-    names = {_place_of_ids(call) for call in given}
+        return Mix([], config)
+    names, without = {_place_of_ids(call) for call in given}, replace(config, builtin_text=False)
+    if None in names or len(names) > 1:
+        held = "the calibration batches hold more than token ids"
+        return Mix([], without, note=f"the built-in texts took no part in the calibration: {held}")
     if tokenizer is None:
-        missing = "no tokenizer was given (tokenizer=)"
-    elif None in names or len(names) > 1:
-        missing = "the calibration batches hold more than token ids"
-    else:
-        # tokenizers of transformers warn of more tokens than the model takes at once: here they are cut
-        quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
-        ids = token_ids(tokenizer, builtin_text(), **quiet)
-        whole = ids[: max(len(ids) // config.seq_len, 1) * config.seq_len]
-        rows = [part[None].to(_ids(given[0])) for part in whole.split(config.seq_len)]
-        name = names.pop()
-        return [Call(kwargs={name: row}) if name else Call(args=(row,)) for row in rows], config, ""
-    return [], replace(config, builtin_text=False), f"the built-in texts took no part in the calibration: {missing}"
+        return Mix([], without, warning=NO_TOKENIZER)
+    ids = token_ids(tokenizer, builtin_text())
+    whole = ids[: max(len(ids) // config.seq_len, 1) * config.seq_len]
+    rows = [part[None].to(_ids(given[0])) for part in whole.split(config.seq_len)]
+    name = names.pop()
+    return Mix([Call(kwargs={name: row}) if name else Call(args=(row,)) for row in rows], config)
 
 
 def _place_of_ids(call: Call) -> str | None:

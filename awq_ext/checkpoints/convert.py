@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..config import AwqConfig
 from ..forwards.forked import finishing_after_fork
 from ..reporting.model_card import BASE_CARD, CARD, Card, base_of, inherited_from, read_card, write_card
 from ..reporting.readers import DEFAULT_FORMAT
@@ -104,9 +103,9 @@ def card(
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
     floats = sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in source.floats)
     before = floats + dtype.itemsize * sum(facts.in_features * facts.out_features for facts in summary.layers.values())
-    sizes, usual = summary.group_sizes(), AwqConfig().to_dict()
+    sizes = summary.group_sizes()
     scores = report.evaluations if report is not None else {}
-    parts = (len(summary.layers), sizes, summary.symmetric, report, base, before, stored, usual)
+    parts = (len(summary.layers), sizes, summary.symmetric, report, base, before, stored)
     return Card(format, *parts, summary.widths(), scores)
 
 

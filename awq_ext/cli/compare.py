@@ -88,7 +88,6 @@ def compare(
     Example: awq-ext compare ./Llama --calib prompts.jsonl --traffic code=src.txt --traffic de.txt --method rtn --method awq
     """
     from .. import compare as compare_methods
-    from ..config import AwqConfig
     from ..evaluation.compare import read_methods
     from ..evaluation.verdict import verdict
     from . import hf, texts
@@ -98,7 +97,9 @@ def compare(
     named = hf.named_texts(traffic)
     fields = {"group_size": group_size, "bits": bits, "seq_len": seq_len}
     chosen = with_builtin(calib, read_settings(fields, settings, per_layer=per_layer, head=head))
-    methods = [parse_method(text) for text in method]
+    # an effort would add the built-in texts where they are what is given
+    given_alone = {"builtin_text": False} if chosen.get("builtin_text") is False else {}
+    methods = [given_alone | parse_method(text) for text in method]
     try:
         read_methods(methods, chosen)  # before a model is loaded for nothing
     except (TypeError, ValueError) as error:
@@ -111,6 +112,7 @@ def compare(
     scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
     model = hf.load_model(folder, dtype, trust_remote_code, device)
     hf.note_lengths(model, batches, samples)
+    hf.note_same_texts(calib, named)
     found = compare_methods(model, batches, scored, methods, tokenizer=tokenizer, progress=True, **chosen)
     console.print(found)
     if markdown is not None:
@@ -119,7 +121,8 @@ def compare(
     console.print(f"\n{summed.text}", markup=False, soft_wrap=True)
     given = {"field": field, "samples": samples, "seed": seed, "seq-len": seq_len, "dtype": dtype, "device": device}
     parts = _beginning(model_dir, calib, given)
-    following = next_command(parts, found[summed.label].config, AwqConfig().to_dict())
+    effort = next((one["effort"] for one in methods if one["label"] == summed.label and "effort" in one), None)
+    following = next_command(parts, found[summed.label].config, effort, with_builtin(calib, {}))
     none = "directories hold 4 or 8 bits, packed: name such methods, to see which of them to take"
     console.print(f"next: {following or none}", markup=False, soft_wrap=True)
     write_json(found.to_dict() | {"verdict": summed.text, "take": summed.label, "next": following}, json_path)
@@ -138,13 +141,19 @@ def _last_name(model: Path) -> str:
     return Path(str(model).partition("@")[0]).name or model.resolve().name
 
 
-def next_command(parts: list[str], config: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+def next_command(
+    parts: list[str], config: Mapping[str, Any], effort: str | None = None, implied: Mapping[str, Any] | None = None
+) -> str:
     """Write the command that makes a directory with the settings of a row; "" where none does.
 
-    parts: its beginning; usual: the settings that go without saying.
+    parts: its beginning; effort: what the row was asked for by, if it was; implied: settings that the beginning brings.
     """
+    from ..config import AwqConfig
+
     if not config["packed"] or config["bits"] not in (4, 8):
         return ""
+    usual = (AwqConfig() if effort is None else AwqConfig(effort=effort)).to_dict() | dict(implied or {})
+    parts = parts if effort is None else [*parts, "--effort", effort]
     said = {name: value for name, value in config.items() if value != usual[name] and name != "seq_len"}
     for name in ("method", "group_size", "bits"):
         if name in said:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ..reporting.figures import as_json
 from ..reporting.origin import command_text
+from .options.words import in_options
 
 T = TypeVar("T")
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
@@ -24,7 +25,7 @@ INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 def fail(problem: object) -> typer.Exit:
     """Print one line on what is wrong; raise the result for exit code 1."""
-    say("[red]error:[/red] " + escape(str(problem)))
+    say("[red]error:[/red] " + escape(in_options(str(problem))))
     return typer.Exit(code=1)
 
 
@@ -39,7 +40,7 @@ def _one_line_warnings() -> Iterator[None]:
     told: set[str] = set()
 
     def show(message: Warning | str, *place: Any, **more: Any) -> None:
-        text = " ".join(str(message).split())
+        text = in_options(" ".join(str(message).split()))
         if text not in told:
             told.add(text)
             say("[yellow]warning:[/yellow] " + escape(text))

@@ -22,7 +22,9 @@ def convert(
             help="Directory, .gguf file, or ORG/NAME on the hub, of a quantized checkpoint, of any layout.",
         ),
     ],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write, new or empty.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="Directory to write, new or empty; gguf puts model.gguf into it.")
+    ],
     format: Annotated[
         str,
         typer.Option(
@@ -45,7 +47,7 @@ def convert(
     """Convert a quantized checkpoint to another layout, exactly: codes, scales and zeros stay what they are.
 
     No model is built and nothing is quantized again. Where a layout cannot hold the checkpoint, all reasons are listed and
-    nothing is written.
+    nothing is written. What is written is a directory, whatever the source: with config and tokenizer, also from a .gguf file.
 
     Example: awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors
     """

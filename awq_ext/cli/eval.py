@@ -77,9 +77,9 @@ def eval(
     texts.check_field(field, named.values())
     if card and not (model_dir.is_dir() and is_quantized(model_dir)):
         raise typer.BadParameter(f"{model_dir} is no directory of a quantized model", param_hint="--card")
-    model_dir = hf.folder(model_dir, revision, token)
-    tokenizer = hf.load_tokenizer(model_dir, trust_remote_code)
-    model = hf.load_model(model_dir, dtype, trust_remote_code, device)
+    folder = hf.folder(model_dir, revision, token)
+    tokenizer = hf.load_tokenizer(folder, trust_remote_code)
+    model = hf.load_model(folder, dtype, trust_remote_code, device)
     other = None
     if reference is not None:
         other = hf.load_model(hf.folder(reference, token=token), dtype, trust_remote_code, device)
@@ -92,7 +92,7 @@ def eval(
     found = score(model, other, scored, str(model_dir), console)
     figures = {name: one.to_dict() for name, one in found.items()}
     if card:
-        record_scores(model_dir, figures)
+        record_scores(folder, figures)
     write_json(figures, json_path)
 
 
@@ -101,15 +101,14 @@ def score(
 ) -> dict[str, Evaluation]:
     """Score a model on windows of tokens by the name of their text, and print the figures as a table."""
     from .. import evaluate
-    from ..evaluation.comparison import plus_minus
 
     found = {name: evaluate(model, samples, reference=reference, progress=True) for name, samples in scored.items()}
-    measures = list(next(iter(found.values())).measures)
+    figures = [_figures(one) for one in found.values()]
     rows = [
-        [Cell(name), Cell(f"{one.tokens:,}"), *(Cell(plus_minus(one[measure])) for measure in measures)]
-        for name, one in found.items()
+        [Cell(name), Cell(f"{one.tokens:,}"), *map(Cell, values.values())]
+        for (name, one), values in zip(found.items(), figures, strict=True)
     ]
-    console.print(Table(title, ["text", "tokens", *measures], rows).to_rich())
+    console.print(Table(title, ["text", "tokens", *figures[0]], rows).to_rich())
     windows = ", ".join(f"{one.windows} of {escape(name)}" for name, one in found.items())
     legend = f"±: half the 95% interval over windows ({windows}); of fewer than ten windows it says little"
     if reference is not None:
@@ -118,6 +117,17 @@ def score(
     if (table := _llama_table(found)) is not None:
         console.print(table.to_rich())
     return found
+
+
+def _figures(found: Evaluation) -> dict[str, str]:
+    """Format the measures, with the reference's perplexity beside the model's."""
+    from ..evaluation.comparison import plus_minus
+
+    measures = {name: plus_minus(found[name]) for name in found.measures}
+    if (other := found.reference_perplexity) is not None:
+        # without its interval, as in the tables of compare: rows fit into 80 columns
+        measures = {"perplexity": measures["perplexity"], "the reference's": f"{other.value:.3f}", **measures}
+    return measures
 
 
 def _llama_table(found: Mapping[str, Evaluation]) -> Table | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.conversions import transformers
 from ..checkpoints.formats import CheckpointError
-from ..checkpoints.gguf.single import complete, directory_of, is_gguf
+from ..checkpoints.gguf.single import complete, directory_of, is_gguf, shown
 from ..checkpoints.quantized_dir import CONFIG, QUANTIZATION
 from ..checkpoints.shards import first_json
 from ..checkpoints.version_1 import VERSION_1
@@ -87,8 +87,8 @@ def _ask_for_trust(directory: Path, error: Exception, trusted: bool) -> None:
     """Raise ValueError that names the option, where ``error`` is that code beside the weights was not to run."""
     if not trusted and "trust_remote_code" in str(error):
         raise ValueError(
-            f"{directory} has a class of its own, whose code runs only with --trust-remote-code: it can do whatever you can, so "
-            "read its .py files first"
+            f"{shown(directory)} has a class of its own, whose code runs only with --trust-remote-code: it can do whatever you "
+            "can, so read its .py files first"
         ) from error
 
 
@@ -126,7 +126,7 @@ def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
         what = (
             f"its tokenizer ({', '.join(files)}) cannot be loaded" if files else "it has no tokenizer (tokenizer.json)"
         )
-        raise ValueError(f"{directory}: {what}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{shown(directory)}: {what}: {' '.join(str(error).split())}") from error
 
 
 def save_model(
@@ -146,9 +146,7 @@ def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping
     try:
         foresee.check_format(model, batch[:, :_FEW_TOKENS], format, **settings)
     except CheckpointError as error:
-        ways = "settings are options here: --group-size, --skip, --set FIELD=VALUE. "
-        ways += "--format native, which awq_ext alone loads, holds every model"
-        raise CheckpointError(f"{error}\n{ways}") from None
+        raise CheckpointError(f"{error}\n--format native, which awq_ext alone loads, holds every model") from None
 
 
 def tell_readers(console: Console, directory: Path, format: str) -> None:
@@ -166,7 +164,7 @@ def refuse_quantized(directory: Path) -> None:
     said = next((config[key] for key in QUANTIZATION if config.get(key)), {})
     bits, method = said.get("bits", said.get("w_bit", 4)), said.get("quant_method", "mlx" if said else "awq_ext")
     raise typer.BadParameter(
-        f"{directory} is already int{bits if isinstance(bits, int) else 4} ({method}): give the float "
+        f"{shown(directory)} is already int{bits if isinstance(bits, int) else 4} ({method}): give the float "
         "model that it was made from. awq-ext convert changes its layout, awq-ext inspect says what is in it",
         param_hint="MODEL",
     )
@@ -182,6 +180,16 @@ def note_lengths(model: nn.Module, batches: Sequence[Tensor], wanted: int = 0) -
         say(
             f"[yellow]note:[/yellow] windows of {batches[0].shape[1]} tokens are longer than the {most} that the model was "
             "made for (max_position_embeddings): give a smaller --seq-len"
+        )
+
+
+def note_same_texts(calib: Sequence[Path], named: Mapping[str, Path]) -> None:
+    """Say on standard error which texts are calibrated on and scored on, too: their figures are better than those of others."""
+    there = [path for path in calib if path.exists()]
+    if same := [str(path) for path in named.values() if any(path.samefile(one) for one in there)]:
+        say(
+            f"[yellow]warning:[/yellow] {escape(', '.join(same))}: calibrated on and scored on. On text that calibration did not "
+            "see the figures would be worse: give other text with --traffic"
         )
 
 

@@ -32,6 +32,8 @@ def inspect(
     facts = describe(folder(model_dir, revision, token), model_dir if model_dir.is_file() else None)
     console = console_for(json_path)
     shown = {name: value for name, value in facts.items() if name != "loaded_by"}
+    if facts["format"] != "float":
+        shown.setdefault("report", "none: nothing here tells how it was quantized")
     console.print(fact_table((name.replace("_", " "), _shown(value)) for name, value in shown.items()))
     console.print("loaded by" if facts["loaded_by"] else "loaded by no tool that awq_ext knows", soft_wrap=True)
     for reader in facts["loaded_by"]:

@@ -21,6 +21,7 @@ from .options.checks import (
     check_method,
     check_page,
     check_report_extra,
+    check_size,
 )
 from .options.settings import parse_setting, read_settings, with_builtin
 from .options.types import (
@@ -131,6 +132,7 @@ def quantize(
     max_memory: Annotated[
         str | None,
         typer.Option(
+            callback=check_size,
             metavar="SIZE",
             help="A model whose float weights take more than this, such as 12GB, is read from its files, block by block, and the "
             "work keeps within it (CPU only). By default 80 % of what is free.",
@@ -208,11 +210,14 @@ def quantize(
     ):
         model = at.model
         hf.note_lengths(model, batches, 0 if all(map(texts.is_builtin, calib)) else samples)
+        hf.note_same_texts(calib, named)
         hf.check_format(model, batches[0], format, chosen)
         remembered = _remembered(model, left) if at.leads else None
         at.quantize(batches, chosen, tokenizer)
         report = model.awq_report
         report.command = command_line(context)
+        if all(map(texts.is_builtin, calib)):
+            report.builtin_tokens = report.calibration_tokens
         if at.leads:
             hf.save_model(model, out_dir, format, covered, at.streamed, verify)
         at.work.remove()

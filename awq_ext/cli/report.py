@@ -15,9 +15,7 @@ from .options.types import JsonPath, Overwrite
 
 @one_line_errors
 def report(
-    model_dir: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, metavar="MODEL", help="A directory that awq-ext wrote.")
-    ],
+    model_dir: Annotated[Path, typer.Argument(exists=True, metavar="MODEL", help="A directory that awq-ext wrote.")],
     html: Annotated[
         Path | None,
         typer.Argument(callback=check_page, metavar="[HTML]", help="Write a page here (.html), self-contained."),
@@ -33,6 +31,12 @@ def report(
     """
     from ..checkpoints.saved import read_report
 
+    if model_dir.is_file():
+        raise typer.BadParameter(
+            f"{model_dir} is a file, which holds no report: awq-ext quantize writes one into the directory that it makes. "
+            "awq-ext inspect says what is in a .gguf file",
+            param_hint="MODEL",
+        )
     found = read_report(model_dir)
     console = console_for(json_path)
     if html is None:

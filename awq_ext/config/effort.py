@@ -19,6 +19,14 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 
 
+def by_effort(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Say settings as they can be given shortest: fields that together are an effort by its name, as ``effort``."""
+    for name, fields in EFFORTS.items():
+        if all(config.get(field) == value for field, value in fields.items()):
+            return {"effort": name, **{field: value for field, value in config.items() if field not in fields}}
+    return dict(config)
+
+
 def effort_fields(effort: Any) -> Mapping[str, Any]:
     """Return the fields of AwqConfig that an effort stands for; ValueError for one that there is not."""
     if not isinstance(effort, str) or effort not in EFFORTS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..reporting.warn import warn
@@ -101,16 +101,26 @@ def _check_version(value: Any) -> None:
 
 def unknown_field(name: str, value: Any, known: Iterable[str]) -> str:
     """Say that AwqConfig has no such field, and which one may be meant."""
+    if name == "format":
+        return (
+            f"AwqConfig has no field format (given format={value!r}): the format of files is chosen when the model is saved, "
+            f"awq_ext.save_pretrained(model, directory, format={value!r})"
+        )
     known = sorted({*known, "effort"})  # which is understood beside the fields
     near = [_ELSEWHERE[name.lower()]] if name.lower() in _ELSEWHERE else difflib.get_close_matches(name, known, 2)
     says = f"AwqConfig has no field {name} (given {name}={value!r})"
-    return f"{says}: did you mean {' or '.join(near)}?" if near else f"{says}; its fields are {', '.join(known)}"
+    return says + did_you_mean(near) if near else f"{says}; its fields are {', '.join(known)}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Say which of the known words is nearest, as the end of a sentence; nothing where none is near."""
+def nearest_choice(word: str, known: Iterable[str]) -> list[str]:
+    """Find which of the known words was meant; none where none is near."""
     known = list(known)
     # gptq+awq has all letters of gptq, but means awq+gptq
-    near = [one for one in known if sorted(one.split("+")) == sorted(word.split("+"))]
-    near = near or difflib.get_close_matches(word, known, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    same = [one for one in known if sorted(one.split("+")) == sorted(word.split("+"))]
+    return same or difflib.get_close_matches(word, known, 1)
+
+
+def did_you_mean(near: Sequence[str]) -> str:
+    """Ask for the names that may have been meant, as the end of an error about one that there is not; "" for none."""
+    *others, last = near or [""]
+    return f": did you mean {' or '.join(part for part in (', '.join(others), last) if part)}?" if last else ""

@@ -30,7 +30,8 @@ ROW = "A rounding error costs error x activation at the output."
 MODEL_TITLE = "Divergence (KL, in nats a byte)"
 MODEL_NOTE = f"""\
 ±: half the 95% interval over windows of text. MB: of the file. seconds: to
-quantize to {BITS[0]} bits; RTN is calibrated too, to report its errors."""
+quantize to {BITS[0]} bits; RTN is calibrated too, to report its errors. *: simulated,
+weights are rounded but kept as floats; MB is what they would take packed."""
 LAYER_TITLE = "3. A layer of an 8B model, {shape}, on this machine ({threads})"
 MODEL = """\
 [bold]2. A whole model: how far is it from the float model?[/bold]
@@ -44,7 +45,7 @@ NEXT = """\
 [bold]4. Your model[/bold]
 
 A Hugging Face directory, or a name on the hub (needs awq-ext\\[hf]). TEXT.txt is
-some of the text that the model will see; more accurate: --method awq+gptq.
+some of the text that the model will see; more accurate: --effort balanced.
 
   [cyan]awq-ext quantize MODEL OUT --calib TEXT.txt[/cyan]
 
@@ -85,7 +86,8 @@ def model_table(found: Comparison) -> Table:
     """Show the divergence of each method at each width, the least of each in bold, and how long quantizing took."""
     header = ["method"]
     for bits in BITS:
-        header += [f"{bits} bits", "MB"]
+        simulated = "*" if found[f"{RTN} {bits} bit"].simulated else ""
+        header += [f"{bits} bits{simulated}", "MB"]
     header.append("seconds")
     original = f"{found[FLOAT].size_bytes / 1e6:.2f}"
     rows = [[Cell(FLOAT), *[Cell("0"), Cell(original)] * len(BITS), Cell("")]]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibration.builtin import NO_TOKENIZER
 from ..config import EFFORTS, AwqConfig, understood
 from ..forwards.calls import Call, read_calls
 from ..forwards.forked import finishing_after_fork
@@ -90,6 +91,8 @@ def compare(
         raise RuntimeError("every method failed: " + "; ".join(f"{row.label}: {row.error}" for row in failed))
     for row in failed:
         warn(f"{row.label} failed: {row.error}")
+    if without := [row.label for row in rows if row.report is not None and NO_TOKENIZER in row.report.warnings]:
+        warn(f"{', '.join(without)}: {NO_TOKENIZER}")
     return Comparison(_with_float_speeds(rows), list(samples), torch.get_num_threads(), bootstrap or Bootstrap())
 
 

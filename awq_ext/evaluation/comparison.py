@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, RenderResult
 
 from ..reporting.new_file import write_new
 from ..reporting.report import AwqReport
@@ -173,11 +173,12 @@ class Comparison:
             return False
         return all(row.config[name] == self["rtn"].config[name] for name in ("bits", "group_size", "symmetric"))
 
-    def notes(self) -> list[str]:
-        """Explain how to read the tables, and what they say of each evaluation text."""
+    def notes(self, bold: bool = True) -> list[str]:
+        """Explain how to read the tables, and what they say of each evaluation text. bold: whether the best can stand out."""
         share = f"{self.bootstrap.confidence:.0%}"
         lines = [
-            f"±: half the {share} bootstrap interval over windows; {NOISE}: not significantly different from the best (bold)"
+            f"±: half the {share} bootstrap interval over windows; {NOISE}: not significantly different from the best"
+            f"{' (bold)' if bold else ''}"
         ]
         if any(row.simulated for row in self.rows):
             lines.append("*: simulated, the size is what packed weights would take")
@@ -194,11 +195,12 @@ class Comparison:
             lines.append(f"{name}, by {measure}: {says}")
         return lines + [f"{row.label} failed: {row.error}" for row in self.rows if row.error]
 
-    def __rich__(self) -> Group:
-        return Group(*(table.to_rich() for table in self.tables()), "\n".join(self.notes()))
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from (table.to_rich() for table in self.tables())
+        yield "\n".join(self.notes(bold=console.color_system is not None))  # a file, or a terminal that knows no styles
 
     def __str__(self) -> str:
-        return as_text(self.__rich__())
+        return as_text(self)
 
     __repr__ = __str__
 

@@ -54,6 +54,13 @@ class Evaluation:
             raise KeyError(f"no measure {name!r}: there are {', '.join(self.measures)}")
         return self.measures[name]
 
+    @property
+    def reference_perplexity(self) -> Estimate | None:
+        """The reference's own perplexity on the same tokens; None without a reference, and for other models."""
+        return (
+            None if self.distance is None else self.bootstrap.estimate(self.distance.measures["reference_perplexity"])
+        )
+
     def difference(self, other: Evaluation, name: str) -> Estimate:
         """Subtract ``other`` in the measure ``name``, paired window by window. ValueError unless both saw the same samples."""
         return self.bootstrap.difference(self._measure(name), other._measure(name))
@@ -69,7 +76,8 @@ class Evaluation:
         return {**values, **more, "windows": self.windows, "tokens": self.tokens, "seconds": self.seconds}
 
     def __str__(self) -> str:
-        lines = [f"{name:12} {self[name]}" for name in self.measures]
+        beside = {} if (other := self.reference_perplexity) is None else {"perplexity": f", the reference's {other}"}
+        lines = [f"{name:12} {self[name]}{beside.get(name, '')}" for name in self.measures]
         share = f"{self.bootstrap.confidence:.0%}"
         return "\n".join([*lines, f"{self.tokens} scored in {self.windows} windows; {share} intervals over windows"])
 

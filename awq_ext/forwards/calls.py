@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -14,7 +15,17 @@ from ..modules import input_embeddings
 from ..reporting.warn import warn
 from ..undo import interrupt
 from .inputs import copy_inputs
-from .samples import has_text, is_chat, is_ids, rows_of_columns, rows_of_ids, rows_of_mapping, text_of, token_ids
+from .samples import (
+    has_text,
+    is_chat,
+    is_ids,
+    rows_of_columns,
+    rows_of_ids,
+    rows_of_mapping,
+    text_of,
+    token_ids,
+    unread_file,
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,8 @@ def read_calls(
     sample first.
     model: keywords that its forward does not take, and labels, which no layer needs, are left out, with a warning; ids of one
         dimension get a batch dimension where it reads any. scoring: labels stay, as they may be what is predicted.
-    Raises ValueError for an empty loader, TypeError for samples or settings it cannot use; the loader's own errors pass.
+    Raises ValueError for an empty loader, TypeError for samples or settings it cannot use, such as the name of a file in place of
+    its text; the loader's own errors pass.
     """
     if not (inputs in ("all", "first") or callable(inputs)):
         raise TypeError(f'inputs={inputs!r}: choose "all", "first" or a function of one sample')
@@ -107,6 +119,8 @@ def _refuse(calib_loader: Any) -> NoReturn:
     hint = ""
     if isinstance(calib_loader, Mapping):
         hint = "; of a data set with several parts choose one, such as data['train']"
+    if unread := unread_file(calib_loader):
+        raise TypeError(f"calib_loader={os.fspath(calib_loader)!r} {unread}")
     if isinstance(calib_loader, str):
         hint = ', or "builtin" for the texts that ship with the package'
     raise TypeError(
@@ -127,6 +141,8 @@ class _Reader:
 
     def calls(self, sample: Any, place: str) -> Iterator[Call]:
         """Make the calls of one sample."""
+        if unread := unread_file(sample):
+            raise TypeError(f"{place}, {os.fspath(sample)!r}, {unread}")
         if isinstance(sample, Mapping) and not self._is_text(sample):
             self._check_row(sample, place)
             yield from (Call(kwargs=self._taken(row)) for row in rows_of_mapping(sample))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Number
 from typing import Any
@@ -31,6 +32,15 @@ def has_text(row: Mapping[str, Any], field: str | None = None) -> bool:
     """Tell whether a row holds a text or a chat under ``field``, or one of the usual names."""
     names = TEXT_FIELDS if field is None else (field,)
     return any(isinstance(row.get(name), str) or is_chat(row.get(name)) for name in names)
+
+
+def unread_file(sample: Any) -> str:
+    """Say how to read a file whose name is given in place of its text; "" for what names no file that is there."""
+    # no path is longer (PATH_MAX of linux/limits.h), and texts may have gigabytes
+    named = isinstance(sample, os.PathLike) or (isinstance(sample, str) and len(sample) <= 4096)
+    if not named or not os.path.isfile(sample):
+        return ""
+    return f"is the name of a file, not its text: read it first, [pathlib.Path({os.fspath(sample)!r}).read_text()]"
 
 
 def text_of(row: Any, tokenizer: Any, place: str, field: str | None = None) -> tuple[str, bool]:
@@ -144,8 +154,12 @@ Tokenizer = Callable[..., Any]
 
 
 def token_ids(tokenizer: Tokenizer, text: str, **options: Any) -> Tensor:
-    """Return the token ids [T] in whatever a tokenizer returns: a mapping with input_ids, a Tensor, a list."""
-    ids = tokenizer(text, **options)
+    """Return the token ids [T] in whatever a tokenizer returns: a mapping with input_ids, a Tensor, a list.
+
+    Tokenizers of transformers warn of more tokens than the model takes at once. Here texts are cut into windows, so they do not.
+    """
+    quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+    ids = tokenizer(text, **quiet, **options)
     if isinstance(ids, Mapping):
         ids = ids["input_ids"]
     return torch.as_tensor(ids, dtype=torch.long).reshape(-1)

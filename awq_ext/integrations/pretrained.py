@@ -114,6 +114,8 @@ def from_pretrained(
     dtype: of everything that is not quantized; None keeps the dtypes of the files.
     options: passed to the config, such as ``attn_implementation="eager"`` or ``trust_remote_code=True``. Code that lies beside a
         model is never run without the latter.
+    The model has an ``awq_report`` where one lies beside the weights, as awq_ext writes it: not that of a GGUF file by itself, nor
+    that of another tool's directory.
     Raises CheckpointError for names that cannot be found, for damaged, hostile or unfitting files, and for layouts that cannot be
     read; ImportError without transformers.
     """

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from ..calibration.builtin import builtin_calibration, is_builtin
-from ..config import AwqConfig, configured
+from ..config import AwqConfig, by_effort, configured
 from ..distributed.launch import TIMEOUT
 from ..distributed.team import leads, teamed
+from ..forwards.calls import Call
 from ..forwards.forked import finishing_after_fork
 from ..forwards.rescaled import Rescaling
 from ..layers.announcement import announce
@@ -59,9 +60,10 @@ def quantize(
         other device.
     calib_loader: iterable of samples. Each is a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
         ``attention_mask`` marks 0 do not count) or a list of token ids. With ``tokenizer`` it may also be a str, a list of
-        messages, or a row of a data set with "text", "messages", "conversations" or "prompt" and "completion". Tensors are moved to
-        the model's device. "builtin" in place of samples (with ``tokenizer``) is a small mix of languages and code that ships with
-        the package, and as much text that the model writes itself (``generated_tokens``). Your own text is better.
+        messages, or a row of a data set with "text", "messages", "conversations" or "prompt" and "completion". A str is the text
+        itself: the name of a file that is there is refused. Tensors are moved to the model's device. "builtin" in place of samples
+        (with ``tokenizer``) is a small mix of languages and code that ships with the package, and as much text that the model
+        writes itself (``generated_tokens``). Your own text is better.
     tokenizer: turns texts and chats into token ids; needed for these, and for ``builtin_text``.
     inputs: what the model is called with: "all" of a sample; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.
@@ -104,7 +106,8 @@ def quantize_in(
 ) -> nn.Module:
     """Do what :func:`quantize` does, with what is finished and what need not be in memory kept as ``keeping`` says."""
     given, model = model, unwrapped(model)
-    if is_builtin(calib_loader):
+    builtin_alone = is_builtin(calib_loader)
+    if builtin_alone:
         calib_loader, config = builtin_calibration(tokenizer, config)
     started = time.perf_counter()
     report = _begun(model, config)
@@ -113,10 +116,8 @@ def quantize_in(
         keeping.measured() as memory,
         session(model, calib_loader, config, tokenizer, inputs, undo=False, memory=memory) as opened,
     ):
-        report.calibration_tokens = _tokens(opened)
-        if report.few_tokens:
-            warn(report.few_tokens)
-        report.notes += opened.notes
+        _tell_calibration(report, opened, builtin_alone, tokenizer is not None)
+        _warn_at_once(report, opened, keeping.tells)
         keeping.begin(model, opened.calls + opened.builtin, config, blocks)
         with opened.surveyed(blocks) as surveys:
             run = (SharedRun if isinstance(keeping, SharedKeeping) else Run)(
@@ -127,13 +128,32 @@ def quantize_in(
         _finish(opened, surveys, report)
         report.peak_memory_bytes = max(opened.memory.bytes(), keeping.peak_before)
         report.seconds = keeping.seconds_before + time.perf_counter() - started
-        for text in report.warnings if keeping.tells else ():
+        for text in report.warnings[len(opened.warnings) :] if keeping.tells else ():
             warn(text)
         interrupt.check()
         # last, so that an exception until here (a warning may be one) leaves nothing behind
         announce(model)
         model.awq_report = report
     return given
+
+
+def _tell_calibration(report: AwqReport, opened: Session, builtin_alone: bool, tokenizer: bool) -> None:
+    """Tell what the model is calibrated on, and the call that would do so again."""
+    given, builtin = _tokens(opened, opened.calls), _tokens(opened, opened.builtin)
+    report.calibration_tokens, report.builtin_tokens = given, given if builtin_alone else builtin
+    report.notes += opened.notes
+    report.warnings += opened.warnings
+    # which is denied where they were to take part, but could not
+    report.config["builtin_text"] = opened.config.builtin_text
+    report.command = call_text(by_effort(report.config), AwqConfig().to_dict(), tokenizer)
+
+
+def _warn_at_once(report: AwqReport, opened: Session, tells: bool) -> None:
+    """Warn before the work of what the caller may want to change first."""
+    if report.few_tokens:
+        warn(report.few_tokens)
+    for text in opened.warnings if tells else ():
+        warn(text)
 
 
 def _finish(opened: Session, surveys: Sequence[BlockSurvey], report: AwqReport) -> None:
@@ -165,17 +185,16 @@ def _begun(model: nn.Module, config: AwqConfig) -> AwqReport:
         model=name or type(model).__name__,
         date=now(),
         versions=versions(),
-        command=call_text(config.to_dict(), AwqConfig().to_dict()),
         config=config.to_dict(),
         parameters=sum(p.numel() for p in model.parameters()),
         bytes_before=model_bytes(model),
     )
 
 
-def _tokens(opened: Session) -> int:
-    """Count the token ids that the model is calibrated on; 0 where it reads none, or every layer is only rounded."""
+def _tokens(opened: Session, calls: Sequence[Call]) -> int:
+    """Count the token ids of calls on which the model is calibrated; 0 where it reads none, or every layer is only rounded."""
     config = opened.config
     settings = (config, *(config.for_layer(name) for name in opened.eligible.linears))
     if input_embeddings(opened.model) is None or all(one.method == "rtn" for one in settings):
         return 0
-    return sum(call.tokens for call in opened.calls)
+    return sum(call.tokens for call in calls)

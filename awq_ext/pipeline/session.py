@@ -29,7 +29,7 @@ class Session:
     """The model, its calibration batches (``calls``, on the model's device), and the Linears that can be quantized.
 
     config: the settings, with what ``head`` means for the output layers among them. builtin: the built-in texts, where these take
-    part. notes: for the report.
+    part. notes, warnings: for the report.
     """
 
     model: nn.Module
@@ -42,6 +42,7 @@ class Session:
     memory: PeakMemory | PeakAnonymous
     builtin: list[Call] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @contextmanager
     def surveyed(self, blocks: Sequence[str] | None) -> Iterator[list[BlockSurvey]]:
@@ -89,7 +90,8 @@ def session(
     """
     device = check_layers(model, config)
     calls = read_calls(samples, device, tokenizer, inputs, config.seq_len, model)
-    builtin, config, missing = builtin_calls(config, calls, tokenizer)
+    mix = builtin_calls(config, calls, tokenizer)
+    config = mix.config
     # tensors made in inference mode could not be used in training later
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         memory = memory or PeakMemory(device)
@@ -98,7 +100,7 @@ def session(
             if config.head != "float":
                 config = config.with_heads(heads_among(model, eligible.linears))
             found = (model, config, device, calls, journal, eligible, standins, memory)
-            yield Session(*found, builtin, [missing] if missing else [])
+            yield Session(*found, mix.calls, [mix.note] if mix.note else [], [mix.warning] if mix.warning else [])
         finally:
             if undo:
                 journal.rollback()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from .origin import call_text, versions
+from .origin import versions
 from .readers import Reader, readers
 from .report import AwqReport
 from .scores import Scores, score_facts, table_rows, with_scores
@@ -28,8 +27,8 @@ MARK = "<!-- awq_ext writes this card anew whenever the model is saved here; wit
 class Card:
     """What a card tells.
 
-    layers: how many are quantized; base: the float model's name, or ""; before, after: bytes of the weights; usual: the
-    settings that go without saying; bits: that the layers have; scores: by the name of the text; inherited: lines of the
+    layers: how many are quantized; base: the float model's name, or ""; before, after: bytes of the weights;
+    bits: that the layers have; scores: by the name of the text; inherited: lines of the
     header of the base model's card; base_card: whether that lies beside this one.
     """
 
@@ -41,7 +40,6 @@ class Card:
     base: str
     before: int
     after: int
-    usual: Mapping[str, Any]
     bits: Sequence[int]
     scores: Scores
     inherited: str = ""
@@ -80,22 +78,33 @@ class Card:
                 f"{self._widths} bits, groups of {sizes}, {zeros}; {self.layers} layers; format `{self.format}`",
             )
         )
-        facts += _told(self.report, self.usual) if self.report is not None else []
+        facts += _told(self.report) if self.report is not None else []
         facts += score_facts(self.scores, self.base)
         facts.append(("size of the weights", f"{format_bytes(self.before)} before, {format_bytes(self.after)} after"))
         return [*facts, ("made with", ", ".join(f"{name} {number}" for name, number in versions().items()))]
 
 
-def _told(report: AwqReport, usual: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _told(report: AwqReport) -> list[tuple[str, str]]:
     """Tell what the report knows of the calibration, the losses and the settings."""
     facts = []
-    if tokens := max((layer.tokens for layer in report.layers), default=0):
-        facts.append(("calibrated on", f"{tokens:,} tokens"))
+    if tokens := _tokens(report):
+        facts.append(("calibrated on", tokens))
     ratios = [layer.loss / layer.loss_rtn for layer in report.layers if layer.loss is not None and layer.loss_rtn]
     if ratios:
         facts.append(("output error", f"{median(ratios):.2f} of plain rounding's (median of {len(ratios)} layers)"))
-    call = call_text(report.config, usual).replace("|", "\\|").replace("`", "'")
-    return [*facts, ("command", f"`{call}`")]
+    command = report.command.replace("|", "\\|").replace("`", "'")
+    return [*facts, ("command", f"`{command}`")] if command else facts
+
+
+def _tokens(report: AwqReport) -> str:
+    """Say how many tokens were given, and how many of the package's own texts came beside them; "" where none are told."""
+    rows = max((layer.tokens for layer in report.layers), default=0)
+    given, builtin = report.calibration_tokens, report.builtin_tokens
+    if not given or not rows:  # not of a language model, or rounded plainly
+        return f"{rows:,} tokens" if rows else ""
+    if given == builtin:
+        return f"{builtin:,} built-in tokens"
+    return f"{given:,} tokens given" + (f", {builtin:,} built-in" if builtin else "")
 
 
 def _recipe(reader: Reader) -> str:

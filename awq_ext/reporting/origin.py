@@ -28,13 +28,16 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def call_text(config: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """Write the call of quantize() that has the settings ``config``; those that are as ``usual`` go without saying."""
+def call_text(config: Mapping[str, Any], usual: Mapping[str, Any], tokenizer: bool = False) -> str:
+    """Write the call of quantize() that has the settings ``config``; those that are as ``usual`` go without saying.
+
+    tokenizer: whether the call had one.
+    """
     chosen = {name: value for name, value in config.items() if value != usual.get(name)}
     arguments = "".join(
         f", {name}={tuple(value) if isinstance(value, list) else value!r}" for name, value in chosen.items()
     )
-    return f"awq_ext.quantize(model, calibration{arguments})"
+    return f"awq_ext.quantize(model, calibration{', tokenizer=tokenizer' if tokenizer else ''}{arguments})"
 
 
 def command_text(words: Iterable[str]) -> str:

@@ -74,6 +74,7 @@ class AwqReport:
     versions: of awq_ext, torch and transformers; command: the call, or the command where one was typed.
     bytes_before, bytes_after: of the model's parameters and buffers, fake-quantized weights as if they were packed.
     calibration_tokens: token ids in the samples; 0 where the model reads none, or all is rounded plainly and they do not matter.
+    builtin_tokens: of the texts that ship with the package, beside those; where these alone are calibrated on, the same number.
     calibration_seconds: forwards of all batches and streaming statistics, which grow with the calibration set;
     search_seconds: scales, folds, clips, rounding, which do not. tuning_seconds: of ``tune_scales``.
     evaluations: scores by the name of the text, as ``Evaluation.to_dict()`` gives them; quantize() leaves it empty,
@@ -92,6 +93,7 @@ class AwqReport:
     bytes_before: int = 0
     bytes_after: int = 0
     calibration_tokens: int = 0
+    builtin_tokens: int = 0
     seconds: float = 0.0
     calibration_seconds: float = 0.0
     search_seconds: float = 0.0

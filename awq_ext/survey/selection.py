@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from ..config import FORMER_SKIP, AwqConfig, Selector, fits, suggested
+from ..config import FORMER_SKIP, AwqConfig, Selector, did_you_mean, fits, suggested
 from ..forwards.calls import Call
 from ..forwards.mode import calibration_mode
 from ..layers.quant_linear import QuantLinear
@@ -198,7 +198,7 @@ class Choice:
 
 def _fits_none(what: str, pattern: str, names: Sequence[str]) -> str:
     text = f"AwqConfig.{what} fits none of the {len(names)} layers"
-    return f"{text}; nearest: {', '.join(suggested(pattern, names))}" if names else text
+    return text + did_you_mean(suggested(pattern, names))
 
 
 def _selects(selector: Selector, name: str, module: nn.Module) -> bool:

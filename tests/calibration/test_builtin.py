@@ -11,7 +11,7 @@ from readers import VOCABULARY, Reader
 
 import awq_ext
 from awq_ext import AwqConfig
-from awq_ext.calibration.builtin import builtin_text
+from awq_ext.calibration.builtin import NO_TOKENIZER, builtin_text
 
 FAST = {"method": "awq", "group_size": 16, "progress": False, "seq_len": 64}
 
@@ -80,14 +80,18 @@ def test_beside_other_text_it_is_more_of_it(by_name: bool) -> None:
 def test_without_a_tokenizer_or_beside_other_inputs_it_is_left_out_and_said() -> None:
     ids = [torch.arange(64).view(1, 64) % VOCABULARY]
     plain = awq_ext.quantize(Reader(), ids, **FAST)
-    alone = awq_ext.quantize(Reader(), ids, **MIXED)
+    with pytest.warns(UserWarning, match="pass tokenizer=, or builtin_text=False") as seen:
+        alone = awq_ext.quantize(Reader(), ids, **MIXED)
+    assert [str(one.message) for one in seen].count(NO_TOKENIZER) == 1
     for key, value in alone.state_dict().items():
         assert torch.equal(value, plain.state_dict()[key])
-    said = "the built-in texts took no part in the calibration: "
-    assert alone.awq_report.notes == [said + "no tokenizer was given (tokenizer=)"]
+    assert alone.awq_report.warnings == [NO_TOKENIZER] and alone.awq_report.config == plain.awq_report.config
+    with pytest.warns(UserWarning, match=r"^fast: calibrated without the texts"):
+        awq_ext.compare(Reader(), ids, {"ids": ids}, ["rtn", "fast"], speed_seconds=0, **FAST | {"method": "awq"})
 
     linear = torch.nn.Sequential(torch.nn.Linear(32, 16))
     floats = awq_ext.quantize(linear, [torch.randn(8, 32)], tokenizer=tokenizer, **MIXED)
+    said = "the built-in texts took no part in the calibration: "
     assert floats.awq_report.notes == [said + "the calibration batches hold more than token ids"]
 
 

@@ -259,12 +259,13 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if 8 not in LAYOUTS[name].widths])
 def test_eight_bits_are_for_layouts_that_have_them(name: str) -> None:
-    (problem,) = LAYOUTS[name].problems("self_attn.q_proj", random_layer(k=256, g=64, symmetric=True, bits=8))
-    assert (
-        problem
-        == 'it has 8 bits, not 4: use format="compressed-tensors", "gptq" or "native", or quantize with bits=4 (an output '
-        'layer: with head="int4")'
-    )
+    layer = random_layer(k=256, g=64, symmetric=True, bits=8)
+    (problem,) = LAYOUTS[name].problems("self_attn.q_proj", layer)
+    start, named, end = problem.partition('use format="compressed-tensors", "gptq", "mlx", "native" or "gguf" (that ')
+    assert named and start == "it has 8 bits, not 4: "
+    assert end == 'only if it is symmetric), or quantize with bits=4 (an output layer: with head="int4")'
+    holding = {other for other, layout in LAYOUTS.items() if not layout.problems("self_attn.q_proj", layer)}
+    assert holding == {other for other in LAYOUTS if f'"{other}"' in problem}
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -293,6 +293,11 @@ def test_the_commands_take_a_file(tmp_path: Path) -> None:
         app, ["eval", str(file), str(text), "--seq-len", "32", "--tokens", "128", "--json", str(tmp_path / "e.json")]
     )
     assert done.exit_code == 0, done.output
+    assert str(file) in done.output.replace("\n", "") and "awq_ext-" not in done.output  # no temporary directory
+    done = run(app, ["report", str(file)])
+    assert done.exit_code == 2 and "is a file, which holds no report" in unboxed(done.output)
+    done = run(app, ["convert", str(file), str(tmp_path / "new.gguf"), "--format", "gguf"])
+    assert done.exit_code == 2 and "a directory is written in every format" in unboxed(done.output)
     done = run(app, ["convert", str(file), str(tmp_path / "out"), "--format", "native"])
     assert done.exit_code == 0, done.output
     from transformers import AutoTokenizer

@@ -235,7 +235,7 @@ def test_the_commands_write_it(format: str, group_size: int, tmp_path: Path) -> 
     run = CliRunner().invoke
     done = run(app, ["quantize", str(source), str(tmp_path / "out"), "--format", format, *settings])
     if group_size == 128:  # the widths are 64 and 96
-        assert done.exit_code == 1 and "is not a multiple of group_size=128" in done.output
+        assert done.exit_code == 1 and "is not a multiple of --group-size 128" in done.output
         settings += ["--group-size", "32"]
         done = run(app, ["quantize", str(source), str(tmp_path / "out"), "--format", format, *settings])
     assert done.exit_code == 0, done.output

@@ -198,6 +198,7 @@ def test_options_of_their_own(made: Path, tmp_path: Path) -> None:
         (["--per-layer", "*.down_proj"], "is not PATTERN:FIELD=VALUE"),
         (["--per-layer", "{"], "is no JSON"),
         (["--per-layer", "*.down_proj:bitz=8"], "bitz"),
+        (["--max-memory", "20mbb"], "'20mbb' is no size: give bytes, or a number with a unit"),
         (["--report", "x.pdf"], "give a name that ends in .html or .htm"),
     ],
 )
@@ -249,6 +250,13 @@ def test_compare_ends_with_a_verdict_and_a_command_that_works(made: Path, tmp_pa
 def test_the_command_has_the_settings_of_the_method() -> None:
     usual = AwqConfig().to_dict()
     config = usual | {"method": "awq+gptq", "bits": 8, "clip": False, "only": ["*.mlp.*"]}
-    words = shlex.split(compare.next_command(["quantize", "M", "O"], config, usual))
+    words = shlex.split(compare.next_command(["quantize", "M", "O"], config))
     assert words[4:] == ["--method", "awq+gptq", "--bits", "8", "--set", "clip=false", "--set", 'only=["*.mlp.*"]']
-    assert compare.next_command([], usual | {"packed": False}, usual) == ""
+    assert compare.next_command([], usual | {"packed": False}) == ""
+    config = AwqConfig(effort="balanced", group_size=64, damping=0.5).to_dict()
+    words = shlex.split(compare.next_command(["quantize", "M", "O"], config, "balanced"))
+    assert words[4:] == ["--effort", "balanced", "--group-size", "64", "--set", "damping=0.5"]
+    implied = {"builtin_text": False, "generated_tokens": 1.0}  # by --calib builtin
+    config = AwqConfig(effort="balanced", **implied).to_dict()
+    words = shlex.split(compare.next_command(["quantize", "M", "O"], config, "balanced", implied))
+    assert words[4:] == ["--effort", "balanced"]

@@ -112,6 +112,7 @@ def test_eval(model_dir: Path, texts: dict[str, Path], quantized: Path) -> None:
     )
     assert shown.exit_code == 0, shown.output
     figures = json.loads(shown.stdout)  # the table goes to standard error
+    assert re.search(r"perplexity\s+the reference's\s+kl", shown.stderr)
     assert set(figures) == {"code", "p"} and "top1: share of tokens" in shown.stderr
     assert "over windows (1 of code, 1 of p)" in shown.stderr.replace("\n", " ")
     assert 0 < figures["code"]["kl"]["value"] < 1
@@ -289,9 +290,9 @@ def test_a_mistake_is_one_line(
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        (["--group-size", 128], ("in_features=64 is not a multiple of group_size=128", "--format native")),
-        (["--group-size", 32, "--set", "fold=never"], ("its input is scaled at run time", 'fold="always"')),
-        (["--group-size", 32, "--format", "modelopt"], ("symmetric=True",)),
+        (["--group-size", 128], ("in_features=64 is not a multiple of --group-size 128", "--format native")),
+        (["--group-size", 32, "--set", "fold=never"], ("its input is scaled at run time", "--set fold=always")),
+        (["--group-size", 32, "--format", "modelopt"], ("--set symmetric=true",)),
         (["--group-size", 32, "--set", "bits=8"], ("it has 8 bits, not 4", "--format native")),
         (["--group-size", 32, "--set", 'per_layer={"*up_proj": {"group_size": 16}}'], ("different group sizes",)),
     ],

@@ -20,7 +20,8 @@ def scored(label: str, divergences: list[float] | None, windows: int) -> Variant
         measures["kl"] = Measure(torch.tensor(divergences, dtype=torch.float64), ones)
     evaluation = Evaluation(measures, RESAMPLES, windows, windows, 0.1)
     config = None if divergences is None else run.METHODS[label]
-    return Variant(label, config, 10_000, 1.0, evaluations={run.TEXT: evaluation})
+    simulated = config is not None and not config["packed"]
+    return Variant(label, config, 10_000, 1.0, simulated, {run.TEXT: evaluation})
 
 
 def compared(rtn: list[float], awq: list[float], best: list[float]) -> Comparison:

@@ -51,6 +51,8 @@ def test_tables_show_the_figures_within_80_columns() -> None:
     cost = layer((3.457e-3, 4.69e-4), (0.216165, 0.232521))
     tables = [display.row_table(example()), display.model_table(found), display.layer_table(cost)]
     shown = as_text(*(table.to_rich() for table in tables), width=80)
+    assert "4 bits " in shown and "3 bits*" in shown and "*: simulated" in display.MODEL_NOTE
+    assert max(map(len, display.MODEL_NOTE.splitlines())) <= 80
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
     for figure in (
         "0.3000 ± 0.0000",

@@ -6,12 +6,14 @@ import copy
 import json
 import math
 import sys
+from io import StringIO
 
 import architectures
 import models
 import pytest
 import torch
 from checks import Snapshot
+from rich.console import Console
 from torch import nn
 
 import awq_ext
@@ -209,6 +211,10 @@ def test_every_form_of_the_table() -> None:
     rows = [line for line in found.to_markdown().splitlines() if line.startswith("| awq |")]
     assert len(rows) == 3 and all(line.count("|") in (5, 7) for line in rows)
     assert found._repr_html_().count("<table>") == 3
+    assert "the best\n" in str(found) and "the best (bold)\n" in found.to_markdown()  # which plain text cannot show
+    terminal = Console(file=StringIO(), force_terminal=True, color_system="standard", width=120, highlight=False)
+    terminal.print(found)
+    assert "the best (bold)" in terminal.file.getvalue()
 
 
 def test_it_is_written_to_a_file(tmp_path) -> None:

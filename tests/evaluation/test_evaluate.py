@@ -276,6 +276,14 @@ def test_it_can_be_printed() -> None:
     case = models.make("llama")
     text = str(evaluate(case.model, case.batches, bootstrap=QUICK))
     assert text.startswith("perplexity") and "152 scored in 8 windows; 95% intervals" in text
+    assert "reference" not in text
+    other = models.make("llama").model
+    with torch.no_grad():
+        other.layers[0].mlp.up_proj.weight.mul_(1.1)
+    both = evaluate(other, case.batches, reference=case.model, bootstrap=QUICK)
+    alone = evaluate(case.model, case.batches, bootstrap=QUICK)["perplexity"]
+    assert both.reference_perplexity == alone != both["perplexity"]
+    assert str(both).splitlines()[0] == f"perplexity   {both['perplexity']}, the reference's {alone}"
 
 
 class Bigram(nn.Module):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
+import hf_directory
 import pytest
 import torch
 from torch import Tensor, nn
@@ -187,3 +189,21 @@ def test_the_same_tokens_make_the_same_model() -> None:
     assert torch.equal(layer(rows.tolist()), expected)
     assert torch.equal(layer([{"input_ids": row} for row in rows.tolist()]), expected)
     assert torch.equal(layer({"input_ids": rows.tolist()}), expected)
+
+
+def test_tokenizers_of_transformers_do_not_warn_of_long_texts() -> None:
+    """Texts are cut into windows: that they are longer than the model takes at once is no problem."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(handler)
+    try:
+        for call in (lambda one: read(["x" * 50], tokenizer=one), lambda one: one("x" * 50)):
+            tokenizer = hf_directory.tokenizer()
+            tokenizer.model_max_length = 8
+            call(tokenizer)
+            told.append("next")
+    finally:
+        logger.removeHandler(handler)
+    assert told[0] == "next" and "longer than the specified maximum" in told[1], told

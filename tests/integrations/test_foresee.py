@@ -101,7 +101,10 @@ def test_what_saving_says_is_said_before(
     assert before == seen(model, format, settings, tmp_path / "out")
     assert (before is None) == holds
     if 8 in (settings.get("bits"), *(own.get("bits") for own in settings.get("per_layer", {}).values())) and not holds:
-        assert any('it has 8 bits, not 4: use format="compressed-tensors", "gptq" or' in line for line in before)
+        assert any(
+            'it has 8 bits, not 4: use format="compressed-tensors", "gptq", "mlx", "native" or' in line
+            for line in before
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*neighbours are float")
@@ -140,5 +143,5 @@ def test_the_command_refuses_before_it_quantizes(tmp_path: Path, monkeypatch: py
     options = ["--calib", tmp_path / "c.txt", "--samples", 2, "--seq-len", 64, "--group-size", 64, "--format", "awq"]
     shown = CliRunner().invoke(cli.app, list(map(str, ["quantize", model_dir, tmp_path / "out", *options])))
     assert shown.exit_code == 1 and not begun and not (tmp_path / "out").exists()
-    assert "down_proj: in_features=96 is not a multiple of group_size=64" in " ".join(shown.output.split())
+    assert "down_proj: in_features=96 is not a multiple of --group-size 64" in " ".join(shown.output.split())
     assert "(32 fits)" in shown.output

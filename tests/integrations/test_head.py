@@ -99,7 +99,7 @@ def test_a_config_that_says_tied_does_not_tie_a_head_of_ints(tmp_path: Path) -> 
 @pytest.mark.parametrize("layout", ["awq", "gemv", "gemv_fast", "llm-awq", "modelopt"])
 def test_layouts_whose_readers_would_miss_it_are_refused(layout: str, tmp_path: Path) -> None:
     settings = {"group_size": 32, "head": "int4", "symmetric": True, "fold": "always", "method": "rtn"}
-    says = r'lm_head is quantized.*format="compressed-tensors", "gptq" or "native", or quantize with head="float"'
+    says = r'lm_head is quantized.*format="compressed-tensors", "gptq", "mlx", "gguf" or "native", or quantize with head="float"'
     model = float_model(tie_word_embeddings=True)
     before = Snapshot(model)
     with pytest.raises(CheckpointError, match=says):

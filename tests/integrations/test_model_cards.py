@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +135,23 @@ def test_scores_stand_in_card_and_report(tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="evaluations by the name of their text are needed"):
             awq_ext.save_pretrained(model, tmp_path / "wrong", evaluations=wrong)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_the_command_of_a_card_makes_the_same_model_again(tmp_path: Path) -> None:
+    def tokenizer(text: str) -> list[int]:
+        return [ord(letter) % 96 for letter in text[:320]]
+
+    settings = {"group_size": 32, "fold": "always", "n_grid": 2, "seq_len": 32, "progress": False}
+    original = float_model()
+    model = awq_ext.quantize(copy.deepcopy(original), [BATCH], effort="fast", tokenizer=tokenizer, **settings)
+    awq_ext.save_pretrained(model, tmp_path / "int4")
+    content = card(tmp_path / "int4").content
+    assert "| calibrated on | 32 tokens given, 320 built-in |" in content
+    command = re.search(r"^\| command \| `(.+)` \|$", content, re.MULTILINE)[1]
+    assert command.startswith("awq_ext.quantize(model, calibration, tokenizer=tokenizer, effort='fast', ")
+    again = eval(command, {"awq_ext": awq_ext, "model": original, "calibration": [BATCH], "tokenizer": tokenizer})
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
 
 
 class Hub:

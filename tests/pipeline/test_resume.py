@@ -108,6 +108,17 @@ def test_nothing_runs_again_where_all_blocks_are_finished(tmp_path: Path, monkey
     assert again.awq_report.seconds > whole.awq_report.search_seconds
 
 
+def test_a_run_that_goes_on_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = models.make("llama")
+    run = lambda: awq_ext.quantize(case.model, case.batches, resume=tmp_path, **FAST | {"progress": True})  # noqa: E731
+    interrupted_after(1, monkeypatch, run)
+    assert "going on" not in capsys.readouterr().err
+    blocks = len(run().awq_report.blocks)
+    assert f"going on after 1 of {blocks} blocks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("weighed_batches", [0, 2])
 def test_written_text_and_weights_of_rows_are_found_once(
     weighed_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

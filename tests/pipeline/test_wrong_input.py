@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import models
@@ -85,6 +86,20 @@ def test_an_interrupt_in_the_loader(llama: models.Case) -> None:
 )
 def test_bad_settings(llama: models.Case, options: dict[str, Any], error: Any, match: str) -> None:
     refused(llama.model, llama.batches, error, match, **options)
+
+
+@pytest.mark.fault(
+    "Calls of quantize",
+    "The name of a file is given in place of its text",
+    "TypeError that says how to read it; the model stays as it was",
+)
+def test_the_name_of_a_file_is_no_text(llama: models.Case, tmp_path: Path) -> None:
+    (file := tmp_path / "calib.txt").write_text("some text")
+    says = r"calib\.txt.*is the name of a file, not its text: read it first, \[pathlib\.Path\('"
+    for loader in (str(file), file, [str(file)], [file]):
+        refused(llama.model, loader, TypeError, says, tokenizer=lambda text: [1, 2, 3])
+    with pytest.raises(TypeError, match=says):
+        awq_ext.evaluate(llama.model, [str(file)], tokenizer=lambda text: [1, 2, 3])
 
 
 @pytest.mark.fault("Calls of quantize", "config= is no configuration", "TypeError; the model stays as it was")

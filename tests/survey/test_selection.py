@@ -194,7 +194,7 @@ def test_a_pattern_that_fits_nothing_is_refused() -> None:
     case = models.make("llama")
     before = Snapshot(case.model)
     with pytest.raises(
-        ValueError, match=r"per_layer\['\*\.dwon_proj'\] fits none of the 21 layers; nearest: \*\.down_proj"
+        ValueError, match=r"per_layer\['\*\.dwon_proj'\] fits none of the 21 layers: did you mean \*\.down_proj\?"
     ):
         awq_ext.quantize(case.model, case.batches, per_layer={"*.dwon_proj": {"group_size": 32}}, **FAST)
     before.assert_unchanged()
@@ -218,7 +218,7 @@ def test_a_pattern_for_no_layer_names_the_nearest(field: str, pattern: str, near
     before = Snapshot(case.model)
     with pytest.raises(ValueError) as caught:
         awq_ext.quantize(case.model, case.batches, **FAST, **{field: (pattern,)})
-    assert f"AwqConfig.{field}={pattern!r} fits none of the 22 layers; nearest: {nearest}" in str(caught.value)
+    assert f"AwqConfig.{field}={pattern!r} fits none of the 22 layers: did you mean {nearest}" in str(caught.value)
     before.assert_unchanged()
 
 

@@ -157,8 +157,8 @@ class Layout:
         if layer.bits not in self.widths:
             held = " or ".join(map(str, self.widths))
             found.append(
-                f'it has {layer.bits} bits, not {held}: use format="compressed-tensors", "gptq" or "native", or quantize with '
-                f'bits={held} (an output layer: with head="int{held}")'
+                f'it has {layer.bits} bits, not {held}: use format="compressed-tensors", "gptq", "mlx", "native" or "gguf" (that '
+                f'only if it is symmetric), or quantize with bits={held} (an output layer: with head="int{held}")'
             )
         if layer.pre_quant_scale is not None and not self.run_time_scales:
             found.append('its input is scaled at run time, for which there is no slot: quantize with fold="always"')
@@ -195,7 +195,7 @@ class Layout:
         if summary.heads and not self.quantized_heads:
             found.append(
                 f"{', '.join(summary.heads)} is quantized, which readers of this format take for a float output layer: use "
-                'format="compressed-tensors", "gptq" or "native", or quantize with head="float"'
+                'format="compressed-tensors", "gptq", "mlx", "gguf" or "native", or quantize with head="float"'
             )
         if summary.experts and not self.joined_experts:
             found.append(

@@ -40,6 +40,11 @@ def directory_of(source: str | os.PathLike[str]) -> Path:
     return _made[key]
 
 
+def shown(folder: Path) -> Path:
+    """Return what messages call a directory: that of :func:`directory_of` by the file it was made of."""
+    return next((Path(key[0]) for key, made in _made.items() if made == folder), folder)
+
+
 def _unfolded(file: Path) -> Path:
     reader = opened(file)
     config = config_in(file, reader)

@@ -78,25 +78,29 @@ def check_dtype(value: str) -> str:
     return _checked(value, DTYPES)
 
 
-def check_size(value: str) -> str:
-    """Check that a text is a size of files; else a usage error."""
+def check_size(value: str | None) -> str | None:
+    """Check that a text is a size of files or of memory, if one is given; else a usage error."""
     from ...checkpoints.write import parse_size
 
     try:
-        parse_size(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        if value is not None:
+            parse_size(value)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{value!r} is no size: give bytes, or a number with a unit (KB, MB, GB, TB, KiB, MiB or GiB), such as 12GB"
+        ) from None
     return value
 
 
 def _checked(value: str, choices: Iterable[str]) -> str:
     """Find a choice however its letters are written; else a usage error that names the nearest."""
-    from ...config import did_you_mean
+    from ...config import did_you_mean, nearest_choice
 
     choices = list(choices)
     wanted = value.lower()
     if wanted not in choices:
-        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{did_you_mean(wanted, choices)}")
+        meant = did_you_mean(nearest_choice(wanted, choices))
+        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{meant}")
     return wanted
 
 
@@ -142,6 +146,12 @@ def check_directory(out: Path, overwrite: bool, overwrite_float: Path | None, so
     from ...checkpoints.write import check_target
 
     covered = overwrite if overwrite_float is None else overwrite_float
+    if out.suffix.lower() == ".gguf" and not out.is_dir():
+        raise typer.BadParameter(
+            f"{out}: a directory is written in every format, in gguf one with model.gguf in it: give a name that does not "
+            "end in .gguf",
+            param_hint="OUT",
+        )
     if out.resolve() == source.resolve():
         raise typer.BadParameter(f"what is in {out} would be lost: give another directory", param_hint="OUT")
     if out.is_dir() and any(out.iterdir()) and covered is False:

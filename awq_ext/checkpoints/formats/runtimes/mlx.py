@@ -111,7 +111,7 @@ class Mlx(Layout):
         if dtype in floats and scales in floats and dtype != scales:
             warn(
                 f"the model is {dtype}, its scales are {scales}: MLX then computes in float32, which takes longer. Quantize "
-                f'with scale_dtype="{dtype}", or load the float model in {scales}'
+                f'with scale_dtype="{dtype}", or load the float model with dtype="{scales}"'
             )
 
     def reads(self, config: Mapping[str, Any]) -> Settings | None:
