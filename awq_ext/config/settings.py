@@ -97,7 +97,7 @@ class AwqConfig:
 
     method: "awq" searches scales and clips; "gptq" rounds with error feedback (arXiv 2210.17323), each channel making up for
         the errors of those before it; "awq+gptq" does so with the weights that AWQ's scales give; "rtn" rounds to nearest.
-    symmetric: zero fixed at the middle code instead of one zero per group.
+    symmetric: zero fixed at the middle code instead of one zero per group; scales of either sign.
     scale_dtype: storage type of the scales, "float16" or "bfloat16".
     clip: whether to try smaller weight ranges: True in every layer, False in none, "auto" where that lowers the error of the
         block's output too (queries and keys often lose by it).
