@@ -111,13 +111,15 @@ def random_layer(
     scaled: bool = False,
     bits: int = 4,
 ) -> PackedLinear:
-    """Codes of the whole range, zeros from 1 up (0 is no zero that GPTQ can hold)."""
+    """Codes of the whole range, zeros from 1 up (0 is no zero that GPTQ can hold); scales of both signs where symmetric."""
     groups = reference.group_count(k, g)
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
     zeros = torch.randint(1, 2**bits, (n, groups), dtype=torch.uint8)
+    scales = torch.rand(n, groups) * 0.02 + 0.001
+    signs = torch.randint(0, 2, (n, groups)) * 2 - 1 if symmetric else 1
     return PackedLinear(
         qweight=reference.pack_int4(codes) if bits == 4 else codes,
-        scales=(torch.rand(n, groups) * 0.02 + 0.001).to(dtype),
+        scales=(scales * signs).to(dtype),
         zeros=torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros,
         in_features=k,
         group_size=g,

@@ -101,7 +101,8 @@ class AwqConfig:
     method: how scales and codes are found: by AWQ, GPTQ, both, or rounding to nearest. "awq" searches scales and clips. "gptq"
         rounds with error feedback (arXiv 2210.17323): each channel makes up for the errors of those before it. "awq+gptq" does
         that with weights multiplied by AWQ's scales. "rtn" rounds to nearest.
-    symmetric: whether the zero is the middle code of every group; otherwise each group has a zero of its own.
+    symmetric: whether the zero is the middle code of every group, with scales of either sign; otherwise each group has a zero of
+        its own.
     scale_dtype: dtype in which the scales are stored.
     clip: whether smaller weight ranges are tried. True tries them in every layer, False in none; "auto" keeps them only where they
         also lower the error of the block's output (queries and keys often lose by them).

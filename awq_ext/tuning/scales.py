@@ -136,7 +136,7 @@ class _Scales:
         with torch.no_grad():
             for layer, old, start, theta in zip(self._layers, self._old, self._start, self.thetas, strict=True):
                 most = torch.finfo(old.dtype).max
-                layer.tile_scales = (start * (length * theta).exp()).clamp_max(most).to(old.dtype).requires_grad_()
+                layer.tile_scales = (start * (length * theta).exp()).clamp(-most, most).to(old.dtype).requires_grad_()
 
     def gradients(self) -> Iterator[Tensor | None]:
         """Yield the gradient of each theta since the last :meth:`write`; None for a layer that did not run."""

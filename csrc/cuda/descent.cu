@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kItemWarps* kWarp) move_step(Steps s) {
   // NaN where size is 0. What a storage type cannot hold rounds to infinity.
   const float best = value_of(bits_in(static_cast<float>(step + along / size), s.scale_type), s.scale_type);
   constexpr float kLargest = 0x1.fep127f;  // of bf16
-  if (best > 0.5f * step && best < 2.0f * step && best <= kLargest) step = best;
+  const float sign = step < 0.0f ? -1.0f : 1.0f, old = sign * step, wanted = sign * best;
+  if (wanted > 0.5f * old && wanted < 2.0f * old && wanted <= kLargest) step = best;
   for (int64_t i = lane; i < s.length; i += kWarp) {
     const int64_t place = row * s.k + s.begin + i;
     s.error[place] = s.weight[place] - level_of(s, row, i) * step;

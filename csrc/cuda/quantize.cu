@@ -38,15 +38,18 @@ __device__ Grid make_grid(const Rounding& r, float lo, float hi, float first, bo
   // A scale is never 0, never infinite.
   const bool half = r.scale_type == Type::f16;
   const float smallest = half ? 0x1p-24f : 0x1p-126f, largest = half ? 65504.0f : 0x1.fep127f;
-  float step = r.symmetric ? (-lo > hi ? -lo : hi) * 2.0f / r.top : (hi - lo) / r.top;
+  const float middle = (r.top + 1.0f) / 2.0f;
+  float step = r.symmetric ? (-lo > hi ? -lo : hi) / middle : (hi - lo) / r.top;
   if (constant) step = fabsf(first);
   step = step > smallest ? step : smallest;
   step = step < largest ? step : largest;
+  // The largest magnitude is code 0, which has no counterpart above the zero.
+  if (r.symmetric && !constant && hi > -lo) step = -step;
   Grid grid;
   grid.bits = bits_in(step, r.scale_type);
   grid.step = value_of(grid.bits, r.scale_type);
   if (r.symmetric) {
-    grid.zero = (r.top + 1.0f) / 2.0f;
+    grid.zero = middle;
   } else if (constant) {
     grid.zero = first < 0.0f ? 1.0f : 0.0f;
   } else {

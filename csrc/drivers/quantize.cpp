@@ -33,14 +33,17 @@ Grid make_grid(const KernelTable& table, const Range& range, float ratio, const 
   Grid grid;
   grid.top = static_cast<float>((1 << spec.bits) - 1);
   const float lo = range.lo * ratio, hi = range.hi * ratio;
-  float step = spec.symmetric ? std::max(-lo, hi) * 2.0f / grid.top : (hi - lo) / grid.top;
+  const float middle = static_cast<float>(1 << (spec.bits - 1));
+  float step = spec.symmetric ? std::max(-lo, hi) / middle : (hi - lo) / grid.top;
   if (range.constant) step = std::fabs(range.first);
   const bool half = spec.scale_dtype == Dtype::f16;
   step = std::min(std::max(step, half ? kHalfMin : kBf16Min), half ? kHalfMax : kBf16Max);
+  // The largest magnitude is code 0, which has no counterpart above the zero.
+  if (spec.symmetric && !range.constant && hi > -lo) step = -step;
   table.from_float(&step, spec.scale_dtype, 1, &grid.scale_bits);
   table.to_float(&grid.scale_bits, spec.scale_dtype, 1, &grid.step);
   if (spec.symmetric) {
-    grid.zero = static_cast<float>(1 << (spec.bits - 1));
+    grid.zero = middle;
   } else if (range.constant) {
     grid.zero = range.first < 0.0f ? 1.0f : 0.0f;
   } else {

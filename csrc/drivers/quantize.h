@@ -38,7 +38,9 @@ struct QuantSpec {
 };
 
 // The grid of a group whose range is shrunk by `ratio`. The step is rounded to scale_dtype first; the zero point and
-// the codes follow from the rounded step, so that a search measures the values that later run.
+// the codes follow from the rounded step, so that a search measures the values that later run. A symmetric grid has one
+// code more below its zero than above. The weight of largest magnitude gets the lowest code, 0, so the step is negative
+// where that weight is positive.
 Grid make_grid(const KernelTable& table, const Range& range, float ratio, const QuantSpec& spec);
 
 // channel_scale [K] and clip [N, G] may be null. codes [N, K], scales [N, G] (bit patterns of scale_dtype), zeros [N,

@@ -43,15 +43,16 @@ struct DampedMoment {
 };
 
 // The next step of a group: `best` rounded to the storage type, or `step` as before where `best` is not within a factor
-// of 2 of it, is NaN, or cannot be stored.
+// of 2 of it (so it keeps its sign), is NaN, or cannot be stored.
 inline float moved_step(const KernelTable& table, Dtype scale_dtype, float step, float best) {
   constexpr float kLargest = 0x1.fep127f;  // of bfloat16; what rounds to infinity in fp16 is larger
-  if (!(best > 0.5f * step && best < 2.0f * step)) return step;
+  const float sign = step < 0.0f ? -1.0f : 1.0f, old = sign * step, wanted = sign * best;
+  if (!(wanted > 0.5f * old && wanted < 2.0f * old)) return step;
   uint16_t bits;
   float rounded;
   table.from_float(&best, scale_dtype, 1, &bits);
   table.to_float(&bits, scale_dtype, 1, &rounded);
-  return rounded > 0.0f && rounded <= kLargest ? rounded : step;
+  return sign * rounded > 0.0f && sign * rounded <= kLargest ? rounded : step;
 }
 
 }  // namespace awq

@@ -28,7 +28,7 @@ struct Range {
 
 // How a group is rounded: code = clamp(round(w / step) + zero, 0, top), value = (code - zero) * step.
 struct Grid {
-  float step;           // > 0, already rounded to the scale's storage type
+  float step;           // never 0, already rounded to the scale's storage type
   float zero;           // an integer in [0, top]
   float top;            // 2^bits - 1
   uint16_t scale_bits;  // step in its storage type

@@ -23,6 +23,7 @@ LAYERS = {
     "k": st.integers(1, 300),
     "group_size": st.one_of(st.just(-1), st.sampled_from([8, 16, 32, 128]), st.integers(1, 320)),
     "bits": st.sampled_from([4, 8]),
+    "symmetric": st.booleans(),  # whose scales have both signs
     "dtype": st.sampled_from(DTYPES),
     "scale_dtype": st.sampled_from(DTYPES[1:]),
     "extras": st.booleans(),
@@ -44,14 +45,14 @@ def at_each_level(work) -> dict[str, tuple[Tensor, ...]]:
     return found
 
 
-def check_layer(rows, n, k, group_size, bits, dtype, scale_dtype, extras, compute, threads, seed) -> None:
+def check_layer(rows, n, k, group_size, bits, symmetric, dtype, scale_dtype, extras, compute, threads, seed) -> None:
     """Codes and tiles are the same bits everywhere; products agree within their roundings, and do not depend on threads."""
     torch.manual_seed(seed)
     weight, x = torch.randn(n, k), torch.randn(rows, k).to(dtype)
     bias, pre = (torch.randn(n).to(dtype), torch.rand(k) + 0.5) if extras else (None, None)
 
     def work() -> tuple[Tensor, ...]:
-        codes, scales, zeros = _C.quantize_weight(weight, group_size, bits, scale_dtype=scale_dtype)
+        codes, scales, zeros = _C.quantize_weight(weight, group_size, bits, symmetric, scale_dtype)
         packed = _C.pack_int4(codes) if bits == 4 else codes
         tiles = _C.tile_codes(packed, k, group_size, bits)
         parts = (tiles, reference.tile_scales(scales), reference.tile_zeros(zeros, bits))

@@ -29,7 +29,9 @@ def quantize_weight(
     (0, 1] shrinks the range of each group. Returns codes uint8 [N, K], scales ``scale_dtype`` [N, G], zeros uint8 [N, G].
 
     asymmetric: lo = clip*min(0, min w), hi = clip*max(0, max w), scale = (hi - lo) / (2^bits - 1),
-    zero = clamp(round(-lo / scale)); symmetric: scale = clip*max|w| / (2^bits - 1) * 2, zero = 2^(bits - 1).
+    zero = clamp(round(-lo / scale)). symmetric: zero = 2^(bits - 1), which has one code more below it than above. The weight of
+    largest magnitude gets code 0: |scale| = clip*max|w| / 2^(bits - 1), and the scale is negative where that weight is positive.
+    Where weights of both signs have that magnitude, the scale is positive.
     The scale is rounded to its storage type *before* codes are computed, so a search sees the values that later run. Rounding is
     half to even. A group whose weights are all equal is stored exactly (up to the storage type): scale = |w|, code = zero +- 1.
     """
@@ -42,7 +44,8 @@ def quantize_weight(
     lo = grouped.amin(-1).clamp(max=0) * ratio
     hi = grouped.amax(-1).clamp(min=0) * ratio
     smallest, largest = SCALE_RANGE[scale_dtype]
-    step = torch.maximum(-lo, hi) * 2 / top if symmetric else (hi - lo) / top
+    middle = 2 ** (bits - 1)
+    step = torch.maximum(-lo, hi) / middle if symmetric else (hi - lo) / top
     # min == max over the real (unpadded) channels; a padded group is compared against its own first channel
     first = grouped[..., :1]
     inside = expand_groups(torch.arange(grouped.shape[1], device=w.device), w.shape[1], group_size)
@@ -50,10 +53,12 @@ def quantize_weight(
     differs = w != first[..., 0].gather(1, inside.expand(w.shape[0], -1))
     constant = ~torch.zeros_like(lo).index_add_(1, inside, differs.float()).bool() & (first[..., 0] != 0)
     step = torch.where(constant, first[..., 0].abs(), step).clamp(smallest, largest)
+    if symmetric:
+        step = torch.where((hi > -lo) & ~constant, -step, step)
     scales = step.to(scale_dtype)
     step = scales.float()
     if symmetric:
-        zeros = torch.full_like(step, 2.0 ** (bits - 1))
+        zeros = torch.full_like(step, middle)
     else:
         zeros = torch.where(constant, (first[..., 0] < 0).float(), torch.round(-lo / step)).clamp(0, top)
     per_channel = lambda v: expand_groups(v, w.shape[1], group_size)  # noqa: E731

@@ -39,7 +39,8 @@ def refine_quantized(
     Takes what :func:`quantize_weight` or :func:`gptq_quantize` returned for the same weight [N, K] and channel_scale s [K];
     H = diag(1/s) second_moment diag(1/s) + damping * its diagonal. In each round every group's scale, then (unless
     ``scales_only``) every channel's code, is set to its best value while all others stay. Scales are rounded to their storage
-    type; one whose best value is not within a factor of 2 stays. Zeros stay. Channels that no input enters keep the nearest code.
+    type; one whose best value is not within a factor of 2 stays, so none changes its sign. Zeros stay. Channels that no input
+    enters keep the nearest code.
     """
     k, g, top = weight.shape[1], group_length(weight.shape[1], group_size), 2**bits - 1
     w = weight.float() if channel_scale is None else weight.float() * channel_scale
@@ -55,7 +56,8 @@ def refine_quantized(
                 along = (level[:, part] * (error @ h[:, part])).sum(1)
                 size = (level[:, part] * (level[:, part] @ h[part, part])).sum(1)
                 best = (steps[:, i] + along / size).to(scales.dtype).float()
-                fits = (best > 0.5 * steps[:, i]) & (best < 2 * steps[:, i]) & (best <= largest)
+                old, wanted = steps[:, i].abs(), best * steps[:, i].sign()
+                fits = (wanted > 0.5 * old) & (wanted < 2 * old) & (wanted <= largest)
                 steps[:, i] = torch.where(fits, best, steps[:, i])
                 error[:, part] = w[:, part] - level[:, part] * steps[:, i, None]
             for j in range(0 if scales_only else k):

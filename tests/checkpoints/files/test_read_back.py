@@ -94,6 +94,24 @@ def assert_refused(act: Callable[[], Any], folder: Path, said: str) -> str:
     return text
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_scales_of_both_signs_come_back_bit_by_bit(format: str, tmp_path: Path) -> None:
+    """A symmetric group has a negative scale where its largest weight is positive."""
+    if format == "gguf":
+        pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
+    model = quantized()
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format=format)
+    again = awq_ext.from_pretrained(folder)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, awq_ext.QuantLinear)}
+    assert layers
+    for name, layer in layers.items():
+        other = again.get_submodule(name)
+        assert bool((layer.scales < 0).any()) and bool((layer.scales > 0).any()), name
+        assert torch.equal(layer.qweight, other.qweight) and torch.equal(layer.zeros, other.zeros), name
+        assert layer.scales.dtype == other.scales.dtype, name
+        assert torch.equal(layer.scales.view(torch.int16), other.scales.view(torch.int16)), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_layout_is_verified_and_stays_the_same(format: str, dtype: torch.dtype, tmp_path: Path) -> None:

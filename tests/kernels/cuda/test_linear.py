@@ -16,9 +16,11 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
-def tiled(n: int, k: int, group_size: int, bits: int, scale_dtype: torch.dtype = torch.float16) -> Parts:
-    """A random weight in the compute layout."""
-    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k), group_size, bits, scale_dtype=scale_dtype)
+def tiled(
+    n: int, k: int, group_size: int, bits: int, scale_dtype: torch.dtype = torch.float16, symmetric: bool = False
+) -> Parts:
+    """A random weight in the compute layout. Of a symmetric one, scales have both signs."""
+    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k), group_size, bits, symmetric, scale_dtype)
     rows = _C.pack_int4(codes) if bits == 4 else codes
     return _C.tile_codes(rows, k, group_size, bits), reference.tile_scales(scales), reference.tile_zeros(zeros, bits)
 
@@ -45,7 +47,7 @@ def test_quant_linear(dtype: torch.dtype, n: int, k: int, group_size: int, bits:
     for i, rows in enumerate(ROWS):
         scale_dtype = (torch.float16, torch.bfloat16)[i % 2]
         extras = i % 3 != 0
-        parts = tiled(n, k, group_size, bits, scale_dtype)
+        parts = tiled(n, k, group_size, bits, scale_dtype, symmetric=i % 4 > 1)
         x = torch.randn(rows, k).to(dtype)
         bias = torch.randn(n).to(DTYPES[i % 3]) if extras else None
         pre = torch.rand(k) + 0.5 if extras and i % 2 else None
