@@ -95,7 +95,8 @@ def test_the_peak_is_that_since_the_mark() -> None:
     mark = PeakMemory(torch.device("cpu"))
     assert mark.start <= held
     assert mark.bytes() >= mark.start
-    more = torch.ones(32 * 2**20, dtype=torch.uint8)
+    # more than the 32 MiB up to which glibc may take pages that are resident already
+    more = torch.ones(64 * 2**20, dtype=torch.uint8)
     del more
     # the array is gone, its pages were counted
-    assert mark.bytes() >= mark.start + 30 * 2**20
+    assert mark.bytes() >= mark.start + 60 * 2**20
