@@ -9,7 +9,13 @@ Data = dict[str, Any]
 Markdown = Callable[[Iterable[str], Iterable[Iterable[object]]], str]
 BOTH = "awq+gptq"
 # Rows of other tools, and ours that does the same.
-SAME = {"llmcompressor awq": "awq_ext awq", "llmcompressor gptq": "awq_ext gptq", "autoawq": "awq_ext awq"}
+SAME = {
+    "llmcompressor awq": "awq_ext awq",
+    "llmcompressor gptq": "awq_ext gptq",
+    "autoawq": "awq_ext awq",
+    "auto-round light": "awq_ext best",
+    "auto-round": "awq_ext best",
+}
 
 
 def value(cell: Data, label: str, text: str, measure: str) -> float:

@@ -215,6 +215,7 @@ TABLES = {
     "choices": lambda: quality.choices(read("bench_choices"), markdown),
     "peers": lambda: peers("bench_peers"),
     "peers_blocks": lambda: peers("bench_peers_blocks"),
+    "peers_learned": lambda: peers("bench_peers_learned"),
 }
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
