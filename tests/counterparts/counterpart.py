@@ -104,6 +104,30 @@ def trained_llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> nn.
     return model.to(dtype).eval()
 
 
+def quantized_qwen2(dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+    """A Qwen2 in int4 that has learned something: the trained Llama's weights, with biases of q, k and v that are random."""
+    transformers = pytest.importorskip("transformers", reason="no counterpart tested: pip install awq-ext[hf]")
+    llama = trained_llama()
+    sizes = llama.config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings")
+    config = transformers.Qwen2Config(
+        **{name: sizes[name] for name in names}, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None
+    )
+    model = transformers.Qwen2ForCausalLM(config)
+    missing, unknown = model.load_state_dict(llama.state_dict(), strict=False)
+    assert (
+        not unknown
+        and all(name.endswith("_proj.bias") for name in missing)
+        and len(missing) == 3 * sizes["num_hidden_layers"]
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name in missing:
+        nn.init.normal_(model.get_parameter(name), std=0.1, generator=generator)
+    chosen = {"group_size": 64, "fold": "always"} | settings
+    return awq_ext.quantize(model.to(dtype).eval(), calibration_batches(count=4), **chosen)
+
+
 def wide_llama() -> nn.Module:
     """The trained Llama with channels and heads of zeros, so that the default groups of 128 divide all its widths.
 

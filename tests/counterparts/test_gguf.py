@@ -12,8 +12,8 @@ from counterparts.counterpart import (
     needed,
     prompt_file,
     quantized_llama,
+    quantized_qwen2,
     run,
-    tiny_qwen2,
     wide_llama,
 )
 from safetensors.torch import load_file
@@ -24,10 +24,11 @@ TOKENS = torch.arange(64)[None]
 pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
 
 
-@pytest.mark.parametrize("kind", list(GGUF_SETTINGS))
+@pytest.mark.parametrize("kind", [*GGUF_SETTINGS, "Qwen2"])
 def test_llama_cpp_generates_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    """Qwen2: with biases, and rows in the order of transformers."""
     needed("llama-cpp")
-    model = quantized_llama(**GGUF_SETTINGS[kind])
+    model = quantized_qwen2(group_size=32) if kind == "Qwen2" else quantized_llama(**GGUF_SETTINGS[kind])
     folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gguf")
     (prompt, generated), out = clear_prompt(tmp_path, model), tmp_path / "out.safetensors"
     run("llama-cpp", "llama_cpp_generate.py", folder / "model.gguf", prompt, out)
@@ -37,18 +38,6 @@ def test_llama_cpp_generates_the_same_tokens(kind: str, tmp_path: Path) -> None:
         ours = model(load_file(prompt)["tokens"]).logits
     # its products of integers round activations to 8 bits in groups of 32, and keys and values to float16
     assert (ours - theirs["logits"]).norm() < 0.02 * ours.norm()
-
-
-def test_llama_cpp_runs_qwen2(tmp_path: Path) -> None:
-    """With biases, and rows in the order of transformers."""
-    needed("llama-cpp")
-    model = tiny_qwen2(torch.float32, group_size=32)
-    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gguf")
-    prompt, out = prompt_file(tmp_path, bytes(range(3, 60, 3))), tmp_path / "out.safetensors"
-    run("llama-cpp", "llama_cpp_generate.py", folder / "model.gguf", prompt, out)
-    with torch.no_grad():
-        ours = model(load_file(prompt)["tokens"]).logits
-    assert (ours - load_file(out)["logits"]).norm() < 0.02 * ours.norm()
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])

@@ -13,6 +13,7 @@ from counterparts.counterpart import (
     clear_prompt,
     needed,
     quantized_llama,
+    quantized_qwen2,
     run,
     weights_of,
 )
@@ -22,10 +23,11 @@ from safetensors.torch import load_file
 import awq_ext
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-def test_same_tokens_through_both_kernels(symmetric: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["asymmetric", "symmetric", "Qwen2"])
+def test_same_tokens_through_both_kernels(kind: str, tmp_path: Path) -> None:
     needed("gptqmodel")
-    folder = awq_ext.save_pretrained(quantized_llama(symmetric=symmetric), tmp_path / "model")
+    made = quantized_qwen2() if kind == "Qwen2" else quantized_llama(symmetric=kind == "symmetric")
+    folder = awq_ext.save_pretrained(made, tmp_path / "model")
     model = awq_ext.from_pretrained(folder)
     (prompt, generated), out = clear_prompt(tmp_path, model), tmp_path / "out.safetensors"
     run("gptqmodel", "gptqmodel_generate.py", folder, prompt, out)

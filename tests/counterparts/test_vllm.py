@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from counterparts.counterpart import byte_tokenizer, clear_prompt, needed, quantized_llama, run, wide_llama
+from counterparts.counterpart import (
+    byte_tokenizer,
+    clear_prompt,
+    needed,
+    quantized_llama,
+    quantized_qwen2,
+    run,
+    wide_llama,
+)
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -22,6 +30,12 @@ LAYOUTS = pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
 def test_vllm_generates_the_same_tokens(layout: str, symmetric: bool, tmp_path: Path) -> None:
     needed("vllm")
     assert_same_tokens(quantized_llama(symmetric=symmetric), layout, tmp_path)
+
+
+def test_vllm_generates_the_same_tokens_with_qwen2(tmp_path: Path) -> None:
+    """It joins the biases of q, k and v."""
+    needed("vllm")
+    assert_same_tokens(quantized_qwen2(), "awq", tmp_path)
 
 
 @LAYOUTS
