@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -147,8 +147,7 @@ class Run:
         """Collect statistics while the batches stream through the float block."""
         start = time.perf_counter()
         given = (block.surveyed, block.stops, self._session.device, block.hold, self._weights)
-        advance = partial(self._stream.advance, target=True) if self._follows(block) else Stop.advance
-        found, output = collect(*given, advance=advance)
+        found, output = collect(*given, advance=self._way_on(block, target=True))
         return Collected(found, output, time.perf_counter() - start)
 
     def solve(self, block: Block, collected: Collected) -> BlockResult:
@@ -166,9 +165,10 @@ class Run:
         result.search_seconds = time.perf_counter() - start
         return result
 
-    def _follows(self, block: Block) -> bool:
-        """Whether codes are learned on what arrives behind quantized blocks, in this block or a later one."""
-        return self._session.config.learn_rounding > 0 and not block.hold
+    def _way_on(self, block: Block, target: bool) -> Callable[[Stop], None]:
+        """Return what lets a batch go on; where codes are learned, what arrives behind quantized blocks is kept with it."""
+        follows = self._session.config.learn_rounding > 0 and not block.hold
+        return partial(self._stream.advance, target=target) if follows else Stop.advance
 
     def _learns(self, block: Block, probe: Probe) -> bool:
         """Whether codes are learned: not where all outputs would take much more memory than all inputs, as logits do."""
@@ -208,7 +208,7 @@ class Run:
         """Put int4 layers in place of the block's Linears, and apply the folds."""
         if not block.hold:
             free = FreeMemory()
-            advance = partial(self._stream.advance, target=False) if self._follows(block) else Stop.advance
+            advance = self._way_on(block, target=False)
             # through the float block; most of them went that way when statistics were collected
             for stop in block.stops:
                 if stop.waiting:

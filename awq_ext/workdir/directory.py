@@ -25,7 +25,8 @@ except ImportError:  # Windows: two processes are not kept apart there
 
 _STATE, _LOCK = "state.json", "lock"
 _OURS = re.compile(r"(state\.json|lock|(block|start)-[\w-]+\.safetensors|spilled-\w+)(\.new)?")
-_VERSION = 1
+# Of the files, and of how blocks are solved: raised where the blocks of an older directory would not be solved alike now.
+_VERSION = 2
 
 
 class ResumeError(RuntimeError):
