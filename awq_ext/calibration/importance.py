@@ -29,6 +29,7 @@ from .row_weights import PositionWeights, RowWeights, Weights, stretches_of
 # The least weight of a row, as a share of the mean: a row that the output does not react to still shows what inputs look like.
 _LEAST = 1e-4
 _ROWS_AT_ONCE = 16
+_EXPONENT = 0x7F800000  # the bits of an fp32's exponent
 # Tensors of its widest layer that a block keeps for its backward, and makes in it, such as gate, up, what becomes of them, and the
 # gradients of these.
 _BLOCK_BACKWARD = 10
@@ -111,7 +112,10 @@ def _added(squares: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _normalize(rows: Sequence[Tensor]) -> None:
-    """Scale weights, in place, to a mean of 1 over the rows that count (others are below 0), and none much below ``_LEAST``."""
+    """Make weights, in place, powers of 2 of about 1 on average over the rows that count (others are below 0).
+
+    None is much below ``_LEAST``.
+    """
     every = torch.cat([*(one.flatten() for one in rows), torch.zeros(0)])
     counted = every[every >= 0]
     mean = float(counted.mean()) if len(counted) else 0.0
@@ -122,10 +126,22 @@ def _normalize(rows: Sequence[Tensor]) -> None:
     raised = float((counted / mean).clamp_min(_LEAST).mean())
     for one in rows:
         one.div_(mean).clamp_min_(_LEAST).div_(raised)
+        _round_to_powers(one)
+
+
+def _round_to_powers(weights: Tensor) -> None:
+    """Round weights > 0 to the nearest powers of 2, in place.
+
+    A power of 2 times a number in bf16 is in bf16 too, so weighted rows of a bf16 model take one product in bf16, as rows without
+    weights do. What is lost, a factor of 2^(1/2) at most, is less than one backward leaves uncertain.
+    """
+    weights.mul_(2**0.5).view(torch.int32).bitwise_and_(
+        _EXPONENT
+    )  # an fp32 without its mantissa is the power at or below it
 
 
 def _by_position(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Average the weights of each input over the stretches of a window (``stretches_of``), to a mean of 1 over rows."""
+    """Average the weights of each input over the stretches of a window (``stretches_of``), as :func:`_normalize` says."""
     tables = {}
     for name, seen in found.items():
         rows = [one for one in seen if one.dim() > 1]

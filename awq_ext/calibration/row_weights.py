@@ -25,7 +25,7 @@ class Weights(Protocol):
 
 
 class RowWeights:
-    """Weights of the rows that reach some Linears, batch by batch: 1 on average over the rows that count."""
+    """Weights of the rows that reach some Linears, batch by batch: powers of 2, about 1 on average over the rows that count."""
 
     def __init__(self, rows: Sequence[Mapping[str, list[Tensor]]], calls: Sequence[Call]) -> None:
         self._rows = {id(call): mine for call, mine in zip(calls, rows, strict=True)}
@@ -53,7 +53,7 @@ class RowWeights:
 
 
 class PositionWeights:
-    """Weights of rows by position in a window (dimension -2 of an input): one for each stretch, 1 on average over rows."""
+    """Weights of rows by position in a window (dimension -2 of an input), one for each stretch: powers of 2, about 1 on average."""
 
     def __init__(self, stretches: Mapping[str, Tensor]) -> None:
         self._stretches = stretches  # fp32 [stretches], by name of the first Linear that reads an input

@@ -1,6 +1,7 @@
 #include "drivers/stats.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/buffer.h"
 #include "base/layout.h"
@@ -33,9 +34,20 @@ struct Form {
   int64_t value_bytes() const { return products == nullptr ? 4 : 2 * terms; }
 };
 
+bool is_power_of_2(float weight) {
+  int exponent;
+  return weight == 0.0f || (std::isnormal(weight) && std::frexp(weight, &exponent) == 0.5f);
+}
+
+// Whether w x is a bf16 number for each row, so that products of x with w x are those of one term.
+bool weights_keep_bf16(const CalibrationRows& x) {
+  return x.weights != nullptr && x.dtype == Dtype::bf16 && std::all_of(x.weights, x.weights + x.rows, is_power_of_2);
+}
+
 Form form_of(const KernelTable& table, const CalibrationRows& x) {
   const Bf16Products* products = table.bf16_products;
-  const int terms = x.weights != nullptr || x.dtype == Dtype::f32 ? 3 : x.dtype == Dtype::f16 ? 2 : 1;
+  const bool rooted = x.weights != nullptr && !weights_keep_bf16(x);
+  const int terms = rooted || x.dtype == Dtype::f32 ? 3 : x.dtype == Dtype::f16 ? 2 : 1;
   if (products == nullptr || (terms > 1 && products->split == nullptr))
     return {table, nullptr, 1, tile_shape(table, Precision::f32), kChunkRows, kChunkRows, kBundle};
   const TileShape tile = tile_shape(table, Precision::bf16);
@@ -88,9 +100,11 @@ struct Chunk {
   }
 };
 
-// `rows` rows ready to be packed: x itself, a copy in fp32 times the roots of the weights, or the terms of that.
+// Rows ready to be packed: x itself, a copy in fp32 times the roots of the weights, or the terms of that; or x, and
+// w x for the tile's columns.
 struct Source {
-  const void* data;
+  const void* left;
+  const void* right;
   int64_t term_values;  // from one term to the next
 };
 
@@ -105,12 +119,12 @@ void pack_chunk(const Chunk& chunk, const Source& x, int64_t rows, int threads) 
     const int64_t cols = std::min(width, k - first);
     char* out = (left ? chunk.row_panels : chunk.col_panels) + first * chunk.depth * form.value_bytes();
     if (form.products == nullptr) {
-      const float* from = static_cast<const float*>(x.data) + first;
+      const float* from = static_cast<const float*>(x.left) + first;
       return form.table.pack_columns(from, k, rows, cols, width, reinterpret_cast<float*>(out));
     }
     const auto pack = left ? form.products->pack_left : form.products->pack_right;
     for (int t = 0; t < form.terms; ++t)
-      pack(static_cast<const uint16_t*>(x.data) + t * x.term_values + first, k, rows, cols, form.terms,
+      pack(static_cast<const uint16_t*>(left ? x.left : x.right) + t * x.term_values + first, k, rows, cols, form.terms,
            reinterpret_cast<uint16_t*>(out) + t * form.tile.depth * width);
   });
 }
@@ -134,40 +148,51 @@ class Copies {
       : form_(form),
         x_(x),
         threads_(threads),
-        terms_(form.products != nullptr && (form.terms > 1 || x.weights != nullptr)),
-        floats_(form.products == nullptr && (x.dtype != Dtype::f32 || x.weights != nullptr)),
-        values_(terms_    ? threads * x.in_features
-                : floats_ ? most_rows * x.in_features
-                          : 0),
-        halves_(terms_ ? form.terms * most_rows * x.in_features : 0) {}
+        kind_(kind_of(form, x)),
+        values_(kind_ == Kind::floats ? most_rows * x.in_features
+                : kind_ == Kind::none ? 0
+                                      : threads * x.in_features),
+        halves_(kind_ == Kind::terms || kind_ == Kind::scaled ? form.terms * most_rows * x.in_features : 0) {}
 
   // Of rows first .. first + count.
   Source make(int64_t first, int64_t count) {
-    if (!terms_ && !floats_) return {x_.row(first), 0};
+    const void* rows = x_.row(first);
+    if (kind_ == Kind::none) return {rows, rows, 0};
     const int64_t k = x_.in_features, term_values = count * k;
     parallel_for(count, threads_, [&](int64_t r, int thread) {
-      float* row = values_.get() + (terms_ ? thread : r) * k;
+      float* row = values_.get() + (kind_ == Kind::floats ? r : thread) * k;
       load(first + r, row);
-      for (int t = 0; terms_ && t < form_.terms; ++t)
-        form_.products->split(row, k, halves_.get() + t * term_values + r * k);
+      if (kind_ == Kind::scaled) form_.table.from_float(row, Dtype::bf16, k, halves_.get() + r * k);
+      if (kind_ != Kind::terms) return;
+      for (int t = 0; t < form_.terms; ++t) form_.products->split(row, k, halves_.get() + t * term_values + r * k);
     });
-    if (terms_) return {halves_.get(), term_values};
-    return {values_.get(), 0};
+    if (kind_ == Kind::floats) return {values_.get(), values_.get(), 0};
+    return {kind_ == Kind::scaled ? rows : halves_.get(), halves_.get(), term_values};
   }
 
  private:
+  enum class Kind { none, floats, terms, scaled };
+
+  static Kind kind_of(const Form& form, const CalibrationRows& x) {
+    const bool plain = x.weights == nullptr;
+    if (form.products == nullptr) return plain && x.dtype == Dtype::f32 ? Kind::none : Kind::floats;
+    if (form.terms > 1) return Kind::terms;
+    return plain ? Kind::none : Kind::scaled;
+  }
+
+  // A row in fp32 times its weight where that is exact, else times the root of that.
   void load(int64_t r, float* row) const {
     const int64_t k = x_.in_features;
     form_.table.to_float(x_.row(r), x_.dtype, k, row);
     if (x_.roots == nullptr) return;
-    const float root = x_.roots[r];
-    for (int64_t i = 0; i < k; ++i) row[i] *= root;
+    const float factor = kind_ == Kind::scaled ? x_.weights[r] : x_.roots[r];
+    for (int64_t i = 0; i < k; ++i) row[i] *= factor;
   }
 
   const Form& form_;
   const CalibrationRows& x_;
   int threads_;
-  bool terms_, floats_;
+  Kind kind_;
   Buffer<float> values_;     // of each thread, or of each row
   Buffer<uint16_t> halves_;  // [terms][rows][in_features]
 };

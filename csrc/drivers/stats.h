@@ -27,11 +27,13 @@ void add_sums(const KernelTable& table, const CalibrationRows& x, double* sum, d
 
 // moment += sum over rows of w x x^T in fp32, at least where column >= row; below the diagonal anything may be left
 // until mirror_upper. Without weights, bf16 rows use bf16 products where the level has them: these are exact, so
-// nothing is lost against fp32. With weights, rows of root x are packed, rounded to fp32. Error of an entry: gamma *
-// sum of |w x_i x_j| with gamma = (rows of a chunk + number of chunks) * 2^-24; with weights 6 * 2^-24 more, 3 for each
-// factor: 2 from the root, 1 from its product with x.
+// nothing is lost against fp32. So do rows whose weights are all 0 or powers of 2: x is multiplied by w x, which is a
+// bf16 number unless it is subnormal, and counts as 0 then, or overflows, and w x^2 with it: w < 2^128, so |x| > 1.
+// With other weights, rows of root x are packed, rounded to fp32. Error of an entry: gamma * sum of |w x_i x_j| with
+// gamma = (rows of a chunk + number of chunks) * 2^-24; with roots 6 * 2^-24 more, 3 for each factor: 2 from the root,
+// 1 from its product with x.
 //
-// On tile registers fp16 rows have two terms, whose four products are exact, fp32 and weighted rows three, whose six
+// On tile registers fp16 rows have two terms, whose four products are exact, fp32 and rooted rows three, whose six
 // products may leave out 2^-24 of |w x_i x_j| (Bf16Products). Sums are shorter there than gamma says: of 32 rows a term
 // passes at most 16 sums and one for each product of terms, and those of small products are small.
 void add_second_moment(const KernelTable& table, const CalibrationRows& x, float* moment, int threads);

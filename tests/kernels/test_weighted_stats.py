@@ -65,6 +65,22 @@ def test_weighted_stats_against_exact_sums(kernels: ModuleType) -> None:
     assert torch.all((stats.second_moment().double() - (x.T * w) @ x).abs() <= bound)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (37, 64), (2500, 33), (70, 300)])
+def test_powers_of_2_multiply_bf16_rows_exactly(shape: tuple[int, int]) -> None:
+    """Such weights may be multiplied into one of the two factors: what was left or right of it must not mix."""
+    x, weights = torch.randn(shape).bfloat16(), 2.0 ** torch.randint(-13, 5, (shape[0],))
+    x[:, 0] *= 100
+    weights[::7] = 0 if shape[0] > 1 else 2
+    stats, exact, w = fed(x, weights, None), x.double(), weights.double()
+    w /= w.mean()
+    bound = (exact.abs().T * w) @ exact.abs() * (EPS * (len(x) + 10))
+    assert torch.all((stats.second_moment().double() - (exact.T * w) @ exact).abs() <= bound)
+    assert torch.equal(stats.second_moment(), stats.second_moment().T)
+    one = _C.ActivationStats(shape[1])
+    one.update(x[:1], weights=torch.full((1,), 4.0))
+    assert torch.equal(one.second_moment(), x[:1].float().T @ x[:1].float())
+
+
 @KERNELS
 def test_rows_with_and_without_weights(kernels: ModuleType) -> None:
     x, weights = torch.randn(20, 16), torch.rand(20) + 0.5
