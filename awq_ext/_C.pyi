@@ -69,6 +69,31 @@ def gptq_quantize(
     channel_scale: Tensor | None = None,
     clip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def learned_weight(
+    start: Tensor,
+    moved: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_size: int,
+    bits: int,
+    dtype: torch.dtype,
+    channel_scale: Tensor | None = None,
+    divisor: Tensor | None = None,
+) -> Tensor: ...
+def move_learned(
+    start: Tensor,
+    moved: Tensor,
+    thetas: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    gradient: Tensor,
+    rate: float,
+    theta_rate: float,
+    group_size: int,
+    bits: int,
+    channel_scale: Tensor | None = None,
+    divisor: Tensor | None = None,
+) -> None: ...
 def refine_quantized(
     weight: Tensor,
     codes: Tensor,

@@ -57,6 +57,8 @@ search_clip = _by_device(reference.search_clip)
 gptq_factor = _by_device(reference.gptq_factor)
 gptq_quantize = _by_device(reference.gptq_quantize)
 refine_quantized = _by_device(reference.refine_quantized)
+learned_weight = _by_device(reference.learned_weight)
+move_learned = _by_device(reference.move_learned)
 tile_codes = _by_device(reference.tile_codes)
 untile_codes = _by_device(reference.untile_codes)
 

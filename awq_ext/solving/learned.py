@@ -8,14 +8,15 @@ decide whether what was learned stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..forwards.probe import Probe
-from ..kernels.reference import expand_groups, group_length, in_groups
+from ..kernels.reference import expand_groups
 from ..layers.quantized_weight import QuantizedWeight
 from .rounding import divided, mean_loss
 from .solution import GroupSolution, LayerSolution, substitutes_of
@@ -23,13 +24,11 @@ from .solution import GroupSolution, LayerSolution, substitutes_of
 # Of the first step: of positions, in codes, and of scales, as a share. Both fall to 0 in a line.
 RATE, SCALE_RATE = 5e-3, 1e-3
 # Steps, of a batch each, after which the held-out batches are asked.
-LOOK = 40
+LOOK = 60
 # One batch of so many is kept for the decision.
 HELD = 8
 # A position begins where the float weight lies, but at most so far from the code that was found: a step must not undo that.
 _NEAR = 0.45
-# How far it can move: half a code to each side.
-_REACH = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,8 @@ def learn_rounding(
         return list(groups), Learned(before, before)
     solved = {id(layer.given): layer.solution() for layer in layers}
     found = [replace(one, layers=tuple(solved.get(id(layer), layer) for layer in one.layers)) for one in groups]
+    if all(solved[id(layer.given)] is not layer.given for layer in layers):
+        return found, Learned(before, best)
     after = _judge(judged, substitutes_of(layer for group in found for layer in group.layers))
     return (found, Learned(before, after)) if after < before else (list(groups), Learned(before, before))
 
@@ -111,23 +112,11 @@ class _Rounding:
         if layer.scale is not None:
             target.mul_(layer.scale)
         codes = found.codes().float()
-        target = self._by_group(target, torch.div, self._scales)
-        target = self._by_group(target, torch.add, self._zeros)
+        scales, zeros = (expand_groups(one, found.in_features, found.group_size) for one in (self._scales, self._zeros))
+        target.div_(scales).add_(zeros)
         self._start = codes + (target - codes).clamp_(-_NEAR, _NEAR)
         self._moved = torch.zeros_like(codes)
         self._best = found
-
-    def _by_group(self, values: Tensor, operation: Callable[..., Tensor], others: Tensor) -> Tensor:
-        """Combine ``values`` fp32 [N, K] with those [N, G] of their groups, in place if all groups are full."""
-        found = self.given.found
-        n, groups = others.shape
-        if (
-            values.shape[1] % groups == 0
-            and group_length(found.in_features, found.group_size) * groups == values.shape[1]
-        ):
-            parts = values.view(n, groups, -1)
-            return operation(parts, others[..., None], out=parts).view(n, -1)
-        return operation(values, expand_groups(others, found.in_features, found.group_size))
 
     def _codes(self) -> Tensor:
         return (self._start + self._moved).round_().clamp_(0, 2**self.given.found.bits - 1)
@@ -138,20 +127,37 @@ class _Rounding:
         return (self._scales * self._thetas.exp()).clamp_(-most, most).to(dtype)
 
     def weight(self) -> Tensor:
-        """Dequantize to the original space, as ``LayerSolution.weight`` does: fp32 [N, K]."""
-        weight = self._by_group(self._codes(), torch.sub, self._zeros)
-        weight = self._by_group(weight, torch.mul, self._stored_scales().float())
-        if self.given.scale is not None:
-            weight.div_(self.given.scale)
-        return weight if self.given.divisor is None else weight.mul_(self.given.divisor[:, None])
+        """Dequantize to the original space, as ``LayerSolution.weight`` does: [N, K], of the Linear's dtype."""
+        scales, found = self._stored_scales().float(), self.given.found
+        return kernels.learned_weight(
+            self._start,
+            self._moved,
+            scales,
+            self._zeros,
+            found.group_size,
+            found.bits,
+            self.given.task.linear.weight.dtype,
+            self.given.scale,
+            self.given.divisor,
+        )
 
-    def move(self, weight: Tensor, gradient: Tensor, rate: float) -> None:
-        """Step against the sign of the gradient of ``weight``, which :meth:`weight` returned: both fp32 [N, K]."""
-        # d weight / d theta is the weight; d weight / d position has the sign of the scale, as scales and divisors are positive
-        size = self.given.found.group_size
-        self._thetas -= SCALE_RATE * rate * in_groups(gradient * weight, size).sum(-1).sign()
-        step = self._by_group(gradient.sign_(), torch.mul, self._scales.sign())
-        self._moved.sub_(step, alpha=RATE * rate).clamp_(-_REACH, _REACH)
+    def move(self, gradient: Tensor, rate: float) -> None:
+        """Step against the sign of the gradient of :meth:`weight` [N, K]."""
+        scales, found = self._stored_scales().float(), self.given.found
+        kernels.move_learned(
+            self._start,
+            self._moved,
+            self._thetas,
+            scales,
+            self._zeros,
+            gradient,
+            RATE * rate,
+            SCALE_RATE * rate,
+            found.group_size,
+            found.bits,
+            self.given.scale,
+            self.given.divisor,
+        )
 
     def note(self) -> None:
         """Note the codes and scales of now as the best ones."""
@@ -168,8 +174,7 @@ class _Rounding:
 
 def _weights(layers: Sequence[_Rounding]) -> dict[tuple[nn.Module, str], Tensor]:
     linears = [layer.given.task.linear for layer in layers]
-    made = (layer.weight().to(linear.weight.dtype) for layer, linear in zip(layers, linears, strict=True))
-    return {(linear, "weight"): weight for linear, weight in zip(linears, made, strict=True)}
+    return {(linear, "weight"): layer.weight() for linear, layer in zip(linears, layers, strict=True)}
 
 
 def _take_step(
@@ -179,9 +184,9 @@ def _take_step(
     leaves = [weight.requires_grad_() for weight in weights.values()]
     with torch.enable_grad():
         gradients = torch.autograd.grad(_error(probe, dict(fixed) | weights), leaves, allow_unused=True)
-    for layer, weight, gradient in zip(layers, leaves, gradients, strict=True):
+    for layer, gradient in zip(layers, gradients, strict=True):
         if gradient is not None:  # of an expert that no token of this batch reached there is none
-            layer.move(weight.detach().float(), gradient.float().contiguous(), rate)
+            layer.move(gradient, rate)
 
 
 def _error(probe: Probe, substitutes: Mapping[tuple[nn.Module, str], Tensor]) -> Tensor:

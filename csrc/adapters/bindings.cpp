@@ -84,5 +84,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   awq::bind_search(m);
   awq::bind_gptq(m);
   awq::bind_refine(m);
+  awq::bind_learned(m);
   awq::bind_stats(m);
 }

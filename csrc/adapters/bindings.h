@@ -11,6 +11,7 @@ void bind_tiles(pybind11::module_& m);
 void bind_search(pybind11::module_& m);
 void bind_gptq(pybind11::module_& m);
 void bind_refine(pybind11::module_& m);
+void bind_learned(pybind11::module_& m);
 void bind_stats(pybind11::module_& m);
 
 }  // namespace awq

@@ -131,6 +131,12 @@ struct Bf16Products {
   void (*split)(float* x, int64_t n, uint16_t* term);
 };
 
+// A group of codes that gradients move: the largest code, zero and scale of the group, and what its row is multiplied
+// by.
+struct LearnedGroup {
+  float top, zero, scale, divisor;
+};
+
 struct KernelTable {
   // dst[i] = (float)src[i], exact, subnormals included.
   void (*to_float)(const void* src, Dtype dtype, int64_t n, float* dst);
@@ -155,6 +161,14 @@ struct KernelTable {
   void (*gptq_panel)(const GptqPanel* panel, float* sums, float* errors, uint8_t* codes);
   // Rounds x[i] to bf16, half to even, stored in fp32. A finite value becomes infinite only above bf16's range.
   void (*round_to_bf16)(float* x, int64_t n);
+
+  // out = (code - zero) * scale / channel_scale * divisor, the code being start + moved rounded half to even and
+  // clamped to 0 .. top. channel_scale may be null.
+  void (*learned_group)(const float* start, const float* moved, const float* channel_scale, int64_t n,
+                        const LearnedGroup* group, float* out);
+  // moved -= step * sign(slope), kept within +-reach; NaN has the sign 0. Returns the sum of slope * weight, in fp32
+  // and in an order of the level's own.
+  float (*move_group)(const float* slope, const float* weight, int64_t n, float step, float reach, float* moved);
 
   // n codes below 16 <-> ceil(n / 2) bytes: see base/layout.h. Packing returns the bitwise or of all codes: if that is
   // above 15, a code did not fit.

@@ -10,6 +10,7 @@ namespace {
 #include "convert-inl.h"
 #include "gemm-inl.h"
 #include "int4-inl.h"
+#include "learned-inl.h"
 #include "pack-inl.h"
 #include "quantize-inl.h"
 #include "tile-inl.h"
@@ -71,6 +72,8 @@ constexpr KernelTable make_table() {
   table.dequantize_group = dequantize_group;
   table.group_error = group_error;
   table.gptq_panel = gptq_panel;
+  table.learned_group = learned_group;
+  table.move_group = move_group;
   table.round_to_bf16 = round_to_bf16;
   table.pack_int4 = pack_int4;
   table.unpack_int4 = unpack_int4;

@@ -206,6 +206,23 @@ def bench_scale_gradient(n: int, k: int, repeat: int) -> tuple[dict[str, float],
     return interleaved(functions, repeat), 2 * BATCH_ROWS * n * k
 
 
+def bench_learned(n: int, k: int, repeat: int) -> tuple[dict[str, float], float]:
+    groups = -(-k // GROUP)
+    start, gradient = torch.rand(n, k) * 15, torch.randn(n, k).bfloat16()
+    scales, zeros, channel_scale = torch.rand(n, groups), torch.rand(n, groups).mul(15).round(), torch.rand(k) + 0.5
+
+    def both_of(kernels: Any) -> Callable[[], None]:  # a step: the weight, and the move by its gradient
+        moved, thetas = torch.zeros(n, k), torch.zeros(n, groups)
+
+        def step() -> None:
+            kernels.learned_weight(start, moved, scales, zeros, GROUP, 4, torch.bfloat16, channel_scale)
+            kernels.move_learned(start, moved, thetas, scales, zeros, gradient, 1e-6, 1e-6, GROUP, 4, channel_scale)
+
+        return step
+
+    return interleaved({"ours": both_of(_C), "torch": both_of(reference)}, repeat), 10 * n * k
+
+
 KERNELS = {
     "stats": bench_stats,
     "quadratic": bench_quadratic,
@@ -217,6 +234,7 @@ KERNELS = {
     "refine": bench_refine,
     "fit": bench_fit,
     "scale_gradient": bench_scale_gradient,
+    "learned": bench_learned,
 }
 
 

@@ -7,7 +7,7 @@ the work. Large matrix products, and Cholesky's factor, are torch's.
 from __future__ import annotations
 
 # ruff: noqa: F401  (imported for callers: cuda.NAME)
-from ..reference import gptq_factor
+from ..reference import gptq_factor, learned_weight, move_learned
 from .descent import gptq_quantize, refine_quantized
 from .library import found, state
 from .linear import quant_linear, quant_weight

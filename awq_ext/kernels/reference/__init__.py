@@ -11,6 +11,7 @@ from __future__ import annotations
 
 # ruff: noqa: F401  (imported for callers: reference.NAME)
 from .gptq import gptq_factor, gptq_quantize
+from .learned import learned_weight, move_learned
 from .linear import RUN_CHANNELS, int8_activations, quant_linear, quant_scale_gradient, quant_weight, scale_gradient
 from .quantize import SCALE_RANGE, dequantize_weight, pack_int4, quantize_weight, unpack_int4
 from .refine import refine_quantized
