@@ -142,7 +142,7 @@ class AwqConfig:
         out, with a note in the report.
     random_tokens: further calibration batches of random tokens, as a share of those given; None chooses by the method. They help
         error feedback on text unlike the calibration text (docs/research.md). Only for models that read token ids and have
-        ``get_input_embeddings()``. None: 0.25 with error feedback, otherwise 0.
+        ``get_input_embeddings()``. None: 0.25 with error feedback, unless ``builtin_text`` takes their place; otherwise 0.
     generated_tokens: further calibration batches of text that the model writes, as a share of those given; None chooses by the
         method. Only for decoders that are called like those of transformers (``past_key_values``, ``use_cache``). None: 0.25 with
         error feedback, unless ``builtin_text`` takes their place; otherwise 0.
@@ -239,10 +239,12 @@ class AwqConfig:
     @property
     def generated_share(self) -> float:
         """``generated_tokens``, or what stands for None."""
-        return 0.0 if self.builtin_text and self.generated_tokens is None else self._share(self.generated_tokens)
+        return self._share(self.generated_tokens)
 
     def _share(self, given: float | None) -> float:
-        return (0.25 if self._uses_gptq_anywhere else 0.0) if given is None else given
+        if given is not None:
+            return given
+        return 0.25 if self._uses_gptq_anywhere and not self.builtin_text else 0.0
 
     @property
     def weighs_rows(self) -> bool:

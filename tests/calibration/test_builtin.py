@@ -96,9 +96,11 @@ def test_without_a_tokenizer_or_beside_other_inputs_it_is_left_out_and_said() ->
 
 
 def test_what_the_model_writes_gives_way_to_it() -> None:
-    assert AwqConfig(method="gptq").generated_share == 0.25
-    assert AwqConfig(method="gptq", builtin_text=True).generated_share == 0
-    assert AwqConfig(method="gptq", builtin_text=True, generated_tokens=0.5).generated_share == 0.5
+    for name in ("generated", "random"):
+        share, tokens = f"{name}_share", f"{name}_tokens"
+        assert getattr(AwqConfig(method="gptq"), share) == 0.25
+        assert getattr(AwqConfig(method="gptq", builtin_text=True), share) == 0
+        assert getattr(AwqConfig(method="gptq", builtin_text=True, **{tokens: 0.5}), share) == 0.5
 
 
 def test_the_plan_counts_it() -> None:
