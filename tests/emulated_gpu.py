@@ -29,15 +29,14 @@ FLAGS = [
 ]
 
 
-def sources() -> list[Path]:
-    """What is compiled: the kernels, and what stands for a GPU."""
-    return [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "host" / "emulate.cpp"]
+HOST = sorted((CSRC / "cuda" / "host").glob("*.cpp"))  # what stands for a GPU
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 
 
-def _cache() -> Path:
+def _cache(sources: tuple[Path, ...]) -> Path:
     """A folder of this user's, named after what is compiled: of many processes of one run the first compiles."""
     headers = sorted([*(CSRC / "cuda").rglob("*.h"), CSRC / "base" / "layout.h"])
-    text = b"".join(file.read_bytes() for file in [*sources(), *headers]) + " ".join(FLAGS).encode()
+    text = b"".join(file.read_bytes() for file in [*sources, *headers]) + " ".join(FLAGS).encode()
     folder = Path(tempfile.gettempdir()) / f"awq_ext-emulated-{os.getuid()}" / hashlib.sha256(text).hexdigest()[:16]
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     folder.mkdir(exist_ok=True)
@@ -45,11 +44,11 @@ def _cache() -> Path:
     return folder
 
 
-def _compile(compiler: str, folder: Path, to: Path) -> None:
-    objects = [folder / f"{source.stem}.o" for source in sources()]
+def _compile(compiler: str, sources: tuple[Path, ...], folder: Path, to: Path) -> None:
+    objects = [folder / f"{source.stem}.o" for source in sources]
     compiles = [
         [compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(made)]
-        for source, made in zip(sources(), objects, strict=True)
+        for source, made in zip(sources, objects, strict=True)
     ]
     for command in compiles:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -60,18 +59,25 @@ def _compile(compiler: str, folder: Path, to: Path) -> None:
 
 
 @functools.cache
-def load() -> library.Library:
-    """Compile the library, unless another process has, and load it."""
+def compiled(*kernels: Path) -> Path:
+    """Compile files of kernels, and the GPU that they run on, to a library, unless another process has."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("the CUDA kernels are NOT tested: no C++ compiler")
-    folder = _cache()
+    sources = (*kernels, *HOST)
+    folder = _cache(sources)
     made = folder / "libawq_emulated.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            _compile(compiler, folder, made)
-    return library.Library(made, "cpu")
+            _compile(compiler, sources, folder, made)
+    return made
+
+
+@functools.cache
+def load() -> library.Library:
+    """Compile the library of all kernels and load it."""
+    return library.Library(compiled(*KERNELS), "cpu")
 
 
 @contextmanager

@@ -14,6 +14,7 @@
 //   half_bits, half_value, bf16_bits, bf16_value: conversions, to nearest even
 //   sub_half2, sub_bf16x2: differences of two pairs of 16-bit floats
 //   join_high(lo, hi): the upper halves of two words in one
+//   pick_bytes(lo, hi, numbers): byte i of the result is byte (hex digit i of numbers) of the eight in hi:lo
 //   bits_of(float), float_of(bits)
 //
 // Products and sums are not contracted (nvcc --fmad=false, -ffp-contract=off): integers that come from them agree with

@@ -72,6 +72,9 @@ __device__ __forceinline__ uint32_t sub_bf16x2(uint32_t a, uint32_t b) {
 }
 
 __device__ __forceinline__ uint32_t join_high(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
+  return __byte_perm(low, high, numbers);
+}
 
 template <class... Parameters, class... Arguments>
 int64_t launch(void* stream, Blocks blocks, int threads, int64_t shared, void (*kernel)(Parameters...),

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/host/block.h"
 
 #if defined(__x86_64__)
 // Saves what a function must keep on this stack, whose top goes to *from, and takes up another one.
@@ -81,7 +82,7 @@ constexpr int64_t kMostShared = 227 * 1024, kGuard = 64;
 constexpr unsigned char kFill = 0xff;  // a NaN in every float type
 constexpr int kMostThreads = 1024;
 
-enum class State { ready, at_block, at_warp, done };
+enum class State { ready, at_block, at_warp, at_condition, done };
 
 struct Copy {
   void* to;
@@ -92,6 +93,8 @@ struct Copy {
 struct Fiber {
   Context context;
   State state;
+  bool (*met)(const void*);  // what it waits for at_condition, and of what
+  const void* of;
   int exchanges;                           // so far: odd and even ones have slots of their own
   std::vector<Copy> open;                  // not committed yet
   std::vector<std::vector<Copy>> commits;  // the oldest first
@@ -106,6 +109,7 @@ struct Device {
   unsigned char lanes[2][kMostThreads / kWarp][kWarp * kLaneBytes];
   void (*body)(const void*) = nullptr;
   const void* context = nullptr;
+  int64_t shared_bytes = 0;  // of the block that runs
 
   Device() {
     void* memory =
@@ -117,12 +121,6 @@ struct Device {
 Device& device() {
   static const auto made = std::make_unique<Device>();
   return *made;
-}
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "emulated GPU: block (%u, %u, %u): %s\n", current_block.x, current_block.y, current_block.z,
-               what);
-  std::abort();
 }
 
 void wait(State state) {
@@ -147,6 +145,19 @@ bool release(int first, int count, State state) {
   return true;
 }
 
+// Lets the threads go on whose conditions have come true. Returns whether any thread can.
+bool release_met(int threads) {
+  bool moved = false;
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = device().fibers[i];
+    moved |= fiber.state == State::ready;
+    if (fiber.state != State::at_condition || !fiber.met(fiber.of)) continue;
+    fiber.state = State::ready;
+    moved = true;
+  }
+  return moved;
+}
+
 void run_ready(int threads, bool descending) {
   Device& d = device();
   for (int n = 0; n < threads; ++n) {
@@ -161,6 +172,8 @@ void run_ready(int threads, bool descending) {
 void run_block(int threads, int64_t shared, bool descending) {
   Device& d = device();
   std::memset(d.shared, kFill, static_cast<size_t>(shared + kGuard));
+  d.shared_bytes = shared;
+  begin_block();
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = d.fibers[i];
     fiber.state = State::ready;
@@ -172,17 +185,36 @@ void run_block(int threads, int64_t shared, bool descending) {
     run_ready(threads, descending);
     bool moved = release(0, threads, State::at_block);
     for (int first = 0; first < threads; first += kWarp) moved |= release(first, kWarp, State::at_warp);
+    moved |= release_met(threads);
     done = 0;
     for (int i = 0; i < threads; ++i) done += d.fibers[i].state == State::done;
-    if (!moved && done < threads) fail("some threads wait at a barrier that others do not reach");
+    if (!moved && done < threads && !finish_copy()) fail("some threads wait at a barrier that others do not reach");
   }
   for (int64_t i = shared; i < shared + kGuard; ++i)
     if (d.shared[i] != kFill) fail("a write behind shared memory");
   for (int i = 0; i < threads; ++i)
     if (!d.fibers[i].open.empty() || !d.fibers[i].commits.empty()) fail("copies that nobody waited for");
+  end_block(threads);
 }
 
 }  // namespace
+
+void fail(const char* what) {
+  std::fprintf(stderr, "emulated GPU: block (%u, %u, %u): %s\n", current_block.x, current_block.y, current_block.z,
+               what);
+  std::abort();
+}
+
+void wait_for(bool (*met)(const void*), const void* of) {
+  if (met(of)) return;
+  device().running->met = met;
+  device().running->of = of;
+  wait(State::at_condition);
+}
+
+void give_way() { wait(State::ready); }
+
+int64_t shared_size() { return device().shared_bytes; }
 
 unsigned char* shared_memory() { return device().shared; }
 void sync_block() { wait(State::at_block); }
