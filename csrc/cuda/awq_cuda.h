@@ -11,7 +11,8 @@
 
 #define AWQ_CUDA_API extern "C" __attribute__((visibility("default")))
 
-// Raised whenever an argument is added or changes its meaning, so that a library of another version is not called.
+// Raised whenever a function or an argument is added or changes its meaning, so that a library of another version is
+// not called.
 AWQ_CUDA_API int64_t awq_cuda_version();
 // 0, or the error of looking up a kernel on the current device: a driver too old for the CUDA runtime in this library,
 // or a device for which it holds no code.
@@ -32,6 +33,10 @@ AWQ_CUDA_API int64_t awq_cuda_linear(void* stream, const void* x, int64_t type, 
                                      const void* codes, const void* scales, int64_t scale_type, const void* zeros,
                                      const void* bias, int64_t bias_type, int64_t n, int64_t k, int64_t group,
                                      int64_t bits, void* y);
+// 1 where awq_cuda_linear multiplies so many rows by wgmma, of a weight with one group a row or groups of multiples of
+// 32 channels: more than 32, on a current device of compute capability 9.x for which this library holds code for
+// sm_90a, with AWQ_EXT_CUDA_WGMMA=1 in the environment. Else 0.
+AWQ_CUDA_API int64_t awq_cuda_wgmma(int64_t rows);
 // The same for x fp32 [rows, k], with fp32 products.
 AWQ_CUDA_API int64_t awq_cuda_linear_f32(void* stream, const void* x, int64_t rows, const void* codes,
                                          const void* scales, int64_t scale_type, const void* zeros, const void* bias,

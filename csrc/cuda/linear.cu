@@ -2,6 +2,7 @@
 #include "cuda/awq_cuda.h"
 #include "cuda/linear_gemm.h"
 #include "cuda/linear_small.h"
+#include "cuda/linear_wgmma.h"
 #include "cuda/tiles.h"
 
 namespace awq::cuda {
@@ -121,11 +122,9 @@ __global__ void __launch_bounds__(512) weight_rows(Weight w, Type type, void* ou
   }
 }
 
-// Rows beyond which the tensor-core kernel for many rows is taken, where the weight's groups allow it.
-constexpr int64_t kSmallRows = 32;
-
 template <int kBits, bool kHalf>
 int64_t launch_linear(void* stream, const Weight& w, const LinearRows& rows) {
+  if (wgmma_wanted(rows.rows) && wgmma_takes(w)) return launch_wgmma(stream, w, rows, kBits, kHalf);
   if (rows.rows > kSmallRows && (w.groups == 1 || w.group_steps % 4 == 0))
     return launch(stream, {ceil_div(w.tiles, kGemmTiles), ceil_div(rows.rows, kGemmRows)}, kGemmThreads,
                   kStages * int64_t{sizeof(GemmStage<kBits>)}, linear_gemm<kBits, kHalf>, w, rows);
@@ -159,6 +158,8 @@ int64_t awq_cuda_arrange(void* stream, const void* x, int64_t type, const void* 
                    static_cast<Type>(type)};
   return launch(stream, {awq::ceil_div(rows * pitch, 256)}, 256, 0, arrange, a);
 }
+
+int64_t awq_cuda_wgmma(int64_t rows) { return wgmma_wanted(rows); }
 
 int64_t awq_cuda_linear(void* stream, const void* x, int64_t type, int64_t rows, int64_t pitch, const void* codes,
                         const void* scales, int64_t scale_type, const void* zeros, const void* bias, int64_t bias_type,

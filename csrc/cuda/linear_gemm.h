@@ -42,34 +42,30 @@ __device__ inline void fill_stage(GemmStage<kBits>& stage, const Weight& w, cons
   }
 }
 
-// Writes the sums of a warp: rows from `first` on, outputs of a tile.
-template <bool kHalf>
-__device__ inline void store_tile(const Weight& w, const LinearRows& rows, int64_t tile, int64_t first,
-                                  const LaneSums<8>& sums) {
+// Writes sums of a lane, fragments of C: `sums[r]` are of outputs output, output + 1 and rows first + 8 r + 2t, + 1.
+template <bool kHalf, int kEights>
+__device__ inline void store_sums(const Weight& w, const LinearRows& rows, int64_t output, int64_t first,
+                                  const float (&sums)[kEights][4]) {
   constexpr Type kType = kHalf ? Type::f16 : Type::bf16;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+  if (output >= w.n) return;
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  const bool both = output + 1 < w.n;
+  const float bias[2] = {bias_at(rows, output), both ? bias_at(rows, output + 1) : 0.0f};
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int64_t output = tile * 32 + 16 * h + 2 * g;
-    if (output >= w.n) continue;
-    const bool both = output + 1 < w.n;
-    const float bias[2] = {bias_at(rows, output), both ? bias_at(rows, output + 1) : 0.0f};
+  for (int r = 0; r < kEights; ++r)
 #pragma unroll
-    for (int r = 0; r < 8; ++r)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t row = first + 8 * r + 2 * t + i, at = row * w.n + output;
-        if (row >= rows.rows) continue;
-        const float y[2] = {sums.total[h][r][i] + bias[0], sums.total[h][r][2 + i] + bias[1]};
-        if (w.n % 2 == 0) {  // two at a time
-          const uint32_t low = bits_in(y[0], kType), high = bits_in(y[1], kType);
-          reinterpret_cast<uint32_t*>(rows.y)[at / 2] = high << 16 | low;
-        } else {
-          store(rows.y, kType, at, y[0]);
-          if (both) store(rows.y, kType, at + 1, y[1]);
-        }
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = first + 8 * r + 2 * t + i, at = row * w.n + output;
+      if (row >= rows.rows) continue;
+      const float y[2] = {sums[r][i] + bias[0], sums[r][2 + i] + bias[1]};
+      if (w.n % 2 == 0) {  // two at a time
+        const uint32_t low = bits_in(y[0], kType), high = bits_in(y[1], kType);
+        reinterpret_cast<uint32_t*>(rows.y)[at / 2] = high << 16 | low;
+      } else {
+        store(rows.y, kType, at, y[0]);
+        if (both) store(rows.y, kType, at + 1, y[1]);
       }
-  }
+    }
 }
 
 template <int kBits, bool kHalf>
@@ -118,7 +114,10 @@ __global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearR
     }
   }
   wait_copies<0>();
-  store_tile<kHalf>(w, rows, tile, static_cast<int64_t>(blockIdx.y) * kGemmRows + half * 64, sums);
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    store_sums<kHalf>(w, rows, int64_t{tile} * 32 + 16 * h + 2 * g,
+                      static_cast<int64_t>(blockIdx.y) * kGemmRows + half * 64, sums.total[h]);
 }
 
 }  // namespace awq::cuda

@@ -10,6 +10,9 @@
 
 namespace awq::cuda {
 
+// Rows beyond which a kernel for many rows is taken, where the weight's groups allow it.
+constexpr int64_t kSmallRows = 32;
+
 struct LinearRows {
   const uint16_t* x;  // [rows][pitch]
   int64_t pitch;

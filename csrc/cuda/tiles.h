@@ -102,15 +102,15 @@ struct Decoder {
   static constexpr uint32_t kMagic = kWide ? 0x4b000000u : kHalf ? 0x64006400u : 0x43004300u;
   uint32_t zero[2][2];  // of output 16 h + 2g + i, twice in a word; kWide: the fp32 2^23 + zero
 
+  static __device__ uint32_t with_magic(uint32_t z) { return kMagic | (kWide ? z : z << 16 | z); }
+
   __device__ void set(const GroupBits<kBits>& bits) {
     for (int h = 0; h < 2; ++h)
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t z = bits.zero(h, i);
-        zero[h][i] = kMagic | (kWide ? z : z << 16 | z);
-      }
+      for (int i = 0; i < 2; ++i) zero[h][i] = with_magic(bits.zero(h, i));
   }
 
-  __device__ uint32_t pair(uint32_t codes, uint32_t z) const {
+  // Two codes, in the halves of a word, less the zero that z holds as set() makes it.
+  static __device__ uint32_t pair(uint32_t codes, uint32_t z) {
     if constexpr (kWide) {
       const float zero = float_of(z);
       const float low = float_of(kMagic | (codes & 0xffffu)) - zero, high = float_of(kMagic | codes >> 16) - zero;

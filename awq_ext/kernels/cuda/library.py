@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 1  # awq_cuda_version() of the interface that is called here
+VERSION = 2  # awq_cuda_version() of the interface that is called here
 FILE = Path(__file__).resolve().parents[2] / "libawq_cuda.so"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FLOATS = tuple(TYPES)
@@ -83,8 +83,9 @@ def found() -> Library | None:
 
 
 def state() -> str:
-    """Say in a few words whether the kernels are used, and if not why."""
-    return _look()[1]
+    """Say in a few words whether the kernels are used, and if not why; and whether many rows are multiplied by wgmma."""
+    library, words = _look()
+    return f"{words}, many rows by wgmma" if library is not None and library.value("wgmma", 64) else words
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Runs all CUDA kernels, emulated, on arguments that end right before a page that cannot be touched. Prints how many calls it made.
 
-A read or write behind an argument kills the process. Run by test_bounds.py.
+A read or write behind an argument kills the process. Run by test_bounds.py; and by test_wgmma.py, for the Linear by wgmma alone.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import mmap
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -85,10 +86,23 @@ def main() -> None:
     print(calls)
 
 
+def wgmma() -> None:
+    """Run the Linear for many rows on sizes that fill no tile, stage or block."""
+    for n, k, group in ((5, 13, -1), (33, 72, 32), (130, 200, 64), (300, 40, -1)):
+        codes, scales, zeros = cuda.quantize_weight(torch.randn(n, k), group)
+        for bits in (4, 8):
+            tiles = cuda.tile_codes(cuda.pack_int4(codes) if bits == 4 else codes, k, group, bits)
+            parts = tiles, reference.tile_scales(scales), reference.tile_zeros(zeros, bits)
+            for x in (torch.randn(m, k).to(d) for m in (33, 65, 140) for d in (torch.half, torch.bfloat16)):
+                args = (x, *parts, torch.randn(n), None, k, n, group, bits)
+                each(lambda: [cuda.quant_linear(*args)], lambda: [reference.quant_linear(*args)])  # noqa: B023
+    print(calls)
+
+
 if __name__ == "__main__":
     faulthandler.enable()
     torch.set_num_threads(1)
     for module in (descent, linear, quantize, search, stats):
         module.run = guarded_run
     with emulated_gpu.kernels():
-        main()
+        wgmma() if sys.argv[1:] == ["wgmma"] else main()

@@ -4,40 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from linear_cases import bound, tiled
 
-from awq_ext import _C
 from awq_ext.kernels import cuda, reference
 
 # (out_features, in_features, group size): short last groups, padded steps, groups that no product of 16 channels fits
 CASES = [(1, 1, -1), (5, 13, -1), (7, 13, 7), (9, 296, 128), (70, 70, 32), (33, 160, 16), (130, 152, 64), (40, 330, -1)]
 ROWS = [1, 3, 8, 11, 17, 33]  # for every kernel, and blocks of rows that are not full
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-Parts = tuple[Tensor, Tensor, Tensor]
-
-
-def tiled(
-    n: int, k: int, group_size: int, bits: int, scale_dtype: torch.dtype = torch.float16, symmetric: bool = False
-) -> Parts:
-    """A random weight in the compute layout. Of a symmetric one, scales have both signs."""
-    codes, scales, zeros = _C.quantize_weight(torch.randn(n, k), group_size, bits, symmetric, scale_dtype)
-    rows = _C.pack_int4(codes) if bits == 4 else codes
-    return _C.tile_codes(rows, k, group_size, bits), reference.tile_scales(scales), reference.tile_zeros(zeros, bits)
-
-
-def bound(x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor | None) -> Tensor:
-    """How far two results may be apart, fp32 [M, N].
-
-    Products of x and code - zero are exact (8 + 11 bits) or rounded once; they are added up in fp32, at most K times, on both sides
-    in different orders, and multiplied by scales: 2 (K + 6) u32 of the sum of magnitudes, with u32 = 2^-23 because tensor cores may
-    cut off instead of rounding. x * pre and the result are rounded to x's dtype, half an epsilon each, on either side.
-    """
-    scaled = x.float().abs() if pre is None else x.float().abs() * pre
-    size = scaled @ weight.abs().T
-    eps = 0.0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps
-    off = size * (2 * (x.shape[1] + 6) * 2.0**-23 + (eps / 2 if pre is not None else 0.0))
-    largest = size + off + (0.0 if bias is None else bias.float().abs())
-    return off + largest * (eps + 2.0**-23) + (6e-8 if x.dtype == torch.float16 else 0.0)  # fp16: subnormals
 
 
 @pytest.mark.parametrize("bits", [4, 8])
