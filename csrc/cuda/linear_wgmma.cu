@@ -160,14 +160,15 @@ __device__ inline void multiply(float (&part)[kEights][4], const uint32_t (&a)[4
   commit_products();
 }
 
-// A unit in the ring.
+// A unit in a ring of so many stages.
+template <uint32_t kCount>
 struct Place {
   uint32_t stage = 0, parity = 0, odd = 0;
 
   __device__ void next() {
     odd ^= 1;
     if (odd != 0) return;
-    stage = (stage + 1) % kRing;
+    stage = (stage + 1) % kCount;
     if (stage == 0) parity ^= 1;
   }
 };
@@ -180,7 +181,7 @@ __device__ inline void multiply_all(Shared<kBits, kRows>& shared, const Weight& 
   float total[kRows / 8][4] = {}, part[kRows / 8][4] = {};
   uint32_t a[2][4], zero[2];  // fragments of the two products of a unit
   float scale[2];
-  Place place;
+  Place<kRing> place;
   Lane<kBits> lane(warp / kBlockTiles);
   const auto load = [&](int product) {
     lane.load(shared.stages[place.stage].codes[tile_here] + place.odd * (kUnitSteps * 16 * kBits), product);

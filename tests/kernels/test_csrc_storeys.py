@@ -38,7 +38,7 @@ def fault(path: Path, layer: str, quoted: bool, name: str) -> str | None:
         )
     if layer == ASIDE:
         if not quoted:
-            toolkit = name.startswith("cuda_") and "gpu" not in path.parts
+            toolkit = (name.startswith("cuda_") or name == "cuda.h") and "gpu" not in path.parts
             return (
                 "only adapters may see tensors" if first in TENSOR_HEADERS else "only cuda/gpu may" if toolkit else None
             )
@@ -92,6 +92,7 @@ def test_all_layers_are_there() -> None:
         ("cuda/a.cu", '#include "kernels/kernels.h"', "expected a path that begins with cuda or base"),
         ("cuda/a.cu", "#include <ATen/ATen.h>", "only adapters may see tensors"),
         ("cuda/a.cu", "#include <cuda_fp16.h>", "only cuda/gpu may"),
+        ("cuda/a.h", "#include <cuda.h>", "only cuda/gpu may"),
     ],
 )
 def test_what_is_wrong_is_found(tmp_path: Path, file: str, line: str, reason: str) -> None:

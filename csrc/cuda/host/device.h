@@ -2,9 +2,11 @@
 //
 // Blocks run one after another. The threads of a block are fibers; each runs until it must wait for others, then the
 // next one does, in ascending order of their numbers or, with AWQ_EMULATED_ORDER=descending in the environment, in
-// descending order: a kernel that misses a barrier gives two different results. Shared memory is filled with NaN before
-// every block and has a guard behind it. A copy16 is done as late as the rules allow, when its thread waits for it. A
-// barrier that not all threads reach, and a write behind shared memory, end the process with a message.
+// descending order: a kernel that misses a barrier gives two different results. With "lowest" or "highest" in its
+// place, the first or the last warp that can run does, so that warps get as far ahead of each other as they can. Shared
+// memory is filled with NaN before every block and has a guard behind it. A copy16 is done as late as the rules allow,
+// when its thread waits for it. A barrier that not all threads reach, and a write behind shared memory, end the process
+// with a message.
 #pragma once
 
 #include <bit>

@@ -145,12 +145,11 @@ bool release(int first, int count, State state) {
   return true;
 }
 
-// Lets the threads go on whose conditions have come true. Returns whether any thread can.
+// Lets the threads go on whose conditions have come true. Returns whether there are any.
 bool release_met(int threads) {
   bool moved = false;
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = device().fibers[i];
-    moved |= fiber.state == State::ready;
     if (fiber.state != State::at_condition || !fiber.met(fiber.of)) continue;
     fiber.state = State::ready;
     moved = true;
@@ -158,18 +157,41 @@ bool release_met(int threads) {
   return moved;
 }
 
-void run_ready(int threads, bool descending) {
+// Runs those of the threads first .. first + count that are ready. Returns whether there were any.
+bool run_ready(int first, int count, bool descending) {
   Device& d = device();
-  for (int n = 0; n < threads; ++n) {
-    const int i = descending ? threads - 1 - n : n;
+  bool ran = false;
+  for (int n = 0; n < count; ++n) {
+    const int i = first + (descending ? count - 1 - n : n);
     if (d.fibers[i].state != State::ready) continue;
     d.running = &d.fibers[i];
     current_thread.x = static_cast<unsigned>(i);
     d.scheduler.leave_for(d.fibers[i].context);
+    ran = true;
   }
+  return ran;
 }
 
-void run_block(int threads, int64_t shared, bool descending) {
+enum class Order { ascending, descending, lowest, highest };
+
+// Runs all threads that are ready; or one warp, the first of the order that can run, which so gets ahead of the others.
+bool run_some(int threads, Order order) {
+  const bool descending = order == Order::descending || order == Order::highest;
+  if (order == Order::ascending || order == Order::descending) return run_ready(0, threads, descending);
+  for (int n = 0; n < threads; n += kWarp)
+    if (run_ready(descending ? threads - kWarp - n : n, kWarp, descending)) return true;
+  return false;
+}
+
+Order asked_order() {
+  const char* asked = std::getenv("AWQ_EMULATED_ORDER");
+  constexpr const char* kNames[] = {"ascending", "descending", "lowest", "highest"};
+  for (int i = 0; i < 4; ++i)
+    if (asked == nullptr || std::strcmp(asked, kNames[i]) == 0) return static_cast<Order>(i);
+  fail("AWQ_EMULATED_ORDER is none of ascending, descending, lowest, highest");
+}
+
+void run_block(int threads, int64_t shared, Order order) {
   Device& d = device();
   std::memset(d.shared, kFill, static_cast<size_t>(shared + kGuard));
   d.shared_bytes = shared;
@@ -182,8 +204,8 @@ void run_block(int threads, int64_t shared, bool descending) {
     fiber.context.prepare(d.stacks + static_cast<size_t>(i) * (kStack + 192), start);
   }
   for (int done = 0; done < threads;) {
-    run_ready(threads, descending);
-    bool moved = release(0, threads, State::at_block);
+    bool moved = run_some(threads, order);
+    moved |= release(0, threads, State::at_block);
     for (int first = 0; first < threads; first += kWarp) moved |= release(first, kWarp, State::at_warp);
     moved |= release_met(threads);
     done = 0;
@@ -252,36 +274,11 @@ void wait_until_open(int open) {
   }
 }
 
-// Lane l = 4 g + t. Of A [16][16] it holds rows g (a0, a2) and g + 8 (a1, a3), columns 2t, 2t + 1 (a0, a1) and 2t + 8,
-// 2t + 9 (a2, a3); of B [16][8] column g, rows 2t, 2t + 1 (b0) and 2t + 8, 2t + 9 (b1); of C [16][8] rows g (c0, c1)
-// and g + 8 (c2, c3), columns 2t and 2t + 1.
-void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t)) {
-  struct Fragments {
-    uint32_t a[4], b[2];
-  } mine;
-  static_assert(sizeof(Fragments) <= kLaneBytes);
-  std::memcpy(mine.a, a, sizeof(mine.a));
-  std::memcpy(mine.b, b, sizeof(mine.b));
-  const unsigned char* lanes = exchange(&mine, sizeof(mine));
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
-  for (int k = 0; k < 16; ++k) {
-    const int holder = k % 8 / 2, half = k / 8, shift = k % 2 * 16;
-    const auto of_a = lane_value<Fragments>(lanes, 4 * g + holder);
-    for (int i = 0; i < 2; ++i) {
-      const auto of_b = lane_value<Fragments>(lanes, 4 * (2 * t + i) + holder);
-      const float y = value(static_cast<uint16_t>(of_b.b[half] >> shift));
-      c[i] += value(static_cast<uint16_t>(of_a.a[2 * half] >> shift)) * y;
-      c[2 + i] += value(static_cast<uint16_t>(of_a.a[2 * half + 1] >> shift)) * y;
-    }
-  }
-}
-
 void run_grid(Blocks blocks, int threads, int64_t shared, void (*body)(const void*), const void* context) {
   if (threads <= 0 || threads > kMostThreads || threads % kWarp != 0) fail("threads of a block: not warps, up to 1024");
   if (shared < 0 || shared > kMostShared) fail("more shared memory than a block can have");
   if (blocks.y > 65535 || blocks.z > 65535 || blocks.x > 0x7fffffff) fail("more blocks than a grid can have");
-  const char* order = std::getenv("AWQ_EMULATED_ORDER");
-  const bool descending = order != nullptr && std::strcmp(order, "descending") == 0;
+  const Order order = asked_order();
   Device& d = device();
   d.body = body;
   d.context = context;
@@ -291,7 +288,7 @@ void run_grid(Blocks blocks, int threads, int64_t shared, void (*body)(const voi
     for (unsigned y = 0; y < size_of_grid.y; ++y)
       for (unsigned x = 0; x < size_of_grid.x; ++x) {
         current_block = {x, y, z};
-        run_block(threads, shared, descending);
+        run_block(threads, shared, order);
       }
 }
 

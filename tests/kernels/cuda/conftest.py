@@ -17,8 +17,8 @@ def gpu() -> Iterator[library.Library]:
         yield loaded
 
 
-@pytest.fixture(params=["ascending", "descending"])
+@pytest.fixture(params=["ascending", "descending", "lowest", "highest"])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both orders in which the threads of a block run."""
+    """All orders in which the threads of a block run."""
     monkeypatch.setenv("AWQ_EMULATED_ORDER", request.param)
     return request.param

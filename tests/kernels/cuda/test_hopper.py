@@ -97,7 +97,7 @@ def test_a_buffer_given_back_too_soon_shows(order: str, monkeypatch: pytest.Monk
         for too_soon in (0, 1):
             call("hopper_pass_on", given, got[too_soon], len(given), too_soon)
         assert torch.equal(got[0], given)
-        if copies == "early":
+        if copies == "early" and order != "lowest":  # then the warp that reads is always the first to run
             assert not torch.equal(got[1], given)
 
 
