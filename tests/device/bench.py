@@ -1,7 +1,8 @@
 """Times the CUDA kernels beside torch and other tools: python tests/device/bench.py [--seconds N] [--json FILE] [--emulated].
 
 Of a Linear: microseconds, the share of the memory's bandwidth with which its codes are read, and the share of cuBLAS's bf16 product
-of the same sizes, all measured in one run. Of quantizing: seconds of each kernel and of one Llama-3.2-1B block, beside plain torch.
+of the same sizes, all measured in one run; of many rows on Hopper, microseconds by wgmma too. Of quantizing: seconds of each kernel
+and of one Llama-3.2-1B block, beside plain torch.
 With --emulated all lines run, at tiny sizes, and the times mean nothing.
 """
 
@@ -60,7 +61,8 @@ def bench_linear(gpu: device.Gpu, read: float, n: int, k: int, bits: int) -> Ite
         def ours(parts: tuple[Tensor, Tensor, Tensor], x: Tensor = x) -> Callable[[], object]:
             return lambda: cuda.quant_linear(x, *parts, None, None, k, n, GROUP, bits)
 
-        seconds = gpu.seconds([ours(parts) for parts in weights])
+        with device.wgmma("0"):
+            seconds = gpu.seconds([ours(parts) for parts in weights])
         blas = gpu.seconds([lambda w=w, x=x: nn.functional.linear(x, w) for w in floats])
         row: Row = {"out_features": n, "in_features": k, "bits": bits, "rows": rows, "us": seconds * 1e6}
         row |= {
@@ -69,6 +71,14 @@ def bench_linear(gpu: device.Gpu, read: float, n: int, k: int, bits: int) -> Ite
             "cublas_over_ours": blas / seconds,
         }
         row["tflops"] = 2 * rows * n * k / seconds / 1e12
+        with device.wgmma("1") as taken:
+            if taken and rows > 32:
+                faster = gpu.seconds([ours(parts) for parts in weights])
+                row |= {
+                    "wgmma_us": faster * 1e6,
+                    "mma_over_wgmma": seconds / faster,
+                    "cublas_over_wgmma": blas / faster,
+                }
         for name, rival in others.items():
             row[name] = rival if isinstance(rival, str) else rivals.timed(gpu, rival, x)
         yield row

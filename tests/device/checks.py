@@ -56,6 +56,43 @@ def the_linear(gpu: device.Gpu) -> None:
                     close(cuda.quant_linear(*args), reference.quant_linear(*args), dtype)
 
 
+def the_linear_by_wgmma(gpu: device.Gpu) -> None:
+    """On Hopper: many rows by wgmma and by mma.sync, against the reference and each other; with integers, exactly."""
+    hopper = not gpu.real or torch.cuda.get_device_capability()[0] == 9
+    with device.wgmma("1") as taken:
+        assert taken == hopper, f"wgmma is {'not ' * hopper}used on this device"
+    if not hopper:
+        return
+    sizes = (
+        ((1024, 2048, 128), (4096, 4096, 128), (300, 1100, 64), (65, 416, 32), (128, 513, -1))
+        if gpu.real
+        else ((65, 72, 32), (9, 50, -1))
+    )
+    for n, k, group_size in sizes:
+        for bits in (4, 8):
+            made = layer(n, k, group_size, bits).to(gpu.device)
+            scales = torch.exp2(torch.randint(-2, 3, made.tile_scales.shape, device=gpu.device)).half()
+            for dtype in (torch.float16, torch.bfloat16):
+                for rows in (33, 64, 65, 128, 700, 2048) if gpu.real else (33, 70):
+                    both_kernels(made, scales, torch.randn(rows, k, device=gpu.device, dtype=dtype), group_size, bits)
+
+
+def both_kernels(made: QuantLinear, scales: Tensor, x: Tensor, group_size: int, bits: int) -> None:
+    """``scales`` are powers of two, with which products of -1, 0 and 1 are integers."""
+    n, k = made.out_features, made.in_features
+    whole = x.sign() * (x.abs() > 1)
+    results = []
+    for wish in ("1", "0"):
+        with device.wgmma(wish):
+            parts = made.tiles, made.tile_scales, made.tile_zeros
+            real = cuda.quant_linear(x, *parts, made.bias, None, k, n, group_size, bits)
+            close(real, reference.quant_linear(x, *parts, made.bias, None, k, n, group_size, bits), x.dtype)
+            exact = cuda.quant_linear(whole, made.tiles, scales, made.tile_zeros, None, None, k, n, group_size, bits)
+            results.append((real, exact))
+    close(results[0][0], results[1][0], x.dtype)
+    assert torch.equal(results[0][1], results[1][1]), f"{x.shape[0]} rows of {x.dtype}, {n} x {k}, {bits} bits"
+
+
 def the_quantizer(gpu: device.Gpu) -> None:
     """Codes, scales and zeros are the reference's on the CPU, bit for bit; layouts there and back too."""
     n, k = (768, 2048) if gpu.real else (20, 100)
@@ -156,7 +193,17 @@ def compiled(gpu: device.Gpu) -> None:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(the_linear, the_quantizer, the_searches, dispatch, gradients, autocast, streams_and_graphs, compiled),
+    *(
+        the_linear,
+        the_linear_by_wgmma,
+        the_quantizer,
+        the_searches,
+        dispatch,
+        gradients,
+        autocast,
+        streams_and_graphs,
+        compiled,
+    ),
 )
 
 

@@ -6,6 +6,7 @@ Nothing here needs pytest: a machine with a GPU may have nothing but torch.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,6 +87,22 @@ def _median(replay: Work, most: float) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return sorted(times)[len(times) // 2]
+
+
+@contextlib.contextmanager
+def wgmma(wish: str) -> Iterator[bool]:
+    """Inside the block AWQ_EXT_CUDA_WGMMA is ``wish``; the value says whether many rows are then multiplied by wgmma."""
+    from awq_ext.kernels.cuda import library
+
+    before = os.environ.get("AWQ_EXT_CUDA_WGMMA")
+    os.environ["AWQ_EXT_CUDA_WGMMA"] = wish
+    try:
+        yield library.value("wgmma", 64) == 1
+    finally:
+        if before is None:
+            del os.environ["AWQ_EXT_CUDA_WGMMA"]
+        else:
+            os.environ["AWQ_EXT_CUDA_WGMMA"] = before
 
 
 @contextlib.contextmanager

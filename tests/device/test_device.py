@@ -55,6 +55,7 @@ def test_all_its_lines_on_the_emulated_gpu(tmp_path: Path) -> None:
     assert len(benchmark["quantizing"]) == 7
     for row in benchmark["linear"]:
         assert {"us", "share_of_bandwidth", "cublas_bf16_us", "cublas_over_ours"} <= set(row)
+        assert ("wgmma_us" in row) == (row["rows"] > 32)
         if row["bits"] == 4:
             assert isinstance(row["int4pack_mm_us"], float)
             assert "marlin_us" in row
