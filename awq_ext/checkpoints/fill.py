@@ -237,7 +237,7 @@ class _Plan:
                 f"{old.in_features} -> {old.out_features}"
             )
         near = old.tiles if isinstance(old, QuantLinear) else old.weight
-        saved, compute = (None, "auto") if self.source.in_memory is None else self.source.in_memory.layers[name]
+        saved, compute = (None, packed.compute) if self.source.in_memory is None else self.source.in_memory.layers[name]
         dtype = (
             self.dtype or saved or self._float_dtype(old.dtype if isinstance(old, QuantLinear) else old.weight.dtype)
         )

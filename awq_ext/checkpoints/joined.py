@@ -133,6 +133,8 @@ def _difference(one: PackedLinear, other: PackedLinear) -> str:
         return f"input channels ({one.in_features}, {other.in_features})"
     if one.bits != other.bits:
         return f"bits ({one.bits}, {other.bits})"
+    if one.compute != other.compute:
+        return f"activations ({one.compute}, {other.compute})"
     # a single group may be called -1 or by its length
     if one.groups != other.groups or (one.groups > 1 and one.group_size != other.group_size):
         return f"group sizes ({one.group_size}, {other.group_size})"

@@ -45,8 +45,8 @@ class Placeholder(nn.Module):
         weight = QuantizedWeight(*parts, packed.in_features, packed.group_size, bits=packed.bits)
         scale = packed.pre_quant_scale
         layer = QuantLinear.from_packed(linear, weight, None if scale is None else scale.to(device))
-        if self.files.in_memory is not None:
-            layer.compute = self.files.in_memory.layers[self.name][1]
+        held = self.files.in_memory
+        layer.compute = packed.compute if held is None else held.layers[self.name][1]
         return layer.to(device)
 
     def _bias(self, packed: PackedLinear) -> nn.Parameter | None:

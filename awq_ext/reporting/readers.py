@@ -8,7 +8,11 @@ from dataclasses import dataclass
 DEFAULT_FORMAT = "awq"
 
 # what quantization_config says in the layouts whose name it is not
-_METHODS = {"native": "awq_ext", "gemv": "awq", "gemv_fast": "awq", "llm-awq": "awq"}
+_METHODS = {
+    "native": "awq_ext",
+    **dict.fromkeys(("gemv", "gemv_fast", "llm-awq"), "awq"),
+    "compressed-tensors-w8a8": "compressed-tensors",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ _FLOAT = (_VLLM, Reader("Transformers", _AUTO, "python"))
 _OTHERS = {
     "awq": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install gptqmodel")),
     "compressed-tensors": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install compressed-tensors")),
+    "compressed-tensors-w8a8": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install compressed-tensors")),
     "gptq": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install gptqmodel")),
     "gemv": (_AUTOAWQ,),
     "gemv_fast": (_AUTOAWQ,),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .compressed_tensors import CompressedTensors
+from .compressed_tensors import CompressedTensors, CompressedTensorsW8A8
 from .gemm import Gemm
 from .gemv import Gemv
 from .gemv_fast import GemvFast, LlmAwq
@@ -29,7 +29,19 @@ __all__ = [
 ]
 LAYOUTS: dict[str, Layout] = {
     each.name: each
-    for each in (Gemm(), Gemv(), GemvFast(), LlmAwq(), CompressedTensors(), Gptq(), ModelOpt(), Gguf(), Mlx(), Native())
+    for each in (
+        Gemm(),
+        Gemv(),
+        GemvFast(),
+        LlmAwq(),
+        CompressedTensors(),
+        CompressedTensorsW8A8(),
+        Gptq(),
+        ModelOpt(),
+        Gguf(),
+        Mlx(),
+        Native(),
+    )
 }
 
 

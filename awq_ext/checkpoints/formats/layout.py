@@ -213,9 +213,9 @@ class Layout:
             found.append(f"{odd[0]} has other groups than group_size={size}: use one size that fits all layers")
         return found
 
-    def require(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError unless all of ``suffixes`` are there."""
-        if missing := [suffix for suffix in self.suffixes if suffix not in tensors]:
+    def require(self, tensors: Mapping[str, Tensor], needed: Sequence[str] = ()) -> None:
+        """Raise CheckpointError unless all that are ``needed``, or else of ``suffixes``, are there."""
+        if missing := [suffix for suffix in needed or self.suffixes if suffix not in tensors]:
             raise CheckpointError(f"{', '.join(missing)} is missing, which the {self.name} layout needs")
 
     def bias_of(self, tensors: Mapping[str, Tensor], out_features: int) -> Tensor | None:

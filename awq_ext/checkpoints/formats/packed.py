@@ -27,12 +27,13 @@ class CheckpointError(ValueError):
 class PackedLinear(QuantizedWeight):
     """A weight of 4 or 8 bits (zeros below 2^bits) with the rest of its Linear.
 
-    bias [N]; pre_quant_scale fp32 [K] multiplies the input. rescaled: see QuantLinear.
+    bias [N]; pre_quant_scale fp32 [K] multiplies the input. rescaled, and compute where the files tell it: see QuantLinear.
     """
 
     bias: Tensor | None = None
     pre_quant_scale: Tensor | None = None
     rescaled: float = 1.0
+    compute: str = "auto"
 
     @property
     def symmetric(self) -> bool:

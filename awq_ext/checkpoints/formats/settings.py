@@ -73,12 +73,16 @@ def require_known(config: Mapping[str, Any], known: Known, place: str = "quantiz
 
 @dataclass(frozen=True)
 class Rule:
-    """What a config says of the layers that a pattern of its fits: group size and bits, or the problem with reading them."""
+    """What a config says of the layers that a pattern of its fits: group size and bits, or the problem with reading them.
+
+    compute: what they are to compute in (``QuantLinear.compute``).
+    """
 
     fits: Callable[[str], bool]
     group_size: int = -1
     problem: str = ""
     bits: int = 4
+    compute: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ class Settings:
 
     group_sizes: the sizes that occur; a layer has the one that fits its number of groups. per_layer: name -> (in_features,
     group_size, bits) where the shapes alone do not tell. rules: the first that fits a layer's name decides; problem: with layers
-    that none fits; width: their bits. zero_offset: added to a stored zero, modulo 2^bits. experts, in_memory: as in Summary.
+    that none fits; width: their bits, and
+    compute: what they are to compute in. zero_offset: added to a stored zero, modulo 2^bits. experts, in_memory: as in Summary.
     rescaled: name -> what a QuantLinear has under this name, where that is not 1.
     """
 
@@ -100,6 +105,7 @@ class Settings:
     problem: str = ""
     rescaled: Mapping[str, float] = field(default_factory=dict)
     width: int = 4
+    compute: str = "auto"
 
     def of(self, name: str) -> Settings:
         """Give the settings of one layer. CheckpointError where the config says that it cannot be read."""
@@ -108,8 +114,10 @@ class Settings:
         rule = self._rule(name)
         if problem := self.problem if rule is None else rule.problem:
             raise CheckpointError(problem)
-        sizes, width = (self.group_sizes, self.width) if rule is None else ((rule.group_size,), rule.bits)
-        return replace(self, group_sizes=sizes, per_layer={}, rules=(), problem="", width=width)
+        own = replace(self, per_layer={}, rules=(), problem="")
+        return (
+            own if rule is None else replace(own, group_sizes=(rule.group_size,), width=rule.bits, compute=rule.compute)
+        )
 
     def _rule(self, name: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.fits(name)), None)
