@@ -34,7 +34,8 @@ from .shared_copy import SharedCopy
 class Part:
     """Layers that are quantized together while all others are float: one, or a block's. cost: the measure, with its interval.
 
-    weights: how many; bits: stored ones a weight, scales and zeros counted; float_bits: of its float weights.
+    weights: how many; bits: stored ones a weight, scales and zeros counted; float_bits: of its float weights;
+    rows: output rows.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Part:
     bits: float
     float_bits: int
     cost: Estimate
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,18 @@ class Sensitivity:
         """Sum of the costs of the parts."""
         return sum(part.cost.value for part in self.parts)
 
-    def keep(self, bits: float, upper: int | str = "float", joined: bool = False) -> Kept:
+    def keep(self, bits: float, upper: int | str = "float", joined: bool = False, whole_rows: bool = False) -> Kept:
         """Choose the parts that save most cost for each extra bit, within ``bits`` stored bits a weight on average.
 
         upper: what the chosen parts become: "float", or 5 to 8 bits (5 to 7 are fake-quantized: no packed layer has them). The
             cost of ``upper`` bits is estimated: each further bit halves rounding errors, and quarters squared ones.
         joined: choose q, k and v together, and gate and up: vLLM and other servers make one matrix of them, with the same bits.
+        whole_rows: with ``upper=8``, the chosen parts get one symmetric scale for each row, as
+            ``format="compressed-tensors-w8a8"`` needs it, whatever the groups of all others are.
         Raises ValueError for a budget below what quantizing everything takes.
         """
+        if whole_rows and upper != 8:
+            raise ValueError(f"whole_rows=True is for layers of 8 bits: give upper=8, not {upper!r}")
         if upper != "float" and (
             isinstance(upper, bool) or not isinstance(upper, int) or not self.config.bits < upper <= 8
         ):
@@ -110,7 +116,10 @@ class Sensitivity:
         chosen: list[Part] = []
         choices = []
         for parts in _as_served(self.parts) if joined else [[part] for part in self.parts]:
-            cost, more = sum(p.cost.value for p in parts), sum(p.weights * self._more(p, upper) for p in parts)
+            cost, more = (
+                sum(p.cost.value for p in parts),
+                sum(p.weights * self._more(p, upper, whole_rows) for p in parts),
+            )
             choices.append((cost, more, parts))
         for cost, more, parts in sorted(choices, key=lambda choice: -choice[0] / choice[1]):
             if cost > 0 and used + more <= bits * weights:
@@ -118,20 +127,24 @@ class Sensitivity:
                 used += more
         names = tuple(name for part in chosen for name in part.layers)
         saved = (1 - left) * sum(part.cost.value for part in chosen)
-        return Kept(names, self._settings(names, upper), used / weights, self.total - saved, self.total)
+        return Kept(names, self._settings(names, upper, whole_rows), used / weights, self.total - saved, self.total)
 
-    def _more(self, part: Part, upper: int | str) -> float:
+    def _more(self, part: Part, upper: int | str, whole_rows: bool) -> float:
+        """Count the stored bits that each weight of a part takes more with ``upper``."""
         if upper == "float":
             return part.float_bits - part.bits
+        if whole_rows:
+            return upper + group_bits(upper) * part.rows / part.weights - part.bits
         own = self.config.bits
         groups = (part.bits - own) / group_bits(own)  # for each weight
         return upper - own + (group_bits(upper) - group_bits(own)) * groups
 
-    def _settings(self, names: Sequence[str], upper: int | str) -> dict[str, Any]:
+    def _settings(self, names: Sequence[str], upper: int | str, whole_rows: bool) -> dict[str, Any]:
         patterns = tuple(escape(name) for name in names)
         if upper == "float":
             return {"skip": (*self.config.skip, *patterns)}
         fields = {"bits": upper} | ({} if upper in TILE_BITS else {"packed": False})
+        fields |= {"group_size": -1, "symmetric": True} if whole_rows else {}
         return {"per_layer": {pattern: fields for pattern in patterns} | dict(self.config.per_layer)}
 
     def table(self, rows: int | None = None) -> Table:
@@ -260,7 +273,7 @@ def _part(name: str, layers: tuple[str, ...], cost: Estimate, report: AwqReport,
     rows = [report[layer] for layer in layers]
     weights = sum(row.in_features * row.out_features for row in rows)
     float_bits = 8 * next(model.parameters()).element_size()
-    return Part(name, layers, weights, stored_bits(rows), float_bits, cost)
+    return Part(name, layers, weights, stored_bits(rows), float_bits, cost, sum(row.out_features for row in rows))
 
 
 class _swapped:

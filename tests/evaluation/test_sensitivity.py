@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import awq_ext
 from awq_ext import AwqConfig, Bootstrap, CalibrationError, Estimate
 from awq_ext.evaluation.sensitivity import Part, Sensitivity, sensitivity
+from awq_ext.reporting.sizes import stored_bits
 
 QUICK = {"progress": False, "group_size": 16, "n_grid": 3, "bootstrap": Bootstrap(resamples=100)}
 
@@ -38,7 +39,7 @@ def test_the_cost_of_one_layer_is_that_of_the_formula() -> None:
         everything = torch.cat(divergences)
     assert found[name].cost.value == pytest.approx(float(everything.mean()), rel=1e-3)
     assert found[name].cost.low <= found[name].cost.value <= found[name].cost.high
-    assert found[name].weights == 40 * 72 and found[name].float_bits == 32
+    assert found[name].weights == 40 * 72 and found[name].float_bits == 32 and found[name].rows == 40
 
 
 def test_small_errors_add_up() -> None:
@@ -128,6 +129,20 @@ def test_what_servers_join_is_chosen_together() -> None:
     assert found.keep(bits=5.5, upper=8, joined=True).names == ("0.mlp.gate_proj", "0.mlp.up_proj")
     kept = found.keep(bits=6, upper=8, joined=True)
     assert kept.names == ("0.attn.q_proj", "0.attn.k_proj", "0.attn.v_proj") and kept.bits == 6
+
+
+def test_whole_rows_are_counted_and_asked_for_as_quantize_makes_them() -> None:
+    case = models.make("llama")
+    found = sensitivity(case.model, case.batches, samples=2, method="rtn", **QUICK)
+    kept = found.keep(bits=6.5, upper=8, joined=True, whole_rows=True)
+    fields = {"bits": 8, "group_size": -1, "symmetric": True}
+    assert kept.names and kept.settings == {"per_layer": dict.fromkeys(kept.names, fields)}
+    made = awq_ext.quantize(case.model, case.batches, group_size=16, method="rtn", progress=False, **kept.settings)
+    rows = [row for row in made.awq_report.layers if row.status != "float"]
+    assert {row.name for row in rows if (row.bits, row.group_size) == (8, -1)} == set(kept.names)
+    assert stored_bits(rows) == pytest.approx(kept.bits) and kept.bits <= 6.5
+    with pytest.raises(ValueError, match="whole_rows=True is for layers of 8 bits: give upper=8, not 'float'"):
+        found.keep(bits=9, whole_rows=True)
 
 
 def test_the_choice_is_near_the_best_there_is() -> None:
