@@ -30,7 +30,8 @@ def convert(
         typer.Option(
             "--format",
             callback=check_format,
-            help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, gptq, modelopt, gguf, mlx or native (docs/formats.md).",
+            help="awq, gemv, gemv_fast, llm-awq, compressed-tensors, compressed-tensors-w8a8, gptq, modelopt, gguf, mlx or "
+            "native (docs/formats.md).",
         ),
     ] = DEFAULT_FORMAT,
     overwrite: Annotated[

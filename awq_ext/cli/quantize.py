@@ -84,7 +84,7 @@ def quantize(
         typer.Option(
             callback=check_format,
             help="Layout of OUT: awq and compressed-tensors are loaded by vLLM and Transformers, native by awq_ext, gguf by "
-            "llama.cpp, mlx by mlx-lm; others in docs/formats.md.",
+            "llama.cpp, mlx by mlx-lm; others in docs/formats.md, for layers of 8 bits in vLLM too.",
         ),
     ] = DEFAULT_FORMAT,
     head: Head = None,

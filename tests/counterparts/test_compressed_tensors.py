@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from counterparts.counterpart import assert_same_weights, needed, quantized_llama, run, tiny_qwen2, weights_of
+from counterparts.counterpart import (
+    all_tensors,
+    assert_same_weights,
+    needed,
+    quantized_llama,
+    run,
+    tiny_qwen2,
+    weights_of,
+)
 from safetensors.torch import load_file
 
 import awq_ext
@@ -24,6 +32,37 @@ def test_a_model_that_llmcompressor_quantized_is_read(family: str, symmetric: bo
     model = awq_ext.from_pretrained(folder)
     assert_same_weights(weights_of(model, torch.float16), load_file(weights))
     assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_model_of_its_scheme_w8a8_is_read(family: str, tmp_path: Path) -> None:
+    """Its rounded activations are those of our int8 kernels, but for a scale for each 256 channels instead of each row."""
+    folder, weights = tmp_path / "model", tmp_path / "weights.safetensors"
+    run("compressed-tensors", "llmcompressor_write.py", folder, weights, family, "w8a8")
+    model = awq_ext.from_pretrained(folder)
+    assert_same_weights(weights_of(model, torch.float16), load_file(weights))
+    layers = [layer for layer in model.modules() if isinstance(layer, awq_ext.QuantLinear)]
+    assert {(layer.bits, layer.group_size, layer.compute) for layer in layers} == {(8, -1, "int8")}
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    again = awq_ext.save_pretrained(model, tmp_path / "again", format="compressed-tensors-w8a8", verify=True)
+    one, other = all_tensors(folder), all_tensors(again)
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+ROWS = {"bits": 8, "group_size": -1, "symmetric": True}
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("settings", [{"per_layer": {"*.down_proj": ROWS}}, ROWS], ids=["mixed", "eight"])
+def test_its_compressor_unpacks_w8a8(settings: dict[str, Any], symmetric: bool, tmp_path: Path) -> None:
+    """Layers of 4 bits beside may have zero points."""
+    needed("compressed-tensors")
+    model = quantized_llama(torch.float16, **{"symmetric": symmetric} | settings)
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="compressed-tensors-w8a8", verify=True)
+    run("compressed-tensors", "compressed_tensors_read.py", folder, tmp_path / "weights.safetensors")
+    ours = weights_of(model, torch.float16)
+    assert_same_weights(ours, load_file(tmp_path / "weights.safetensors"))
+    assert_same_weights(ours, weights_of(awq_ext.from_pretrained(folder), torch.float16))
 
 
 @SYMMETRIC

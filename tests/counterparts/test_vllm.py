@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,28 @@ def test_vllm_leaves_the_same_layers_float(layout: str, tmp_path: Path) -> None:
     assert_same_tokens(quantized_llama(skip=("lm_head", "*.layers.0.*")), layout, tmp_path)
 
 
+ROWS = {"bits": 8, "group_size": -1, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_layer": {"*.down_proj": ROWS, "*.layers.1.self_attn.[qkv]_proj": ROWS}},
+        {"symmetric": True, "per_layer": {"*.layers.0.mlp.*": ROWS}},
+        ROWS,
+        {"head": "int8", "per_layer": {"*.down_proj": ROWS, "lm_head": ROWS}},
+    ],
+    ids=["joined layers", "symmetric", "8 bits", "head"],
+)
+def test_vllm_serves_layers_of_eight_bits_with_rounded_activations(settings: dict[str, Any], tmp_path: Path) -> None:
+    needed("vllm")
+    model = quantized_llama(**settings)
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format="compressed-tensors-w8a8", verify=True)
+    output = assert_generates(folder, awq_ext.from_pretrained(folder), tmp_path)
+    assert "CPUInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8" in output
+    assert ("CPUWNA16LinearKernel for CompressedTensorsWNA16" in output) == (settings is not ROWS)
+
+
 @pytest.mark.filterwarnings("ignore")  # of transformers, at import
 def test_vllm_serves_what_the_command_writes_by_default(tmp_path: Path) -> None:
     """``awq-ext quantize MODEL OUT --calib TEXT`` with no other option: method, layout, groups and dtype are the defaults."""
@@ -63,7 +86,9 @@ def assert_same_tokens(model: torch.nn.Module, layout: str, tmp_path: Path) -> N
     assert_generates(awq_ext.save_pretrained(model, tmp_path / "model", format=layout), model, tmp_path)
 
 
-def assert_generates(folder: Path, model: torch.nn.Module, tmp_path: Path) -> None:
+def assert_generates(folder: Path, model: torch.nn.Module, tmp_path: Path) -> str:
+    """Returns what vLLM printed."""
     (prompt, generated), out = clear_prompt(tmp_path, model), tmp_path / "out.safetensors"
-    run("vllm", "vllm_generate.py", folder, prompt, out)
+    output = run("vllm", "vllm_generate.py", folder, prompt, out)
     assert torch.equal(generated, load_file(out)["generated"])
+    return output

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 def decompressed(folder: str) -> dict[str, torch.Tensor]:
     """Name of each quantized layer -> its weight."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    layers = [name for name, module in model.named_modules() if hasattr(module, "weight_packed")]
+    layers = [name for name, module in model.named_modules() if hasattr(module, "weight_scale")]
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.decompress_model(model)
     return {name: model.get_submodule(name).weight.detach().contiguous() for name in layers}

@@ -1,6 +1,7 @@
 """llmcompressor_write.py FOLDER WEIGHTS FAMILY KIND: llm-compressor quantizes a tiny model in groups of 64 and saves it in FOLDER.
 
-KIND: symmetric (plain rounding) or asymmetric (its AWQ modifier, calibrated). WEIGHTS (safetensors): what the layers of FOLDER
+KIND: symmetric (plain rounding), asymmetric (its AWQ modifier, calibrated) or w8a8 (its scheme of that name: plain rounding of
+whole rows to 8 bits, activations rounded while the model runs). WEIGHTS (safetensors): what the layers of FOLDER
 stand for, [out, in] in their scales' dtype, as compressed-tensors decompresses them.
 """
 
@@ -24,14 +25,12 @@ folder, weights_file, family, kind = sys.argv[1:]
 torch.Tensor.pin_memory = lambda tensor, *_: tensor  # the AWQ modifier pins memory, which needs an accelerator
 
 arguments = {"num_bits": 4, "type": "int", "symmetric": kind == "symmetric", "strategy": "group", "group_size": 64}
-chosen = {
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": arguments}},
-    "ignore": ["lm_head"],
-}
+group = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": arguments}}}
+chosen = ({"scheme": "W8A8", "targets": ["Linear"]} if kind == "w8a8" else group) | {"ignore": ["lm_head"]}
 with tempfile.TemporaryDirectory() as float_folder:
     tiny.save_float(family, float_folder)
     model = AutoModelForCausalLM.from_pretrained(float_folder, dtype=torch.float16)
-    if kind == "symmetric":
+    if kind != "asymmetric":
         oneshot(model=model, recipe=QuantizationModifier(**chosen))
     else:
         words = Tokenizer(models.WordLevel({str(i): i for i in range(tiny.SIZES["vocab_size"])}, unk_token="0"))
