@@ -25,7 +25,8 @@ from ..forwards.spill import can_spill
 from ..integrations import foresee
 from ..integrations.hub import folder_of
 from ..integrations.pretrained import from_pretrained, write_pretrained
-from ..reporting.readers import lines
+from ..layers.quant_linear import QuantLinear
+from ..reporting.readers import lines, rounded
 from ..streaming.checkpoint import work_folder
 from .console import say
 from .options.checks import DTYPES
@@ -137,8 +138,14 @@ def save_model(
     spill: bool = False,
     verify: bool = False,
 ) -> None:
-    """Write the quantized model with its tokenizer and its report; with ``spill`` about one layer at a time is in memory."""
+    """Write the quantized model with its tokenizer and its report; with ``spill`` about one layer at a time is in memory.
+
+    Then let it compute as programs do that load the directory: it is scored next.
+    """
     write_pretrained(model, directory, format, overwrite=overwrite, spill=spill and can_spill(), verify=verify)
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.bits in rounded(format):
+            module.compute = "int8"
 
 
 def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> None:

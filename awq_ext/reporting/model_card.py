@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from .origin import versions
-from .readers import Reader, readers
+from .readers import Reader, readers, rounded
 from .report import AwqReport
 from .scores import Scores, score_facts, table_rows, with_scores
 from .tables import format_bytes
@@ -78,6 +78,10 @@ class Card:
                 f"{self._widths} bits, groups of {sizes}, {zeros}; {self.layers} layers; format `{self.format}`",
             )
         )
+        if any(bits in self.bits for bits in rounded(self.format)):
+            facts.append(
+                ("activations", "of layers of 8 bits: rounded to 8 bits while the model runs, each token by its range")
+            )
         facts += _told(self.report) if self.report is not None else []
         facts += score_facts(self.scores, self.base)
         facts.append(("size of the weights", f"{format_bytes(self.before)} before, {format_bytes(self.after)} after"))

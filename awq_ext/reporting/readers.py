@@ -45,6 +45,11 @@ _OTHERS = {
 }
 
 
+def rounded(format: str) -> tuple[int, ...]:
+    """Tell the bits of layers whose activations every program that loads a layout rounds to 8 bits."""
+    return (8,) if format == "compressed-tensors-w8a8" else ()
+
+
 def quant_method(format: str) -> str:
     """Tell what config.json calls a layout."""
     return _METHODS.get(format, format)

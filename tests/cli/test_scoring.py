@@ -73,6 +73,23 @@ def test_quantize_scores_what_it_made(made: Path, tmp_path: Path) -> None:
     assert f"{before:,} → {after:,} bytes" in told
 
 
+def test_what_is_scored_rounds_activations_as_its_readers_do(made: Path, tmp_path: Path) -> None:
+    format = ["--format", "compressed-tensors-w8a8", "--set", "bits=8", "--set", "symmetric=true", "--group-size", -1]
+    shown = quantize(made, tmp_path / "int8", *format, "--traffic", made / "code.txt")
+    assert shown.exit_code == 0, shown.output
+    measured = awq_ext.from_pretrained(tmp_path / "int8").awq_report.evaluations["code"]
+    sizes = ["--reference", made / "float", "--seq-len", 64, "--tokens", 256, "--json", "-"]
+    again = json.loads(run("eval", tmp_path / "int8", made / "code.txt", *sizes).stdout)["code"]
+    assert measured["kl"] == again["kl"]
+    assert "| activations | of layers of 8 bits: rounded to 8 bits" in (tmp_path / "int8" / "README.md").read_text()
+    # the same weights, whose readers leave activations as they are
+    shown = run("convert", tmp_path / "int8", tmp_path / "ct", "--format", "compressed-tensors")
+    assert shown.exit_code == 0, shown.output
+    exact = json.loads(run("eval", tmp_path / "ct", made / "code.txt", *sizes).stdout)["code"]
+    assert exact["kl"]["value"] < again["kl"]["value"]
+    assert "| activations |" not in (tmp_path / "ct" / "README.md").read_text()
+
+
 def test_eval_puts_its_figures_into_the_card(made: Path, tmp_path: Path) -> None:
     assert quantize(made, tmp_path / "int4").exit_code == 0
     assert "| scores on held-out-calibration | KL" in (tmp_path / "int4" / "README.md").read_text()
