@@ -1,6 +1,6 @@
-"""vllm_generate.py FOLDER PROMPT TENSORS: vLLM's CPU backend loads a directory and continues a prompt by 16 tokens, greedily.
+"""vllm_generate.py FOLDER PROMPT TENSORS: vLLM's CPU backend loads a directory and continues prompts by 16 tokens, greedily.
 
-PROMPT safetensors: tokens int64 [1, T]. TENSORS safetensors: generated int64 [1, T + 16].
+PROMPT safetensors: tokens int64 [B, T]. TENSORS safetensors: generated int64 [B, T + 16].
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def main() -> None:
     tokens = load_file(prompt)["tokens"]
     engine = LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=128)
     settings = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
-    answer = engine.generate([{"prompt_token_ids": tokens[0].tolist()}], settings, use_tqdm=False)[0]
-    generated = torch.tensor([tokens[0].tolist() + list(answer.outputs[0].token_ids)])
-    save_file({"generated": generated}, out)
+    rows = tokens.tolist()
+    answers = engine.generate([{"prompt_token_ids": row} for row in rows], settings, use_tqdm=False)
+    generated = [row + list(answer.outputs[0].token_ids) for row, answer in zip(rows, answers, strict=True)]
+    save_file({"generated": torch.tensor(generated)}, out)
 
 
 if __name__ == "__main__":
