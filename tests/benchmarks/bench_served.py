@@ -34,7 +34,7 @@ def served(python: Path, folder: Path, prompts: Tensor) -> Tensor:
         given, found = Path(place) / "prompts.safetensors", Path(place) / "found.safetensors"
         save_file({"tokens": prompts}, given)
         command = [str(python), str(PROGRAM), str(folder), str(given), str(found)]
-        subprocess.run(command, env=keep | {"HF_HUB_OFFLINE": "1"}, check=True)
+        subprocess.run(command, env=keep | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}, check=True)
         return load_file(found)["generated"]
 
 
