@@ -1,9 +1,9 @@
 """EleutherAI's lm_eval on a model in float and in int4: which of two ways a text goes on?
 
     python tests/benchmarks/bench_lm_eval.py MODEL_DIR --calib calib.txt --texts prose.txt de=multi-de.txt ... [--lines]
-        [--questions 300] [--method rtn awq+gptq best] [--group-size 64] [--json docs/bench_lm_eval.json]
+        [--questions 200] [--method rtn awq+gptq best] [--group-size 64] [--samples 32] [--seq 512] [--json docs/bench_lm_eval.json]
 
-Needs lm_eval (docs/ecosystem.md). A question is 24 words of a paragraph; the choices are its next 8 words, and the same with two
+Needs lm_eval (docs/ecosystem.md). A question is 16 words of a paragraph; the choices are its next 6 words, and the same with two
 neighbours among them swapped. --lines: each line is a text of its own, as those of original_models.py are, and the question is all
 of it up to the choices. Beside lm_eval's accuracy and its standard error the output says how many questions a model answers
 otherwise than the float one.
@@ -25,7 +25,7 @@ import torch
 import awq_ext
 from awq_ext.cli import hf, texts
 
-STEM, CHOICE = 24, 8  # words
+STEM, CHOICE = 16, 6  # words
 METHODS = {
     "rtn": {"method": "rtn"},
     "awq": {"method": "awq"},
@@ -89,10 +89,9 @@ def scored(model: torch.nn.Module, tokenizer: Any, folder: Path, names: list[str
     from lm_eval.tasks import TaskManager
 
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=8),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=16),
         tasks=names,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        bootstrap_iters=0,
     )
 
     def one(name: str) -> dict[str, Any]:
@@ -112,13 +111,25 @@ def calibration(args: argparse.Namespace, tokenizer: Any) -> list[Any]:
     return [tokenizer(line, return_tensors="pt")["input_ids"] for line in lines]
 
 
+def add(args: argparse.Namespace, found: dict[str, Any], counts: dict[str, int]) -> None:
+    """Put what was found into the file, other models kept."""
+    results = json.loads(args.json.read_text()) if args.json.exists() else {}
+    rows = {
+        label: {name: {key: one[key] for key in ("acc", "stderr", "other_answers")} for name, one in row.items()}
+        for label, row in found.items()
+    }
+    setting = f"W{args.bits} g{args.group_size}"
+    results[args.model.absolute().name] = {"setting": setting, "questions": counts, "rows": rows}
+    args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--texts", nargs="+", required=True, metavar="[NAME=]PATH")
     parser.add_argument("--lines", action="store_true")
-    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["rtn", "awq+gptq", "best"])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
@@ -141,22 +152,17 @@ def main() -> None:
             if label != "float":
                 own = {} if not args.lines else {"builtin_text": False}
                 settings = {"bits": args.bits, "group_size": args.group_size, "packed": args.bits == 4}
-                awq_ext.quantize(model, calib, tokenizer=tokenizer, **METHODS[label], **settings, **own)
+                awq_ext.quantize(
+                    model, calib, tokenizer=tokenizer, seq_len=args.seq, **METHODS[label], **settings, **own
+                )
             found[label] = scored(model, tokenizer, Path(folder), list(asked))
             for name, one in found[label].items():
                 beside = zip(one["chosen"], found["float"][name]["chosen"], strict=True)
                 one["other_answers"] = sum(a != b for a, b in beside)
                 told = f"{one['acc']:.3f} ± {one['stderr']:.3f}, {one['other_answers']} answered otherwise"
                 print(f"{label}, {name}: {told} of {len(asked[name])}", flush=True)
-    if args.json:
-        results = json.loads(args.json.read_text()) if args.json.exists() else {}
-        for row in found.values():
-            for one in row.values():
-                del one["chosen"]
-        counts = {name: len(rows) for name, rows in asked.items()}
-        setting = f"W{args.bits} g{args.group_size}"
-        results[args.model.absolute().name] = {"setting": setting, "questions": counts, "rows": found}
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+            if args.json:  # after each, so that an interrupt loses nothing that was measured
+                add(args, found, {name: len(rows) for name, rows in asked.items()})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import original_tables
 import pictures
 import quality_tables as quality
 import rival_tables
@@ -216,6 +217,10 @@ TABLES = {
     "peers": lambda: peers("bench_peers"),
     "peers_blocks": lambda: peers("bench_peers_blocks"),
     "peers_learned": lambda: peers("bench_peers_learned"),
+    "original_models": lambda: original_tables.sources(read("bench_original"), markdown),
+    "original": lambda: original_tables.shares(read("bench_original"), markdown),
+    "original_perplexity": lambda: original_tables.perplexities(read("bench_original"), markdown),
+    "lm_eval": lambda: original_tables.tasks(read("bench_lm_eval"), markdown),
 }
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 

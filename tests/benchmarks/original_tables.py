@@ -1,0 +1,84 @@
+"""The tables of tables.py on models that were never rounded before, and on lm_eval's scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Data = dict[str, Any]
+Markdown = Callable[[Iterable[str], Iterable[Iterable[object]]], str]
+TITLES = {"mgm": "MGM", "whisper": "Whisper tiny.en", "minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
+
+
+def _share(one: Data) -> str:
+    """A share and its interval, in percent."""
+    return f"{one['value']:.0%} ({100 * one['low']:.0f} to {100 * one['high']:.0f})"
+
+
+def shares(data: Data, markdown: Markdown) -> str:
+    """What RTN loses, and which share of it each method wins back; a line for each model, setting and kind of input."""
+    methods = [label for label in _first(data)["rows"] if label not in ("float", "rtn")]
+    head = ("", "scored on", "perplexity, float → RTN", "RTN's distance", *methods)
+
+    def row(model: str, setting: str, cell: Data, name: str) -> list[str]:
+        floating, rtn = (cell["rows"][label]["measures"][name] for label in ("float", "rtn"))
+        both = [f"{one['perplexity']['value']:.4g}" for one in (floating, rtn) if "perplexity" in one]
+        distance = f"{abs(rtn[cell['measure']]['value']):.2g}"
+        closed = (_share(cell["rows"][label]["closed"][name]) for label in methods)
+        scored = f"{name}, {cell['scored'][name]['windows']}"
+        return [f"{TITLES[model]}, {setting}", scored, " → ".join(both), distance, *closed]
+
+    lines = (
+        row(model, setting, cell, name)
+        for model, found in data.items()
+        for setting, cell in found["settings"].items()
+        for name in cell["scored"]
+    )
+    return markdown(head, lines)
+
+
+def perplexities(data: Data, markdown: Markdown) -> str:
+    """Of models with next tokens: the perplexity of every method."""
+    labels = list(_first(data)["rows"])
+    lines = [
+        [f"{TITLES[model]}, {setting}", name, *(f"{cell['rows'][o]['measures'][name]['perplexity']['value']:.4g}" for o in labels)]
+        for model, found in data.items()
+        for setting, cell in found["settings"].items()
+        for name in cell["scored"]
+        if cell["measure"] == "kl"
+    ]  # fmt: skip
+    return markdown(("perplexity", "scored on", *labels), lines)
+
+
+def _first(data: Data) -> Data:
+    return next(iter(next(iter(data.values()))["settings"].values()))
+
+
+def sources(data: Data, markdown: Markdown) -> str:
+    """Where each model is from, and how many distinct values its groups hold."""
+    sizes = ("32", "64", "128")
+    head = ("", "package of PyPI", "licence", *(f"distinct values in {size}" for size in sizes))
+    rows = (
+        [TITLES[name], f"`{one['package'].replace(' ', '==')}`", one["licence"]]
+        + [f"{one['distinct'][size][1]:.1f}" for size in sizes]
+        for name, one in data.items()
+    )
+    return markdown(head, rows)
+
+
+def tasks(data: Data, markdown: Markdown) -> str:
+    """Accuracies of lm_eval with their standard errors, and how many questions a model answers otherwise than the float one."""
+    labels = list(next(iter(data.values()))["rows"])
+
+    def cell(found: Data, label: str, name: str) -> str:
+        one = found["rows"][label][name]
+        others = "" if label == "float" else f", {one['other_answers']}"
+        return f"{one['acc']:.3f} ± {one['stderr']:.3f}{others}"
+
+    rows = (
+        [f"{TITLES[model]}, {name}", count, *(cell(found, label, name) for label in labels)]
+        for model, found in data.items()
+        for name, count in found["questions"].items()
+    )
+    (setting,) = {found["setting"] for found in data.values()}
+    return markdown((f"accuracy, {setting}", "questions", *labels), rows)
