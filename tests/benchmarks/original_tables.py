@@ -7,6 +7,7 @@ from typing import Any
 
 Data = dict[str, Any]
 Markdown = Callable[[Iterable[str], Iterable[Iterable[object]]], str]
+MISSING = "not run"
 TITLES = {"mgm": "MGM", "whisper": "Whisper tiny.en", "minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
 
 
@@ -17,14 +18,14 @@ def _share(one: Data) -> str:
 
 def shares(data: Data, markdown: Markdown) -> str:
     """What RTN loses, and which share of it each method wins back; a line for each model, setting and kind of input."""
-    methods = [label for label in _first(data)["rows"] if label not in ("float", "rtn")]
+    methods = [label for label in _labels(data) if label not in ("float", "rtn")]
     head = ("", "scored on", "perplexity, float → RTN", "RTN's distance", *methods)
 
     def row(model: str, setting: str, cell: Data, name: str) -> list[str]:
         floating, rtn = (cell["rows"][label]["measures"][name] for label in ("float", "rtn"))
         both = [f"{one['perplexity']['value']:.4g}" for one in (floating, rtn) if "perplexity" in one]
         distance = f"{abs(rtn[cell['measure']]['value']):.2g}"
-        closed = (_share(cell["rows"][label]["closed"][name]) for label in methods)
+        closed = (_share(cell["rows"][o]["closed"][name]) if o in cell["rows"] else MISSING for o in methods)
         scored = f"{name}, {cell['scored'][name]['windows']}"
         return [f"{TITLES[model]}, {setting}", scored, " → ".join(both), distance, *closed]
 
@@ -39,19 +40,26 @@ def shares(data: Data, markdown: Markdown) -> str:
 
 def perplexities(data: Data, markdown: Markdown) -> str:
     """Of models with next tokens: the perplexity of every method."""
-    labels = list(_first(data)["rows"])
+    labels = _labels(data)
+
+    def value(cell: Data, label: str, name: str) -> str:
+        measures = cell["rows"].get(label, {"measures": {}})["measures"]
+        return f"{measures[name]['perplexity']['value']:.4g}" if measures else MISSING
+
     lines = [
-        [f"{TITLES[model]}, {setting}", name, *(f"{cell['rows'][o]['measures'][name]['perplexity']['value']:.4g}" for o in labels)]
+        [f"{TITLES[model]}, {setting}", name, *(value(cell, label, name) for label in labels)]
         for model, found in data.items()
         for setting, cell in found["settings"].items()
         for name in cell["scored"]
         if cell["measure"] == "kl"
-    ]  # fmt: skip
+    ]
     return markdown(("perplexity", "scored on", *labels), lines)
 
 
-def _first(data: Data) -> Data:
-    return next(iter(next(iter(data.values()))["settings"].values()))
+def _labels(data: Data) -> list[str]:
+    """All rows that there are, in the order of the cell that has most."""
+    cells = [cell for found in data.values() for cell in found["settings"].values()]
+    return list(max((cell["rows"] for cell in cells), key=len))
 
 
 def sources(data: Data, markdown: Markdown) -> str:
