@@ -21,6 +21,17 @@ void row_weight(const KernelTable& table, const LearnedCodes& c, int64_t n, floa
   }
 }
 
+// A task has rows one after another: of arrays that come from memory, neighbours are fetched ahead.
+constexpr int64_t kTaskChannels = 1 << 15;
+
+template <class Body>
+void for_rows(const LearnedCodes& codes, int threads, const Body& body) {
+  const int64_t n = codes.out_features, rows = std::max<int64_t>(1, kTaskChannels / codes.in_features);
+  parallel_for(ceil_div(n, rows), threads, [&](int64_t task, int thread) {
+    for (int64_t row = task * rows; row < std::min(n, (task + 1) * rows); ++row) body(row, thread);
+  });
+}
+
 float sign(float x) { return static_cast<float>((x > 0.0f) - (x < 0.0f)); }
 
 }  // namespace
@@ -28,7 +39,7 @@ float sign(float x) { return static_cast<float>((x > 0.0f) - (x < 0.0f)); }
 void learned_weight(const KernelTable& table, const LearnedCodes& codes, Dtype dtype, void* out, int threads) {
   const int64_t k = codes.in_features;
   Buffer<float> rows(threads * k);
-  parallel_for(codes.out_features, threads, [&](int64_t n, int thread) {
+  for_rows(codes, threads, [&](int64_t n, int thread) {
     float* const row = rows.get() + thread * k;
     row_weight(table, codes, n, row);
     table.from_float(row, dtype, k, static_cast<char*>(out) + n * k * dtype_bytes(dtype));
@@ -39,7 +50,7 @@ void move_learned(const KernelTable& table, const LearnedCodes& codes, Dtype dty
                   float theta_rate, float* moved, float* thetas, int threads) {
   const int64_t k = codes.in_features, groups = ceil_div(k, codes.group_length);
   Buffer<float> rows(threads * 2 * k);
-  parallel_for(codes.out_features, threads, [&](int64_t n, int thread) {
+  for_rows(codes, threads, [&](int64_t n, int thread) {
     float* const weight = rows.get() + thread * 2 * k;
     float* const slope = weight + k;
     row_weight(table, codes, n, weight);
