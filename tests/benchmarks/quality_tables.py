@@ -144,7 +144,8 @@ def peers(data: Data, markdown: Markdown, described: str) -> str:
         if "error" in row:
             rows.append([name, *([""] * len(texts + diverge)), "", row["error"]])
             continue
-        times = f"{row['seconds'] / results[SAME[name]]['seconds']:.1f}x" if name in SAME else ""
+        same = results.get(SAME.get(name, ""))
+        times = f"{row['seconds'] / same['seconds']:.1f}x" if same else ""
         cells = [f"{row['perplexity'][text]:.3f}" for text in texts]
         cells += [f"{sum(row['divergence'].values()) / len(texts):.4f}" for _ in diverge if name != "float"]
         cells += [""] * (len(texts + diverge) - len(cells))
