@@ -135,9 +135,8 @@ def _round_to_powers(weights: Tensor) -> None:
     A power of 2 times a number in bf16 is in bf16 too, so weighted rows of a bf16 model take one product in bf16, as rows without
     weights do. What is lost, a factor of 2^(1/2) at most, is less than one backward leaves uncertain.
     """
-    weights.mul_(2**0.5).view(torch.int32).bitwise_and_(
-        _EXPONENT
-    )  # an fp32 without its mantissa is the power at or below it
+    # an fp32 without its mantissa is the power at or below it
+    weights.mul_(2**0.5).view(torch.int32).bitwise_and_(_EXPONENT)
 
 
 def _by_position(found: dict[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -116,10 +116,8 @@ class Sensitivity:
         chosen: list[Part] = []
         choices = []
         for parts in _as_served(self.parts) if joined else [[part] for part in self.parts]:
-            cost, more = (
-                sum(p.cost.value for p in parts),
-                sum(p.weights * self._more(p, upper, whole_rows) for p in parts),
-            )
+            cost = sum(p.cost.value for p in parts)
+            more = sum(p.weights * self._more(p, upper, whole_rows) for p in parts)
             choices.append((cost, more, parts))
         for cost, more, parts in sorted(choices, key=lambda choice: -choice[0] / choice[1]):
             if cost > 0 and used + more <= bits * weights:

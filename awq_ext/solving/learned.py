@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,38 +127,27 @@ class _Rounding:
         most = torch.finfo(dtype).max
         return (self._scales * self._thetas.exp()).clamp_(-most, most).to(dtype)
 
+    def _state(self) -> dict[str, Any]:
+        """Return what both kernels are told beside the positions' start."""
+        given, found = self.given, self.given.found
+        return {
+            "moved": self._moved,
+            "scales": self._stored_scales().float(),
+            "zeros": self._zeros,
+            "group_size": found.group_size,
+            "bits": found.bits,
+            "channel_scale": given.scale,
+            "divisor": given.divisor,
+        }
+
     def weight(self) -> Tensor:
         """Dequantize to the original space, as ``LayerSolution.weight`` does: [N, K], of the Linear's dtype."""
-        scales, found = self._stored_scales().float(), self.given.found
-        return kernels.learned_weight(
-            self._start,
-            self._moved,
-            scales,
-            self._zeros,
-            found.group_size,
-            found.bits,
-            self.given.task.linear.weight.dtype,
-            self.given.scale,
-            self.given.divisor,
-        )
+        return kernels.learned_weight(self._start, dtype=self.given.task.linear.weight.dtype, **self._state())
 
     def move(self, gradient: Tensor, rate: float) -> None:
         """Step against the sign of the gradient of :meth:`weight` [N, K]."""
-        scales, found = self._stored_scales().float(), self.given.found
-        kernels.move_learned(
-            self._start,
-            self._moved,
-            self._thetas,
-            scales,
-            self._zeros,
-            gradient,
-            RATE * rate,
-            SCALE_RATE * rate,
-            found.group_size,
-            found.bits,
-            self.given.scale,
-            self.given.divisor,
-        )
+        rates = {"rate": RATE * rate, "theta_rate": SCALE_RATE * rate}
+        kernels.move_learned(self._start, thetas=self._thetas, gradient=gradient, **rates, **self._state())
 
     def note(self) -> None:
         """Note the codes and scales of now as the best ones."""
