@@ -24,15 +24,9 @@ import torch
 
 import awq_ext
 from awq_ext.cli import hf, texts
+from awq_ext.cli.options.settings import parse_method
 
 STEM, CHOICE = 16, 6  # words
-METHODS = {
-    "rtn": {"method": "rtn"},
-    "awq": {"method": "awq"},
-    "awq+gptq": {"method": "awq+gptq"},
-    "balanced": {"effort": "balanced"},
-    "best": {"effort": "best"},
-}
 TASK = """task: {name}
 dataset_path: json
 dataset_kwargs:
@@ -130,7 +124,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", required=True, metavar="[NAME=]PATH")
     parser.add_argument("--lines", action="store_true")
     parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=["rtn", "awq+gptq", "best"])
+    parser.add_argument("--method", nargs="+", default=["rtn", "awq+gptq", "best"])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32)
@@ -152,9 +146,8 @@ def main() -> None:
             if label != "float":
                 own = {} if not args.lines else {"builtin_text": False}
                 settings = {"bits": args.bits, "group_size": args.group_size, "packed": args.bits == 4}
-                awq_ext.quantize(
-                    model, calib, tokenizer=tokenizer, seq_len=args.seq, **METHODS[label], **settings, **own
-                )
+                method = {name: value for name, value in parse_method(label).items() if name != "label"}
+                awq_ext.quantize(model, calib, tokenizer=tokenizer, seq_len=args.seq, **settings | own | method)
             found[label] = scored(model, tokenizer, Path(folder), list(asked))
             for name, one in found[label].items():
                 beside = zip(one["chosen"], found["float"][name]["chosen"], strict=True)
