@@ -12,9 +12,10 @@
 //   mma_f16, mma_bf16: the product m16n8k16 of a warp, fragments as in "Matrix Fragments for mma.m16n8k16" of the PTX
 //     manual; sums fp32
 //   half_bits, half_value, bf16_bits, bf16_value: conversions, to nearest even
-//   sub_half2, sub_bf16x2: differences of two pairs of 16-bit floats
+//   add_half2, add_bf16x2: sums of two pairs of 16-bit floats
 //   join_high(lo, hi): the upper halves of two words in one
 //   pick_bytes(lo, hi, numbers): byte i of the result is byte (hex digit i of numbers) of the eight in hi:lo
+//   and_or(a, mask, magic): a & mask | magic, in one instruction; two of them if the compiler knew both constants
 //   bits_of(float), float_of(bits)
 //
 // Products and sums are not contracted (nvcc --fmad=false, -ffp-contract=off): integers that come from them agree with

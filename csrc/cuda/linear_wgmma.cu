@@ -77,13 +77,12 @@ struct Lane {
   // cannot choose them as in tiles.h.
   template <bool kHalf>
   __device__ void decode(const uint32_t (&zero)[2], uint32_t (&a)[4]) const {
-    constexpr uint32_t kMask = kBits == 4 ? 0x000f000fu : 0x00ff00ffu;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t word = pick_bytes(words[0].w[i], words[1].w[i], bytes);
       if constexpr (kBits == 4) word >>= 4 * half;
-      a[i] = Decoder<kBits, kHalf>::pair(word & kMask, zero[i]);
-      a[2 + i] = Decoder<kBits, kHalf>::pair(word >> 8 & kMask, zero[i]);
+      a[i] = Decoder<kBits, kHalf>::pair(word, zero[i]);
+      a[2 + i] = Decoder<kBits, kHalf>::pair(word >> 8, zero[i]);
     }
   }
 };
@@ -102,7 +101,7 @@ struct LaneGroup {
   }
   template <bool kHalf>
   __device__ void zero(uint32_t (&out)[2]) const {
-    for (int i = 0; i < 2; ++i) out[i] = Decoder<kBits, kHalf>::with_magic(zeros >> (8 * i) & (kBits == 4 ? 15 : 255));
+    for (int i = 0; i < 2; ++i) out[i] = Decoder<kBits, kHalf>::negative(zeros >> (8 * i) & (kBits == 4 ? 15 : 255));
   }
   __device__ void scale(const Weight& w, float (&out)[2]) const {
     for (int i = 0; i < 2; ++i) out[i] = value_of(static_cast<uint16_t>(scales >> (16 * i)), w.scale_type);

@@ -93,30 +93,34 @@ struct GroupBits {
 };
 
 // From codes to the exact integers code - zero, in pairs of fp16 or bf16. With exponent bits above it a code is the
-// float 1024 + code (fp16) or 128 + code (bf16, whose 7 bits of fraction hold codes of 4 bits only); the difference of
-// two of these is exact. bf16 of 8 bits goes by fp32: |code - zero| <= 255 has 8 significant bits, so the upper half of
-// the fp32 is exact.
+// float 1024 + code (fp16) or 128 + code (bf16, whose 7 bits of fraction hold codes of 4 bits only); its sum with
+// -(1024 + zero) or -(128 + zero) is exact. bf16 of 8 bits goes by fp32: |code - zero| <= 255 has 8 significant bits,
+// so the upper half of the fp32 is exact.
 template <int kBits, bool kHalf>
 struct Decoder {
   static constexpr bool kWide = kBits == 8 && !kHalf;
   static constexpr uint32_t kMagic = kWide ? 0x4b000000u : kHalf ? 0x64006400u : 0x43004300u;
-  uint32_t zero[2][2];  // of output 16 h + 2g + i, twice in a word; kWide: the fp32 2^23 + zero
+  static constexpr uint32_t kMask = kBits == 4 ? 0x000f000fu : 0x00ff00ffu;
+  uint32_t zero[2][2];  // of output 16 h + 2g + i, negative, twice in a word; kWide: the fp32 -(2^23 + zero)
 
-  static __device__ uint32_t with_magic(uint32_t z) { return kMagic | (kWide ? z : z << 16 | z); }
+  static __device__ uint32_t negative(uint32_t z) {
+    return kWide ? kMagic | z | 0x80000000u : kMagic | (z << 16 | z) | 0x80008000u;
+  }
 
   __device__ void set(const GroupBits<kBits>& bits) {
     for (int h = 0; h < 2; ++h)
-      for (int i = 0; i < 2; ++i) zero[h][i] = with_magic(bits.zero(h, i));
+      for (int i = 0; i < 2; ++i) zero[h][i] = negative(bits.zero(h, i));
   }
 
-  // Two codes, in the halves of a word, less the zero that z holds as set() makes it.
-  static __device__ uint32_t pair(uint32_t codes, uint32_t z) {
+  // Two codes, in the low bits of the halves of a word, less the zero that z holds as set() makes it.
+  static __device__ uint32_t pair(uint32_t word, uint32_t z) {
     if constexpr (kWide) {
-      const float zero = float_of(z);
-      const float low = float_of(kMagic | (codes & 0xffffu)) - zero, high = float_of(kMagic | codes >> 16) - zero;
+      const float low = float_of(and_or(word, 0xffu, kMagic)) + float_of(z);
+      const float high = float_of(and_or(word >> 16, 0xffu, kMagic)) + float_of(z);
       return join_high(bits_of(low), bits_of(high));
     } else {
-      return kHalf ? sub_half2(codes | kMagic, z) : sub_bf16x2(codes | kMagic, z);
+      const uint32_t codes = and_or(word, kMask, kMagic);
+      return kHalf ? add_half2(codes, z) : add_bf16x2(codes, z);
     }
   }
 
@@ -127,11 +131,10 @@ struct Decoder {
 
   // The fragment of A of outputs 16 h ..
   __device__ void fragment(const LaneWords<kBits>& words, int h, uint32_t (&a)[4]) const {
-    constexpr uint32_t kMask = kBits == 4 ? 0x000f000fu : 0x00ff00ffu;
     for (int i = 0; i < 2; ++i) {
       const uint32_t word = kBits == 4 ? words.w[i] >> (4 * h) : words.w[kBits == 4 ? i : 2 * h + i];
-      a[i] = pair(word & kMask, zero[h][i]);
-      a[2 + i] = pair(word >> 8 & kMask, zero[h][i]);
+      a[i] = pair(word, zero[h][i]);
+      a[2 + i] = pair(word >> 8, zero[h][i]);
     }
   }
 };

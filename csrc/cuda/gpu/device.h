@@ -58,22 +58,28 @@ __device__ __forceinline__ float bf16_value(uint16_t bits) { return float_of(sta
 __device__ __forceinline__ uint16_t half_bits(float value) { return __half_as_ushort(__float2half_rn(value)); }
 __device__ __forceinline__ uint16_t bf16_bits(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
-// sub.f16x2; and for bf16, which has it from sm_90 on only, the fma a * 1 - b.
-__device__ __forceinline__ uint32_t sub_half2(uint32_t a, uint32_t b) {
+// add.f16x2; and for bf16, which has it from sm_90 on only, the fma a * 1 + b.
+__device__ __forceinline__ uint32_t add_half2(uint32_t a, uint32_t b) {
   uint32_t out;
-  asm("sub.f16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
+  asm("add.f16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
   return out;
 }
 
-__device__ __forceinline__ uint32_t sub_bf16x2(uint32_t a, uint32_t b) {
+__device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
   uint32_t out;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(out) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(out) : "r"(a), "r"(0x3f803f80u), "r"(b));
   return out;
 }
 
 __device__ __forceinline__ uint32_t join_high(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
   return __byte_perm(low, high, numbers);
+}
+
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t magic) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(out) : "r"(a), "r"(mask), "r"(magic));
+  return out;
 }
 
 template <class... Parameters, class... Arguments>

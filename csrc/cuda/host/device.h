@@ -82,17 +82,17 @@ inline uint16_t bf16_bits(float value) {
 }
 
 template <float (*value)(uint16_t), uint16_t (*bits)(float)>
-uint32_t sub_pairs(uint32_t a, uint32_t b) {
+uint32_t add_pairs(uint32_t a, uint32_t b) {
   uint32_t out = 0;
   for (int shift = 0; shift < 32; shift += 16) {
-    const float difference = value(static_cast<uint16_t>(a >> shift)) - value(static_cast<uint16_t>(b >> shift));
-    out |= static_cast<uint32_t>(bits(difference)) << shift;
+    const float sum = value(static_cast<uint16_t>(a >> shift)) + value(static_cast<uint16_t>(b >> shift));
+    out |= static_cast<uint32_t>(bits(sum)) << shift;
   }
   return out;
 }
 
-inline uint32_t sub_half2(uint32_t a, uint32_t b) { return sub_pairs<half_value, half_bits>(a, b); }
-inline uint32_t sub_bf16x2(uint32_t a, uint32_t b) { return sub_pairs<bf16_value, bf16_bits>(a, b); }
+inline uint32_t add_half2(uint32_t a, uint32_t b) { return add_pairs<half_value, half_bits>(a, b); }
+inline uint32_t add_bf16x2(uint32_t a, uint32_t b) { return add_pairs<bf16_value, bf16_bits>(a, b); }
 inline uint32_t join_high(uint32_t low, uint32_t high) { return low >> 16 | (high & 0xffff0000u); }
 inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
@@ -100,6 +100,8 @@ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
   for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> ((numbers >> (4 * i) & 7) * 8) & 255) << (8 * i);
   return out;
 }
+
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t magic) { return (a & mask) | magic; }
 
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t));
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma(c, a, b, half_value); }
