@@ -32,10 +32,12 @@ AWQ_CUDA_API int64_t awq_cuda_arrange(void* stream, const void* x, int64_t type,
 AWQ_CUDA_API int64_t awq_cuda_linear(void* stream, const void* x, int64_t type, int64_t rows, int64_t pitch,
                                      const void* codes, const void* scales, int64_t scale_type, const void* zeros,
                                      const void* bias, int64_t bias_type, int64_t n, int64_t k, int64_t group,
-                                     int64_t bits, void* y);
+                                     int64_t bits, void* parts, void* y);
+// What it needs as `parts`, on the current device: room for fp32 [result, rows, n] where that is more than 1.
+AWQ_CUDA_API int64_t awq_cuda_linear_parts(int64_t rows, int64_t n, int64_t k, int64_t group);
 // 1 where awq_cuda_linear multiplies so many rows by wgmma, of a weight with one group a row or groups of multiples of
 // 32 channels: more than 32, on a current device of compute capability 9.x for which this library holds code for
-// sm_90a, with AWQ_EXT_CUDA_WGMMA=1 in the environment. Else 0.
+// sm_90a, unless AWQ_EXT_CUDA_WGMMA=0 is in the environment. Else 0.
 AWQ_CUDA_API int64_t awq_cuda_wgmma(int64_t rows);
 // The same for x fp32 [rows, k], with fp32 products.
 AWQ_CUDA_API int64_t awq_cuda_linear_f32(void* stream, const void* x, int64_t rows, const void* codes,

@@ -4,6 +4,7 @@
 // Both define
 //   threadIdx, blockIdx, blockDim, gridDim; __global__, __device__, __launch_bounds__
 //   launch(stream, blocks, threads, shared bytes, kernel, arguments...)   returns 0 or a CUDA error code
+//   multiprocessors(): on the host, those of the current device
 //   shared_memory(): the block's, 16-byte aligned; sync_block(): all threads of the block must come
 //   warp_xor(v, mask), warp_from(v, lane): all 32 lanes must come
 //   copy16(to, from, bytes), commit_copies(), wait_copies<N>(): 16 bytes from global to shared memory, of which the
@@ -11,7 +12,9 @@
 //     most N of its commits are open, those of other threads after sync_block() too
 //   mma_f16, mma_bf16: the product m16n8k16 of a warp, fragments as in "Matrix Fragments for mma.m16n8k16" of the PTX
 //     manual; sums fp32
-//   half_bits, half_value, bf16_bits, bf16_value: conversions, to nearest even
+//   half_bits, half_value, bf16_bits, bf16_value: conversions, to nearest even; half_pair, bf16_pair: of two floats,
+//   the
+//     first in the low half of a word
 //   add_half2, add_bf16x2: sums of two pairs of 16-bit floats
 //   join_high(lo, hi): the upper halves of two words in one
 //   pick_bytes(lo, hi, numbers): byte i of the result is byte (hex digit i of numbers) of the eight in hi:lo

@@ -5,6 +5,8 @@
 //   has_hopper(kernel, threads): on the host, whether the current device is a Hopper for which `kernel` is compiled
 //   shared_address(pointer): in shared memory, as descriptors count it
 //
+//   more_registers<N>(), fewer_registers<N>(): the warpgroup, all of it, gets so many for each thread, a multiple of 8
+//
 //   Barrier, 8 bytes in shared memory, and phases, of which each ends when all arrivals and all bytes have come:
 //   init_barrier(b, arrivals), then fence_barriers() in the same thread, then sync_block(), before any other use
 //   arrive(b); arrive_expecting(b, bytes): the phase also waits for so many bytes of copies

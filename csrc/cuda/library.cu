@@ -10,7 +10,7 @@ __global__ void nothing() {}
 }  // namespace
 }  // namespace awq::cuda
 
-int64_t awq_cuda_version() { return 2; }
+int64_t awq_cuda_version() { return 3; }
 
 int64_t awq_cuda_usable() {
 #ifdef __CUDACC__

@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(512) weight_rows(Weight w, Type type, void* ou
 }
 
 template <int kBits, bool kHalf>
-int64_t launch_linear(void* stream, const Weight& w, const LinearRows& rows) {
-  if (wgmma_wanted(rows.rows) && wgmma_takes(w)) return launch_wgmma(stream, w, rows, kBits, kHalf);
+int64_t launch_linear(void* stream, const Weight& w, const LinearRows& rows, float* parts) {
+  if (wgmma_wanted(rows.rows) && wgmma_takes(w)) return launch_wgmma(stream, w, rows, kBits, kHalf, parts);
   if (rows.rows > kSmallRows && (w.groups == 1 || w.group_steps % 4 == 0))
     return launch(stream, {ceil_div(w.tiles, kGemmTiles), ceil_div(rows.rows, kGemmRows)}, kGemmThreads,
                   kStages * int64_t{sizeof(GemmStage<kBits>)}, linear_gemm<kBits, kHalf>, w, rows);
@@ -161,9 +161,14 @@ int64_t awq_cuda_arrange(void* stream, const void* x, int64_t type, const void* 
 
 int64_t awq_cuda_wgmma(int64_t rows) { return wgmma_wanted(rows); }
 
+int64_t awq_cuda_linear_parts(int64_t rows, int64_t n, int64_t k, int64_t group) {
+  const Weight w = make_weight(nullptr, nullptr, 0, nullptr, n, k, group);
+  return wgmma_wanted(rows) && wgmma_takes(w) ? wgmma_parts(w, rows) : 1;
+}
+
 int64_t awq_cuda_linear(void* stream, const void* x, int64_t type, int64_t rows, int64_t pitch, const void* codes,
                         const void* scales, int64_t scale_type, const void* zeros, const void* bias, int64_t bias_type,
-                        int64_t n, int64_t k, int64_t group, int64_t bits, void* y) {
+                        int64_t n, int64_t k, int64_t group, int64_t bits, void* parts, void* y) {
   const Weight w = make_weight(codes, scales, scale_type, zeros, n, k, group);
   const bool half = static_cast<Type>(type) == Type::f16;
   // A grid has at most 65535 blocks in y, of 32 rows at least.
@@ -178,7 +183,7 @@ int64_t awq_cuda_linear(void* stream, const void* x, int64_t type, int64_t rows,
                           static_cast<uint16_t*>(y) + first * n};
     const auto run = bits == 4 ? (half ? launch_linear<4, true> : launch_linear<4, false>)
                                : (half ? launch_linear<8, true> : launch_linear<8, false>);
-    if (const int64_t error = run(stream, w, part); error != 0) return error;
+    if (const int64_t error = run(stream, w, part, static_cast<float*>(parts)); error != 0) return error;
   }
   return 0;
 }

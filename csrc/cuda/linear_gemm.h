@@ -42,30 +42,49 @@ __device__ inline void fill_stage(GemmStage<kBits>& stage, const Weight& w, cons
   }
 }
 
-// Writes sums of a lane, fragments of C: `sums[r]` are of outputs output, output + 1 and rows first + 8 r + 2t, + 1.
-template <bool kHalf, int kEights>
-__device__ inline void store_sums(const Weight& w, const LinearRows& rows, int64_t output, int64_t first,
-                                  const float (&sums)[kEights][4]) {
-  constexpr Type kType = kHalf ? Type::f16 : Type::bf16;
-  if (output >= w.n) return;
-  const int t = static_cast<int>(threadIdx.x) % 4;
+// Writes two neighbouring sums. kPairs: at an even place, so that they are aligned, and both exist.
+template <Type kType, bool kPairs>
+__device__ inline void store_two(unsigned char* y, float low, float high, bool both) {
+  struct alignas(8) Pair {
+    float low, high;
+  };
+  if constexpr (kPairs && kType == Type::f32) {
+    *reinterpret_cast<Pair*>(y) = {low, high};
+  } else if constexpr (kPairs) {
+    *reinterpret_cast<uint32_t*>(y) = kType == Type::f16 ? half_pair(low, high) : bf16_pair(low, high);
+  } else {
+    store(y, kType, 0, low);
+    if (both) store(y, kType, 1, high);
+  }
+}
+
+template <Type kType, bool kPairs, int kEights>
+__device__ inline void store_all(const Weight& w, const LinearRows& rows, int64_t output, int64_t first,
+                                 const float (&sums)[kEights][4]) {
+  constexpr int64_t kBytes = kType == Type::f32 ? 4 : 2;
   const bool both = output + 1 < w.n;
   const float bias[2] = {bias_at(rows, output), both ? bias_at(rows, output + 1) : 0.0f};
+  const int64_t row = first + 2 * (threadIdx.x % 4), there = rows.rows - row;
+  const int left = static_cast<int>(there < 8 * kEights ? there : 8 * kEights);
+  const int64_t pitch = w.n * kBytes;
+  unsigned char* y = static_cast<unsigned char*>(rows.y) + row * pitch + output * kBytes;
 #pragma unroll
-  for (int r = 0; r < kEights; ++r)
+  for (int r = 0; r < kEights; ++r, y += 8 * pitch)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t row = first + 8 * r + 2 * t + i, at = row * w.n + output;
-      if (row >= rows.rows) continue;
-      const float y[2] = {sums[r][i] + bias[0], sums[r][2 + i] + bias[1]};
-      if (w.n % 2 == 0) {  // two at a time
-        const uint32_t low = bits_in(y[0], kType), high = bits_in(y[1], kType);
-        reinterpret_cast<uint32_t*>(rows.y)[at / 2] = high << 16 | low;
-      } else {
-        store(rows.y, kType, at, y[0]);
-        if (both) store(rows.y, kType, at + 1, y[1]);
-      }
-    }
+    for (int i = 0; i < 2; ++i)
+      if (8 * r + i < left)
+        store_two<kType, kPairs>(y + i * pitch, sums[r][i] + bias[0], sums[r][2 + i] + bias[1], both);
+}
+
+// Writes sums of a lane, fragments of C: `sums[r]` are of outputs output, output + 1 and rows first + 8 r + 2t, + 1.
+template <Type kType, int kEights>
+__device__ inline void store_sums(const Weight& w, const LinearRows& rows, int64_t output, int64_t first,
+                                  const float (&sums)[kEights][4]) {
+  if (output >= w.n) return;
+  if (w.n % 2 == 0)
+    store_all<kType, true>(w, rows, output, first, sums);
+  else
+    store_all<kType, false>(w, rows, output, first, sums);
 }
 
 template <int kBits, bool kHalf>
@@ -116,8 +135,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearR
   wait_copies<0>();
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    store_sums<kHalf>(w, rows, int64_t{tile} * 32 + 16 * h + 2 * g,
-                      static_cast<int64_t>(blockIdx.y) * kGemmRows + half * 64, sums.total[h]);
+    store_sums<kHalf ? Type::f16 : Type::bf16>(w, rows, int64_t{tile} * 32 + 16 * h + 2 * g,
+                                               static_cast<int64_t>(blockIdx.y) * kGemmRows + half * 64, sums.total[h]);
 }
 
 }  // namespace awq::cuda

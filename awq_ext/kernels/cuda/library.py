@@ -6,12 +6,13 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-VERSION = 2  # awq_cuda_version() of the interface that is called here
+VERSION = 3  # awq_cuda_version() of the interface that is called here
 FILE = Path(__file__).resolve().parents[2] / "libawq_cuda.so"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FLOATS = tuple(TYPES)
@@ -36,19 +37,16 @@ class Library:
         error = self._functions.awq_cuda_usable()
         return self._functions.awq_cuda_error(error).decode() if error else ""
 
-    def value(self, name: str, argument: int) -> int:
-        """Return what ``awq_cuda_<name>``, which launches nothing, says of a number."""
+    def value(self, name: str, *arguments: int) -> int:
+        """Call ``awq_cuda_<name>``, whose arguments are integers or pointers, and return its result."""
         function = getattr(self._functions, f"awq_cuda_{name}")
-        function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_int64
-        return int(function(argument))
+        if function.argtypes is None:
+            function.argtypes, function.restype = [ctypes.c_int64] * len(arguments), ctypes.c_int64
+        return int(function(*arguments))
 
     def call(self, name: str, *arguments: int) -> None:
         """Call ``awq_cuda_<name>``. RuntimeError with CUDA's own words if the launch fails."""
-        function = getattr(self._functions, f"awq_cuda_{name}")
-        if function.argtypes is None:
-            # all arguments are integers or pointers, of 64 bits
-            function.argtypes, function.restype = [ctypes.c_int64] * len(arguments), ctypes.c_int64
-        if error := function(*arguments):
+        if error := self.value(name, *arguments):
             raise RuntimeError(
                 f"awq_ext's CUDA kernel '{name}' could not be started: {self._functions.awq_cuda_error(error).decode()}. "
                 "AWQ_EXT_BACKEND=reference in the environment does without these kernels"
@@ -98,11 +96,20 @@ def using(library: Library) -> Iterator[None]:
         _substitute.pop()
 
 
-def value(name: str, argument: int) -> int:
-    """Return what ``awq_cuda_<name>`` says of a number. RuntimeError where there is no library."""
+def value(name: str, *arguments: int) -> int:
+    """Return what ``awq_cuda_<name>`` says of numbers, for torch's current device. RuntimeError where there is no library."""
     if (library := found()) is None:
         raise RuntimeError(f"awq_ext's CUDA kernels are missing: {state()}")
-    return library.value(name, argument)
+    return library.value(name, *arguments)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's device the current one."""
+    if (
+        not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
+    ):  # nearly always: no need to pay for a guard
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def run(name: str, on: Tensor, *arguments: Tensor | int | None) -> None:
@@ -113,13 +120,9 @@ def run(name: str, on: Tensor, *arguments: Tensor | int | None) -> None:
     values = [
         0 if a is None else a.data_ptr() if isinstance(a, Tensor) else int(a) for a in arguments
     ]  # which `arguments` keeps alive
-    if not on.is_cuda:
-        library.call(name, 0, *values)
-    elif on.device.index == torch.cuda.current_device():  # nearly always: no need to pay for a guard
-        library.call(name, torch.cuda.current_stream(on.device).cuda_stream, *values)
-    else:
-        with torch.cuda.device(on.device):
-            library.call(name, torch.cuda.current_stream(on.device).cuda_stream, *values)
+    stream = torch.cuda.current_stream(on.device).cuda_stream if on.is_cuda else 0
+    with on_device(on):
+        library.call(name, stream, *values)
 
 
 def aligned(tensor: Tensor) -> Tensor:

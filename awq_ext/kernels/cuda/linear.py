@@ -8,10 +8,12 @@ from torch import Tensor
 from ..reference import linear as reference
 from ..reference.sizes import group_count, group_length
 from ..reference.tiles import TILE_BITS, TILE_OUTPUTS, step_count
-from .library import FLOATS, TYPES, aligned, expect, run
+from .library import FLOATS, TYPES, aligned, expect, on_device, run, value
 
 # fp32 activations beyond so many rows: the weight is dequantized and torch multiplies, because tensor cores have no fp32.
 FLOAT_ROWS = 32
+# So many rows of fp16 or bf16, or fewer, are never multiplied in parts (kSmallRows of csrc/cuda/linear_small.h).
+FEW_ROWS = 32
 
 
 class _Weight:
@@ -96,9 +98,15 @@ def _half_linear(rows: Tensor, w: _Weight, bias: Tensor | None, pre_quant_scale:
         scale = None if pre_quant_scale is None else pre_quant_scale.contiguous()
         run("arrange", rows, rows, TYPES[rows.dtype], scale, len(rows), k, group, pitch, arranged)
         rows = arranged
-    y = rows.new_empty(len(rows), n)
+    y, parts = rows.new_empty(len(rows), n), None
+    if len(rows) > FEW_ROWS:
+        with on_device(rows):
+            count = value("linear_parts", len(rows), *w.sizes)
+        if count > 1:
+            parts = rows.new_empty(count, len(rows), n, dtype=torch.float32)
     bias_type = 0 if bias is None else TYPES[bias.dtype]
-    run("linear", rows, rows, TYPES[rows.dtype], len(rows), pitch, *w.parts, bias, bias_type, *w.sizes, w.bits, y)
+    weight = *w.parts, bias, bias_type, *w.sizes, w.bits
+    run("linear", rows, rows, TYPES[rows.dtype], len(rows), pitch, *weight, parts, y)
     return y
 
 

@@ -58,6 +58,17 @@ __device__ __forceinline__ float bf16_value(uint16_t bits) { return float_of(sta
 __device__ __forceinline__ uint16_t half_bits(float value) { return __half_as_ushort(__float2half_rn(value)); }
 __device__ __forceinline__ uint16_t bf16_bits(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 
+__device__ __forceinline__ uint32_t half_pair(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
 // add.f16x2; and for bf16, which has it from sm_90 on only, the fma a * 1 + b.
 __device__ __forceinline__ uint32_t add_half2(uint32_t a, uint32_t b) {
   uint32_t out;
@@ -80,6 +91,12 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t m
   uint32_t out;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(out) : "r"(a), "r"(mask), "r"(magic));
   return out;
+}
+
+inline int64_t multiprocessors() {
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 template <class... Parameters, class... Arguments>

@@ -81,6 +81,9 @@ inline uint16_t bf16_bits(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline uint32_t half_pair(float low, float high) { return uint32_t{half_bits(high)} << 16 | half_bits(low); }
+inline uint32_t bf16_pair(float low, float high) { return uint32_t{bf16_bits(high)} << 16 | bf16_bits(low); }
+
 template <float (*value)(uint16_t), uint16_t (*bits)(float)>
 uint32_t add_pairs(uint32_t a, uint32_t b) {
   uint32_t out = 0;
@@ -106,6 +109,8 @@ inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t magic) { return (a & 
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t));
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma(c, a, b, half_value); }
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma(c, a, b, bf16_value); }
+
+inline int64_t multiprocessors() { return 12; }  // of which small tests leave many idle
 
 // Runs `body(context)` in every thread of every block.
 void run_grid(Blocks blocks, int threads, int64_t shared, void (*body)(const void*), const void* context);

@@ -27,6 +27,11 @@ inline uint32_t shared_address(const void* pointer) {
   return kSharedBegin + static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - shared_memory());
 }
 
+template <int kCount>
+void more_registers() {}
+template <int kCount>
+void fewer_registers() {}
+
 using Barrier = uint64_t;
 void init_barrier(Barrier* barrier, int arrivals);
 void fence_barriers();

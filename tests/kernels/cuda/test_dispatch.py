@@ -122,7 +122,7 @@ def test_a_library_that_is_missing_or_of_another_version(monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="missing"):
         library.Library(tmp_path / "missing.so")
     monkeypatch.setattr(library, "VERSION", 99)
-    with pytest.raises(OSError, match="is of version 2, this package calls version 99: build it again"):
+    with pytest.raises(OSError, match="is of version 3, this package calls version 99: build it again"):
         library.Library(Path(emulated_gpu.load().file))
     with monkeypatch.context() as bare:
         bare.setattr(library, "_substitute", [])
@@ -141,9 +141,9 @@ def test_a_library_that_cannot_run_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     assert library._look.__wrapped__()[1] == "in use, torch's CUDA 13.0"
     with monkeypatch.context() as asked:
         asked.setattr(library, "_look", lambda: (loaded, "in use"))
-        assert library.state() == "in use"
-        asked.setenv("AWQ_EXT_CUDA_WGMMA", "1")
         assert library.state() == "in use, many rows by wgmma"
+        asked.setenv("AWQ_EXT_CUDA_WGMMA", "0")
+        assert library.state() == "in use"
     monkeypatch.setattr(library.Library, "problem", lambda self: "the driver is too old")
     assert library._look.__wrapped__() == (None, "not usable: the driver is too old")
     monkeypatch.setattr(library, "FILE", loaded.file.parent / "missing.so")
@@ -158,7 +158,7 @@ def test_python_calls_functions_with_as_many_arguments_as_they_have(gpu: library
     header = (emulated_gpu.CSRC / "cuda" / "awq_cuda.h").read_text()
     declared = {name: arguments.count(",") + 1 for name, arguments in re.findall(r"awq_cuda_(\w+)\(([^)]*)\);", header)}
     called = {name for file in Path(cuda.__file__).parent.glob("*.py") for name in CALL.findall(file.read_text())}
-    assert called | {"version", "error", "usable", "chunks", "wgmma"} == set(declared)
+    assert called | {"version", "error", "usable", "chunks", "wgmma", "linear_parts"} == set(declared)
     weight, moment, order = torch.randn(3, 12), torch.eye(12), torch.arange(12)
     codes, scales, zeros = cuda.quantize_weight(weight, 4)
     cuda.gptq_quantize(weight, moment, order, 4)
