@@ -24,6 +24,9 @@ started=$SECONDS
 step() { printf '\n== %s (%d s) ==\n' "$*" "$((SECONDS - started))"; }
 stop() { echo "run.sh: $*" >&2; exit 1; }
 
+for package in numpy tqdm safetensors greenlet rich typer; do
+  "$python" -c "import $package" || stop "$python has no $package, which awq_ext needs"
+done
 step "what is here"
 for tool in "$python" cmake g++ nvcc nvidia-smi; do
   printf '%-12s %s\n' "$tool" "$(command -v "$tool" || echo missing)"
@@ -62,7 +65,7 @@ else
   version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml | head -1)
   mkdir -p "$work/site/awq_ext-$version.dist-info"
   printf 'Metadata-Version: 2.1\nName: awq-ext\nVersion: %s\n' "$version" >"$work/site/awq_ext-$version.dist-info/METADATA"
-  export PYTHONPATH="$work/site:$PWD/tests:$PWD/tests/device"
+  export PYTHONPATH="$work/site:$PWD/tests:$PWD/tests/device${PYTHONPATH:+:$PYTHONPATH}"
   cd "$work" || exit 1 # so that the source tree does not stand before what was built
   "$python" -c 'import awq_ext, sys; from awq_ext.kernels.cuda.library import FILE, Library; print(Library(FILE).file)' ||
     stop "what was built cannot be imported"
@@ -72,8 +75,8 @@ else
 fi
 
 failed=0
-step "packages that other tests and rivals need, where they are missing"
-for package in transformers greenlet vllm; do
+step "packages that rivals need, where they are missing"
+for package in transformers vllm; do
   "$python" -c "import $package" 2>/dev/null || echo "$package is missing: what needs it is left out"
 done
 step "checks"

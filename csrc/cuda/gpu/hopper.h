@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace awq::cuda {
@@ -16,14 +17,24 @@ constexpr bool kHopper = false;
 
 // A kernel whose code for the device was not compiled for sm_90a must have a launch bound of less than `threads`.
 template <class Kernel>
-bool has_hopper(Kernel kernel, int threads) {
-  int device = 0, major = 0;
+bool runs_on_hopper(Kernel kernel, int device, int threads) {
+  int major = 0;
   cudaFuncAttributes attributes;
-  const bool asked = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+  const bool asked = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
                      major == 9 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
   if (!asked) cudaGetLastError();  // so that no later call finds what this one was told
   return asked && attributes.maxThreadsPerBlock >= threads;
+}
+
+// The driver is asked once for each device, as the question is put at every call of a layer.
+template <class Kernel>
+bool has_hopper(Kernel kernel, int threads) {
+  constexpr int kDevices = 64, kYes = 1, kNo = 2;
+  static std::atomic<int> known[kDevices];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  if (known[device] == 0) known[device] = runs_on_hopper(kernel, device, threads) ? kYes : kNo;
+  return known[device] == kYes;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
