@@ -114,10 +114,8 @@ struct Multiplier {
   int count, group, left;  // batches to multiply; the group that `next` is of, and what is left to decode of the last
   Place<kBatches> here, ahead;
   Lane<kBits> lane;
-  LaneGroup<kBits> next;              // of the group behind
-  LaneWords<4> words[2 * kProducts];  // of the batch before `ahead`, which is decoded next
+  LaneGroup<kBits> next;  // of the group behind
   uint32_t zero[2], scales;
-  const bool half_scales;
   float total[kRows / 8][4] = {}, part[kRows / 8][4] = {};
 
   __device__ Multiplier(Shared<kBits, kRows>& ring, const Weight& weight, const Range& range, int warp)
@@ -128,8 +126,7 @@ struct Multiplier {
         x_begin(swizzled_matrix(shared_address(ring.stages[0].x))),
         group_batches(weight.groups == 1 ? 1 << 30 : weight.group_steps / (4 * kProducts)),
         lane(warp / kBlockTiles),
-        next(weight, tile < weight.tiles ? tile : weight.tiles - 1, range.first * kBatches / group_batches, lane),
-        half_scales(weight.scale_type == Type::f16) {
+        next(weight, tile < weight.tiles ? tile : weight.tiles - 1, range.first * kBatches / group_batches, lane) {
     const int first = range.first * kBatches, batches = (w.steps + 4 * kProducts - 1) / (4 * kProducts);
     count = (range.end * kBatches < batches ? range.end * kBatches : batches) - first;
     group = first / group_batches;
@@ -147,32 +144,26 @@ struct Multiplier {
     if (++group < w.groups) next.next();
   }
 
-  __device__ void load_ahead() {
+  // The fragments of the batch at `ahead`, which is in the group that `zero` belongs to.
+  __device__ void decode(Fragments& a) {
     if (ahead.batch == 0) wait_barrier(&shared.full[ahead.stage], static_cast<int>(ahead.parity));
     const uint8_t* codes = shared.stages[ahead.stage].codes[tile_here] + ahead.batch * (kProducts * 64 * kBits);
 #pragma unroll
-    for (int i = 0; i < 2 * kProducts; ++i) words[i] = lane.load(codes, i);
+    for (int i = 0; i < kProducts; ++i) lane.template decode<kHalf>(codes, i, zero, a[i]);
     ahead.next(kRing);
-  }
-
-  // To the fragments of a batch, in the group that `zero` belongs to.
-  __device__ void decode(Fragments& a) {
-#pragma unroll
-    for (int i = 0; i < kProducts; ++i) lane.template decode<kHalf>(words + 2 * i, zero, a[i]);
     --left;
   }
 
-  // Multiplies the batch at `here`, whose fragments are in a. Meanwhile decodes the next and loads the one behind it.
+  // Multiplies the batch at `here`, whose fragments are in a, and decodes the one behind it meanwhile.
   __device__ void step(Fragments& a, Fragments& behind, bool& add) {
-    const uint32_t x = here.stage * (sizeof(shared.stages[0]) / 16) + here.batch * (2 * kProducts);
-    multiply<kHalf>(part, a, x_begin + x, add);
+    multiply<kHalf>(part, a, x_begin + here.stage * (sizeof(shared.stages[0]) / 16) + here.batch * (2 * kProducts),
+                    add);
     const bool more = --count > 0, ends = left == 0;
     const uint32_t ended = scales;
     if (more) {
       if (ends) take_group();
-      decode(behind);
       next.load();
-      if (count > 1) load_ahead();
+      decode(behind);
     }
     wait_products<0>(part);
     if (here.ends_stage() && threadIdx.x % kWarp == 0) arrive(&shared.empty[here.stage]);
@@ -180,19 +171,14 @@ struct Multiplier {
     add = !ends;
     if (more && !ends) return;
     float scale[2];
-    for (int i = 0; i < 2; ++i) {
-      const auto bits = static_cast<uint16_t>(ended >> (16 * i));
-      scale[i] = half_scales ? half_value(bits) : bf16_value(bits);
-    }
+    for (int i = 0; i < 2; ++i) scale[i] = value_of(static_cast<uint16_t>(ended >> (16 * i)), w.scale_type);
     add_sums(total, part, scale);
   }
 
   __device__ void run() {
     Fragments even, odd;
     bool add = false;
-    load_ahead();
     decode(even);
-    if (count > 1) load_ahead();
 #pragma unroll 1
     while (true) {
       step(even, odd, add);

@@ -107,12 +107,6 @@ struct Decoder {
     return kWide ? kMagic | z | 0x80000000u : kMagic | (z << 16 | z) | 0x80008000u;
   }
 
-  // The same of byte i, 0 or 1, of z.
-  static __device__ uint32_t negative_byte(uint32_t z, int i) {
-    if constexpr (kWide) return pick_bytes(z, (kMagic | 0x80000000u) >> 16, i == 0 ? 0x5660 : 0x5661);
-    return pick_bytes(z, (kMagic | 0x80008000u) >> 24, i == 0 ? 0x4040 : 0x4141);
-  }
-
   __device__ void set(const GroupBits<kBits>& bits) {
     for (int h = 0; h < 2; ++h)
       for (int i = 0; i < 2; ++i) zero[h][i] = negative(bits.zero(h, i));

@@ -41,12 +41,12 @@ template <int kBits>
 struct Lane {
   int half, pair;
   uint32_t places[kBits == 4 ? 1 : 4];  // of its words in steps 0, 2, 4 and 6; of 4 bits the others follow the first
-  int shift;                            // to its codes in a word
+  uint32_t bytes;                       // of them that it takes
 
   __device__ explicit Lane(int half_of_tile) : half(half_of_tile) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
     pair = kBits == 4 ? g : (g & 1) | (g & 2) << 1 | (g & 4) >> 1;
-    shift = 8 * (t % 2) + (kBits == 4 ? 4 * half : 0);
+    bytes = t % 2 == 0 ? 0x6240 : 0x7351;
     if constexpr (kBits == 4) {
       places[0] = static_cast<uint32_t>(t / 2 * 64 + 8 * pair);
     } else {
@@ -67,13 +67,17 @@ struct Lane {
 
   // The fragment of A of 16 channels. Its columns 2t, 2t + 1 are channels of step t / 2, columns 2t + 8, 2t + 9 of step
   // 2 + t / 2, the even bytes of words or the odd ones: x is read from memory, in the order of its channels, so a lane
-  // cannot choose them as in tiles.h. `words` are those of both steps.
+  // cannot choose them as in tiles.h.
   template <bool kHalf>
-  __device__ void decode(const LaneWords<4>* words, const uint32_t (&zero)[2], uint32_t (&a)[4]) const {
+  __device__ void decode(const uint8_t* codes, int product, const uint32_t (&zero)[2], uint32_t (&a)[4]) const {
+    const LaneWords<4> low = load(codes, 2 * product), high = load(codes, 2 * product + 1);
 #pragma unroll
-    for (int v = 0; v < 2; ++v)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) a[2 * v + i] = Decoder<kBits, kHalf>::pair(words[v].w[i] >> shift, zero[i]);
+    for (int i = 0; i < 2; ++i) {
+      uint32_t word = pick_bytes(low.w[i], high.w[i], bytes);
+      if constexpr (kBits == 4) word >>= 4 * half;
+      a[i] = Decoder<kBits, kHalf>::pair(word, zero[i]);
+      a[2 + i] = Decoder<kBits, kHalf>::pair(word >> 8, zero[i]);
+    }
   }
 };
 
@@ -103,8 +107,8 @@ struct LaneGroup {
   }
   template <bool kHalf>
   __device__ void zero(uint32_t (&out)[2]) const {
-    const uint32_t bytes = kBits == 4 ? zeros >> shift & 0x0f0fu : zeros;
-    for (int i = 0; i < 2; ++i) out[i] = Decoder<kBits, kHalf>::negative_byte(bytes, i);
+    for (int i = 0; i < 2; ++i)
+      out[i] = Decoder<kBits, kHalf>::negative(zeros >> (8 * i + shift) & (kBits == 4 ? 15 : 255));
   }
 };
 
