@@ -36,7 +36,7 @@ AWQ_CUDA_API int64_t awq_cuda_linear(void* stream, const void* x, int64_t type, 
 // What it needs as `parts`, on the current device: room for fp32 [result, rows, n] where that is more than 1.
 AWQ_CUDA_API int64_t awq_cuda_linear_parts(int64_t rows, int64_t n, int64_t k, int64_t group);
 // 1 where awq_cuda_linear multiplies so many rows by wgmma, of a weight with one group a row or groups of multiples of
-// 32 channels: more than 32, on a current device of compute capability 9.x for which this library holds code for
+// 32 channels: more than 16, on a current device of compute capability 9.x for which this library holds code for
 // sm_90a, unless AWQ_EXT_CUDA_WGMMA=0 is in the environment. Else 0.
 AWQ_CUDA_API int64_t awq_cuda_wgmma(int64_t rows);
 // The same for x fp32 [rows, k], with fp32 products.

@@ -260,7 +260,7 @@ int64_t launch_bits(void* stream, const Weight& w, const LinearRows& rows, float
 
 bool wgmma_wanted(int64_t rows) {
   const char* wish = std::getenv("AWQ_EXT_CUDA_WGMMA");
-  return rows > kSmallRows && (wish == nullptr || std::strcmp(wish, "0") != 0) &&
+  return rows > kFewRows && (wish == nullptr || std::strcmp(wish, "0") != 0) &&
          has_hopper(linear_wgmma<4, false, 128, 4>, kBlockThreads);
 }
 

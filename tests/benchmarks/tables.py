@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import device_tables
 import original_tables
 import pictures
 import quality_tables as quality
@@ -27,6 +28,7 @@ DOCUMENTS = (
     "docs/quality.md",
     "docs/research.md",
     "docs/methods.md",
+    "docs/cuda.md",
 )
 PEERS = ("bf16", "fp16", "fp32", "aten_int4")
 SUMMARY_SHAPE = (4096, 4096)
@@ -201,6 +203,7 @@ def rivals() -> str:
 
 TABLES = {
     "rivals": rivals,
+    "device": lambda: device_tables.tables(read("bench_device"), markdown),
     "folds": folds,
     "folded": folded,
     "sweep": lambda: sweep_table.counts(read("sweep"), markdown),

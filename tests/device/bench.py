@@ -28,7 +28,7 @@ Row = dict[str, Any]
 GROUP = 128
 # (out_features, in_features) of Llama-3.2-1B, and of an 8B model
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (4096, 4096), (14336, 4096), (4096, 14336))
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 512, 2048)
 COLD_BYTES = 256 << 20  # of weights that take turns: several times a GPU's cache
 
 
@@ -72,7 +72,7 @@ def bench_linear(gpu: device.Gpu, read: float, n: int, k: int, bits: int) -> Ite
         }
         row["tflops"] = 2 * rows * n * k / seconds / 1e12
         with device.wgmma("1") as taken:
-            if taken and rows > 32:
+            if taken and rows > 16:
                 faster = gpu.seconds([ours(parts) for parts in weights])
                 row |= {
                     "wgmma_us": faster * 1e6,

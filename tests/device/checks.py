@@ -73,7 +73,7 @@ def the_linear_by_wgmma(gpu: device.Gpu) -> None:
             made = layer(n, k, group_size, bits).to(gpu.device)
             scales = torch.exp2(torch.randint(-2, 3, made.tile_scales.shape, device=gpu.device)).half()
             for dtype in (torch.float16, torch.bfloat16):
-                for rows in (33, 64, 65, 128, 700, 2048) if gpu.real else (33, 70):
+                for rows in (17, 64, 65, 128, 700, 2048) if gpu.real else (33, 70):
                     both_kernels(made, scales, torch.randn(rows, k, device=gpu.device, dtype=dtype), group_size, bits)
 
 
