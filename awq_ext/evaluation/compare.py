@@ -23,7 +23,7 @@ from ..forwards.samples import rows_of_columns
 from ..layers.sizes import model_bytes
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
-from ..reporting.progress import Progress
+from ..reporting.progress import Progress, say
 from ..reporting.warn import warn
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap
@@ -168,11 +168,13 @@ class _Run:
 
     def _row(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: Progress) -> Variant:
         bar.note(f"{label}: quantizing")
+        if bar.lines:  # in a file, where one method may take an hour, its blocks are counted too
+            say(f"{label}: quantizing")
         copied = SharedCopy.of(self.model)
         began = time.perf_counter()
         with warnings.catch_warnings(record=True):  # they stand in the report
             warnings.simplefilter("always")
-            quantize(copied.module, self.calib, config, progress=False, **reading)
+            quantize(copied.module, self.calib, config, progress=bar.lines, **reading)
         seconds = time.perf_counter() - began
         copied.check()
         bar.update()

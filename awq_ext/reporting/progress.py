@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, total: int, what: str, unit: str, show: bool, part: bool = False) -> None:
         bar = show and draws_bars()
         self._bar = tqdm(total=total, desc=what, unit=unit, disable=not bar, leave=not part)
-        self._lines = show and not bar
+        self.lines = show and not bar  # whether it prints lines
         self._total, self._what, self._unit, self._part = total, what, unit, part
         self.done = 0
         self._started = self._told = time.monotonic()
@@ -39,7 +39,7 @@ class Progress:
         self.done += count
         self._bar.update(count)
         now = time.monotonic()
-        if self._lines and (now - self._told >= _SECONDS or (self.done == self._total and not self._part)):
+        if self.lines and (now - self._told >= _SECONDS or (self.done == self._total and not self._part)):
             self._told, took = now, now - self._started
             left = took / max(self.done, 1) * (self._total - self.done)
             say(f"{self._what}: {self._unit} {self.done}/{self._total}, {_minutes(took)}, about {_minutes(left)} left")

@@ -130,6 +130,16 @@ def test_speeds_are_tokens_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["rtn"].speeds == {"windows": (count / 2, count / 4), "steps": (1 / 2, 1 / 4)}
 
 
+def test_a_log_counts_the_blocks_of_each_method(capsys: pytest.CaptureFixture[str]) -> None:
+    """One method may take an hour, in which a file would otherwise get no line."""
+    case = models.make("llama")
+    compare(case.model, case.batches, traffic(1), ["rtn", "awq"], **QUICK | {"progress": True})
+    written = capsys.readouterr().err
+    for label in ("rtn", "awq"):
+        assert f"awq_ext: {label}: quantizing" in written
+    assert written.count("quantizing: block") == 2
+
+
 def test_each_model_is_shown_while_it_is_there() -> None:
     case, shown = models.make("llama"), {}
     snapshot = Snapshot(case.model)

@@ -102,11 +102,11 @@ def _plots(report: AwqReport) -> list[tuple[str, str, str]]:
 
 def _times(report: AwqReport) -> list[tuple[str, float, float]]:
     """Split the time: (what, seconds, share of all in [0, 1])."""
-    rest = max(0.0, report.seconds - report.calibration_seconds - report.search_seconds)
-    parts = [
+    known = [
         ("calibration", report.calibration_seconds),
         ("search and rounding", report.search_seconds),
-        ("rest", rest),
+        *([("tuning of scales", report.tuning_seconds)] if report.tuning_seconds else []),
     ]
+    parts = [*known, ("rest", max(0.0, report.seconds - sum(seconds for _, seconds in known)))]
     total = sum(seconds for _, seconds in parts)
     return [(what, seconds, seconds / total) for what, seconds in parts] if total else []

@@ -292,3 +292,16 @@ def test_a_missing_extra_is_named(
     with pytest.raises(ImportError, match=r"awq-ext\[report\]"):
         report.to_html(tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_times_add_up_to_the_whole() -> None:
+    """Tuning has a line of its own where there was any."""
+    report = AwqReport(config={}, seconds=10.0, calibration_seconds=2.0, search_seconds=3.0, tuning_seconds=4.0)
+    assert page._times(report) == [
+        ("calibration", 2.0, 0.2),
+        ("search and rounding", 3.0, 0.3),
+        ("tuning of scales", 4.0, 0.4),
+        ("rest", 1.0, 0.1),
+    ]
+    report.tuning_seconds = 0.0
+    assert [what for what, *_ in page._times(report)] == ["calibration", "search and rounding", "rest"]
