@@ -1,5 +1,6 @@
 // The Linear with weights of 4 or 8 bits, and the weight itself.
 #include "cuda/awq_cuda.h"
+#include "cuda/linear_few.h"
 #include "cuda/linear_gemm.h"
 #include "cuda/linear_small.h"
 #include "cuda/linear_wgmma.h"
@@ -128,6 +129,7 @@ int64_t launch_linear(void* stream, const Weight& w, const LinearRows& rows) {
   if (rows.rows > kSmallRows && (w.groups == 1 || w.group_steps % 4 == 0))
     return launch(stream, {ceil_div(w.tiles, kGemmTiles), ceil_div(rows.rows, kGemmRows)}, kGemmThreads,
                   kStages * int64_t{sizeof(GemmStage<kBits>)}, linear_gemm<kBits, kHalf>, w, rows);
+  if (few_takes(w, rows)) return launch_few<kBits, kHalf>(stream, w, rows);
   const int64_t eights = rows.rows <= 8 ? 1 : rows.rows <= 16 ? 2 : 4;
   // A warp should have a few chunks to read; up to 32 KiB of sums are what every GPU has without asking for more.
   const int64_t wanted = ceil_div(w.steps, 4 * kAhead), most = most_warps(static_cast<int>(eights));

@@ -83,7 +83,20 @@ def main() -> None:
                 args = (x, *parts, torch.randn(n), torch.ones(k), k, n, group, bits)
                 each(lambda: [cuda.quant_linear(*args)], lambda: [reference.quant_linear(*args)])  # noqa: B023
                 cuda.quant_linear(x, *parts, None, None, k, n, group, bits)
+    few()
     print(calls)
+
+
+def few() -> None:
+    """Run the Linear for few rows on weights so long that its rings go round."""
+    for n, k, group in ((5, 8320, 128), (7, 5152, 32)):
+        codes, scales, zeros = cuda.quantize_weight(torch.randn(n, k), group)
+        for bits in (4, 8):
+            tiles = cuda.tile_codes(cuda.pack_int4(codes) if bits == 4 else codes, k, group, bits)
+            parts = tiles, reference.tile_scales(scales), reference.tile_zeros(zeros, bits)
+            for rows in (1, 9, 17):
+                args = (torch.randn(rows, k).half(), *parts, None, None, k, n, group, bits)
+                each(lambda: [cuda.quant_linear(*args)], lambda: [reference.quant_linear(*args)])  # noqa: B023
 
 
 def wgmma() -> None:
