@@ -1,5 +1,6 @@
 // The Linear with weights of 4 or 8 bits, and the weight itself.
 #include "cuda/awq_cuda.h"
+#include "cuda/linear_few.h"
 #include "cuda/linear_gemm.h"
 #include "cuda/linear_small.h"
 #include "cuda/linear_wgmma.h"
@@ -128,6 +129,7 @@ int64_t launch_linear(void* stream, const Weight& w, const LinearRows& rows, flo
   if (rows.rows > kSmallRows && (w.groups == 1 || w.group_steps % 4 == 0))
     return launch(stream, {ceil_div(w.tiles, kGemmTiles), ceil_div(rows.rows, kGemmRows)}, kGemmThreads,
                   kStages * int64_t{sizeof(GemmStage<kBits>)}, linear_gemm<kBits, kHalf>, w, rows);
+  if (few_takes(w, rows.rows)) return launch_few<kBits, kHalf>(stream, w, rows);
   const int64_t eights = rows.rows <= 8 ? 1 : rows.rows <= 16 ? 2 : 4;
   // A warp should have a few chunks to read; up to 32 KiB of sums are what every GPU has without asking for more.
   const int64_t wanted = ceil_div(w.steps, 4 * kAhead), most = most_warps(static_cast<int>(eights));
@@ -160,6 +162,10 @@ int64_t awq_cuda_arrange(void* stream, const void* x, int64_t type, const void* 
 }
 
 int64_t awq_cuda_wgmma(int64_t rows) { return wgmma_wanted(rows); }
+
+int64_t awq_cuda_few(int64_t rows, int64_t n, int64_t k, int64_t group) {
+  return few_takes(make_weight(nullptr, nullptr, 0, nullptr, n, k, group), rows);
+}
 
 int64_t awq_cuda_linear_parts(int64_t rows, int64_t n, int64_t k, int64_t group) {
   const Weight w = make_weight(nullptr, nullptr, 0, nullptr, n, k, group);

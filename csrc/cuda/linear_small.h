@@ -1,4 +1,5 @@
 // y = x W^T for few rows of activations: every code is read once for up to 32 rows, so memory decides.
+// For weights that linear_few.h does not take.
 //
 // A block computes one tile of 32 outputs, its warps parts of the row of channels. A chunk is four steps of one group
 // (the last of a group may have fewer), one product of each half tile with each 8 rows. Sums of a group are multiplied

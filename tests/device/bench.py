@@ -71,6 +71,9 @@ def bench_linear(gpu: device.Gpu, read: float, n: int, k: int, bits: int) -> Ite
             "cublas_over_ours": blas / seconds,
         }
         row["tflops"] = 2 * rows * n * k / seconds / 1e12
+        if rows <= 32:
+            with device.wgmma("0"), device.asked("FEW", "1"):
+                row["few_us"] = gpu.seconds([ours(parts) for parts in weights]) * 1e6
         with device.wgmma("1") as taken:
             if taken and rows > 16:
                 faster = gpu.seconds([ours(parts) for parts in weights])

@@ -56,6 +56,25 @@ def the_linear(gpu: device.Gpu) -> None:
                     close(cuda.quant_linear(*args), reference.quant_linear(*args), dtype)
 
 
+def few_rows(gpu: device.Gpu) -> None:
+    """The kernel for few rows, which is off unless it is asked for: every code and zero exactly, and against the reference."""
+    sizes = ((1024, 2048, 128), (300, 1120, 32), (4096, 4096, 128), (65, 416, -1)) if gpu.real else ((9, 64, 32),)
+    with device.wgmma("0"), device.asked("FEW", "1"):
+        for n, k, group_size in sizes:
+            for bits in (4, 8):
+                made = layer(n, k, group_size, bits).to(gpu.device)
+                parts = made.tiles, made.tile_scales, made.tile_zeros
+                ones = parts[0], torch.ones_like(made.tile_scales), parts[2]
+                for dtype in (torch.float16, torch.bfloat16):
+                    for rows in (1, 3, 8, 9, 16, 24, 32):
+                        x = torch.randn(rows, k, device=gpu.device, dtype=dtype)
+                        args = (*parts, made.bias, None, k, n, group_size, bits)
+                        close(cuda.quant_linear(x, *args), reference.quant_linear(x, *args), dtype)
+                        one = torch.nn.functional.one_hot(torch.arange(rows, device=gpu.device) * 7 % k, k).to(dtype)
+                        exact = (*ones, None, None, k, n, group_size, bits)
+                        assert torch.equal(cuda.quant_linear(one, *exact), reference.quant_linear(one, *exact))
+
+
 def the_linear_by_wgmma(gpu: device.Gpu) -> None:
     """On Hopper: many rows by wgmma and by mma.sync, against the reference and each other; with integers, exactly."""
     hopper = not gpu.real or torch.cuda.get_device_capability()[0] == 9
@@ -195,6 +214,7 @@ def compiled(gpu: device.Gpu) -> None:
 CHECKS: tuple[Check, ...] = (
     *(
         the_linear,
+        few_rows,
         the_linear_by_wgmma,
         the_quantizer,
         the_searches,

@@ -90,19 +90,27 @@ def _median(replay: Work, most: float) -> float:
 
 
 @contextlib.contextmanager
-def wgmma(wish: str) -> Iterator[bool]:
-    """Inside the block AWQ_EXT_CUDA_WGMMA is ``wish``; the value says whether many rows are then multiplied by wgmma."""
-    from awq_ext.kernels.cuda import library
-
-    before = os.environ.get("AWQ_EXT_CUDA_WGMMA")
-    os.environ["AWQ_EXT_CUDA_WGMMA"] = wish
+def asked(kernel: str, wish: str) -> Iterator[None]:
+    """Inside the block AWQ_EXT_CUDA_<kernel> is ``wish``: "1" or "0"."""
+    name = f"AWQ_EXT_CUDA_{kernel}"
+    before = os.environ.get(name)
+    os.environ[name] = wish
     try:
-        yield library.value("wgmma", 64) == 1
+        yield
     finally:
         if before is None:
-            del os.environ["AWQ_EXT_CUDA_WGMMA"]
+            del os.environ[name]
         else:
-            os.environ["AWQ_EXT_CUDA_WGMMA"] = before
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def wgmma(wish: str) -> Iterator[bool]:
+    """Ask for wgmma, "1" or "0", inside the block; the value says whether many rows are then multiplied by it."""
+    from awq_ext.kernels.cuda import library
+
+    with asked("WGMMA", wish):
+        yield library.value("wgmma", 64) == 1
 
 
 @contextlib.contextmanager

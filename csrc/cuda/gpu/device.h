@@ -13,6 +13,7 @@ extern __shared__ __align__(16) unsigned char shared_bytes_of_block[];
 
 __device__ __forceinline__ unsigned char* shared_memory() { return shared_bytes_of_block; }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 template <class T>
 __device__ __forceinline__ T warp_xor(T value, int mask) {
@@ -27,6 +28,14 @@ __device__ __forceinline__ T warp_from(T value, int lane) {
 __device__ __forceinline__ void copy16(void* to, const void* from, int bytes) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy16_if(bool there, void* to, const void* from, int bytes) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2; }\n" ::"r"(address),
+      "l"(from), "r"(bytes), "r"(static_cast<int>(there))
+      : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
@@ -82,6 +91,18 @@ __device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
   return out;
 }
 
+__device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
+
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
+
 __device__ __forceinline__ uint32_t join_high(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
   return __byte_perm(low, high, numbers);
@@ -97,6 +118,13 @@ inline int64_t multiprocessors() {
   int device = 0, count = 1;
   if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
+}
+
+inline int64_t shared_limit() {
+  int device = 0, bytes = 48 * 1024;  // what every device has
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
 }
 
 template <class... Parameters, class... Arguments>

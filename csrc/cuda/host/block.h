@@ -17,6 +17,9 @@ void give_way();
 // Bytes of shared memory that the block asked for.
 int64_t shared_size();
 
+// Whether AWQ_EMULATED_COPIES says that copies are done when they are asked for.
+bool early_copies();
+
 // Of hopper.cpp, called before and after each block; the second fails where something was begun and not waited for.
 void begin_block();
 void end_block(int threads);

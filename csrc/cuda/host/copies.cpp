@@ -84,8 +84,7 @@ void start_copy(const Copy& copy, Barrier* barrier) {
   if (begin < 0 || end > shared_size()) fail("a copy to outside the block's shared memory");
   if (read_by_products(begin, end)) fail("a copy over what a product still reads");
   state.copies.push_back(copy);
-  const char* when = std::getenv("AWQ_EMULATED_COPIES");
-  if (when != nullptr && std::strcmp(when, "early") == 0) perform_first(state);
+  if (early_copies()) perform_first(state);
 }
 
 struct Phase {
@@ -94,6 +93,11 @@ struct Phase {
 };
 
 }  // namespace
+
+bool early_copies() {
+  const char* when = std::getenv("AWQ_EMULATED_COPIES");
+  return when != nullptr && std::strcmp(when, "early") == 0;
+}
 
 bool being_copied(int64_t begin, int64_t end) {
   for (const auto& [barrier, state] : barriers)

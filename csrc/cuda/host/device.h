@@ -5,8 +5,8 @@
 // descending order: a kernel that misses a barrier gives two different results. With "lowest" or "highest" in its
 // place, the first or the last warp that can run does, so that warps get as far ahead of each other as they can. Shared
 // memory is filled with NaN before every block and has a guard behind it. A copy16 is done as late as the rules allow,
-// when its thread waits for it. A barrier that not all threads reach, and a write behind shared memory, end the process
-// with a message.
+// when its thread waits for it, or with AWQ_EMULATED_COPIES=early at once. A barrier that not all threads reach, and a
+// write behind shared memory, end the process with a message.
 #pragma once
 
 #include <bit>
@@ -36,6 +36,8 @@ extern Index current_thread, current_block, size_of_block, size_of_grid;
 
 unsigned char* shared_memory();
 void sync_block();
+void sync_warp();
+int64_t shared_limit();
 
 // Shows `size` bytes to the other lanes of the warp, waits for theirs, and returns those of all 32, one after another.
 constexpr int kLaneBytes = 24;
@@ -62,6 +64,9 @@ T warp_from(T value, int lane) {
 }
 
 void copy16(void* to, const void* from, int bytes);
+inline void copy16_if(bool there, void* to, const void* from, int bytes) {
+  if (there) copy16(to, from, bytes);
+}
 void commit_copies();
 void wait_until_open(int open);
 template <int kOpen>
@@ -85,17 +90,19 @@ inline uint32_t half_pair(float low, float high) { return uint32_t{half_bits(hig
 inline uint32_t bf16_pair(float low, float high) { return uint32_t{bf16_bits(high)} << 16 | bf16_bits(low); }
 
 template <float (*value)(uint16_t), uint16_t (*bits)(float)>
-uint32_t add_pairs(uint32_t a, uint32_t b) {
+uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t out = 0;
   for (int shift = 0; shift < 32; shift += 16) {
-    const float sum = value(static_cast<uint16_t>(a >> shift)) + value(static_cast<uint16_t>(b >> shift));
-    out |= static_cast<uint32_t>(bits(sum)) << shift;
+    const auto of = [shift](uint32_t pair) { return value(static_cast<uint16_t>(pair >> shift)); };
+    out |= static_cast<uint32_t>(bits(fma_rn(of(a), of(b), of(c)))) << shift;
   }
   return out;
 }
 
-inline uint32_t add_half2(uint32_t a, uint32_t b) { return add_pairs<half_value, half_bits>(a, b); }
-inline uint32_t add_bf16x2(uint32_t a, uint32_t b) { return add_pairs<bf16_value, bf16_bits>(a, b); }
+inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) { return fma_pairs<half_value, half_bits>(a, b, c); }
+inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) { return fma_pairs<bf16_value, bf16_bits>(a, b, c); }
+inline uint32_t add_half2(uint32_t a, uint32_t b) { return fma_half2(a, 0x3c003c00u, b); }
+inline uint32_t add_bf16x2(uint32_t a, uint32_t b) { return fma_bf16x2(a, 0x3f803f80u, b); }
 inline uint32_t join_high(uint32_t low, uint32_t high) { return low >> 16 | (high & 0xffff0000u); }
 inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
   const uint64_t bytes = uint64_t{high} << 32 | low;

@@ -82,12 +82,17 @@ constexpr int64_t kMostShared = 227 * 1024, kGuard = 64;
 constexpr unsigned char kFill = 0xff;  // a NaN in every float type
 constexpr int kMostThreads = 1024;
 
-enum class State { ready, at_block, at_warp, at_condition, done };
+enum class State { ready, at_block, at_warp, at_lanes, at_condition, done };
 
 struct Copy {
   void* to;
   const void* from;
   int bytes;
+
+  void perform() const {
+    std::memset(to, 0, 16);
+    if (bytes > 0) std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
 };
 
 struct Fiber {
@@ -206,7 +211,8 @@ void run_block(int threads, int64_t shared, Order order) {
   for (int done = 0; done < threads;) {
     bool moved = run_some(threads, order);
     moved |= release(0, threads, State::at_block);
-    for (int first = 0; first < threads; first += kWarp) moved |= release(first, kWarp, State::at_warp);
+    for (int first = 0; first < threads; first += kWarp)
+      moved |= release(first, kWarp, State::at_warp) || release(first, kWarp, State::at_lanes);
     moved |= release_met(threads);
     done = 0;
     for (int i = 0; i < threads; ++i) done += d.fibers[i].state == State::done;
@@ -237,16 +243,17 @@ void wait_for(bool (*met)(const void*), const void* of) {
 void give_way() { wait(State::ready); }
 
 int64_t shared_size() { return device().shared_bytes; }
-
+int64_t shared_limit() { return kMostShared; }
 unsigned char* shared_memory() { return device().shared; }
 void sync_block() { wait(State::at_block); }
+void sync_warp() { wait(State::at_warp); }
 
 const unsigned char* exchange(const void* mine, int size) {
   Fiber& fiber = *device().running;
   const unsigned thread = current_thread.x;
   unsigned char* lanes = device().lanes[fiber.exchanges++ % 2][thread / kWarp];
   std::memcpy(lanes + thread % kWarp * kLaneBytes, mine, static_cast<size_t>(size));
-  wait(State::at_warp);
+  wait(State::at_lanes);
   return lanes;
 }
 
@@ -254,7 +261,8 @@ void copy16(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("copy16 to an address that is not a multiple of 16");
   if (bytes != 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("copy16 from an address not a multiple of 16");
   if (bytes < 0 || bytes > 16) fail("copy16 of more than 16 bytes");
-  device().running->open.push_back({to, from, bytes});
+  const Copy copy{to, from, bytes};
+  early_copies() ? copy.perform() : device().running->open.push_back(copy);
 }
 
 void commit_copies() {
@@ -266,10 +274,7 @@ void commit_copies() {
 void wait_until_open(int open) {
   Fiber& fiber = *device().running;
   while (static_cast<int>(fiber.commits.size()) > open) {
-    for (const Copy& copy : fiber.commits.front()) {
-      std::memset(copy.to, 0, 16);
-      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
-    }
+    for (const Copy& copy : fiber.commits.front()) copy.perform();
     fiber.commits.erase(fiber.commits.begin());
   }
 }

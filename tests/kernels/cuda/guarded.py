@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import mmap
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,7 @@ def each(work: Callable[[], Any], expected: Callable[[], Any]) -> None:
 
 def main() -> None:
     """Run every function on odd sizes; multiples of 16 bytes where a kernel needs them so."""
+    os.environ["AWQ_EXT_CUDA_WGMMA"] = "0"
     for n, k, group in ((5, 13, 7), (33, 72, 32), (130, 160, -1), (3, 40, 16)):
         weight, moment, order = torch.randn(n, k), torch.eye(k), torch.arange(k)
         each(lambda: cuda.quantize_weight(weight, group), lambda: reference.quantize_weight(weight, group))  # noqa: B023
@@ -83,7 +85,21 @@ def main() -> None:
                 args = (x, *parts, torch.randn(n), torch.ones(k), k, n, group, bits)
                 each(lambda: [cuda.quant_linear(*args)], lambda: [reference.quant_linear(*args)])  # noqa: B023
                 cuda.quant_linear(x, *parts, None, None, k, n, group, bits)
+    few()
     print(calls)
+
+
+def few() -> None:
+    """Run the Linear for few rows on weights so long that its rings go round."""
+    os.environ["AWQ_EXT_CUDA_FEW"] = "1"
+    for n, k, group in ((5, 8320, 128), (7, 5152, 32)):
+        codes, scales, zeros = cuda.quantize_weight(torch.randn(n, k), group)
+        for bits in (4, 8):
+            tiles = cuda.tile_codes(cuda.pack_int4(codes) if bits == 4 else codes, k, group, bits)
+            parts = tiles, reference.tile_scales(scales), reference.tile_zeros(zeros, bits)
+            for rows in (1, 9, 17):
+                args = (torch.randn(rows, k).half(), *parts, None, None, k, n, group, bits)
+                each(lambda: [cuda.quant_linear(*args)], lambda: [reference.quant_linear(*args)])  # noqa: B023
 
 
 def wgmma() -> None:

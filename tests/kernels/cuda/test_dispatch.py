@@ -158,7 +158,7 @@ def test_python_calls_functions_with_as_many_arguments_as_they_have(gpu: library
     header = (emulated_gpu.CSRC / "cuda" / "awq_cuda.h").read_text()
     declared = {name: arguments.count(",") + 1 for name, arguments in re.findall(r"awq_cuda_(\w+)\(([^)]*)\);", header)}
     called = {name for file in Path(cuda.__file__).parent.glob("*.py") for name in CALL.findall(file.read_text())}
-    assert called | {"version", "error", "usable", "chunks", "wgmma", "linear_parts"} == set(declared)
+    assert called | {"version", "error", "usable", "chunks", "wgmma", "few", "linear_parts"} == set(declared)
     weight, moment, order = torch.randn(3, 12), torch.eye(12), torch.arange(12)
     codes, scales, zeros = cuda.quantize_weight(weight, 4)
     cuda.gptq_quantize(weight, moment, order, 4)

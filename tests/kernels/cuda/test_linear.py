@@ -7,11 +7,24 @@ import torch
 from linear_cases import bound, tiled
 
 from awq_ext.kernels import cuda, reference
+from awq_ext.kernels.cuda import library
 
 # (out_features, in_features, group size): short last groups, padded steps, groups that no product of 16 channels fits
 CASES = [(1, 1, -1), (5, 13, -1), (7, 13, 7), (9, 296, 128), (70, 70, 32), (33, 160, 16), (130, 152, 64), (40, 330, -1)]
 ROWS = [1, 3, 8, 11, 17, 33]  # for every kernel, and blocks of rows that are not full
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that all GPUs have: test_wgmma.py has the one for Hopper."""
+    monkeypatch.setenv("AWQ_EXT_CUDA_WGMMA", "0")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of linear_few.h, which is only used where it is asked for."""
+    monkeypatch.setenv("AWQ_EXT_CUDA_FEW", "1")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -30,6 +43,76 @@ def test_quant_linear(dtype: torch.dtype, n: int, k: int, group_size: int, bits:
         assert ours.shape == expected.shape
         weight = reference.quant_weight(*parts, k, n, group_size, bits)
         assert ((ours.float() - expected.float()).abs() <= bound(x, weight, bias, pre)).all(), (rows, scale_dtype)
+
+
+# Weights for linear_few.h: groups of 1, 2, 3 and 4 pairs and more, short last ones, one group a row; rings that go round and that
+# do not fill; fewer stages than warps; more tiles than 132, which halves the warps
+FEW = [(5, 32, -1), (33, 96, 32), (40, 320, 64), (64, 1152, 128), (70, 480, 96), (31, 2560, 256), (32, 6144, -1)]
+FEW += [(9, 4192, 32), (8, 8320, 128), (8, 1088, 128), (4250, 384, 32)]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k", "group_size"), FEW)
+def test_few_rows_of_regular_weights(n: int, k: int, group_size: int, bits: int) -> None:
+    for i, rows in enumerate((1, 3, 8, 9, 16, 17, 32)[:: 1 if n < 4000 else 3]):
+        assert library.value("few", rows, n, k, k if group_size == -1 else group_size) == 1
+        dtype = DTYPES[1 + (i + bits // 4) % 2]
+        parts = tiled(n, k, group_size, bits, DTYPES[1 + i // 2 % 2], symmetric=i % 4 > 1)
+        x = torch.randn(rows, k).to(dtype)
+        bias = torch.randn(n).to(DTYPES[i % 3]) if i % 2 else None
+        pre = torch.rand(k) + 0.5 if i % 3 == 2 else None
+        ours, expected = (f.quant_linear(x, *parts, bias, pre, k, n, group_size, bits) for f in (cuda, reference))
+        weight = reference.quant_weight(*parts, k, n, group_size, bits)
+        assert ((ours.float() - expected.float()).abs() <= bound(x, weight, bias, pre)).all(), rows
+
+
+@pytest.mark.parametrize(
+    ("wish", "rows", "group_size"), [(None, 1, 64), ("0", 1, 64), ("1", 33, 64), ("1", 1, 16), ("1", 1, 48)]
+)
+def test_when_few_rows_go_to_the_other_kernel(
+    wish: str | None, rows: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wish is not None:
+        monkeypatch.setenv("AWQ_EXT_CUDA_FEW", wish)
+    assert library.value("few", rows, 64, 192, group_size) == 0
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_buffer_is_given_back_too_soon(bits: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that are done as late and as early as they may be give the same, in every order of threads."""
+    for n, k, group in ((8, 10240, 128), (8, 5120, 32)):  # stages that outnumber the ring's in every kernel
+        parts = tiled(n, k, group, bits)
+        for rows in (2, 12, 20):
+            x = torch.randn(rows, k).half()
+            results = []
+            for copies, asked in (("late", order), ("early", order), ("late", "ascending")):
+                monkeypatch.setenv("AWQ_EMULATED_COPIES", copies)
+                monkeypatch.setenv("AWQ_EMULATED_ORDER", asked)
+                results.append(cuda.quant_linear(x, *parts, None, None, k, n, group, bits))
+            assert torch.equal(results[0], results[2])
+            assert torch.equal(results[1], results[2])
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("k", [128, 2048])
+def test_every_code_and_zero_is_exact(dtype: torch.dtype, bits: int, k: int) -> None:
+    """Unit vectors as activations and scales of 1 show code - zero, of zeros from 0 to the largest."""
+    levels, n = 2**bits, 64
+    codes = (torch.arange(n)[:, None] * 37 + torch.arange(k)).remainder(levels).to(torch.uint8)
+    zeros = (torch.arange(n)[:, None] * (levels - 1) // (n - 1)).expand(n, k // 128).to(torch.uint8).contiguous()
+    parts = (
+        reference.tile_codes(cuda.pack_int4(codes) if bits == 4 else codes, k, 128, bits),
+        reference.tile_scales(torch.ones(n, k // 128).half()),
+        reference.tile_zeros(zeros, bits),
+    )
+    x = torch.eye(k)[torch.arange(32) * (k // 32) + torch.arange(32) % (k // 32)].to(dtype)
+    expected = (x.double() @ (codes.double() - zeros.double().repeat_interleave(128, 1)).T).to(dtype)
+    for rows in (8, 16, 32):
+        assert torch.equal(cuda.quant_linear(x[:rows], *parts, None, None, k, n, 128, bits), expected[:rows])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
