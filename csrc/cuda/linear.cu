@@ -2,6 +2,7 @@
 #include "cuda/awq_cuda.h"
 #include "cuda/linear_few.h"
 #include "cuda/linear_gemm.h"
+#include "cuda/linear_parts.h"
 #include "cuda/linear_small.h"
 #include "cuda/linear_wgmma.h"
 #include "cuda/tiles.h"
@@ -123,12 +124,29 @@ __global__ void __launch_bounds__(512) weight_rows(Weight w, Type type, void* ou
   }
 }
 
+bool gemm_takes(const Weight& w, int64_t rows) {
+  return rows > kSmallRows && (w.groups == 1 || w.group_steps % 4 == 0);
+}
+
+int64_t gemm_parts(const Weight& w, int64_t rows) {
+  return parts_of(ceil_div(w.tiles, kGemmTiles) * ceil_div(rows, kGemmRows), ceil_div(w.steps, kGemmSteps));
+}
+
+template <int kBits, bool kHalf>
+int64_t launch_gemm(void* stream, const Weight& w, const LinearRows& rows, float* parts) {
+  const int64_t rounds = ceil_div(w.steps, kGemmSteps);
+  const int64_t length = parts == nullptr ? rounds : ceil_div(rounds, gemm_parts(w, rows.rows));
+  const Blocks blocks{ceil_div(w.tiles, kGemmTiles), ceil_div(rows.rows, kGemmRows), ceil_div(rounds, length)};
+  const int64_t error = launch(stream, blocks, kGemmThreads, kStages * int64_t{sizeof(GemmStage<kBits>)},
+                               linear_gemm<kBits, kHalf>, w, rows, length, parts);
+  if (parts == nullptr || error != 0) return error;
+  return launch_add_parts(stream, w.n, rows, parts, blocks.z, kHalf ? Type::f16 : Type::bf16);
+}
+
 template <int kBits, bool kHalf>
 int64_t launch_linear(void* stream, const Weight& w, const LinearRows& rows, float* parts) {
   if (wgmma_wanted(rows.rows) && wgmma_takes(w)) return launch_wgmma(stream, w, rows, kBits, kHalf, parts);
-  if (rows.rows > kSmallRows && (w.groups == 1 || w.group_steps % 4 == 0))
-    return launch(stream, {ceil_div(w.tiles, kGemmTiles), ceil_div(rows.rows, kGemmRows)}, kGemmThreads,
-                  kStages * int64_t{sizeof(GemmStage<kBits>)}, linear_gemm<kBits, kHalf>, w, rows);
+  if (gemm_takes(w, rows.rows)) return launch_gemm<kBits, kHalf>(stream, w, rows, parts);
   if (few_takes(w, rows.rows)) return launch_few<kBits, kHalf>(stream, w, rows);
   const int64_t eights = rows.rows <= 8 ? 1 : rows.rows <= 16 ? 2 : 4;
   // A warp should have a few chunks to read; up to 32 KiB of sums are what every GPU has without asking for more.
@@ -169,7 +187,8 @@ int64_t awq_cuda_few(int64_t rows, int64_t n, int64_t k, int64_t group) {
 
 int64_t awq_cuda_linear_parts(int64_t rows, int64_t n, int64_t k, int64_t group) {
   const Weight w = make_weight(nullptr, nullptr, 0, nullptr, n, k, group);
-  return wgmma_wanted(rows) && wgmma_takes(w) ? wgmma_parts(w, rows) : 1;
+  if (wgmma_wanted(rows) && wgmma_takes(w)) return wgmma_parts(w, rows);
+  return gemm_takes(w, rows) ? gemm_parts(w, rows) : 1;
 }
 
 int64_t awq_cuda_linear(void* stream, const void* x, int64_t type, int64_t rows, int64_t pitch, const void* codes,

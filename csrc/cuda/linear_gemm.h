@@ -87,38 +87,71 @@ __device__ inline void store_sums(const Weight& w, const LinearRows& rows, int64
     store_all<kType, false>(w, rows, output, first, sums);
 }
 
+// The same to y, or where the block has a part of the channels to its place in fp32 parts [gridDim.z][rows][n].
+template <Type kType, int kEights>
+__device__ inline void store_part(const Weight& w, LinearRows rows, int64_t output, int64_t first,
+                                  const float (&sums)[kEights][4], float* parts) {
+  if (parts == nullptr) {
+    store_sums<kType>(w, rows, output, first, sums);
+  } else {
+    rows.y = parts + blockIdx.z * (rows.rows * w.n);
+    rows.bias = nullptr;
+    store_sums<Type::f32>(w, rows, output, first, sums);
+  }
+}
+
+// Where a lane of a block that begins in the middle of a row stands: chunk `first`, of four steps.
+struct GroupWalk {
+  int group;     // that begins next, or is the first
+  int left = 0;  // chunks until then
+  int skip;      // chunks of the first group that other blocks multiply
+
+  __device__ GroupWalk(const Weight& w, int first) {
+    const int chunks = w.groups == 1 ? first + 1 : w.group_steps / 4;
+    group = first / chunks;
+    skip = first % chunks;
+  }
+  __device__ void begin(const Weight& w) {
+    left = (steps_of(w, group++) + 3) / 4 - skip;
+    skip = 0;
+  }
+};
+
+// Multiplies `length` rounds of channels in each of gridDim.z parts. Sums of all channels go to y, those of a part to
+// its place in `parts`.
 template <int kBits, bool kHalf>
-__global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearRows rows) {
+__global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearRows rows, int length, float* parts) {
   auto* stages = reinterpret_cast<GemmStage<kBits>*>(shared_memory());
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
   const int warp = static_cast<int>(threadIdx.x) / kWarp, tile_here = warp % kGemmTiles, half = warp / kGemmTiles;
   const int tile = static_cast<int>(blockIdx.x) * kGemmTiles + tile_here;
-  const int chunks = (w.steps + 3) / 4, rounds = (w.steps + kGemmSteps - 1) / kGemmSteps;
+  const int chunks = (w.steps + 3) / 4, all = (w.steps + kGemmSteps - 1) / kGemmSteps;
+  const int first = static_cast<int>(blockIdx.z) * length, rounds = all - first < length ? all - first : length;
 
   LaneSums<8> sums;
   GroupBits<kBits> bits = {}, next = {};
   Decoder<kBits, kHalf> decoder = {};
-  if (tile < w.tiles) next.read(w, tile, 0, g);
-  int group = 0, left = 0;  // the group that begins next, and the chunks until then
+  GroupWalk walk(w, first * (kGemmSteps / 4));
+  if (tile < w.tiles) next.read(w, tile, walk.group, g);
 
   for (int i = 0; i < kStages - 1; ++i) {
-    if (i < rounds) fill_stage<kBits>(stages[i], w, rows, i * kGemmSteps);
+    if (i < rounds) fill_stage<kBits>(stages[i], w, rows, (first + i) * kGemmSteps);
     commit_copies();
   }
   for (int round = 0; round < rounds; ++round) {
     wait_copies<kStages - 2>();
     sync_block();  // all have multiplied what is now overwritten, too
     const int fresh = round + kStages - 1;
-    if (fresh < rounds) fill_stage<kBits>(stages[fresh % kStages], w, rows, fresh * kGemmSteps);
+    if (fresh < rounds) fill_stage<kBits>(stages[fresh % kStages], w, rows, (first + fresh) * kGemmSteps);
     commit_copies();
     const GemmStage<kBits>& stage = stages[round % kStages];
 #pragma unroll 1
-    for (int c = 0; c < kGemmSteps / 4 && round * (kGemmSteps / 4) + c < chunks; ++c) {
-      if (left == 0) {
+    for (int c = 0; c < kGemmSteps / 4 && (first + round) * (kGemmSteps / 4) + c < chunks; ++c) {
+      if (walk.left == 0) {
         bits = next;
         decoder.set(bits);
-        left = (steps_of(w, group) + 3) / 4;
-        if (++group < w.groups && tile < w.tiles) next.read(w, tile, group, g);
+        walk.begin(w);
+        if (walk.group < w.groups && tile < w.tiles) next.read(w, tile, walk.group, g);
       }
       const uint8_t* step = stage.codes + (tile_here * kGemmSteps + c * 4 + t) * (16 * kBits);
       uint32_t a[2][4];
@@ -129,14 +162,16 @@ __global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearR
         const uint8_t* x = stage.x + row * 128 + (c ^ (row % 4)) * 32 + 8 * t;
         sums.template multiply<kHalf>(a, r, *reinterpret_cast<const Activations*>(x));
       }
-      if (--left == 0) sums.end_group(w, bits);
+      if (--walk.left == 0) sums.end_group(w, bits);
     }
   }
+  if (walk.left != 0) sums.end_group(w, bits);  // which other blocks go on with
   wait_copies<0>();
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    store_sums<kHalf ? Type::f16 : Type::bf16>(w, rows, int64_t{tile} * 32 + 16 * h + 2 * g,
-                                               static_cast<int64_t>(blockIdx.y) * kGemmRows + half * 64, sums.total[h]);
+    store_part<kHalf ? Type::f16 : Type::bf16>(w, rows, int64_t{tile} * 32 + 16 * h + 2 * g,
+                                               static_cast<int64_t>(blockIdx.y) * kGemmRows + half * 64, sums.total[h],
+                                               parts);
 }
 
 }  // namespace awq::cuda

@@ -191,19 +191,13 @@ struct Multiplier {
 
 // Multiplies the channels of the range. Sums of all channels go to y, those of a part to its place in `parts`.
 template <int kBits, bool kHalf, int kRows, int kProducts>
-__device__ inline void multiply_all(Shared<kBits, kRows>& shared, const Weight& w, LinearRows rows, const Range& range,
-                                    float* parts) {
+__device__ inline void multiply_all(Shared<kBits, kRows>& shared, const Weight& w, const LinearRows& rows,
+                                    const Range& range, float* parts) {
   Multiplier<kBits, kHalf, kRows, kProducts> warp(shared, w, range, static_cast<int>(threadIdx.x) / kWarp);
   warp.run();
-  const int64_t output = int64_t{warp.tile} * 32 + 16 * warp.lane.half + 2 * warp.lane.pair;
-  const int64_t row = static_cast<int64_t>(blockIdx.y) * kRows;
-  if (parts == nullptr) {
-    store_sums<kHalf ? Type::f16 : Type::bf16>(w, rows, output, row, warp.total);
-  } else {
-    rows.y = parts + blockIdx.z * (rows.rows * w.n);
-    rows.bias = nullptr;
-    store_sums<Type::f32>(w, rows, output, row, warp.total);
-  }
+  store_part<kHalf ? Type::f16 : Type::bf16>(w, rows,
+                                             int64_t{warp.tile} * 32 + 16 * warp.lane.half + 2 * warp.lane.pair,
+                                             static_cast<int64_t>(blockIdx.y) * kRows, warp.total, parts);
 }
 
 // Code that is not for sm_90a is empty, and its bound keeps it from being launched.

@@ -45,6 +45,20 @@ def test_quant_linear(dtype: torch.dtype, n: int, k: int, group_size: int, bits:
         assert ((ours.float() - expected.float()).abs() <= bound(x, weight, bias, pre)).all(), (rows, scale_dtype)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k", "group_size", "parts"), [(40, 1160, 128, 4), (129, 600, -1, 2), (33, 840, 48, 3)])
+def test_channels_in_parts(n: int, k: int, group_size: int, parts: int, bits: int) -> None:
+    """Few outputs and rows leave most multiprocessors idle, so blocks share the channels. Groups may go on in another part."""
+    assert library.value("linear_parts", 40, n, k, k if group_size == -1 else group_size) == parts
+    for i, dtype in enumerate(DTYPES[1:]):
+        weight_parts = tiled(n, k, group_size, bits, DTYPES[1 + i], symmetric=i > 0)
+        x, bias = torch.randn(40, k).to(dtype), torch.randn(n)
+        args = (*weight_parts, bias, None, k, n, group_size, bits)
+        ours, expected = (f.quant_linear(x, *args) for f in (cuda, reference))
+        weight = reference.quant_weight(*weight_parts, k, n, group_size, bits)
+        assert ((ours.float() - expected.float()).abs() <= bound(x, weight, bias, None)).all()
+
+
 # Weights for linear_few.h: groups of 1, 2, 3 and 4 pairs and more, short last ones, one group a row; rings that go round and that
 # do not fill; fewer stages than warps; more tiles than 132, which halves the warps
 FEW = [(5, 32, -1), (33, 96, 32), (40, 320, 64), (64, 1152, 128), (70, 480, 96), (31, 2560, 256), (32, 6144, -1)]
