@@ -265,6 +265,7 @@ int64_t wgmma_parts(const Weight& w, int64_t rows) {
 }
 
 int64_t launch_wgmma(void* stream, const Weight& w, const LinearRows& rows, int bits, bool half, float* parts) {
+  if (w.tiles == 0) return 0;  // a tensor map of nothing would be refused
   const auto run = bits == 4 ? (half ? launch_bits<4, true> : launch_bits<4, false>)
                              : (half ? launch_bits<8, true> : launch_bits<8, false>);
   return run(stream, w, rows, parts);

@@ -128,6 +128,18 @@ def test_when_it_is_not_taken(
     assert library.value("wgmma", 16) == 0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_no_outputs(bits: int) -> None:
+    """A tensor map of no codes would be refused."""
+    none = (
+        torch.zeros(0, 16, 16 * bits, dtype=torch.uint8),
+        torch.zeros(0, 1, 32).half(),
+        torch.zeros(0, 1, 4 * bits, dtype=torch.uint8),
+    )
+    x = torch.randn(20, 64).half()
+    assert cuda.quant_linear(x, *none, None, None, 64, 0, -1, bits).shape == (20, 0)
+
+
 def test_it_stays_within_its_arguments() -> None:
     """As all kernels do (test_bounds.py), on arguments that end at a page that cannot be touched."""
     emulated_gpu.load()
