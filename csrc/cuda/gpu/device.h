@@ -132,9 +132,11 @@ int64_t launch(void* stream, Blocks blocks, int threads, int64_t shared, void (*
                Arguments... arguments) {
   if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return 0;
   if (shared > 48 * 1024) {
+    // All that there is, as no kernel has static shared memory: with `shared` in its place, a thread that launches the
+    // same kernel with less could take it back before this one launches.
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_limit()));
+    if (error != cudaSuccess) return cudaGetLastError();  // and no later launch finds it
   }
   const dim3 grid(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y), static_cast<unsigned>(blocks.z));
   kernel<<<grid, static_cast<unsigned>(threads), static_cast<size_t>(shared), static_cast<cudaStream_t>(stream)>>>(
