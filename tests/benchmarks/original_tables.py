@@ -76,9 +76,11 @@ def sources(data: Data, markdown: Markdown) -> str:
 
 def tasks(data: Data, markdown: Markdown) -> str:
     """Accuracies of lm_eval with their standard errors, and how many questions a model answers otherwise than the float one."""
-    labels = list(next(iter(data.values()))["rows"])
+    labels = list(max((found["rows"] for found in data.values()), key=len))
 
     def cell(found: Data, label: str, name: str) -> str:
+        if label not in found["rows"]:
+            return MISSING
         one = found["rows"][label][name]
         others = "" if label == "float" else f", {one['other_answers']}"
         return f"{one['acc']:.3f} ± {one['stderr']:.3f}{others}"
