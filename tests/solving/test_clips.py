@@ -11,6 +11,7 @@ from torch import nn
 
 from awq_ext import AwqConfig
 from awq_ext.calibration.statistics import GroupStatistics, InputStatistics
+from awq_ext.folding.fold import LinearFold
 from awq_ext.forwards.probe import Probe
 from awq_ext.solving.clips import keep_clips_that_serve
 from awq_ext.solving.gptq import Quantizer
@@ -85,3 +86,17 @@ def test_clips_that_harm_the_block_are_taken_back(rows: int, method: str) -> Non
     assert kept
     assert undone
     assert (spared > 0) == (rows == FEW and method == "awq")
+
+
+def test_no_trial_behind_another_linear() -> None:
+    """Where 1/s is in another Linear's rows the output is added to the block's: the clip stays, and nothing is solved again."""
+    torch.manual_seed(0)
+    block = nn.ModuleDict({name: nn.Linear(K, N, bias=False) for name in "ab"}).requires_grad_(False)
+    solved: list[str] = []
+    first, second = clipped_groups(block, solved, AwqConfig(group_size=16, clip="auto"))
+    second = replace(second, fold=LinearFold(block["a"], torch.arange(N)))
+    distances = iter(range(100, 0, -1))  # each trial seems better than the one before
+    probe = Probe(lambda: torch.tensor([float(next(distances))]), torch.zeros(1))
+    found, _ = keep_clips_that_serve(probe, [first, second])
+    assert solved == ["a"]
+    assert found[1].layers == second.layers
