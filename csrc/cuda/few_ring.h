@@ -61,17 +61,7 @@ struct FewPlaces {
   }
 
   __device__ LaneWords<kBits> words(const uint8_t* stage, int p, int odd) const {
-    struct alignas(8) Two {
-      uint32_t a, b;
-    };
-    LaneWords<kBits> out;
-#pragma unroll
-    for (int v = 0; v < kBits / 4; ++v) {
-      const Two two = *reinterpret_cast<const Two*>(stage + codes[odd] + p * Ring::kCodes + 512 * v);
-      out.w[2 * v] = two.a;
-      out.w[2 * v + 1] = two.b;
-    }
-    return out;
+    return load_words<kBits, 512>(stage + codes[odd] + p * Ring::kCodes);
   }
 
   __device__ FewActivations activations(const uint8_t* stage, int p, int r) const {

@@ -14,8 +14,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "cuda/few_ring.h"
 #include "cuda/linear_small.h"
@@ -23,13 +21,8 @@
 namespace awq::cuda {
 
 // Only where it is asked for: no GPU has run it so far.
-inline bool few_wanted() {
-  const char* wish = std::getenv("AWQ_EXT_CUDA_FEW");
-  return wish != nullptr && std::strcmp(wish, "1") == 0;
-}
-
 inline bool few_takes(const Weight& w, int64_t rows) {
-  return few_wanted() && rows <= kSmallRows && w.steps % kPairSteps == 0 &&
+  return wished("AWQ_EXT_CUDA_FEW", "1") && rows <= kSmallRows && w.steps % kPairSteps == 0 &&
          (w.groups == 1 || w.group_steps % kPairSteps == 0);
 }
 

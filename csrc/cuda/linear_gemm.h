@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearR
       }
       const uint8_t* step = stage.codes + (tile_here * kGemmSteps + c * 4 + t) * (16 * kBits);
       uint32_t a[2][4];
-      decoder.fragments(load_words<kBits>(step, g), a);
+      decoder.fragments(load_words<kBits>(step + 8 * g), a);
 #pragma unroll
       for (int r = 0; r < 8; ++r) {
         const int row = half * 64 + 8 * r + g;

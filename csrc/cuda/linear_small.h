@@ -7,12 +7,21 @@
 // depend on what runs when.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #include "cuda/tiles.h"
 
 namespace awq::cuda {
 
 // Rows beyond which a kernel for many rows is taken, where the weight's groups allow it.
 constexpr int64_t kSmallRows = 32;
+
+// Whether a variable of the environment has this value.
+inline bool wished(const char* variable, const char* value) {
+  const char* wish = std::getenv(variable);
+  return wish != nullptr && std::strcmp(wish, value) == 0;
+}
 
 struct LinearRows {
   const uint16_t* x;  // [rows][pitch]
@@ -53,7 +62,7 @@ __device__ inline void read_ahead(const Weight& w, int tile, Cursor& at, int cou
     const int step = at.chunk * 4 + t;
     if (step < steps_of(w, at.group)) {
       const int64_t place = static_cast<int64_t>(tile) * w.steps + at.group * w.group_steps + step;
-      words[u] = load_words<kBits>(w.codes + place * (16 * kBits), g);
+      words[u] = load_words<kBits>(w.codes + place * (16 * kBits) + 8 * g);
     }
     at.next(w);
   }

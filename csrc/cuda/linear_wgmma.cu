@@ -14,9 +14,6 @@
 // Few blocks would leave most of a GPU idle: then several blocks take parts of the channels (linear_parts.h).
 #include "cuda/linear_wgmma.h"
 
-#include <cstdlib>
-#include <cstring>
-
 #include "cuda/linear_gemm.h"
 #include "cuda/linear_parts.h"
 #include "cuda/wgmma_parts.h"
@@ -92,10 +89,10 @@ struct Place {
   uint32_t stage = 0, parity = 0, batch = 0;
 
   __device__ bool ends_stage() const { return batch == kBatches - 1; }
-  __device__ void next(uint32_t ring) {
+  __device__ void next() {
     if (++batch != kBatches) return;
     batch = 0;
-    if (++stage != ring) return;
+    if (++stage != kRing) return;
     stage = 0;
     parity ^= 1;
   }
@@ -150,7 +147,7 @@ struct Multiplier {
     const uint8_t* codes = shared.stages[ahead.stage].codes[tile_here] + ahead.batch * (kProducts * 64 * kBits);
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) lane.template decode<kHalf>(codes, i, zero, a[i]);
-    ahead.next(kRing);
+    ahead.next();
     --left;
   }
 
@@ -167,7 +164,7 @@ struct Multiplier {
     }
     wait_products<0>(part);
     if (here.ends_stage() && threadIdx.x % kWarp == 0) arrive(&shared.empty[here.stage]);
-    here.next(kRing);
+    here.next();
     add = !ends;
     if (more && !ends) return;
     float scale[2];
@@ -253,8 +250,7 @@ int64_t launch_bits(void* stream, const Weight& w, const LinearRows& rows, float
 }  // namespace
 
 bool wgmma_wanted(int64_t rows) {
-  const char* wish = std::getenv("AWQ_EXT_CUDA_WGMMA");
-  return rows > kFewRows && (wish == nullptr || std::strcmp(wish, "0") != 0) &&
+  return rows > kWithoutWgmma && !wished("AWQ_EXT_CUDA_WGMMA", "0") &&
          has_hopper(linear_wgmma<4, false, 128, 4>, kBlockThreads);
 }
 

@@ -5,8 +5,9 @@
 
 namespace awq::cuda {
 
-// On an H200 it took, with up to 64 rows, as long as linear_small.h with 16, and half as long as that with 32.
-constexpr int64_t kFewRows = 16;
+// Up to so many rows other kernels are taken. On an H200 this one took, with up to 64 rows, as long as linear_small.h
+// with 16, and half as long as that with 32.
+constexpr int64_t kWithoutWgmma = 16;
 
 // Whether so many rows would be multiplied by wgmma if the weight's groups allow it: not refused in the environment, on
 // a device of compute capability 9.x, with code for sm_90a in this library.

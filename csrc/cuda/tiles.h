@@ -55,15 +55,15 @@ struct LaneWords {
   uint32_t w[kBits / 2];
 };
 
-// `step` points to the lane's step, in global or shared memory.
-template <int kBits>
-__device__ inline LaneWords<kBits> load_words(const uint8_t* step, int g) {
+// `first` points to the lane's first two, in global or shared memory; those of 8 bits lie in two rows of kPitch bytes.
+template <int kBits, int kPitch = 64>
+__device__ inline LaneWords<kBits> load_words(const uint8_t* first) {
   struct alignas(8) Pair {
     uint32_t a, b;
   };
   LaneWords<kBits> out;
   for (int v = 0; v < kBits / 4; ++v) {
-    const Pair pair = *reinterpret_cast<const Pair*>(step + 64 * v + 8 * g);
+    const Pair pair = *reinterpret_cast<const Pair*>(first + kPitch * v);
     out.w[2 * v] = pair.a;
     out.w[2 * v + 1] = pair.b;
   }

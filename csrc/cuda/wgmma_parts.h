@@ -60,9 +60,9 @@ struct Lane {
   // Its words in step 2 i or 2 i + 1.
   __device__ LaneWords<4> load(const uint8_t* codes, int i) const {
     if constexpr (kBits == 4)
-      return load_words<4>(codes + places[0] + 128 * i, 0);
+      return load_words<4>(codes + places[0] + 128 * i);
     else
-      return load_words<4>(codes + places[i % 4] + 1024 * (i / 4), 0);
+      return load_words<4>(codes + places[i % 4] + 1024 * (i / 4));
   }
 
   // The fragment of A of 16 channels. Its columns 2t, 2t + 1 are channels of step t / 2, columns 2t + 8, 2t + 9 of step

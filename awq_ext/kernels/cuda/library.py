@@ -104,10 +104,8 @@ def value(name: str, *arguments: int) -> int:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device the current one."""
-    if (
-        not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
-    ):  # nearly always: no need to pay for a guard
+    """Make the tensor's device the current one; it nearly always is, and then no guard need be paid for."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 

@@ -12,7 +12,7 @@ from .library import FLOATS, TYPES, aligned, expect, on_device, run, value
 
 # fp32 activations beyond so many rows: the weight is dequantized and torch multiplies, because tensor cores have no fp32.
 FLOAT_ROWS = 32
-# So many rows of fp16 or bf16, or fewer, are never multiplied in parts (kFewRows of csrc/cuda/linear_wgmma.h).
+# So many rows of fp16 or bf16, or fewer, are never multiplied in parts (kWithoutWgmma of csrc/cuda/linear_wgmma.h).
 FEW_ROWS = 16
 
 

@@ -114,18 +114,16 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t m
   return out;
 }
 
-inline int64_t multiprocessors() {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+// Of the current device; `otherwise` where it cannot be asked.
+inline int64_t device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = otherwise;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
 
-inline int64_t shared_limit() {
-  int device = 0, bytes = 48 * 1024;  // what every device has
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
+inline int64_t multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
+// 48 KiB is what every device has.
+inline int64_t shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, 48 * 1024); }
 
 template <class... Parameters, class... Arguments>
 int64_t launch(void* stream, Blocks blocks, int threads, int64_t shared, void (*kernel)(Parameters...),
