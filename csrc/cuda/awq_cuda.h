@@ -39,8 +39,8 @@ AWQ_CUDA_API int64_t awq_cuda_linear_parts(int64_t rows, int64_t n, int64_t k, i
 // 32 channels: more than 16, on a current device of compute capability 9.x for which this library holds code for
 // sm_90a, unless AWQ_EXT_CUDA_WGMMA=0 is in the environment. Else 0.
 AWQ_CUDA_API int64_t awq_cuda_wgmma(int64_t rows);
-// 1 where linear_few.h would multiply so many rows by such a weight, if wgmma does not: AWQ_EXT_CUDA_FEW=1 is in the
-// environment, up to 32 rows, groups of multiples of 32 channels. Else 0.
+// 1 where linear_few.h would multiply so many rows by such a weight, if wgmma does not: up to 32 rows, groups of
+// multiples of 32 channels, unless AWQ_EXT_CUDA_FEW=0 is in the environment. Else 0.
 AWQ_CUDA_API int64_t awq_cuda_few(int64_t rows, int64_t n, int64_t k, int64_t group);
 // The same for x fp32 [rows, k], with fp32 products.
 AWQ_CUDA_API int64_t awq_cuda_linear_f32(void* stream, const void* x, int64_t rows, const void* codes,

@@ -19,11 +19,8 @@
 //   half_bits, half_value, bf16_bits, bf16_value: conversions, to nearest even; half_pair, bf16_pair: of two floats,
 //   the
 //     first in the low half of a word
-//   add_half2, add_bf16x2: sums of two pairs of 16-bit floats
 //   fma_half2, fma_bf16x2: a * b + c of pairs, rounded once; subnormal numbers are numbers
-//   join_high(lo, hi): the upper halves of two words in one
 //   pick_bytes(lo, hi, numbers): byte i of the result is byte (hex digit i of numbers) of the eight in hi:lo
-//   and_or(a, mask, magic): a & mask | magic, in one instruction; two of them if the compiler knew both constants
 //   bits_of(float), float_of(bits)
 //
 // Products and sums are not contracted (nvcc --fmad=false, -ffp-contract=off): integers that come from them agree with

@@ -1,4 +1,4 @@
-// The parts of linear_few.h: a warp's ring in shared memory, what is copied into it and read from it, and the decoder.
+// The parts of linear_few.h: a warp's ring in shared memory, what is copied into it and read from it.
 #pragma once
 
 #include "cuda/tiles.h"
@@ -136,42 +136,6 @@ struct FewFeed {
     for (int r = 0; r < kEights; ++r) x[r] += kPairs * 32;
     group += left == 1 ? group_bytes() : 0;
     left = left == 1 ? group_stages : left - 1;
-  }
-};
-
-// From codes to code - zero times a power of two, exactly. With no exponent bits above it an integer is a float too:
-// 2^-24 (fp16) or 2^-133 (bf16) for each 1, up to 2047 or 255. So codes in bits 0 .. 3, 4 .. 7 and 0 .. 7 of a half
-// word need no shift, and one fma brings them to a usual size and takes the zero away.
-template <int kBits, bool kHalf>
-struct FewDecoder {
-  static constexpr uint32_t kFactor = kHalf ? 0x78007800u : 0x7f007f00u;  // 2^15, 2^127; twice
-  uint32_t zero[2][2];                                                    // of output 16 h + 2g + i, negative, twice
-
-  // What sums for outputs 16 h .. are to be multiplied by at the end.
-  static constexpr float unit(int h) { return (kHalf ? 512.0f : 64.0f) / (kBits == 4 && h == 1 ? 16.0f : 1.0f); }
-  static constexpr uint32_t mask(int h) { return kBits == 8 ? 0x00ff00ffu : h == 0 ? 0x000f000fu : 0x00f000f0u; }
-
-  static __device__ uint32_t fma(uint32_t a, uint32_t factor, uint32_t b) {
-    return kHalf ? fma_half2(a, factor, b) : fma_bf16x2(a, factor, b);
-  }
-
-  __device__ explicit FewDecoder(const GroupBits<kBits>& bits) {
-    for (int h = 0; h < 2; ++h)
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t both = pick_bytes(bits.zeros[kBits == 4 ? 0 : h], 0, i == 0 ? 0x4040u : 0x4141u);
-        zero[h][i] = fma(both & mask(h), kFactor | 0x80008000u, 0);
-      }
-  }
-
-  __device__ void fragments(const LaneWords<kBits>& words, uint32_t (&a)[2][4]) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t word = words.w[kBits == 4 ? i : 2 * h + i];
-        a[h][i] = fma(word & mask(h), kFactor, zero[h][i]);
-        a[h][2 + i] = fma(word >> 8 & mask(h), kFactor, zero[h][i]);
-      }
   }
 };
 

@@ -20,9 +20,9 @@
 
 namespace awq::cuda {
 
-// Only where it is asked for: no GPU has run it so far.
+// Unless AWQ_EXT_CUDA_FEW=0 is in the environment.
 inline bool few_takes(const Weight& w, int64_t rows) {
-  return wished("AWQ_EXT_CUDA_FEW", "1") && rows <= kSmallRows && w.steps % kPairSteps == 0 &&
+  return !wished("AWQ_EXT_CUDA_FEW", "0") && rows <= kSmallRows && w.steps % kPairSteps == 0 &&
          (w.groups == 1 || w.group_steps % kPairSteps == 0);
 }
 
@@ -101,7 +101,7 @@ struct FewBatch {
   }
 
   template <bool kHalf>
-  __device__ void multiply(const FewDecoder<kBits, kHalf>& decoder, float (&part)[2][kEights][4]) const {
+  __device__ void multiply(const Decoder<kBits, kHalf>& decoder, float (&part)[2][kEights][4]) const {
 #pragma unroll
     for (int c = 0; c < 2 * kSize; ++c) {
       uint32_t a[2][4];
@@ -149,7 +149,9 @@ __global__ void __launch_bounds__(most_few_warps(kEights) * kWarp, 1)
 #pragma unroll
       for (int p = 0; p < Ring::kBatch; ++p) feed.copy(places, stage, batch + p, bytes);
       commit_copies();
-      read.multiply(FewDecoder<kBits, kHalf>(bits), part);
+      Decoder<kBits, kHalf> decoder;
+      decoder.set(bits);
+      read.multiply(decoder, part);
     }
     add_stage<kBits>(bits, half_scales, part, total);
     feed.next_stage();
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(most_few_warps(kEights) * kWarp, 1)
       at = at == (Ring::kStages - 1) * stage_bytes ? 0 : at + stage_bytes;
   }
 #pragma unroll
-  for (int i = 0; i < 8 * kEights; ++i) total[i / 4 % 2][i / 8][i % 4] *= FewDecoder<kBits, kHalf>::unit(i / 4 % 2);
+  for (int i = 0; i < 8 * kEights; ++i) total[i / 4 % 2][i / 8][i % 4] *= Decoder<kBits, kHalf>::unit(i / 4 % 2);
   wait_copies<0>();
   sync_warp();
   store_few<kHalf>(w, rows, parts.warp_bytes, total);

@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) linear_gemm(Weight w, LinearR
   }
   if (walk.left != 0) sums.end_group(w, bits);  // which other blocks go on with
   wait_copies<0>();
+  sums.template finish<Decoder<kBits, kHalf>>();
 #pragma unroll
   for (int h = 0; h < 2; ++h)
     store_part<kHalf ? Type::f16 : Type::bf16>(w, rows, int64_t{tile} * 32 + 16 * h + 2 * g,

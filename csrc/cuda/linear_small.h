@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(most_warps(kEights) * kWarp, 1) linear_small(W
     }
   }
   if (open >= 0) sums.end_group(w, bits);
+  sums.template finish<Decoder<kBits, kHalf>>();
   store_rows<kHalf>(w, rows, sums);
 }
 

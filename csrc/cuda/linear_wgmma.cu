@@ -192,6 +192,9 @@ __device__ inline void multiply_all(Shared<kBits, kRows>& shared, const Weight& 
                                     const Range& range, float* parts) {
   Multiplier<kBits, kHalf, kRows, kProducts> warp(shared, w, range, static_cast<int>(threadIdx.x) / kWarp);
   warp.run();
+  const float unit = Decoder<kBits, kHalf>::unit(warp.lane.half);
+#pragma unroll
+  for (int i = 0; i < kRows / 2; ++i) warp.total[i / 4][i % 4] *= unit;
   store_part<kHalf ? Type::f16 : Type::bf16>(w, rows,
                                              int64_t{warp.tile} * 32 + 16 * warp.lane.half + 2 * warp.lane.pair,
                                              static_cast<int64_t>(blockIdx.y) * kRows, warp.total, parts);

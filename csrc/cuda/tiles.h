@@ -83,59 +83,49 @@ struct GroupBits {
       zeros[v] = *reinterpret_cast<const uint16_t*>(w.zeros + at * 4 * kBits + 16 * v + 2 * g);
   }
 
-  // Zero of output 16 h + 2g + i.
-  __device__ uint32_t zero(int h, int i) const {
-    return kBits == 4 ? zeros[0] >> (8 * i + 4 * h) & 15 : zeros[kBits / 4 - 1 == 0 ? 0 : h] >> (8 * i) & 255;
-  }
   __device__ float scale(const Weight& w, int h, int i) const {
     return value_of(static_cast<uint16_t>(scales[h] >> (16 * i)), w.scale_type);
   }
 };
 
-// From codes to the exact integers code - zero, in pairs of fp16 or bf16. With exponent bits above it a code is the
-// float 1024 + code (fp16) or 128 + code (bf16, whose 7 bits of fraction hold codes of 4 bits only); its sum with
-// -(1024 + zero) or -(128 + zero) is exact. bf16 of 8 bits goes by fp32: |code - zero| <= 255 has 8 significant bits,
-// so the upper half of the fp32 is exact.
+// From codes to code - zero times a power of two, exactly. With no exponent bits above it an integer is a float too:
+// 2^-24 (fp16) or 2^-133 (bf16) for each 1, up to 2047 or 255. So codes in bits 0 .. 3, 4 .. 7 and 0 .. 7 of a half
+// word need no shift, and one fma brings them to a usual size and takes the zero away.
 template <int kBits, bool kHalf>
 struct Decoder {
-  static constexpr bool kWide = kBits == 8 && !kHalf;
-  static constexpr uint32_t kMagic = kWide ? 0x4b000000u : kHalf ? 0x64006400u : 0x43004300u;
-  static constexpr uint32_t kMask = kBits == 4 ? 0x000f000fu : 0x00ff00ffu;
-  uint32_t zero[2][2];  // of output 16 h + 2g + i, negative, twice in a word; kWide: the fp32 -(2^23 + zero)
+  static constexpr uint32_t kFactor = kHalf ? 0x78007800u : 0x7f007f00u;  // 2^15, 2^127; twice
+  uint32_t zero[2][2];                                                    // of output 16 h + 2g + i, as negative() says
 
-  static __device__ uint32_t negative(uint32_t z) {
-    return kWide ? kMagic | z | 0x80000000u : kMagic | (z << 16 | z) | 0x80008000u;
+  // What sums for outputs 16 h .. are to be multiplied by at the end.
+  static constexpr float unit(int h) { return (kHalf ? 512.0f : 64.0f) / (kBits == 4 && h == 1 ? 16.0f : 1.0f); }
+  static constexpr uint32_t mask(int h) { return kBits == 8 ? 0x00ff00ffu : h == 0 ? 0x000f000fu : 0x00f000f0u; }
+
+  static __device__ uint32_t fma(uint32_t a, uint32_t factor, uint32_t b) {
+    return kHalf ? fma_half2(a, factor, b) : fma_bf16x2(a, factor, b);
   }
+
+  // -zero of byte i of two, in both halves of a word.
+  static __device__ uint32_t negative(uint32_t bytes, int i, uint32_t mask) {
+    return fma(pick_bytes(bytes, 0, i == 0 ? 0x4040u : 0x4141u) & mask, kFactor | 0x80008000u, 0);
+  }
+  // The codes in the halves of a word, less a zero that negative() has made.
+  static __device__ uint32_t pair(uint32_t word, uint32_t mask, uint32_t z) { return fma(word & mask, kFactor, z); }
 
   __device__ void set(const GroupBits<kBits>& bits) {
     for (int h = 0; h < 2; ++h)
-      for (int i = 0; i < 2; ++i) zero[h][i] = negative(bits.zero(h, i));
+      for (int i = 0; i < 2; ++i) zero[h][i] = negative(bits.zeros[kBits == 4 ? 0 : h], i, mask(h));
   }
 
-  // Two codes, in the low bits of the halves of a word, less the zero that z holds as set() makes it.
-  static __device__ uint32_t pair(uint32_t word, uint32_t z) {
-    if constexpr (kWide) {
-      const float low = float_of(and_or(word, 0xffu, kMagic)) + float_of(z);
-      const float high = float_of(and_or(word >> 16, 0xffu, kMagic)) + float_of(z);
-      return join_high(bits_of(low), bits_of(high));
-    } else {
-      const uint32_t codes = and_or(word, kMask, kMagic);
-      return kHalf ? add_half2(codes, z) : add_bf16x2(codes, z);
-    }
-  }
-
+  // The fragments of A of both halves of a tile.
   __device__ void fragments(const LaneWords<kBits>& words, uint32_t (&a)[2][4]) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) fragment(words, h, a[h]);
-  }
-
-  // The fragment of A of outputs 16 h ..
-  __device__ void fragment(const LaneWords<kBits>& words, int h, uint32_t (&a)[4]) const {
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t word = kBits == 4 ? words.w[i] >> (4 * h) : words.w[kBits == 4 ? i : 2 * h + i];
-      a[i] = pair(word, zero[h][i]);
-      a[2 + i] = pair(word >> 8, zero[h][i]);
-    }
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word = words.w[kBits == 4 ? i : 2 * h + i];
+        a[h][i] = pair(word, mask(h), zero[h][i]);
+        a[h][2 + i] = pair(word >> 8, mask(h), zero[h][i]);
+      }
   }
 };
 
@@ -175,6 +165,13 @@ struct LaneSums {
           part[h][r][i] = 0.0f;
         }
     }
+  }
+
+  // Brings the sums of all groups to their size: those of products of codes that Decoder has made.
+  template <class Decoder>
+  __device__ void finish() {
+#pragma unroll
+    for (int i = 0; i < 8 * kEights; ++i) total[i / 4 % 2][i / 8][i % 4] *= Decoder::unit(i / 4 % 2);
   }
 };
 

@@ -42,11 +42,13 @@ struct Lane {
   int half, pair;
   uint32_t places[kBits == 4 ? 1 : 4];  // of its words in steps 0, 2, 4 and 6; of 4 bits the others follow the first
   uint32_t bytes;                       // of them that it takes
+  uint32_t mask;                        // of its codes in their halves of a word
 
   __device__ explicit Lane(int half_of_tile) : half(half_of_tile) {
     const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
     pair = kBits == 4 ? g : (g & 1) | (g & 2) << 1 | (g & 4) >> 1;
     bytes = t % 2 == 0 ? 0x6240 : 0x7351;
+    mask = Decoder<kBits, true>::mask(half);
     if constexpr (kBits == 4) {
       places[0] = static_cast<uint32_t>(t / 2 * 64 + 8 * pair);
     } else {
@@ -73,10 +75,9 @@ struct Lane {
     const LaneWords<4> low = load(codes, 2 * product), high = load(codes, 2 * product + 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      uint32_t word = pick_bytes(low.w[i], high.w[i], bytes);
-      if constexpr (kBits == 4) word >>= 4 * half;
-      a[i] = Decoder<kBits, kHalf>::pair(word, zero[i]);
-      a[2 + i] = Decoder<kBits, kHalf>::pair(word >> 8, zero[i]);
+      const uint32_t word = pick_bytes(low.w[i], high.w[i], bytes);
+      a[i] = Decoder<kBits, kHalf>::pair(word, mask, zero[i]);
+      a[2 + i] = Decoder<kBits, kHalf>::pair(word >> 8, mask, zero[i]);
     }
   }
 };
@@ -87,15 +88,14 @@ template <int kBits>
 struct LaneGroup {
   const uint16_t* scales_at;
   const uint8_t* zeros_at;
-  uint32_t scales, zeros;
-  int shift;  // to the zeros, in 4 bits
+  uint32_t scales, zeros, mask;
 
   __device__ LaneGroup(const Weight& w, int tile, int group, const Lane<kBits>& lane) {
     const int64_t at = static_cast<int64_t>(tile) * w.groups + group;
     const int output = 16 * lane.half + 2 * lane.pair;
     scales_at = w.scales + at * 32 + output;
     zeros_at = w.zeros + at * 4 * kBits + (kBits == 4 ? 2 * lane.pair : output);
-    shift = kBits == 4 ? 4 * lane.half : 0;
+    mask = lane.mask;
   }
   __device__ void load() {
     scales = *reinterpret_cast<const uint32_t*>(scales_at);
@@ -107,8 +107,7 @@ struct LaneGroup {
   }
   template <bool kHalf>
   __device__ void zero(uint32_t (&out)[2]) const {
-    for (int i = 0; i < 2; ++i)
-      out[i] = Decoder<kBits, kHalf>::negative(zeros >> (8 * i + shift) & (kBits == 4 ? 15 : 255));
+    for (int i = 0; i < 2; ++i) out[i] = Decoder<kBits, kHalf>::negative(zeros, i, mask);
   }
 };
 

@@ -1,8 +1,8 @@
 """Times the CUDA kernels beside torch and other tools: python tests/device/bench.py [--seconds N] [--json FILE] [--emulated].
 
 Of a Linear: microseconds, the share of the memory's bandwidth with which its codes are read, and the share of cuBLAS's bf16 product
-of the same sizes, all measured in one run; of many rows on Hopper, microseconds by wgmma too. Of quantizing: seconds of each kernel
-and of one Llama-3.2-1B block, beside plain torch.
+of the same sizes, all measured in one run; and microseconds of the kernels that every GPU and every group size has. Of quantizing:
+seconds of each kernel and of one Llama-3.2-1B block, beside plain torch.
 With --emulated all lines run, at tiny sizes, and the times mean nothing.
 """
 
@@ -61,27 +61,18 @@ def bench_linear(gpu: device.Gpu, read: float, n: int, k: int, bits: int) -> Ite
         def ours(parts: tuple[Tensor, Tensor, Tensor], x: Tensor = x) -> Callable[[], object]:
             return lambda: cuda.quant_linear(x, *parts, None, None, k, n, GROUP, bits)
 
-        with device.wgmma("0"):
-            seconds = gpu.seconds([ours(parts) for parts in weights])
+        seconds = gpu.seconds([ours(parts) for parts in weights])
+        with device.wgmma("0"), device.asked("FEW", "0"):
+            basic = gpu.seconds([ours(parts) for parts in weights])
         blas = gpu.seconds([lambda w=w, x=x: nn.functional.linear(x, w) for w in floats])
         row: Row = {"out_features": n, "in_features": k, "bits": bits, "rows": rows, "us": seconds * 1e6}
         row |= {
             "share_of_bandwidth": nbytes / seconds / read,
             "cublas_bf16_us": blas * 1e6,
             "cublas_over_ours": blas / seconds,
+            "basic_us": basic * 1e6,
         }
         row["tflops"] = 2 * rows * n * k / seconds / 1e12
-        if rows <= 32:
-            with device.wgmma("0"), device.asked("FEW", "1"):
-                row["few_us"] = gpu.seconds([ours(parts) for parts in weights]) * 1e6
-        with device.wgmma("1") as taken:
-            if taken and rows > 16:
-                faster = gpu.seconds([ours(parts) for parts in weights])
-                row |= {
-                    "wgmma_us": faster * 1e6,
-                    "mma_over_wgmma": seconds / faster,
-                    "cublas_over_wgmma": blas / faster,
-                }
         for name, rival in others.items():
             row[name] = rival if isinstance(rival, str) else rivals.timed(gpu, rival, x)
         yield row
@@ -127,13 +118,12 @@ def llama_block(gpu: device.Gpu) -> tuple[nn.Module, list[Tensor]]:
     return model, [torch.randint(0, vocabulary, (1, length), device=gpu.device) for _ in range(count)]
 
 
-def block_seconds(gpu: device.Gpu, backend: str) -> float:
-    """Seconds of quantizing that block for the second time, with our kernels ("compiled") or plain torch ("reference").
+def block_seconds(gpu: device.Gpu, backend: str) -> list[float]:
+    """Seconds of quantizing that block twice, with our kernels ("compiled") or plain torch ("reference").
 
-    The first time, libraries set themselves up.
+    A time before, which does not count, libraries set themselves up.
     """
-    quantized_block(gpu, backend)
-    return quantized_block(gpu, backend)
+    return [quantized_block(gpu, backend) for _ in range(3 if gpu.real else 2)][1:]
 
 
 def quantized_block(gpu: device.Gpu, backend: str) -> float:

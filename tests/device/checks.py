@@ -57,9 +57,9 @@ def the_linear(gpu: device.Gpu) -> None:
 
 
 def few_rows(gpu: device.Gpu) -> None:
-    """The kernel for few rows, which is off unless it is asked for: every code and zero exactly, and against the reference."""
+    """The kernel for few rows of regular weights: every code and zero exactly, and against the reference."""
     sizes = ((1024, 2048, 128), (300, 1120, 32), (4096, 4096, 128), (65, 416, -1)) if gpu.real else ((9, 64, 32),)
-    with device.wgmma("0"), device.asked("FEW", "1"):
+    with device.wgmma("0"):
         for n, k, group_size in sizes:
             for bits in (4, 8):
                 made = layer(n, k, group_size, bits).to(gpu.device)

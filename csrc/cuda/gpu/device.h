@@ -78,19 +78,6 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
   return out;
 }
 
-// add.f16x2; and for bf16, which has it from sm_90 on only, the fma a * 1 + b.
-__device__ __forceinline__ uint32_t add_half2(uint32_t a, uint32_t b) {
-  uint32_t out;
-  asm("add.f16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
-  return out;
-}
-
-__device__ __forceinline__ uint32_t add_bf16x2(uint32_t a, uint32_t b) {
-  uint32_t out;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(out) : "r"(a), "r"(0x3f803f80u), "r"(b));
-  return out;
-}
-
 __device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t out;
   asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(out) : "r"(a), "r"(b), "r"(c));
@@ -103,15 +90,8 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
   return out;
 }
 
-__device__ __forceinline__ uint32_t join_high(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
   return __byte_perm(low, high, numbers);
-}
-
-__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t magic) {
-  uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(out) : "r"(a), "r"(mask), "r"(magic));
-  return out;
 }
 
 // Of the current device; `otherwise` where it cannot be asked.

@@ -101,17 +101,12 @@ uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
 
 inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) { return fma_pairs<half_value, half_bits>(a, b, c); }
 inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) { return fma_pairs<bf16_value, bf16_bits>(a, b, c); }
-inline uint32_t add_half2(uint32_t a, uint32_t b) { return fma_half2(a, 0x3c003c00u, b); }
-inline uint32_t add_bf16x2(uint32_t a, uint32_t b) { return fma_bf16x2(a, 0x3f803f80u, b); }
-inline uint32_t join_high(uint32_t low, uint32_t high) { return low >> 16 | (high & 0xffff0000u); }
 inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t numbers) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   uint32_t out = 0;
   for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> ((numbers >> (4 * i) & 7) * 8) & 255) << (8 * i);
   return out;
 }
-
-inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t magic) { return (a & mask) | magic; }
 
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*value)(uint16_t));
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma(c, a, b, half_value); }

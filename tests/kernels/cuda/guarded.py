@@ -63,7 +63,7 @@ def each(work: Callable[[], Any], expected: Callable[[], Any]) -> None:
 
 def main() -> None:
     """Run every function on odd sizes; multiples of 16 bytes where a kernel needs them so."""
-    os.environ["AWQ_EXT_CUDA_WGMMA"] = "0"
+    os.environ["AWQ_EXT_CUDA_WGMMA"] = os.environ["AWQ_EXT_CUDA_FEW"] = "0"
     for n, k, group in ((5, 13, 7), (33, 72, 32), (130, 160, -1), (3, 40, 16)):
         weight, moment, order = torch.randn(n, k), torch.eye(k), torch.arange(k)
         each(lambda: cuda.quantize_weight(weight, group), lambda: reference.quantize_weight(weight, group))  # noqa: B023
@@ -91,7 +91,7 @@ def main() -> None:
 
 def few() -> None:
     """Run the Linear for few rows on weights so long that its rings go round."""
-    os.environ["AWQ_EXT_CUDA_FEW"] = "1"
+    del os.environ["AWQ_EXT_CUDA_FEW"]
     for n, k, group in ((5, 8320, 128), (7, 5152, 32)):
         codes, scales, zeros = cuda.quantize_weight(torch.randn(n, k), group)
         for bits in (4, 8):

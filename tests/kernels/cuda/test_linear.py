@@ -16,15 +16,16 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels that all GPUs have: test_wgmma.py has the one for Hopper."""
+def basic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of every GPU, group size and number of rows: test_wgmma.py has the one for Hopper."""
     monkeypatch.setenv("AWQ_EXT_CUDA_WGMMA", "0")
+    monkeypatch.setenv("AWQ_EXT_CUDA_FEW", "0")
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of linear_few.h, which is only used where it is asked for."""
-    monkeypatch.setenv("AWQ_EXT_CUDA_FEW", "1")
+    """The kernel of linear_few.h, where it can be used."""
+    monkeypatch.delenv("AWQ_EXT_CUDA_FEW")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -81,14 +82,11 @@ def test_few_rows_of_regular_weights(n: int, k: int, group_size: int, bits: int)
         assert ((ours.float() - expected.float()).abs() <= bound(x, weight, bias, pre)).all(), rows
 
 
-@pytest.mark.parametrize(
-    ("wish", "rows", "group_size"), [(None, 1, 64), ("0", 1, 64), ("1", 33, 64), ("1", 1, 16), ("1", 1, 48)]
-)
+@pytest.mark.parametrize(("wish", "rows", "group_size"), [("0", 1, 64), ("1", 33, 64), ("1", 1, 16), ("1", 1, 48)])
 def test_when_few_rows_go_to_the_other_kernel(
-    wish: str | None, rows: int, group_size: int, monkeypatch: pytest.MonkeyPatch
+    wish: str, rows: int, group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if wish is not None:
-        monkeypatch.setenv("AWQ_EXT_CUDA_FEW", wish)
+    monkeypatch.setenv("AWQ_EXT_CUDA_FEW", wish)
     assert library.value("few", rows, 64, 192, group_size) == 0
 
 
