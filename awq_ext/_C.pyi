@@ -11,6 +11,20 @@ def processor() -> tuple[str, int, int]: ...
 def choices() -> list[tuple[str, str]]: ...
 def emulated_tiles_agree() -> bool: ...
 def probe_tiles(milliseconds: int) -> tuple[int, int, int]: ...
+def use_cuda_library(device: str, linear: int, linear_parts: int, current_stream: int) -> None: ...
+def usual_cuda_linear(
+    x: Tensor,
+    tiles: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    pre_quant_scale: Tensor | None,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    compute_dtype: str,
+) -> Tensor | None: ...
 def quantize_weight(
     weight: Tensor,
     group_size: int,

@@ -1,7 +1,7 @@
 """The operators of ``torch.ops.awq_ext`` that a quantized layer calls: autograd, autocast, torch.compile and export see them.
 
-``awq_ext._C`` registers the schemas, the CPU kernels, the gradient and the CPU's autocast rule; this file registers the kernels of
-all other devices, CUDA's autocast rule, and the shape functions.
+``awq_ext._C`` registers the schemas, the CPU kernels, the usual Linear on a GPU, the gradient and the autocast rules; this file
+registers all else of a GPU, the kernels of other devices, and the shape functions.
 """
 
 from __future__ import annotations
@@ -123,14 +123,6 @@ def _on_gpu(name: str) -> Callable[..., Tensor]:
     return run
 
 
-def _autocast_on_gpu(x: Tensor, *args: Any) -> Tensor:
-    """Cast the input as autocast does that of a Linear: the output has the dtype that it is cast to."""
-    if x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype("cuda"))
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)):
-        return torch.ops.awq_ext.quant_linear.default(x, *args)
-
-
 for _name, _function, _shape in (
     ("quant_linear", reference.quant_linear, _linear_shape),
     ("quant_weight", reference.quant_weight, _weight_shape),
@@ -138,6 +130,5 @@ for _name, _function, _shape in (
 ):
     torch.library.impl(f"awq_ext::{_name}", "CompositeExplicitAutograd")(_function)
     torch.library.register_fake(f"awq_ext::{_name}")(_shape)
-for _name in ("quant_linear", "quant_weight"):
-    torch.library.impl(f"awq_ext::{_name}", "CUDA")(_on_gpu(_name))
-torch.library.impl("awq_ext::quant_linear", "AutocastCUDA")(_autocast_on_gpu)
+torch.library.impl("awq_ext::quant_linear_by_python", "CUDA")(_on_gpu("quant_linear"))
+torch.library.impl("awq_ext::quant_weight", "CUDA")(_on_gpu("quant_weight"))

@@ -86,4 +86,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   awq::bind_refine(m);
   awq::bind_learned(m);
   awq::bind_stats(m);
+  awq::bind_cuda(m);
 }

@@ -13,5 +13,6 @@ void bind_gptq(pybind11::module_& m);
 void bind_refine(pybind11::module_& m);
 void bind_learned(pybind11::module_& m);
 void bind_stats(pybind11::module_& m);
+void bind_cuda(pybind11::module_& m);
 
 }  // namespace awq

@@ -1,5 +1,5 @@
 // Operators that run inside forward, registered so that torch.compile, export, autocast and autograd see them. Other
-// devices and the shape functions are registered in awq_ext/layers/ops.py.
+// devices, what is unusual on a GPU, and the shape functions are registered in awq_ext/layers/ops.py.
 //
 // Autograd is registered here and not in Python because calling a Python autograd function takes longer than computing
 // a small layer.
@@ -12,6 +12,7 @@
 
 #include "adapters/adapters.h"
 #include "adapters/checks.h"
+#include "adapters/cuda_linear.h"
 #include "base/layout.h"
 #include "drivers/linear.h"
 #include "drivers/scale_gradient.h"
@@ -202,12 +203,26 @@ Tensor quant_linear_autograd(const Tensor& x, const Tensor& tiles, const Tensor&
                      compute_dtype);
 }
 
+Tensor quant_linear_cuda(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
+                         const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
+                         int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
+  if (const auto y = usual_cuda_linear(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features,
+                                       group_size, bits, compute_dtype))
+    return *y;
+  static const auto by_python = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("awq_ext::quant_linear_by_python", "")
+                                    .typed<decltype(quant_linear_cpu)>();
+  return by_python.call(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, bits,
+                        compute_dtype);
+}
+
 // Like nn.Linear under autocast: the input is cast, and the output has the dtype that it is cast to.
+template <c10::DeviceType kDevice, c10::DispatchKey kAutocast>
 Tensor quant_linear_autocast(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                              const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
                              int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
-  const c10::impl::ExcludeDispatchKeyGuard off(c10::DispatchKey::AutocastCPU);
-  const Tensor cast = at::autocast::cached_cast(at::autocast::get_autocast_dtype(at::kCPU), x, at::kCPU);
+  const c10::impl::ExcludeDispatchKeyGuard off(kAutocast);
+  const Tensor cast = at::autocast::cached_cast(at::autocast::get_autocast_dtype(kDevice), x, kDevice);
   return call_linear(cast, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size, bits,
                      compute_dtype);
 }
@@ -216,9 +231,11 @@ Tensor quant_linear_autocast(const Tensor& x, const Tensor& tiles, const Tensor&
 }  // namespace awq
 
 TORCH_LIBRARY(awq_ext, m) {
-  m.def(
-      "quant_linear(Tensor x, Tensor tiles, Tensor scales, Tensor zeros, Tensor? bias, Tensor? pre_quant_scale, "
-      "int in_features, int out_features, int group_size, int bits, str compute_dtype=\"auto\") -> Tensor");
+  const std::string kArguments =
+      "(Tensor x, Tensor tiles, Tensor scales, Tensor zeros, Tensor? bias, Tensor? pre_quant_scale, "
+      "int in_features, int out_features, int group_size, int bits, str compute_dtype=\"auto\") -> Tensor";
+  // the second is for quant_linear_cuda alone
+  for (const char* name : {"quant_linear", "quant_linear_by_python"}) m.def((name + kArguments).c_str());
   m.def(
       "quant_weight(Tensor tiles, Tensor scales, Tensor zeros, int in_features, int out_features, int group_size, "
       "int bits) -> Tensor");
@@ -239,4 +256,12 @@ TORCH_LIBRARY_IMPL(awq_ext, Autograd, m) {
   m.impl("quant_scale_gradient", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(awq_ext, AutocastCPU, m) { m.impl("quant_linear", &awq::quant_linear_autocast); }
+TORCH_LIBRARY_IMPL(awq_ext, CUDA, m) { m.impl("quant_linear", &awq::quant_linear_cuda); }
+
+TORCH_LIBRARY_IMPL(awq_ext, AutocastCPU, m) {
+  m.impl("quant_linear", &awq::quant_linear_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(awq_ext, AutocastCUDA, m) {
+  m.impl("quant_linear", &awq::quant_linear_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ... import _C
+
 VERSION = 3  # awq_cuda_version() of the interface that is called here
 FILE = Path(__file__).resolve().parents[2] / "libawq_cuda.so"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -30,6 +32,10 @@ class Library:
         self._functions.awq_cuda_error.argtypes = [ctypes.c_int64]
         if (version := self._functions.awq_cuda_version()) != VERSION:
             raise OSError(f"{file} is of version {version}, this package calls version {VERSION}: build it again")
+
+    def address(self, name: str) -> int:
+        """Where ``awq_cuda_<name>`` is in memory."""
+        return ctypes.cast(getattr(self._functions, f"awq_cuda_{name}"), ctypes.c_void_p).value or 0
 
     def problem(self) -> str:
         """Say why kernels cannot run on torch's current device, in CUDA's own words; "" where they can."""
@@ -69,7 +75,23 @@ def _look() -> tuple[Library | None, str]:
     torch.cuda.current_stream()  # sets up torch's context, in which the kernels run
     if problem := library.problem():
         return None, f"not usable: {problem}"
+    _call_from_cpp(library)
     return library, f"in use, torch's CUDA {torch.version.cuda}"
+
+
+def _call_from_cpp(library: Library | None) -> None:
+    """Let ``_C.usual_cuda_linear`` call a library, or None. Without torch's C function for the current stream it calls none."""
+    stream = 0
+    if library is not None and library.device == "cuda":
+        try:
+            torch_cuda = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so"))
+            stream = ctypes.cast(torch_cuda.aoti_torch_get_current_cuda_stream, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            library = None
+    if library is None:
+        _C.use_cuda_library("cuda", 0, 0, 0)
+    else:
+        _C.use_cuda_library(library.device, library.address("linear"), library.address("linear_parts"), stream)
 
 
 _substitute: list[Library] = []
@@ -90,10 +112,12 @@ def state() -> str:
 def using(library: Library) -> Iterator[None]:
     """Call another library inside the block: the emulated one, whose device is the CPU."""
     _substitute.append(library)
+    _call_from_cpp(library)
     try:
         yield
     finally:
         _substitute.pop()
+        _call_from_cpp(found())
 
 
 def value(name: str, *arguments: int) -> int:

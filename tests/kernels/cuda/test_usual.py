@@ -1,0 +1,128 @@
+"""The usual Linear without Python (csrc/adapters/cuda_linear.h), on the emulated GPU: what it takes and what it leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import emulated_gpu
+import pytest
+import torch
+from linear_cases import tiled
+from torch import Tensor
+
+from awq_ext import _C
+from awq_ext.kernels import cuda
+from awq_ext.kernels.cuda import library
+
+N, K, GROUP = 40, 192, 64
+NAMES = (
+    "x",
+    "tiles",
+    "scales",
+    "zeros",
+    "bias",
+    "pre_quant_scale",
+    "in_features",
+    "out_features",
+    "group_size",
+    "bits",
+)
+
+
+def arguments(**changes: object) -> list[Any]:
+    values = (torch.randn(3, K).half(), *tiled(N, K, GROUP, 4), None, None, K, N, GROUP, 4)
+    return [*(dict(zip(NAMES, values, strict=True)) | changes).values()]
+
+
+def off_by(tensor: Tensor, count: int) -> Tensor:
+    """The same values, ``count`` elements behind where memory begins."""
+    room = torch.empty(tensor.numel() + count, dtype=tensor.dtype)[count:].view(tensor.shape)
+    return room.copy_(tensor)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_gives_what_python_gives(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWQ_EXT_BACKEND", "compiled")
+    sizes = (
+        (N, K, GROUP),
+        (33, 200, -1),
+        (70, 40, 16),
+        (40, 1160, 128),
+        (9, 104, 128),
+    )  # the fourth: in parts of the channels
+    for i, (n, k, group) in enumerate(sizes):
+        for rows in ((1,), (2, 3), (40,)):
+            x = torch.randn(*rows, k).to((torch.float16, torch.bfloat16)[i % 2])
+            bias = (None, torch.randn(n), torch.randn(n).half())[i % 3]
+            args = (
+                x,
+                *tiled(n, k, group, bits, (torch.float16, torch.bfloat16)[i // 2 % 2]),
+                bias,
+                None,
+                k,
+                n,
+                group,
+                bits,
+            )
+            ours = _C.usual_cuda_linear(*args, "auto")
+            assert ours is not None
+            assert ours.dtype == x.dtype
+            assert torch.equal(ours, cuda.quant_linear(*args))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": torch.randn(3, K)},
+        {"x": torch.randn(3, K - 1).half()},
+        {"x": torch.randn(0, K).half()},
+        {"x": torch.randn(K, 3).half().T},
+        {"x": off_by(torch.randn(3, K).half(), 1)},
+        {"x": torch.randn(3, K, device="meta").half()},
+        {"tiles": torch.zeros(2, 47, 64, dtype=torch.uint8)},
+        {"tiles": torch.zeros(2, 48, 64, dtype=torch.int8)},
+        {"scales": torch.zeros(2, 3, 32)},
+        {"scales": torch.zeros(2, 4, 32).half()},
+        {"zeros": torch.zeros(2, 3, 15, dtype=torch.uint8)},
+        {"bias": torch.zeros(N + 1)},
+        {"bias": torch.zeros(N).double()},
+        {"bias": torch.zeros(2 * N)[::2]},
+        {"pre_quant_scale": torch.ones(K)},
+        {"bits": 8},
+        {"group_size": 0},
+        {"group_size": 63},
+        {"out_features": 0},
+        {"in_features": 196},
+    ],
+)
+def test_what_is_unusual_is_left_to_python(changes: dict[str, object]) -> None:
+    assert _C.usual_cuda_linear(*arguments(), "auto") is not None
+    assert _C.usual_cuda_linear(*arguments(**changes), "auto") is None
+
+
+def test_when_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments()
+    assert _C.usual_cuda_linear(*args, "int8") is None
+    monkeypatch.setenv("AWQ_EXT_BACKEND", "reference")
+    assert _C.usual_cuda_linear(*args, "auto") is None
+    monkeypatch.delenv("AWQ_EXT_BACKEND")
+    with monkeypatch.context() as bare:
+        bare.setattr(library, "_substitute", [])
+        with library.using(emulated_gpu.load()):
+            assert _C.usual_cuda_linear(*args, "auto") is not None
+        if not torch.cuda.is_available():  # the block is over, so no library is in use
+            assert _C.usual_cuda_linear(*args, "auto") is None
+    with library.using(emulated_gpu.load()):
+        assert _C.usual_cuda_linear(*args, "auto") is not None
+
+
+def test_a_kernel_that_cannot_be_started() -> None:
+    loaded = emulated_gpu.load()
+    _C.use_cuda_library(
+        "cpu", loaded.address("version"), loaded.address("linear_parts"), 0
+    )  # whose result, 3, reads as an error
+    try:
+        with pytest.raises(RuntimeError, match="CUDA kernel 'linear' could not be started: CUDA error 3"):
+            _C.usual_cuda_linear(*arguments(), "auto")
+    finally:
+        _C.use_cuda_library("cpu", loaded.address("linear"), loaded.address("linear_parts"), 0)
