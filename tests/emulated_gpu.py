@@ -58,19 +58,24 @@ def _compile(compiler: str, sources: tuple[Path, ...], folder: Path, to: Path) -
     made.replace(to)
 
 
+def compiler() -> str:
+    """The C++ compiler. Skips the test where there is none."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("the CUDA kernels are NOT tested: no C++ compiler")
+    return found
+
+
 @functools.cache
 def compiled(*kernels: Path) -> Path:
     """Compile files of kernels, and the GPU that they run on, to a library, unless another process has."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("the CUDA kernels are NOT tested: no C++ compiler")
     sources = (*kernels, *HOST)
     folder = _cache(sources)
     made = folder / "libawq_emulated.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            _compile(compiler, sources, folder, made)
+            _compile(compiler(), sources, folder, made)
     return made
 
 

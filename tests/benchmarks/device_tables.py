@@ -1,4 +1,4 @@
-"""The tables of tests/device/bench.py's figures on one GPU, from docs/bench_device.json."""
+"""The tables of tests/device/bench.py's figures on one GPU, from docs/bench_device.json: what bench.py writes, and the commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def layers(data: Data, bits: int, markdown: Markdown) -> str:
     def cell(r: Data | None) -> str:
         if r is None:
             return ""
-        ratios = [r[name] / r["us"] for name in ("cublas_bf16_us", "int4pack_mm_us") if name in r]
+        rivals = ("cublas_bf16_us", "int4pack_mm_us")[: 2 if r["rows"] <= 64 else 1]
+        ratios = [r[name] / r["us"] for name in rivals if name in r]
         return f"{r['us']:.1f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
 
     sizes = sorted({(n, k) for n, k, _ in found}, key=lambda size: (size[0] * size[1], size[0]))
@@ -31,10 +32,9 @@ def tables(data: Data, markdown: Markdown) -> str:
         " and ".join(f"{seconds:.2f}" for seconds in data[f"block_seconds_{name}"])
         for name in ("compiled", "reference")
     )
-    commits = "; ".join(f"{what} at {commit}" for what, commit in data["commits"].items())
     parts = [
         f"{facts['device']}, torch {facts['torch']}, groups of 128, bf16 activations, many copies of the weight in turn. "
-        f"Measured at two commits: {commits}. The memory reads and writes {data['bandwidth'] / 1e12:.1f} TB/s.",
+        f"Measured at commit {data['commit']}. The memory reads and writes {data['bandwidth'] / 1e12:.1f} TB/s.",
         "Microseconds of a layer with 4 bits. In brackets: how many times as long cuBLAS takes in bf16 and, up to 64 rows, torch's "
         "int4 kernel. Above 1 we are faster.",
         layers(data, 4, markdown),
@@ -44,7 +44,7 @@ def tables(data: Data, markdown: Markdown) -> str:
         markdown(
             ("", "awq_ext", "plain torch", "times faster"),
             (
-                [f"`{r['name']}`", r["ours_ms"], r["torch_ms"], f"{r['torch_ms'] / r['ours_ms']:.1f}"]
+                [f"`{r['name']}`", *(f"{1e3 * r[who]:.3f}" for who in ("ours", "torch")), f"{r['torch_over_ours']:.1f}"]
                 for r in data["quantizing"]
             ),
         ),

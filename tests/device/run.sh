@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: builds against the torch there, checks the CUDA kernels on the GPU, times them, and writes one JSON file.
-# Takes less than five minutes on eight cores. Needs python with torch (built with CUDA) and awq_ext's dependencies (numpy, tqdm,
+# Takes about four minutes on 16 cores, at most seven. Needs python with torch (built with CUDA) and awq_ext's dependencies (numpy, tqdm,
 # safetensors, greenlet, rich, typer), cmake, ninja or make, g++ and nvcc; the source tree is left as it is.
 #
 #   bash tests/device/run.sh [OUT.json]            default: device.json
@@ -82,9 +82,11 @@ done
 step "checks"
 timeout 120 "$python" "$root/tests/device/checks.py" "${emulated[@]}" --json "$work/checks.json" || failed=1
 step "benchmark"
-left=$((280 - SECONDS + started))
+left=$((180 - SECONDS + started))
 [ "$left" -gt 30 ] || left=30
 timeout "$((left + 60))" "$python" "$root/tests/device/bench.py" "${emulated[@]}" --seconds "$left" --json "$work/bench.json" || failed=1
+step "whole models"
+timeout 150 "$python" "$root/tests/device/models.py" "${emulated[@]}" --json "$work/models.json" || failed=1
 
 step "results"
 "$python" - "$work" "$out" "$((SECONDS - started))" "$failed" <<'PYTHON' || failed=1
@@ -92,7 +94,7 @@ import json, sys
 from pathlib import Path
 work, out, seconds, failed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] != "0"
 read = lambda name: json.loads((work / name).read_text()) if (work / name).exists() else None
-result = {"checks": read("checks.json"), "benchmark": read("bench.json"), "seconds": seconds, "failed": failed}
+result = {"checks": read("checks.json"), "benchmark": read("bench.json"), "models": read("models.json"), "seconds": seconds, "failed": failed}
 out.write_text(json.dumps(result, indent=2) + "\n")
 print("wrote", out)
 PYTHON

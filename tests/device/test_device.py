@@ -49,6 +49,7 @@ def test_all_its_lines_on_the_emulated_gpu(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert not result["failed"]
     assert set(result["checks"].values()) == {"passed"}
+    assert {key for row in result["models"] for key in row} >= {"call", "us", "int4_ms_a_token", "seconds", "kl"}
     benchmark = result["benchmark"]
     assert benchmark["problems"] == []
     assert {"bandwidth", "block_seconds_compiled", "block_seconds_reference"} <= set(benchmark)

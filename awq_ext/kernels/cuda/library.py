@@ -79,16 +79,31 @@ def _look() -> tuple[Library | None, str]:
     return library, f"in use, torch's CUDA {torch.version.cuda}"
 
 
+def stream_function(file: Path) -> int:
+    """Find the C function of ``file``, torch's CUDA library, that gives the current stream: its address.
+
+    0 where there is none, or where it gives another stream than torch does in Python, on the default stream or a new one.
+    """
+    try:
+        function = ctypes.CDLL(str(file)).aoti_torch_get_current_cuda_stream
+    except (OSError, AttributeError):
+        return 0
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        found = ctypes.c_void_p()
+        with torch.cuda.stream(stream):
+            if function(ctypes.c_int32(torch.cuda.current_device()), ctypes.byref(found)) != 0:
+                return 0
+        if (found.value or 0) != stream.cuda_stream:
+            return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 def _call_from_cpp(library: Library | None) -> None:
-    """Let ``_C.usual_cuda_linear`` call a library, or None. Without torch's C function for the current stream it calls none."""
+    """Let ``_C.usual_cuda_linear`` call a library, or none: for None, and where torch's current stream cannot be found from C++."""
     stream = 0
     if library is not None and library.device == "cuda":
-        try:
-            torch_cuda = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so"))
-            stream = ctypes.cast(torch_cuda.aoti_torch_get_current_cuda_stream, ctypes.c_void_p).value or 0
-        except (OSError, AttributeError):
-            library = None
-    if library is None:
+        stream = stream_function(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so")
+    if library is None or (library.device == "cuda" and not stream):
         _C.use_cuda_library("cuda", 0, 0, 0)
     else:
         _C.use_cuda_library(library.device, library.address("linear"), library.address("linear_parts"), stream)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import emulated_gpu
@@ -126,3 +130,30 @@ def test_a_kernel_that_cannot_be_started() -> None:
             _C.usual_cuda_linear(*arguments(), "auto")
     finally:
         _C.use_cuda_library("cpu", loaded.address("linear"), loaded.address("linear_parts"), 0)
+
+
+STREAMS = """
+#include <cstdint>
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
+  static std::intptr_t calls = 0;
+  *stream = reinterpret_cast<void*>(100 * device + calls++ * STEP);
+  return RESULT;
+}
+"""
+
+
+@pytest.mark.parametrize(("step", "result", "agrees"), [(7, 0, True), (8, 0, False), (7, 1, False)])
+def test_the_stream_from_cpp_must_be_that_of_python(
+    step: int, result: int, agrees: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, made = tmp_path / "streams.cpp", tmp_path / "streams.so"
+    source.write_text(STREAMS)
+    options = [f"-DSTEP={step}", f"-DRESULT={result}", "-shared", "-fPIC", "-o", str(made)]
+    subprocess.run([emulated_gpu.compiler(), *options, str(source)], check=True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=200))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=207))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    assert bool(library.stream_function(made)) == agrees
+    assert library.stream_function(tmp_path / "missing.so") == 0
+    assert library.stream_function(emulated_gpu.load().file) == 0
