@@ -1,7 +1,7 @@
 """Whole models on a GPU: python tests/device/models.py [--blocks N] [--json FILE] [--emulated], as run.sh runs it.
 
 Prints one line of JSON after another: microseconds of one call of nn.Linear and QuantLinear, with Python's part; milliseconds for
-each token that a Llama with random weights generates in bf16 and in 4 bits; seconds and memory of quantizing it; and the divergence of
+each token that a Llama with random weights generates in bf16 and in 4 bits; seconds and memory of quantizing it; the divergence of
 the demo's model by each method, on the GPU and on the CPU. With --emulated all lines run, at tiny sizes, and times mean nothing.
 """
 
