@@ -75,8 +75,8 @@ def _look() -> tuple[Library | None, str]:
     torch.cuda.current_stream()  # sets up torch's context, in which the kernels run
     if problem := library.problem():
         return None, f"not usable: {problem}"
-    _call_from_cpp(library)
-    return library, f"in use, torch's CUDA {torch.version.cuda}"
+    slower = "" if _call_from_cpp(library) else ", each call through Python"
+    return library, f"in use, torch's CUDA {torch.version.cuda}{slower}"
 
 
 def stream_function(file: Path) -> int:
@@ -98,15 +98,16 @@ def stream_function(file: Path) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _call_from_cpp(library: Library | None) -> None:
-    """Let ``_C.usual_cuda_linear`` call a library, or none: for None, and where torch's current stream cannot be found from C++."""
+def _call_from_cpp(library: Library | None) -> bool:
+    """Let ``_C.usual_cuda_linear`` call a library, and tell whether it does: not None, nor where C++ cannot find torch's stream."""
     stream = 0
     if library is not None and library.device == "cuda":
         stream = stream_function(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so")
     if library is None or (library.device == "cuda" and not stream):
         _C.use_cuda_library("cuda", 0, 0, 0)
-    else:
-        _C.use_cuda_library(library.device, library.address("linear"), library.address("linear_parts"), stream)
+        return False
+    _C.use_cuda_library(library.device, library.address("linear"), library.address("linear_parts"), stream)
+    return True
 
 
 _substitute: list[Library] = []
