@@ -74,7 +74,7 @@ Tensor launch(const CudaLibrary& library, const Tensor& x, const Tensor& tiles, 
                                        zeros.const_data_ptr(), bias.has_value() ? bias->const_data_ptr() : nullptr,
                                        bias.has_value() ? type_of(bias->scalar_type()) : 0, s.n, s.k, s.group, bits,
                                        parts.defined() ? parts.mutable_data_ptr() : nullptr, y.mutable_data_ptr());
-  TORCH_CHECK(error == 0, "awq_ext's CUDA kernel 'linear' could not be started: CUDA error ", error,
+  TORCH_CHECK(error == 0, "awq_ext's CUDA kernel 'linear' could not be started: ", library.error(error),
               ". AWQ_EXT_BACKEND=reference in the environment does without these kernels");
   return y;
 }
@@ -103,15 +103,17 @@ std::optional<Tensor> usual_cuda_linear(const Tensor& x, const Tensor& tiles, co
 void bind_cuda(py::module_& m) {
   m.def(
       "use_cuda_library",
-      [](const std::string& device, uintptr_t linear, uintptr_t linear_parts, uintptr_t current_stream) {
+      [](const std::string& device, uintptr_t linear, uintptr_t linear_parts, uintptr_t error,
+         uintptr_t current_stream) {
         static std::list<CudaLibrary> all;  // kept: another thread may be calling one
         all.push_back({reinterpret_cast<decltype(CudaLibrary::linear)>(linear),
                        reinterpret_cast<decltype(CudaLibrary::linear_parts)>(linear_parts),
+                       reinterpret_cast<decltype(CudaLibrary::error)>(error),
                        reinterpret_cast<decltype(CudaLibrary::current_stream)>(current_stream),
                        c10::Device(device).type()});
         use_cuda_library(linear == 0 ? nullptr : &all.back());
       },
-      py::arg("device"), py::arg("linear"), py::arg("linear_parts"), py::arg("current_stream"),
+      py::arg("device"), py::arg("linear"), py::arg("linear_parts"), py::arg("error"), py::arg("current_stream"),
       "Where the functions of a library of CUDA kernels are that usual_cuda_linear calls; 0 for linear: nowhere.");
   m.def("usual_cuda_linear", &usual_cuda_linear, py::call_guard<py::gil_scoped_release>(),
         "quant_linear on a GPU where nothing is unusual about its arguments, else None.");

@@ -14,6 +14,7 @@ namespace awq {
 struct CudaLibrary {
   decltype(&awq_cuda_linear) linear;
   decltype(&awq_cuda_linear_parts) linear_parts;
+  decltype(&awq_cuda_error) error;
   // aoti_torch_get_current_cuda_stream of torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h); null for a
   // device without streams
   int32_t (*current_stream)(int32_t device, void** stream);

@@ -216,7 +216,8 @@ Tensor quant_linear_cuda(const Tensor& x, const Tensor& tiles, const Tensor& sca
                         compute_dtype);
 }
 
-// Like nn.Linear under autocast: the input is cast, and the output has the dtype that it is cast to.
+// Like nn.Linear under autocast: the input is cast, and the output has the dtype that it is cast to. As there, the cast
+// of a leaf that needs a gradient is kept until autocast ends.
 template <c10::DeviceType kDevice, c10::DispatchKey kAutocast>
 Tensor quant_linear_autocast(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                              const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,

@@ -17,7 +17,7 @@ import gpu as device
 import torch
 from torch import Tensor
 
-from awq_ext import QuantLinear
+from awq_ext import _C, QuantLinear
 from awq_ext.kernels import cuda, kernels_for, reference
 from awq_ext.layers.quantized_weight import QuantizedWeight
 
@@ -110,6 +110,47 @@ def both_kernels(made: QuantLinear, scales: Tensor, x: Tensor, group_size: int, 
             results.append((real, exact))
     close(results[0][0], results[1][0], x.dtype)
     assert torch.equal(results[0][1], results[1][1]), f"{x.shape[0]} rows of {x.dtype}, {n} x {k}, {bits} bits"
+
+
+def calls_from_cpp(gpu: device.Gpu) -> None:
+    """The call without Python is used, and gives what Python gives: on any stream, in a graph, with another device current."""
+    n, k = (1024, 2048) if gpu.real else (64, 256)
+    for bits in (4, 8):
+        made = layer(n, k, 128, bits).to(gpu.device)
+        for rows in (1, 20, 512) if gpu.real else (1, 20):
+            x = torch.randn(rows, k, dtype=torch.bfloat16, device=gpu.device)
+            args = (x, made.tiles, made.tile_scales, made.tile_zeros, made.bias, None, k, n, 128, bits)
+            expected = cuda.quant_linear(*args)
+
+            def same(args: tuple[object, ...] = args, expected: Tensor = expected) -> None:
+                ours = _C.usual_cuda_linear(*args, "auto")
+                assert ours is not None, "C++ leaves it to Python"
+                assert torch.equal(ours, expected)
+
+            same()
+            if gpu.real:
+                on_other_streams(made, x, expected)
+                for other in range(1, torch.cuda.device_count()):
+                    with torch.cuda.device(other):
+                        same()
+
+
+def on_other_streams(made: QuantLinear, x: Tensor, expected: Tensor) -> None:
+    """While the default stream is busy, and in a graph: a launch on the wrong stream would come too early, or be lost."""
+    side, given = torch.cuda.Stream(), torch.zeros_like(x)
+    with torch.no_grad(), torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)
+        given.copy_(x)
+        ours = made(given)
+    side.synchronize()
+    assert torch.equal(ours, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        ours = made(given)
+    ours.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(ours, expected)
 
 
 def the_quantizer(gpu: device.Gpu) -> None:
@@ -216,6 +257,7 @@ CHECKS: tuple[Check, ...] = (
         the_linear,
         few_rows,
         the_linear_by_wgmma,
+        calls_from_cpp,
         the_quantizer,
         the_searches,
         dispatch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -75,39 +76,42 @@ def _look() -> tuple[Library | None, str]:
     torch.cuda.current_stream()  # sets up torch's context, in which the kernels run
     if problem := library.problem():
         return None, f"not usable: {problem}"
-    slower = "" if _call_from_cpp(library) else ", each call through Python"
-    return library, f"in use, torch's CUDA {torch.version.cuda}{slower}"
+    if not _substitute:
+        _call_from_cpp(library)
+    return library, f"in use, torch's CUDA {torch.version.cuda}{'' if _stream() else ', each call through Python'}"
 
 
 def stream_function(file: Path) -> int:
     """Find the C function of ``file``, torch's CUDA library, that gives the current stream: its address.
 
-    0 where there is none, or where it gives another stream than torch does in Python, on the default stream or a new one.
+    0 where that library is not loaded or has none, or where it gives another stream than torch does in Python, on the default
+    stream or a new one.
     """
     try:
-        function = ctypes.CDLL(str(file)).aoti_torch_get_current_cuda_stream
-    except (OSError, AttributeError):
-        return 0
-    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
-        found = ctypes.c_void_p()
-        with torch.cuda.stream(stream):
-            if function(ctypes.c_int32(torch.cuda.current_device()), ctypes.byref(found)) != 0:
+        function = ctypes.CDLL(str(file), mode=os.RTLD_NOLOAD | os.RTLD_NOW).aoti_torch_get_current_cuda_stream
+        for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+            found = ctypes.c_void_p()
+            with torch.cuda.stream(stream):
+                failed = function(ctypes.c_int32(torch.cuda.current_device()), ctypes.byref(found))
+            if failed or (found.value or 0) != stream.cuda_stream:
                 return 0
-        if (found.value or 0) != stream.cuda_stream:
-            return 0
+    except (OSError, AttributeError, RuntimeError):  # RuntimeError: no new stream, during a capture
+        return 0
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _call_from_cpp(library: Library | None) -> bool:
-    """Let ``_C.usual_cuda_linear`` call a library, and tell whether it does: not None, nor where C++ cannot find torch's stream."""
-    stream = 0
-    if library is not None and library.device == "cuda":
-        stream = stream_function(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so")
+@functools.cache
+def _stream() -> int:
+    return stream_function(Path(torch.__file__).with_name("lib") / "libtorch_cuda.so")
+
+
+def _call_from_cpp(library: Library | None) -> None:
+    """Let ``_C.usual_cuda_linear`` call a library, or none: for None, and on a GPU whose current stream C++ cannot find."""
+    stream = _stream() if library is not None and library.device == "cuda" else 0
     if library is None or (library.device == "cuda" and not stream):
-        _C.use_cuda_library("cuda", 0, 0, 0)
-        return False
-    _C.use_cuda_library(library.device, library.address("linear"), library.address("linear_parts"), stream)
-    return True
+        _C.use_cuda_library("cuda", 0, 0, 0, 0)
+    else:
+        _C.use_cuda_library(library.device, *map(library.address, ("linear", "linear_parts", "error")), stream)
 
 
 _substitute: list[Library] = []
@@ -128,8 +132,8 @@ def state() -> str:
 def using(library: Library) -> Iterator[None]:
     """Call another library inside the block: the emulated one, whose device is the CPU."""
     _substitute.append(library)
-    _call_from_cpp(library)
     try:
+        _call_from_cpp(library)
         yield
     finally:
         _substitute.pop()

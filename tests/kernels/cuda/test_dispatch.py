@@ -138,7 +138,10 @@ def test_a_library_that_cannot_run_is_not_used(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(library, "FILE", loaded.file)
+    monkeypatch.setattr(library, "_stream", lambda: 1)
     assert library._look.__wrapped__()[1] == "in use, torch's CUDA 13.0"
+    monkeypatch.setattr(library, "_stream", lambda: 0)
+    assert library._look.__wrapped__()[1] == "in use, torch's CUDA 13.0, each call through Python"
     with monkeypatch.context() as asked:
         asked.setattr(library, "_look", lambda: (loaded, "in use"))
         assert library.state() == "in use, many rows by wgmma"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,16 +121,52 @@ def test_when_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _C.usual_cuda_linear(*args, "auto") is not None
 
 
-def test_a_kernel_that_cannot_be_started() -> None:
+def instead_of(**functions: int) -> None:
+    """Let C++ call the emulated library, but for these functions."""
     loaded = emulated_gpu.load()
-    _C.use_cuda_library(
-        "cpu", loaded.address("version"), loaded.address("linear_parts"), 0
-    )  # whose result, 3, reads as an error
+    found = {name: loaded.address(name) for name in ("linear", "linear_parts", "error")}
+    _C.use_cuda_library("cpu", **({"current_stream": 0} | found | functions))
+
+
+def test_a_kernel_that_cannot_be_started() -> None:
+    instead_of(linear=emulated_gpu.load().address("version"))  # whose result, 3, reads as an error
+    words = "CUDA kernel 'linear' could not be started: .+AWQ_EXT_BACKEND=reference in the environment does without"
+    with pytest.raises(RuntimeError, match=words):
+        _C.usual_cuda_linear(*arguments(), "auto")
+
+
+def test_a_library_that_cannot_be_called_is_not_left_in_use() -> None:
+    class Missing(library.Library):
+        def address(self, name: str) -> int:
+            raise AttributeError(name)
+
+    before = library.found()
+    with pytest.raises(AttributeError), library.using(Missing(emulated_gpu.load().file, "cpu")):
+        pass
+    assert library.found() is before
+    assert _C.usual_cuda_linear(*arguments(), "auto") is not None
+
+
+def test_the_operator_of_a_gpu_takes_both_ways() -> None:
+    """What a tensor on a GPU would run, on the CPU; the second way is registered for it here."""
+    called = []
+
+    def by_python(*args: Any) -> Tensor:
+        called.append(args)
+        return cuda.quant_linear(*args)
+
+    fragment = torch.library.Library("awq_ext", "FRAGMENT")
+    fragment.impl("quant_linear_by_python", by_python, "CPU")
     try:
-        with pytest.raises(RuntimeError, match="CUDA kernel 'linear' could not be started: CUDA error 3"):
-            _C.usual_cuda_linear(*arguments(), "auto")
+        run = torch.ops.awq_ext.quant_linear.default.redispatch
+        for changes, times in (({}, 0), ({"pre_quant_scale": torch.rand(K)}, 1), ({"bias": torch.randn(N)}, 1)):
+            args = arguments(**changes)
+            assert torch.equal(run(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args), cuda.quant_linear(*args))
+            assert len(called) == times
+        with pytest.raises(ValueError, match="'zeros': expected shape"):
+            run(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments(zeros=torch.zeros(1, dtype=torch.uint8)))
     finally:
-        _C.use_cuda_library("cpu", loaded.address("linear"), loaded.address("linear_parts"), 0)
+        fragment._destroy()
 
 
 STREAMS = """
@@ -150,10 +187,17 @@ def test_the_stream_from_cpp_must_be_that_of_python(
     source.write_text(STREAMS)
     options = [f"-DSTEP={step}", f"-DRESULT={result}", "-shared", "-fPIC", "-o", str(made)]
     subprocess.run([emulated_gpu.compiler(), *options, str(source)], check=True)
+    assert library.stream_function(made) == 0  # not loaded
+    loaded = ctypes.CDLL(str(made))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=200))
     monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=207))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     assert bool(library.stream_function(made)) == agrees
-    assert library.stream_function(tmp_path / "missing.so") == 0
     assert library.stream_function(emulated_gpu.load().file) == 0
+    if result:
+        instead_of(
+            current_stream=ctypes.cast(loaded.aoti_torch_get_current_cuda_stream, ctypes.c_void_p).value or 0,
+        )
+        with pytest.raises(RuntimeError, match="torch has no current CUDA stream"):
+            _C.usual_cuda_linear(*arguments(), "auto")
