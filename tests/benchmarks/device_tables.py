@@ -33,14 +33,15 @@ def tables(data: Data, markdown: Markdown) -> str:
         for name in ("compiled", "reference")
     )
     parts = [
-        f"{facts['device']}, torch {facts['torch']}, groups of 128, bf16 activations, many copies of the weight in turn. "
+        f"{facts['device']}, torch {facts['torch']}, groups of 128, bf16 activations, many copies of the weight in "
+        "turn, so that none is in a cache. "
         f"Measured at commit {data['commit']}. The memory reads and writes {data['bandwidth'] / 1e12:.1f} TB/s.",
-        "Microseconds of a layer with 4 bits. In brackets: how many times as long cuBLAS takes in bf16 and, up to 64 rows, torch's "
-        "int4 kernel. Above 1 we are faster.",
+        "Microseconds of a layer with 4 bits. In brackets: how many times as fast it is as cuBLAS in bf16 and, up to 64 rows, as "
+        "torch's int4 kernel. A row is a token.",
         layers(data, 4, markdown),
         "The same with 8 bits, cuBLAS only:",
         layers(data, 8, markdown),
-        "Milliseconds of a kernel of quantizing, for a weight of 2048 x 8192 or 2048 x 1024:",
+        "Milliseconds of a kernel of quantizing, for a weight of 2048 x 8192, the last three for one of 2048 x 1024:",
         markdown(
             ("", "awq_ext", "plain torch", "times faster"),
             (
