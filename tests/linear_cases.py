@@ -9,6 +9,19 @@ from awq_ext import _C
 from awq_ext.kernels import reference
 
 Parts = tuple[Tensor, Tensor, Tensor]
+# The arguments of quant_linear, but for compute_dtype.
+NAMES = (
+    "x",
+    "tiles",
+    "scales",
+    "zeros",
+    "bias",
+    "pre_quant_scale",
+    "in_features",
+    "out_features",
+    "group_size",
+    "bits",
+)
 
 
 def tiled(

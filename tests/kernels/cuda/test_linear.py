@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_cases import bound, tiled
+from linear_cases import NAMES, bound, tiled
 
 from awq_ext.kernels import cuda, reference
 from awq_ext.kernels.cuda import library
@@ -208,18 +208,6 @@ def test_int8_rounds_activations_as_the_reference_does() -> None:
     ],
 )
 def test_wrong_arguments(changes: dict[str, object], error: type[Exception], message: str) -> None:
-    names = (
-        "x",
-        "tiles",
-        "scales",
-        "zeros",
-        "bias",
-        "pre_quant_scale",
-        "in_features",
-        "out_features",
-        "group_size",
-        "bits",
-    )
     values = (torch.randn(2, 24), *tiled(12, 24, 8, 4), None, None, 24, 12, 8, 4)
     with pytest.raises(error, match=message):
-        cuda.quant_linear(**(dict(zip(names, values, strict=True)) | changes))
+        cuda.quant_linear(**(dict(zip(NAMES, values, strict=True)) | changes))

@@ -12,7 +12,7 @@ from typing import Any
 import emulated_gpu
 import pytest
 import torch
-from linear_cases import tiled
+from linear_cases import NAMES, tiled
 from torch import Tensor
 
 from awq_ext import _C
@@ -20,18 +20,6 @@ from awq_ext.kernels import cuda
 from awq_ext.kernels.cuda import library
 
 N, K, GROUP = 40, 192, 64
-NAMES = (
-    "x",
-    "tiles",
-    "scales",
-    "zeros",
-    "bias",
-    "pre_quant_scale",
-    "in_features",
-    "out_features",
-    "group_size",
-    "bits",
-)
 
 
 def arguments(**changes: object) -> list[Any]:
