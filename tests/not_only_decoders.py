@@ -1,4 +1,4 @@
-"""Small random models: encoders of text, a decoder that embeds, a reranker, and one that sees pictures."""
+"""Small random models: encoders of text, a decoder that embeds, a reranker, and two that see pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import loud
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import awq_ext
@@ -27,6 +28,8 @@ SIZES = {
 }
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 PATCHES = 16  # of a picture of 32 x 32
+TOWER = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+TOWER |= {"image_size": 32, "patch_size": 8}
 
 
 def bert() -> nn.Module:
@@ -48,13 +51,7 @@ def qwen3_embedding() -> nn.Module:
 
 
 def llava() -> nn.Module:
-    seeing = transformers.CLIPVisionConfig(
-        **{name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")},
-        num_hidden_layers=3,
-        image_size=32,
-        patch_size=8,
-        projection_dim=64,
-    )
+    seeing = transformers.CLIPVisionConfig(**TOWER, num_hidden_layers=3, projection_dim=64)
     config = transformers.LlavaConfig(
         vision_config=seeing,
         text_config=transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
@@ -63,6 +60,28 @@ def llava() -> nn.Module:
         tie_word_embeddings=False,
     )
     return transformers.LlavaForConditionalGeneration(config)
+
+
+def idefics3() -> nn.Module:
+    """As SmolVLM: four patches become one token."""
+    config = transformers.Idefics3Config(
+        vision_config=TOWER | {"num_hidden_layers": 2},
+        text_config=transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
+        scale_factor=2,
+        image_token_id=IMAGE,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config)
+
+
+def as_published(model: nn.Module, folder: Path) -> nn.Module:
+    """A LLaVA from files that call its tower what those of the hub do; Transformers 5 drops a word where a model is new."""
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    named = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
+    return type(model).from_pretrained(folder).eval()
 
 
 TEXT: dict[str, Callable[[], nn.Module]] = {

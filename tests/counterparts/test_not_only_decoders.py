@@ -1,4 +1,4 @@
-"""Encoders and a model that sees pictures, in int4, in other tools: they give what awq_ext gives."""
+"""Encoders and models that see pictures, in int4, in other tools: they give what awq_ext gives."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from counterparts.counterpart import byte_tokenizer, needed, run
+from counterparts.seeing import batch_of, clear_answers, given, noise, processor
 from not_only_decoders import (
     Batch,
+    as_published,
     bert,
+    idefics3,
+    int4_layers,
     llava,
     made,
     output,
@@ -26,6 +30,11 @@ import awq_ext
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, at import
 BUILD = {"bert": bert, "qwen3_embedding": qwen3_embedding, "llava": llava}
+# the patterns of their towers, and of what stands between tower and text
+SEEING = {
+    "idefics3": (idefics3, "*vision_model*", "*connector*"),
+    "llava": (llava, "*vision_tower*", "*multi_modal_projector*"),
+}
 
 
 def int4(name: str) -> tuple[nn.Module, Batch]:
@@ -77,3 +86,32 @@ def test_vllm_makes_the_same_embeddings(name: str, layout: str, tmp_path: Path) 
     run("vllm", "vllm_embed.py", folder, given, out)
     ours = output(model, batch)[:, 0 if name == "bert" else -1]
     assert torch.cosine_similarity(load_file(out)["embeddings"], ours, dim=-1).min() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "float_tower", "classes"),
+    [
+        ("idefics3", "compressed-tensors", True, "vllm"),
+        ("idefics3", "awq", False, "vllm"),
+        ("llava", "compressed-tensors", True, "transformers"),
+        ("llava", "awq", False, "transformers"),
+    ],
+)
+def test_vllm_answers_the_same_about_pictures(
+    name: str, layout: str, float_tower: bool, classes: str, tmp_path: Path
+) -> None:
+    """vLLM gets a text and a picture: it prepares the picture itself, and generates.
+
+    ``classes``: vLLM's own model, or that of Transformers on vLLM's layers. Its own LLaVA cannot be imported without torchvision.
+    """
+    needed("vllm")
+    processing, (build, tower, joint) = processor(name), SEEING[name]
+    batches = [batch_of(processing, pictures) for pictures in noise(8, seed=3).split(2)]
+    skip = (tower, joint, "lm_head") if float_tower else (joint, "lm_head")
+    model = made(build) if name != "llava" else as_published(made(build), tmp_path / "float")
+    quantized(model, batches, skip=skip)
+    assert any("vision" in each for each in int4_layers(model)) != float_tower
+    folder = awq_ext.save_pretrained(model, tmp_path / "model", format=layout, tokenizer=processing)
+    (pictures, generated), out = clear_answers(model, processing), tmp_path / "out.safetensors"
+    run("vllm", "vllm_see.py", folder, given(tmp_path, pictures), out, classes)
+    assert torch.equal(load_file(out)["generated"], generated)

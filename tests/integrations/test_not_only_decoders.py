@@ -12,6 +12,7 @@ import torch
 from not_only_decoders import (
     TEXT,
     Batch,
+    as_published,
     bert,
     int4_layers,
     llava,
@@ -23,6 +24,7 @@ from not_only_decoders import (
     saved,
     text_batches,
 )
+from safetensors.torch import load_file
 from torch import nn
 
 import awq_ext
@@ -112,6 +114,24 @@ def test_layers_left_float_are_told_by_both_their_names(format: str, key: str, t
     ):
         assert set(pair) <= set(told)
     assert len(told) == len(set(told)) and not any(".layers.1." in name for name in told)
+
+
+@pytest.mark.parametrize(("format", "key"), [("awq", "modules_to_not_convert"), ("compressed-tensors", "ignore")])
+def test_names_stay_those_of_the_files_it_came_from(format: str, key: str, tmp_path: Path, registered: None) -> None:
+    """vLLM's own LLaVA knows the names that files of the hub have, and no others."""
+    batch = picture_batches(count=1)[0]
+    model = quantized(as_published(made(llava), tmp_path / "float"), [batch], skip=TEXT_ALONE)
+    folder = saved(model, tmp_path, format)
+    tower = {name for name in load_file(folder / "model.safetensors") if name.startswith("vision_tower")}
+    assert tower and all(name.startswith("vision_tower.vision_model.") for name in tower)
+    told = json.loads((folder / "config.json").read_text())["quantization_config"][key]
+    assert {
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+        "model.vision_tower.encoder.layers.0.mlp.fc1",
+    } <= set(told)
+    again = type(model).from_pretrained(folder)
+    assert torch.equal(output(again, batch), output(model, batch))
+    assert torch.equal(output(awq_ext.from_pretrained(folder), batch), output(model, batch))
 
 
 def test_groups_of_layers_are_told_by_both_their_names(tmp_path: Path) -> None:
