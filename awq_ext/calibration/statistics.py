@@ -20,6 +20,7 @@ from ..modules import norm_candidates
 from ..survey.survey import BlockSurvey
 from .centred import centred
 from .padding import ExpertPadding
+from .rare import lack_of_rows, raised
 from .row_weights import Weights
 
 
@@ -65,10 +66,27 @@ class InputStatistics:
         """X^T X: fp32 [K, K]."""
         return self.stats.second_moment()
 
+    def guide(self, around_mean: bool = False) -> Tensor:
+        """Return the second moment that a search goes by, with rare channels raised (``rare.py``): fp32 [K, K].
+
+        around_mean: whether it is the one around the mean (``centred.py``). Computed on first access.
+        """
+        return self._around_mean if around_mean else self._around_zero
+
     @cached_property
-    def around_mean(self) -> Tensor:
-        """X^T X around the mean (``centred``): fp32 [K, K], computed on first access."""
-        return centred(self.stats.second_moment(), self.stats.sum(), self.rows)
+    def _around_mean(self) -> Tensor:
+        moment = centred(self.stats.second_moment(), self.stats.sum(), self.rows)
+        return moment if self._lack is None else raised(moment, self._lack)
+
+    @cached_property
+    def _around_zero(self) -> Tensor:
+        moment = self.stats.second_moment()
+        # a copy that the planned memory leaves out: of usual calibration texts no channel is rare
+        return moment if self._lack is None else raised(moment.clone(), self._lack)
+
+    @cached_property
+    def _lack(self) -> Tensor | None:
+        return lack_of_rows(self.rows, self.stats.abs_sum(), self.stats.second_moment().diagonal())
 
     @property
     def finite(self) -> bool:

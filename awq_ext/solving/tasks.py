@@ -37,7 +37,7 @@ class LayerTask:
     @property
     def second_moment(self) -> Tensor:
         """The second moment that the search uses: fp32 [K, K]."""
-        return self.input.around_mean if self.centred else self.input.second_moment
+        return self.input.guide(self.centred)
 
 
 @dataclass(frozen=True, eq=False)

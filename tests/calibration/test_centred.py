@@ -22,7 +22,7 @@ def test_the_moment_around_the_mean(kernels: Any, rows: int, k: int, monkeypatch
     x = torch.randn(rows, k) + 5 * torch.randn(k)
     stats = kernels.ActivationStats(k)
     stats.update(x)
-    found = InputStatistics(stats).around_mean
+    found = InputStatistics(stats).guide(around_mean=True)
     exact = x.double()
     mean = exact.mean(0)
     expected = (exact - mean).T @ (exact - mean) + KEPT * rows * torch.outer(mean, mean)
@@ -32,7 +32,7 @@ def test_the_moment_around_the_mean(kernels: Any, rows: int, k: int, monkeypatch
     assert torch.equal(found, found.T)
     assert (found.diagonal() >= 0).all()
     monkeypatch.setattr(centred, "_AT_ONCE", 3 * k)
-    assert torch.equal(InputStatistics(stats).around_mean, found)
+    assert torch.equal(InputStatistics(stats).guide(around_mean=True), found)
 
 
 @pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
@@ -41,7 +41,7 @@ def test_rows_that_are_all_the_same_leave_a_moment_that_is_none_below_zero(kerne
     stats = kernels.ActivationStats(64)
     for _ in range(30):
         stats.update(row.expand(700, 64))
-    found = InputStatistics(stats).around_mean.double()
+    found = InputStatistics(stats).guide(around_mean=True).double()
     assert (found.diagonal() >= 0).all()
     size = (stats.second_moment().diagonal().double()).sqrt()
     relative = found / size / size[:, None]

@@ -23,7 +23,7 @@ def test_the_moment_around_the_mean_is_one() -> None:
     spread = x.double() - mean
     # fp32 sums of 50 numbers near 25, and the share of the mean's part that stays
     expected = (spread.T * w) @ spread + KEPT * 50 * torch.outer(mean, mean)
-    assert torch.allclose(given.around_mean.double(), expected, atol=50 * 50 * 25 * 2**-24)
+    assert torch.allclose(given.guide(around_mean=True).double(), expected, atol=50 * 50 * 25 * 2**-24)
 
 
 def test_stretches_double() -> None:

@@ -30,7 +30,12 @@ def clipped_groups(block: nn.ModuleDict, solved: list[str], config: AwqConfig) -
     for name, linear in block.items():
         x = torch.randn(T, K) @ (torch.eye(K) + 0.2 * torch.randn(K, K))
         moment = x.T @ x
-        one = InputStatistics(SimpleNamespace(rows=T, second_moment=lambda moment=moment: moment), T)
+        one = InputStatistics(
+            SimpleNamespace(
+                rows=T, second_moment=lambda moment=moment: moment, abs_sum=lambda x=x: x.double().abs().sum(0)
+            ),
+            T,
+        )
         layer = searched(LayerTask(name, linear, config, one), Quantizer(moment))
         assert layer.clipped
         groups.append(GroupSolution(group_task(layer, one), layers=(watched(layer, solved),)))

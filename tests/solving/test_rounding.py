@@ -21,7 +21,9 @@ N, K, T = 40, 48, 300
 def statistics() -> InputStatistics:
     x = torch.randn(T, K) @ (torch.eye(K) + 0.2 * torch.randn(K, K)) * torch.rand(K).add(0.1)
     moment = x.T @ x
-    return InputStatistics(SimpleNamespace(rows=T, second_moment=lambda: moment), T)
+    return InputStatistics(
+        SimpleNamespace(rows=T, second_moment=lambda: moment, abs_sum=lambda: x.double().abs().sum(0)), T
+    )
 
 
 def loss_of(weight: Tensor, found: Tensor, one: InputStatistics) -> float:
@@ -120,7 +122,9 @@ def test_a_fit_that_loses_to_rtn_is_not_taken(backend: None) -> None:
     # so much damping that only the channels' own errors count, of inputs that are all alike
     torch.manual_seed(0)
     x = torch.randn(T, 1) + 1e-3 * torch.randn(T, K)
-    one = InputStatistics(SimpleNamespace(rows=T, second_moment=lambda: x.T @ x), T)
+    one = InputStatistics(
+        SimpleNamespace(rows=T, second_moment=lambda: x.T @ x, abs_sum=lambda: x.double().abs().sum(0)), T
+    )
     config, undone = AwqConfig(group_size=16, clip=False, damping=1e6), 0
     for _ in range(20):
         linear = nn.Linear(K, 1)
