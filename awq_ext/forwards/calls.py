@@ -61,12 +61,17 @@ class Call:
     @property
     def tokens(self) -> int:
         """Number of token ids that a language model reads, padding left out; 0 where none are found."""
-        ids = self.kwargs.get("input_ids", self.args[0] if self.args else None)
-        if not isinstance(ids, Tensor) or ids.is_floating_point():
-            return 0
-        mask = self.kwargs.get("attention_mask")
-        masked = isinstance(mask, Tensor) and mask.shape == ids.shape
-        return int((mask != 0).sum()) if masked else ids.numel()
+        first = self.args[0] if self.args else None
+        # a model that reads sound or pictures may write text: then the decoder's ids are all there are
+        for ids, mask in (
+            (self.kwargs.get("input_ids", first), "attention_mask"),
+            (self.kwargs.get("decoder_input_ids"), "decoder_attention_mask"),
+        ):
+            if isinstance(ids, Tensor) and not ids.is_floating_point():
+                kept = self.kwargs.get(mask)
+                masked = isinstance(kept, Tensor) and kept.shape == ids.shape
+                return int((kept != 0).sum()) if masked else ids.numel()
+        return 0
 
     def on_copies(self, hint: str = "") -> Call:
         """Return this call with copies of its arguments, for a model that may write its input; ``hint`` is added to its own."""

@@ -179,6 +179,16 @@ def test_few_tokens_are_a_warning_that_names_how_many() -> None:
     assert quantized(4) == quantized(1, method="rtn") == []
 
 
+def test_tokens_are_those_of_the_decoder_where_only_that_reads_any() -> None:
+    ids, sound = torch.randint(0, 300, (2, 7)), torch.randn(2, 8, 40)
+    spoken = {"input_features": sound, "decoder_input_ids": ids}
+    mask = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
+    assert Call((), spoken).tokens == Call((sound,), {"decoder_input_ids": ids}).tokens == 14
+    assert Call((), {**spoken, "decoder_attention_mask": mask}).tokens == 11
+    assert Call((), {"input_ids": ids[:, :3], "decoder_input_ids": ids}).tokens == Call((ids[:, :3],)).tokens == 6
+    assert Call((sound,)).tokens == 0
+
+
 def test_the_same_tokens_make_the_same_model() -> None:
     def layer(samples: Any) -> Tensor:
         torch.manual_seed(0)
