@@ -1,7 +1,7 @@
 """Who may include whom in csrc: adapters -> drivers -> kernels -> base, tensors in adapters only.
 
-The CUDA kernels stand aside: they include base and their own folder, and nothing includes them. The toolkit's headers are named in
-cuda/gpu only, so that all else there compiles without it.
+The CUDA kernels stand aside: they include base and their own folder, and nothing includes them, but for adapters, which may know
+their C interface. The toolkit's headers are named in cuda/gpu only, so that all else there compiles without it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 LAYERS = ["adapters", "drivers", "kernels", "base"]  # from the top down
-ASIDE = "cuda"
+ASIDE, INTERFACE = "cuda", "cuda/awq_cuda.h"
 TENSOR_HEADERS = ("torch", "ATen", "c10", "pybind11", "Python.h")
 # In a level's file an inline function would be compiled for one processor and perhaps linked for all: no standard library.
 LEVEL_HEADERS = {"immintrin.h", "arm_neon.h", "cstddef"}
@@ -45,6 +45,8 @@ def fault(path: Path, layer: str, quoted: bool, name: str) -> str | None:
         return None if first in (ASIDE, "base") and rest else "expected a path that begins with cuda or base"
     if not quoted:
         return "only adapters may see tensors" if layer != "adapters" and first in TENSOR_HEADERS else None
+    if name == INTERFACE and layer == "adapters":
+        return None
     if first not in LAYERS or not rest:
         return f"expected a path that begins with one of {', '.join(LAYERS)}"
     return None if LAYERS.index(first) >= LAYERS.index(layer) else f"{layer} may not include {first}"
@@ -88,7 +90,8 @@ def test_all_layers_are_there() -> None:
         ("kernels/avx2.cpp", '#include "base/layout.h"', "a level's file"),
         ("kernels/simd-inl.h", "#include <vector>", "a level's file"),
         ("other/a.cpp", "", "in none of"),
-        ("drivers/a.cpp", '#include "cuda/device.h"', "expected a path"),
+        ("drivers/a.cpp", '#include "cuda/awq_cuda.h"', "expected a path"),
+        ("adapters/a.cpp", '#include "cuda/device.h"', "expected a path"),
         ("cuda/a.cu", '#include "kernels/kernels.h"', "expected a path that begins with cuda or base"),
         ("cuda/a.cu", "#include <ATen/ATen.h>", "only adapters may see tensors"),
         ("cuda/a.cu", "#include <cuda_fp16.h>", "only cuda/gpu may"),
@@ -106,7 +109,7 @@ def test_what_is_wrong_is_found(tmp_path: Path, file: str, line: str, reason: st
 
 def test_what_is_right_is_left_alone(tmp_path: Path) -> None:
     for file, text in {
-        "adapters/a.cpp": '#include <torch/library.h>\n#include "drivers/a.h"\n#include "base/layout.h"\n',
+        "adapters/a.cpp": '#include <torch/library.h>\n#include "drivers/a.h"\n#include "cuda/awq_cuda.h"\n',
         "drivers/a.h": '#include <vector>\n#include "drivers/b.h"\n#include "kernels/kernels.h"\n',
         "kernels/avx2.cpp": '#include "kernels.h"\n#include <immintrin.h>\n#include "table-inl.h"\n',
         "kernels/isa.cpp": '#include "kernels/isa.h"\n#include <string>\n',
