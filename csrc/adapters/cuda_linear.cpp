@@ -11,11 +11,23 @@
 
 #include "adapters/bindings.h"
 #include "base/layout.h"
+#include "cuda/awq_cuda.h"
 
 namespace awq {
 namespace {
 
 using at::Tensor;
+
+// What is called of a library of CUDA kernels. Python, which loads the library, says where its functions are.
+struct CudaLibrary {
+  decltype(&awq_cuda_linear) linear;
+  decltype(&awq_cuda_linear_parts) linear_parts;
+  decltype(&awq_cuda_error) error;
+  // aoti_torch_get_current_cuda_stream of torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h); null for a
+  // device without streams
+  int32_t (*current_stream)(int32_t device, void** stream);
+  c10::DeviceType device;
+};
 
 std::atomic<const CudaLibrary*> used{nullptr};
 
@@ -81,8 +93,6 @@ Tensor launch(const CudaLibrary& library, const Tensor& x, const Tensor& tiles, 
 
 }  // namespace
 
-void use_cuda_library(const CudaLibrary* library) { used.store(library); }
-
 std::optional<Tensor> usual_cuda_linear(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                                         const std::optional<Tensor>& bias, const std::optional<Tensor>& pre_quant_scale,
                                         int64_t in_features, int64_t out_features, int64_t group_size, int64_t bits,
@@ -111,7 +121,7 @@ void bind_cuda(py::module_& m) {
                        reinterpret_cast<decltype(CudaLibrary::error)>(error),
                        reinterpret_cast<decltype(CudaLibrary::current_stream)>(current_stream),
                        c10::Device(device).type()});
-        use_cuda_library(linear == 0 ? nullptr : &all.back());
+        used.store(linear == 0 ? nullptr : &all.back());
       },
       py::arg("device"), py::arg("linear"), py::arg("linear_parts"), py::arg("error"), py::arg("current_stream"),
       "Where the functions of a library of CUDA kernels are that usual_cuda_linear calls; 0 for linear: nowhere.");

@@ -5,24 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-
-#include "cuda/awq_cuda.h"
+#include <string_view>
 
 namespace awq {
-
-// What is called of a library of CUDA kernels. Python, which loads the library, says where its functions are.
-struct CudaLibrary {
-  decltype(&awq_cuda_linear) linear;
-  decltype(&awq_cuda_linear_parts) linear_parts;
-  decltype(&awq_cuda_error) error;
-  // aoti_torch_get_current_cuda_stream of torch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h); null for a
-  // device without streams
-  int32_t (*current_stream)(int32_t device, void** stream);
-  c10::DeviceType device;
-};
-
-// From now on this library is called; null: none.
-void use_cuda_library(const CudaLibrary* library);
 
 // quant_linear of fp16 or bf16 rows, where all tensors have the right shapes and dtypes, are contiguous and aligned,
 // and need no copy, as those of a layer do. Nothing for all other arguments, wrong ones too, without a library, and

@@ -19,6 +19,7 @@ from typing import Any
 import gpu as device
 import rivals
 import torch
+from llama import llama
 from torch import Tensor, nn
 
 import awq_ext
@@ -99,22 +100,10 @@ def quantizing(gpu: device.Gpu) -> Iterator[tuple[str, Callable[[Any], object]]]
 
 
 def llama_block(gpu: device.Gpu) -> tuple[nn.Module, list[Tensor]]:
-    """A model of one block of Llama-3.2-1B's sizes with random weights, and its calibration batches."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = (2048, 8192, 32, 8, 1024) if gpu.real else (128, 128, 2, 1, 32)
-    hidden, inner, heads, pairs, vocabulary = sizes
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        num_key_value_heads=pairs,
-        num_hidden_layers=1,
-        vocab_size=vocabulary,
-        max_position_embeddings=512,
-    )
-    model = LlamaForCausalLM(config).to(gpu.device, torch.bfloat16 if gpu.real else torch.float32).eval()
+    """A model of one block, and its calibration batches."""
+    model = llama(gpu, blocks=1, vocabulary=1024)
     length, count = (512, 32) if gpu.real else (16, 4)
+    vocabulary = model.config.vocab_size
     return model, [torch.randint(0, vocabulary, (1, length), device=gpu.device) for _ in range(count)]
 
 
@@ -127,7 +116,6 @@ def block_seconds(gpu: device.Gpu, backend: str) -> list[float]:
 
 
 def quantized_block(gpu: device.Gpu, backend: str) -> float:
-    torch.manual_seed(0)
     model, batches = llama_block(gpu)
     before = os.environ.get("AWQ_EXT_BACKEND")
     os.environ["AWQ_EXT_BACKEND"] = backend

@@ -86,7 +86,7 @@ left=$((180 - SECONDS + started))
 [ "$left" -gt 30 ] || left=30
 timeout "$((left + 60))" "$python" "$root/tests/device/bench.py" "${emulated[@]}" --seconds "$left" --json "$work/bench.json" || failed=1
 step "whole models"
-timeout 150 "$python" "$root/tests/device/models.py" "${emulated[@]}" --json "$work/models.json" || failed=1
+timeout 150 "$python" "$root/tests/device/whole_models.py" "${emulated[@]}" --json "$work/models.json" || failed=1
 
 step "results"
 "$python" - "$work" "$out" "$((SECONDS - started))" "$failed" <<'PYTHON' || failed=1

@@ -40,9 +40,9 @@ def test_it_gives_what_python_gives(bits: int, monkeypatch: pytest.MonkeyPatch) 
         (N, K, GROUP),
         (33, 200, -1),
         (70, 40, 16),
-        (40, 1160, 128),
+        (40, 1160, 128),  # in parts of the channels
         (9, 104, 128),
-    )  # the fourth: in parts of the channels
+    )
     for i, (n, k, group) in enumerate(sizes):
         for rows in ((1,), (2, 3), (40,)):
             x = torch.randn(*rows, k).to((torch.float16, torch.bfloat16)[i % 2])

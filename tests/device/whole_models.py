@@ -1,4 +1,4 @@
-"""Whole models on a GPU: python tests/device/models.py [--blocks N] [--json FILE] [--emulated], as run.sh runs it.
+"""Whole models on a GPU: python tests/device/whole_models.py [--blocks N] [--json FILE] [--emulated], as run.sh runs it.
 
 Prints one line of JSON after another: microseconds of one call of nn.Linear and QuantLinear, with Python's part; milliseconds for
 each token that a Llama with random weights generates in bf16 and in 4 bits; seconds and memory of quantizing it; the divergence of
@@ -17,7 +17,8 @@ from typing import Any
 
 import gpu as device
 import torch
-from torch import Tensor, nn
+from llama import llama
+from torch import nn
 
 import awq_ext
 from awq_ext.demo import data
@@ -26,6 +27,7 @@ from awq_ext.demo.model import load_demo_model
 METHODS: dict[str, dict[str, str]] = {name: {"method": name} for name in ("rtn", "awq", "gptq", "awq+gptq")} | {
     name: {"effort": name} for name in ("fast", "balanced", "best")
 }
+VOCABULARY = 32_000  # smaller than Llama-3.2-1B's
 WHOLE = ("awq", "awq+gptq", "balanced")
 Result = dict[str, Any]
 
@@ -51,25 +53,6 @@ def calls(gpu: device.Gpu) -> Iterator[Result]:
             yield {"call": name, "rows": rows, "us": seconds_of_a_call(lambda f=layer, x=x: f(x), gpu, count) * 1e6}
 
 
-def llama(gpu: device.Gpu, blocks: int) -> nn.Module:
-    """The sizes of Llama-3.2-1B but for its vocabulary, random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, inner, heads, pairs, vocabulary = (2048, 8192, 32, 8, 32000) if gpu.real else (128, 128, 2, 1, 32)
-    torch.manual_seed(0)
-    with torch.device(gpu.device):
-        config = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_attention_heads=heads,
-            num_key_value_heads=pairs,
-            num_hidden_layers=blocks,
-            vocab_size=vocabulary,
-            max_position_embeddings=1024,
-        )
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
-
-
 def milliseconds_a_token(model: nn.Module, gpu: device.Gpu) -> float:
     prompt, count = (128, 64) if gpu.real else (4, 2)
     tokens = torch.randint(0, model.config.vocab_size, (1, prompt), device=gpu.device)
@@ -85,13 +68,13 @@ def milliseconds_a_token(model: nn.Module, gpu: device.Gpu) -> float:
 
 
 def whole_models(gpu: device.Gpu, blocks: int) -> Iterator[Result]:
-    model = llama(gpu, blocks)
+    model = llama(gpu, blocks, VOCABULARY)
     length, count = (512, 16) if gpu.real else (16, 2)
     batches = [torch.randint(0, model.config.vocab_size, (1, length), device=gpu.device) for _ in range(count)]
     size = {} if gpu.real else {"group_size": 32}
     before = min(milliseconds_a_token(model, gpu) for _ in range(3))
     for name in WHOLE:
-        model = llama(gpu, blocks)
+        model = llama(gpu, blocks, VOCABULARY)
         if gpu.real:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -106,16 +89,6 @@ def whole_models(gpu: device.Gpu, blocks: int) -> Iterator[Result]:
         yield row
 
 
-def divergence(model: nn.Module, other: nn.Module, windows: list[Tensor]) -> float:
-    """Mean over tokens of KL(model || other), in nats."""
-    found = []
-    with torch.no_grad():
-        for window in windows:
-            mine, theirs = (m(window).float().log_softmax(-1) for m in (model, other))
-            found.append((mine.exp() * (mine - theirs)).sum(-1).mean())
-    return torch.stack(found).mean().item()
-
-
 def demo_models(gpu: device.Gpu) -> Iterator[Result]:
     tokens, count, names = (16384, 8, list(METHODS)) if gpu.real else (512, 1, ["rtn", "awq"])
     for place in (gpu.device, "cpu"):
@@ -125,7 +98,8 @@ def demo_models(gpu: device.Gpu) -> Iterator[Result]:
         for name in names:
             other = load_demo_model(torch.float32).to(place)
             awq_ext.quantize(other, batches, group_size=64, progress=False, **METHODS[name])
-            yield {"demo": name, "device": place, "kl": divergence(model, other, windows)}
+            found = awq_ext.evaluate(other, windows, reference=model)
+            yield {"demo": name, "device": place, "kl": found.measures["kl"].value}
 
 
 def main() -> None:
