@@ -214,14 +214,17 @@ def test_what_head_means_for_the_output_layer() -> None:
 
 
 def test_an_effort_stands_for_fields_and_those_given_beside_it_count() -> None:
-    assert AwqConfig(effort="fast") == AwqConfig(method="awq", builtin_text=True)
-    assert AwqConfig(effort="balanced") == AwqConfig(method="awq+gptq", builtin_text=True)
+    assert AwqConfig(effort="fast") == AwqConfig(
+        method="awq+gptq", builtin_text=True, max_calib_tokens=8192, n_grid=10, objective="layer"
+    )
+    assert AwqConfig(effort="balanced") == AwqConfig(method="awq+gptq", builtin_text=True, max_calib_tokens=16384)
     best = AwqConfig(effort="best")
     assert best.method == "awq+gptq"
     assert best.learn_rounding > 0
     assert "effort" not in best.to_dict()
     assert AwqConfig.from_dict(best.to_dict()) == best
-    assert AwqConfig(effort="best", learn_rounding=0, group_size=64) == AwqConfig(effort="balanced", group_size=64)
+    most = {"max_calib_tokens": 0, "group_size": 64}
+    assert AwqConfig(effort="best", learn_rounding=0, **most) == AwqConfig(effort="balanced", **most)
     assert AwqConfig("gptq", effort="best").method == "gptq"
     assert AwqConfig("gptq", effort="best").learn_rounding == best.learn_rounding
 

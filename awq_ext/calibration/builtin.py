@@ -11,17 +11,17 @@ from dataclasses import replace
 from importlib import resources
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from ..config import AwqConfig
 from ..forwards.calls import Call
 from ..forwards.samples import token_ids
-from .extra_batches import holds_ids
+from .windows import at_most, ids_of, place_of_ids
 
 BUILTIN = "builtin"
 FILES = ("english.txt", "code.txt", "languages.txt")
 # Batches of its own text to one of the built-in mix, which is short, and in fewer languages than many models know.
 WRITTEN = 1.0
+# Tokens in a window of the mix, at most. Windows of 512 tokens in place of 256 take longer, and gain nothing.
+WINDOW = 256
 NO_TOKENIZER = (
     "calibrated without the texts that ship with the package (builtin_text=True, which every effort sets), as no tokenizer was "
     "given: pass tokenizer=, or builtin_text=False to do without them"
@@ -64,32 +64,23 @@ class Mix(NamedTuple):
 def builtin_calls(config: AwqConfig, given: Sequence[Call], tokenizer: Callable[..., Any] | None) -> Mix:
     """Make calls of the mix, one window of ``config.seq_len`` tokens each, that are like the calls ``given``.
 
-    There are none beside batches that hold more than token ids, and without a tokenizer.
+    There are none beside batches that hold more than token ids, and without a tokenizer. Of ``config.max_calib_tokens`` they take
+    half, or what is left of it where less is given.
     """
     if not config.builtin_text:
         return Mix([], config)
-    names, without = {_place_of_ids(call) for call in given}, replace(config, builtin_text=False)
+    names, without = {place_of_ids(call) for call in given}, replace(config, builtin_text=False)
     if None in names or len(names) > 1:
         held = "the calibration batches hold more than token ids"
         return Mix([], without, note=f"the built-in texts took no part in the calibration: {held}")
     if tokenizer is None:
         return Mix([], without, warning=NO_TOKENIZER)
     ids = token_ids(tokenizer, builtin_text())
-    whole = ids[: max(len(ids) // config.seq_len, 1) * config.seq_len]
-    rows = [part[None].to(_ids(given[0])) for part in whole.split(config.seq_len)]
+    length = min(config.seq_len, WINDOW)
+    whole = ids[: max(len(ids) // length, 1) * length]
+    rows = [part[None].to(ids_of(given[0])) for part in whole.split(length)]
     name = names.pop()
-    return Mix([Call(kwargs={name: row}) if name else Call(args=(row,)) for row in rows], config)
-
-
-def _place_of_ids(call: Call) -> str | None:
-    """Name the keyword of the token ids [B, T], "" where they are the only argument; None if there is more than these and masks."""
-    values = {"": call.args[0]} if len(call.args) == 1 else {}
-    values |= {name: value for name, value in call.kwargs.items() if not name.endswith("attention_mask")}
-    if len(values) != 1 or len(call.args) > 1:
-        return None
-    name, value = values.popitem()
-    return name if holds_ids(value) else None
-
-
-def _ids(call: Call) -> Tensor:
-    return call.args[0] if call.args else call.kwargs[_place_of_ids(call)]
+    calls = [Call(kwargs={name: row}) if name else Call(args=(row,)) for row in rows]
+    most = config.max_calib_tokens
+    left = most - sum(ids_of(call).numel() for call in given)
+    return Mix(at_most(calls, max(most // 2, left)), config)

@@ -36,6 +36,7 @@ _SMALLEST = {
     "search_rows": 0,
     "refine": 0,
     "weighed_batches": 0,
+    "max_calib_tokens": 0,
     "learn_rounding": 0,
     "tune_scales": 0,
     "seq_len": 2,

@@ -7,15 +7,24 @@ from typing import Any
 
 # What each stands for; what it gives and costs: docs/research-notes-tuning.md.
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "awq", "builtin_text": True, "learn_rounding": 0, "tune_scales": 0},
+    "fast": {
+        "method": "awq+gptq",
+        "builtin_text": True,
+        "max_calib_tokens": 8192,
+        "n_grid": 10,
+        "objective": "layer",
+        "learn_rounding": 0,
+        "tune_scales": 0,
+    },
     "balanced": {
         "method": "awq+gptq",
         "builtin_text": True,
+        "max_calib_tokens": 16384,
         "weighed_batches": 4,
         "learn_rounding": 0,
         "tune_scales": 0,
     },
-    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "learn_rounding": 120, "tune_scales": 0},
+    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "learn_rounding": 170, "tune_scales": 0},
 }
 
 

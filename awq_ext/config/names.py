@@ -32,6 +32,8 @@ _ELSEWHERE = {
     "max_seq_length": "seq_len",
     "n_samples": "calib_loader, which decides how many samples there are",
     "nsamples": "calib_loader, which decides how many samples there are",
+    "max_calib_samples": "max_calib_tokens",
+    "max_calib_seq_len": "seq_len",
 }
 # AutoAWQ's version -> the name of the layout of files, None for what save_pretrained writes unasked.
 _VERSIONS = {"gemm": None, "exllama": None, "ipex": None, "marlin": None, "gemv": "gemv", "gemv_fast": "gemv_fast"}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..calibration.builtin import builtin_calls
+from ..calibration.windows import at_most, ids_of, place_of_ids
 from ..config import AwqConfig
 from ..forwards.calls import Call, read_calls
 from ..forwards.lockstep import Stop, Worker, lockstep, suspended
@@ -89,9 +90,10 @@ def session(
     ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for :func:`awq_ext.undo.interrupt.check`.
     """
     device = check_layers(model, config)
-    calls = read_calls(samples, device, tokenizer, inputs, config.seq_len, model)
-    mix = builtin_calls(config, calls, tokenizer)
+    given = read_calls(samples, device, tokenizer, inputs, config.seq_len, model)
+    mix = builtin_calls(config, given, tokenizer)
     config = mix.config
+    calls, notes = _shortened(given, config.max_calib_tokens, mix.calls)
     # tensors made in inference mode could not be used in training later
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         memory = memory or PeakMemory(device)
@@ -100,7 +102,21 @@ def session(
             if config.head != "float":
                 config = config.with_heads(heads_among(model, eligible.linears))
             found = (model, config, device, calls, journal, eligible, standins, memory)
-            yield Session(*found, mix.calls, [mix.note] if mix.note else [], [mix.warning] if mix.warning else [])
+            notes += [mix.note] if mix.note else []
+            yield Session(*found, mix.calls, notes, [mix.warning] if mix.warning else [])
         finally:
             if undo:
                 journal.rollback()
+
+
+def _shortened(given: Sequence[Call], most: int, builtin: Sequence[Call]) -> tuple[list[Call], list[str]]:
+    """Keep of the batches given what ``max_calib_tokens`` allows beside the built-in texts; also return what to note of it."""
+    calls = at_most(given, max(most - sum(map(_ids, builtin)), 1) if most else 0)
+    before, after = sum(map(_ids, given)), sum(map(_ids, calls))
+    if after == before:
+        return calls, []
+    return calls, [f"calibrated on {after:,} of the {before:,} tokens given: max_calib_tokens={most:,}"]
+
+
+def _ids(call: Call) -> int:
+    return 0 if place_of_ids(call) is None else ids_of(call).numel()

@@ -239,7 +239,7 @@ def test_methods_in_every_form() -> None:
     assert read_methods({"one": "rtn", "two": {"clip": True}})["two"] == AwqConfig(clip=True)
     assert read_methods(["fast", {"effort": "best", "label": "b"}])["b"] == AwqConfig(effort="best")
     assert read_methods(["balanced"], {"group_size": 64})["balanced"] == AwqConfig(
-        method="awq+gptq", group_size=64, builtin_text=True
+        method="awq+gptq", group_size=64, builtin_text=True, max_calib_tokens=16384
     )
     # what a method says itself counts more than what holds for all
     assert read_methods([{"label": "a", "group_size": 32}], {"group_size": 64})["a"].group_size == 32
