@@ -33,8 +33,8 @@ def ids_of(call: Call) -> Tensor:
 def at_most(calls: Sequence[Call], tokens: int) -> list[Call]:
     """Shorten calls to about ``tokens`` token ids in all, 0 is no limit: what is left shows every part of the texts.
 
-    All windows are cut at their end by the same share, but not below ``SHORTEST``, nor where a mask leaves tokens out. If they are still
-    too many, evenly spaced ones stay, at least one. Calls of anything but token ids and masks of their shape stay as they are.
+    All windows are cut at their end by the same share, but not below ``SHORTEST``, nor where a mask leaves tokens out. If they are
+    still too many, evenly spaced ones stay, at least one. Calls of anything but token ids and masks of their shape are not limited.
     """
     if not tokens or not calls or not all(map(_can_be_cut, calls)) or _count(calls) <= tokens:
         return list(calls)

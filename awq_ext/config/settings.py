@@ -140,9 +140,9 @@ class AwqConfig:
         languages, code and data (``calibration/texts``). They help on text unlike the calibration text
         (docs/research-notes-tuning.md). They need ``tokenizer``, and batches that are token ids alone: otherwise they are left
         out, with a note in the report.
-    max_calib_tokens: tokens to calibrate on, at most; 0 is no limit. The windows given and those of the built-in texts are shortened
-        until they have about half of it each, but no window below 128 tokens: beyond that, evenly spaced ones stay. Batches that
-        hold more than token ids, and random and written ones, are not limited.
+    max_calib_tokens: tokens to calibrate on, at most; 0 is no limit. All windows keep the same share of their beginning, but no
+        window is cut below 128 tokens: if they are still too many, evenly spaced ones stay. If the built-in texts take part, half
+        of the limit is theirs. Batches that hold more than token ids are not limited.
     random_tokens: further calibration batches of random tokens, as a share of those given; None chooses by the method. They help
         error feedback on text unlike the calibration text (docs/research.md). Only for models that read token ids and have
         ``get_input_embeddings()``. None: 0.25 with error feedback, unless ``builtin_text`` takes their place; otherwise 0.

@@ -70,9 +70,9 @@ Effort = Annotated[
     str | None,
     typer.Option(
         callback=check_effort,
-        help="Settings chosen by the time that they take: fast (awq+gptq on 8,192 tokens at most), balanced (on 16,384, which count "
-        "by how strongly the output reacts) or best (on all text, then the codes of each block are learned together). All three "
-        "also calibrate on the texts that ship with the package. Other options and --set override them.",
+        help="Settings chosen by the time that they take: fast (awq+gptq on 8,192 tokens), balanced (on 16,384, weighted by how "
+        "strongly the output reacts to them) or best (on all, then the codes of each block are learned together). All three also "
+        "calibrate on the texts that ship with the package. Other options and --set override them.",
         show_default=False,
     ),
 ]
