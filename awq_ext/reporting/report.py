@@ -73,7 +73,8 @@ class AwqReport:
     model: the name of the model (of its directory, or on the hub), or else of its class; date: in UTC, as ISO 8601 has it;
     versions: of awq_ext, torch and transformers; command: the call, or the command where one was typed.
     bytes_before, bytes_after: of the model's parameters and buffers, fake-quantized weights as if they were packed.
-    calibration_tokens: token ids calibrated on, of the samples; 0 where the model reads none, or all is rounded plainly and they do not matter.
+    calibration_tokens: token ids calibrated on, of the samples; 0 where the model reads none, or all is rounded plainly and they do
+        not matter.
     builtin_tokens: of the texts that ship with the package, beside those; where these alone are calibrated on, the same number.
     calibration_seconds: forwards of all batches and streaming statistics, which grow with the calibration set;
     search_seconds: scales, folds, clips, rounding, which do not. tuning_seconds: of ``tune_scales``.
