@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..config import AwqConfig
 from ..forwards.calls import Call
 from ..forwards.samples import token_ids
-from .windows import at_most, ids_of, place_of_ids
+from .windows import at_most, count_tokens, ids_of, place_of_ids
 
 BUILTIN = "builtin"
 FILES = ("english.txt", "code.txt", "languages.txt")
@@ -22,6 +22,7 @@ FILES = ("english.txt", "code.txt", "languages.txt")
 WRITTEN = 1.0
 # Tokens in a window of the mix, at most. Windows of 512 tokens in place of 256 take longer, and gain nothing.
 WINDOW = 256
+_HINT = " It is one of the built-in texts: builtin_text=False leaves them out."
 NO_TOKENIZER = (
     "calibrated without the texts that ship with the package (builtin_text=True, which every effort sets), as no tokenizer was "
     "given: pass tokenizer=, or builtin_text=False to do without them"
@@ -62,7 +63,7 @@ class Mix(NamedTuple):
 
 
 def builtin_calls(config: AwqConfig, given: Sequence[Call], tokenizer: Callable[..., Any] | None) -> Mix:
-    """Make calls of the mix, one window of ``config.seq_len`` tokens each, that are like the calls ``given``.
+    """Make calls of the mix, a window of up to ``WINDOW`` tokens each, that are like the calls ``given``.
 
     There are none beside batches that hold more than token ids, and without a tokenizer. Of ``config.max_calib_tokens`` they take
     half, or what is left of it where less is given.
@@ -80,7 +81,7 @@ def builtin_calls(config: AwqConfig, given: Sequence[Call], tokenizer: Callable[
     whole = ids[: max(len(ids) // length, 1) * length]
     rows = [part[None].to(ids_of(given[0])) for part in whole.split(length)]
     name = names.pop()
-    calls = [Call(kwargs={name: row}) if name else Call(args=(row,)) for row in rows]
+    calls = [Call(() if name else (row,), {name: row} if name else {}, _HINT) for row in rows]
     most = config.max_calib_tokens
-    left = most - sum(ids_of(call).numel() for call in given)
-    return Mix(at_most(calls, max(most // 2, left)), config)
+    # 0 would be no limit
+    return Mix(at_most(calls, max(most // 2, most - count_tokens(given), 1) if most else 0), config)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..calibration.importance import weighing_bytes
+from ..calibration.windows import can_be_cut, count_tokens
 from ..config import AwqConfig, configured
 from ..folding.finder import FoldFinder
 from ..folding.fold import Fold, NormFold
@@ -145,11 +146,14 @@ def planned(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan
     )
 
 
-def _planned_memory(opened: Session, surveys: Sequence[BlockSurvey], batches: int) -> int:
+def _planned_memory(opened: Session, surveys: Sequence[BlockSurvey], batches: float) -> int:
     """Estimate the bytes that quantizing takes beside the model, with ``batches`` times the calls of the session."""
     config, calls = opened.config, opened.calls
-    builtin = sum(call.elements for call in opened.builtin) / max(calls[0].elements, 1)
-    peak = planned_bytes(surveys, batches * len(calls) + builtin, config)
+    tokens, builtin = count_tokens(calls), count_tokens(opened.builtin)
+    if config.max_calib_tokens and tokens and all(map(can_be_cut, calls)):
+        batches = min(batches, max(config.max_calib_tokens - builtin, tokens) / tokens)
+    more = sum(call.elements for call in opened.builtin) / max(calls[0].elements, 1)
+    peak = planned_bytes(surveys, batches * len(calls) + more, config)
     if config.weighs_rows:
         peak = max(peak, weighing_bytes(opened.model, calls, surveys, config.weighed_batches))
     return peak + planned_tuning_bytes(surveys, calls, batches, config)

@@ -185,7 +185,7 @@ class Run:
         result = BlockResult(told)
         if told.note:
             result.warnings.append(f"block {told.name or '(whole model)'}: {told.note}")
-        result.warnings += _problems(groups)
+        result.warnings += _problems(groups, self._session.limited)
         names = {id(module): name for name, module in self._session.model.named_modules()}
         changes = combined(_changes(groups))
         result.writes = {f"{names[id(module)]}.{leaf}".lstrip("."): v for (module, leaf), v in changes.items()}
@@ -260,8 +260,11 @@ def _changes(groups: Sequence[GroupSolution]) -> list[Change]:
     return changes
 
 
-def _problems(groups: Sequence[GroupSolution]) -> list[str]:
-    """Write one warning for each group and problem, but a single one for all experts that saw too few rows."""
+def _problems(groups: Sequence[GroupSolution], limited: bool) -> list[str]:
+    """Write one warning for each group and problem, but a single one for all experts that saw too few rows.
+
+    limited: whether ``max_calib_tokens`` left text out, which may be why they did.
+    """
     named: dict[Any, list[str]] = {}
     for group in groups:
         for layer in group.layers:
@@ -271,5 +274,7 @@ def _problems(groups: Sequence[GroupSolution]) -> list[str]:
                 named.setdefault(key, []).append(
                     f"{layer.task.name} ({layer.task.input.rows})" if few else layer.task.name
                 )
-    texts = {key: key[1] if key else "experts that fewer than min_tokens calibration rows reached" for key in named}
+    rare = "experts that fewer than min_tokens calibration rows reached"
+    rare += " (max_calib_tokens left text out, 0 takes all of it)" * limited
+    texts = {key: key[1] if key else rare for key in named}
     return [f"{', '.join(names)}: {texts[key]}; rounded to nearest instead" for key, names in named.items()]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..calibration.builtin import builtin_calls
-from ..calibration.windows import at_most, ids_of, place_of_ids
+from ..calibration.builtin import Mix, builtin_calls
+from ..calibration.windows import at_most, count_tokens
 from ..config import AwqConfig
 from ..forwards.calls import Call, read_calls
 from ..forwards.lockstep import Stop, Worker, lockstep, suspended
@@ -30,7 +30,7 @@ class Session:
     """The model, its calibration batches (``calls``, on the model's device), and the Linears that can be quantized.
 
     config: the settings, with what ``head`` means for the output layers among them. builtin: the built-in texts, where these take
-    part. notes, warnings: for the report.
+    part. notes, warnings: for the report. limited: whether ``max_calib_tokens`` left tokens out.
     """
 
     model: nn.Module
@@ -44,6 +44,7 @@ class Session:
     builtin: list[Call] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    limited: bool = False
 
     @contextmanager
     def surveyed(self, blocks: Sequence[str] | None) -> Iterator[list[BlockSurvey]]:
@@ -90,10 +91,8 @@ def session(
     ``read_calls`` and ``select_linears`` raise. A Ctrl-C waits for :func:`awq_ext.undo.interrupt.check`.
     """
     device = check_layers(model, config)
-    given = read_calls(samples, device, tokenizer, inputs, config.seq_len, model)
-    mix = builtin_calls(config, given, tokenizer)
+    calls, mix, cut = _chosen(read_calls(samples, device, tokenizer, inputs, config.seq_len, model), config, tokenizer)
     config = mix.config
-    calls, notes = _shortened(given, config.max_calib_tokens, mix.calls)
     # tensors made in inference mode could not be used in training later
     with interrupt.held(), torch.inference_mode(False), Journal() as journal, torch.no_grad():
         memory = memory or PeakMemory(device)
@@ -102,21 +101,19 @@ def session(
             if config.head != "float":
                 config = config.with_heads(heads_among(model, eligible.linears))
             found = (model, config, device, calls, journal, eligible, standins, memory)
-            notes += [mix.note] if mix.note else []
-            yield Session(*found, mix.calls, notes, [mix.warning] if mix.warning else [])
+            notes, warnings = [one for one in (cut, mix.note) if one], [mix.warning] if mix.warning else []
+            yield Session(*found, mix.calls, notes, warnings, limited=bool(cut))
         finally:
             if undo:
                 journal.rollback()
 
 
-def _shortened(given: Sequence[Call], most: int, builtin: Sequence[Call]) -> tuple[list[Call], list[str]]:
-    """Keep of the batches given what ``max_calib_tokens`` allows beside the built-in texts; also return what to note of it."""
-    calls = at_most(given, max(most - sum(map(_ids, builtin)), 1) if most else 0)
-    before, after = sum(map(_ids, given)), sum(map(_ids, calls))
-    if after == before:
-        return calls, []
-    return calls, [f"calibrated on {after:,} of the {before:,} tokens given: max_calib_tokens={most:,}"]
-
-
-def _ids(call: Call) -> int:
-    return 0 if place_of_ids(call) is None else ids_of(call).numel()
+def _chosen(
+    given: Sequence[Call], config: AwqConfig, tokenizer: Callable[..., Any] | None
+) -> tuple[list[Call], Mix, str]:
+    """Keep of the batches given what ``max_calib_tokens`` allows beside the built-in texts; also return these, and what to note."""
+    mix, most = builtin_calls(config, given, tokenizer), config.max_calib_tokens
+    calls = at_most(given, max(most - count_tokens(mix.calls), 1) if most else 0)
+    before, after = count_tokens(given), count_tokens(calls)
+    cut = f"calibrated on {after:,} of the {before:,} tokens given: max_calib_tokens={most:,}"
+    return calls, mix, cut if after < before else ""

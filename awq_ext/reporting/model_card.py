@@ -106,7 +106,7 @@ def _tokens(report: AwqReport) -> str:
     given, builtin = report.calibration_tokens, report.builtin_tokens
     if not given or not rows:  # not of a language model, or rounded plainly
         return f"{rows:,} tokens" if rows else ""
-    if given == builtin:
+    if given == builtin and not report.config.get("builtin_text"):  # these alone; beside others they may be as many
         return f"{builtin:,} built-in tokens"
     return f"{given:,} tokens given" + (f", {builtin:,} built-in" if builtin else "")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from readers import VOCABULARY, Reader
 
 import awq_ext
 from awq_ext.calibration.builtin import builtin_text
-from awq_ext.calibration.windows import SHORTEST, at_most, ids_of
+from awq_ext.calibration.windows import SHORTEST, at_most, count_tokens, ids_of
 from awq_ext.forwards.calls import Call
 
 
@@ -60,6 +62,39 @@ def test_padded_windows_are_left_out_whole() -> None:
     assert torch.equal(short.kwargs["attention_mask"], mask[[0, 2]])
 
 
+def test_windows_of_very_different_length_leave_no_text_out() -> None:
+    """Short windows cannot be cut, so a long one is cut more: it is not left out for them."""
+    short = at_most([*(call(1, SHORTEST) for _ in range(10)), call(1, 100_000)], 8192)
+    assert [ids_of(one).shape[1] for one in short] == [SHORTEST] * 10 + [8192 - 10 * SHORTEST]
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 1000, 2999, 6000])
+def test_the_limit_holds_for_padded_windows_of_any_length(tokens: int) -> None:
+    def padded(length: int) -> Call:
+        mask = torch.ones(2, length, dtype=torch.int64)
+        mask[:, 0] = 0
+        return call(2, length, attention_mask=mask)
+
+    short = at_most([*map(padded, (9, 2000, 30, 900, 10)), call(3, 500)], tokens)
+    assert 0 < count_tokens(short) <= tokens or sum(len(ids_of(one)) for one in short) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
+def test_padding_does_not_count(dtype: torch.dtype) -> None:
+    mask = torch.zeros(64, 512, dtype=dtype)
+    mask[:, :10] = 1
+    batch = call(64, 512, attention_mask=mask)
+    assert at_most([batch], 640)[0] is batch
+    assert count_tokens([batch]) == 640
+    assert count_tokens(at_most([batch], 320)) == 320
+
+
+def test_what_is_left_holds_no_memory_of_the_whole() -> None:
+    whole = call(64, 512)
+    for one in at_most([whole, whole], 16_000):
+        assert ids_of(one).untyped_storage().nbytes() == ids_of(one).nbytes
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -102,3 +137,48 @@ def test_little_given_leaves_more_to_the_built_in_texts() -> None:
     model = awq_ext.quantize(Reader(), given, tokenizer=tokenizer, max_calib_tokens=8000, **settings)
     assert model.awq_report.calibration_tokens == 500
     assert 7000 < model.awq_report.builtin_tokens <= 7500
+
+
+def test_the_smallest_limit_is_one_too() -> None:
+    """Half of it is no token at all, and 0 would be no limit."""
+    settings = {"group_size": 16, "seq_len": 256, "builtin_text": True, "progress": False, "method": "gptq"}
+    given = [torch.randint(VOCABULARY, (1, 500)) for _ in range(4)]
+    report = awq_ext.quantize(Reader(), given, tokenizer=tokenizer, max_calib_tokens=1, **settings).awq_report
+    assert (report.calibration_tokens, report.builtin_tokens) == (SHORTEST, SHORTEST)
+    assert report.few_tokens.startswith("256 calibration tokens")
+
+
+def test_notes_count_without_padding_as_the_report_does() -> None:
+    mask = torch.ones(8, 200, dtype=torch.int64)
+    mask[:, :100] = 0
+    batch = {"input_ids": torch.randint(VOCABULARY, (8, 200)), "attention_mask": mask}
+    report = awq_ext.quantize(Masked(), [batch], group_size=16, max_calib_tokens=450, progress=False).awq_report
+    assert report.calibration_tokens == 400
+    assert report.notes[0] == "calibrated on 400 of the 800 tokens given: max_calib_tokens=450"
+
+
+class Masked(Reader):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        return super().forward(input_ids)
+
+
+class Whole(Reader):
+    """Reads windows of one length alone."""
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return super().forward(input_ids.view(-1, 512))
+
+
+def test_a_model_that_rejects_shortened_windows_says_what_shortened_them() -> None:
+    given = [torch.randint(VOCABULARY, (1, 512)) for _ in range(2)]
+    with pytest.raises(awq_ext.CalibrationError, match="max_calib_tokens has shortened it"):
+        awq_ext.quantize(Whole(), given, group_size=16, max_calib_tokens=600, progress=False)
+    awq_ext.quantize(Whole(), given, group_size=16, max_calib_tokens=1024, progress=False)
+    with pytest.raises(awq_ext.CalibrationError, match="builtin_text=False leaves them out"):
+        awq_ext.quantize(Whole(), given, group_size=16, builtin_text=True, tokenizer=tokenizer, progress=False)
+
+
+def test_the_plan_counts_no_more_batches_than_the_limit_allows() -> None:
+    ids = torch.randint(VOCABULARY, (1, 512))
+    plans = [awq_ext.plan(Reader(), ids, batches=n, group_size=16, max_calib_tokens=2048) for n in (3, 4, 40)]
+    assert plans[0].planned_memory_bytes < plans[1].planned_memory_bytes == plans[2].planned_memory_bytes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from awq_ext.reporting.model_card import inherited_from
+from awq_ext.reporting.model_card import _tokens, inherited_from
+from awq_ext.reporting.report import AwqReport, LayerReport
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,10 @@ from awq_ext.reporting.model_card import inherited_from
 def test_words_and_lists_of_words_are_taken_over(header: str, taken: str) -> None:
     assert inherited_from(f"---\n{header}\n---\nlicense: proprietary\n") == taken
     assert inherited_from(f"---\n{header}") == inherited_from(f"# Title\n---\n{header}\n---\n") == ""
+
+
+def test_as_many_built_in_tokens_as_given_ones_are_not_the_same_ones() -> None:
+    """A limit on both is shared in halves."""
+    told = {"calibration_tokens": 4096, "builtin_tokens": 4096, "layers": [LayerReport("a", 1, 1, "int4", tokens=8192)]}
+    assert _tokens(AwqReport(config={"builtin_text": True}, **told)) == "4,096 tokens given, 4,096 built-in"
+    assert _tokens(AwqReport(config={"builtin_text": False}, **told)) == "4,096 built-in tokens"

@@ -156,6 +156,17 @@ def test_min_tokens_is_the_fewest_rows_that_count() -> None:
         assert (f"{rows} calibration rows, fewer than min_tokens={limit}" == row.note) == (rows < limit)
 
 
+def test_too_few_rows_of_experts_may_be_those_that_a_limit_left() -> None:
+    ids = torch.randint(50, (2, 400))
+    left_out = "max_calib_tokens left text out"
+    for most in (0, 300, 800):
+        model = nn.Sequential(nn.Embedding(50, HIDDEN), *two_layers())
+        given = {"min_tokens": 1000, "max_calib_tokens": most}
+        with pytest.warns(UserWarning, match="fewer than min_tokens"):
+            report = awq_ext.quantize(model, [ids], **SETTINGS, **given).awq_report
+        assert any(left_out in text for text in report.warnings) == (most == 300)
+
+
 @pytest.mark.parametrize(
     "left",
     [
