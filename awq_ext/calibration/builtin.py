@@ -62,7 +62,7 @@ class Mix(NamedTuple):
 
 
 def builtin_calls(config: AwqConfig, given: Sequence[Call], tokenizer: Callable[..., Any] | None) -> Mix:
-    """Make calls of the mix, one window of ``config.seq_len`` tokens each, that are like the calls ``given``.
+    """Make calls of the mix, one window each of up to ``WINDOW`` and ``config.seq_len`` tokens, that are like the calls ``given``.
 
     There are none beside batches that hold more than token ids, and without a tokenizer. Of ``config.max_calib_tokens`` they take
     half, or what is left of it where less is given.

@@ -142,7 +142,7 @@ class AwqConfig:
         out, with a note in the report.
     max_calib_tokens: tokens to calibrate on, at most; 0 is no limit. All windows keep the same share of their beginning, but no
         window is cut below 128 tokens: if they are still too many, evenly spaced ones stay. If the built-in texts take part, half
-        of the limit is theirs. Batches that hold more than token ids are not limited.
+        of the limit is theirs, or more where fewer tokens are given. Batches that hold more than token ids are not limited.
     random_tokens: further calibration batches of random tokens, as a share of those given; None chooses by the method. They help
         error feedback on text unlike the calibration text (docs/research.md). Only for models that read token ids and have
         ``get_input_embeddings()``. None: 0.25 with error feedback, unless ``builtin_text`` takes their place; otherwise 0.

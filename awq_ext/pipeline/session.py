@@ -111,11 +111,15 @@ def session(
 
 def _shortened(given: Sequence[Call], most: int, builtin: Sequence[Call]) -> tuple[list[Call], list[str]]:
     """Keep of the batches given what ``max_calib_tokens`` allows beside the built-in texts; also return what to note of it."""
-    calls = at_most(given, max(most - sum(map(_ids, builtin)), 1) if most else 0)
+    added = sum(map(_ids, builtin))
+    calls = at_most(given, max(most - added, 1) if most else 0)
     before, after = sum(map(_ids, given)), sum(map(_ids, calls))
     if after == before:
         return calls, []
-    return calls, [f"calibrated on {after:,} of the {before:,} tokens given: max_calib_tokens={most:,}"]
+    beside = f", and on {added:,} of the built-in texts" if added else ""
+    return calls, [
+        f"calibrated on {after:,} of the {before:,} tokens given{beside}: max_calib_tokens={most}; 0 is no limit"
+    ]
 
 
 def _ids(call: Call) -> int:

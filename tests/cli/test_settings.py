@@ -53,6 +53,8 @@ def test_autoawqs_names_work(model_dir: Path, calib: Path, tmp_path: Path) -> No
         (("--set", "group_sise=64"), "did you mean group_size?"),
         (("--set", "sym=true"), "did you mean symmetric?"),
         (("--set", "clip=yes"), "clip='yes': choose one of 'auto', True, False"),
+        (("--set", "max_calib_tokens=-1"), "max_calib_tokens=-1: at least 0 is needed; 0 is no limit"),
+        (("--set", "max_calib_tokens=abc"), "max_calib_tokens='abc': an int is needed, not str"),
         (("--set", "skip=*.router"), "give a tuple of name patterns"),
         (("--skip", "re:("), "'re:(' is no regular expression"),
         (("--head", "int5"), "int5 is not one of float, int8, int4"),
