@@ -166,6 +166,12 @@ def test_efforts_calibrate_on_the_builtin_texts_beside_those_given(
     assert re.search(r"and on \d\d+ of the built-in texts", note)
 
 
+def test_text_that_the_limit_leaves_out_is_told(model_dir: Path, calib: Path, tmp_path: Path) -> None:
+    shown = quantize(model_dir, calib, tmp_path / "out", "--group-size", 32, "--set", "max_calib_tokens=64")
+    assert shown.exit_code == 0, shown.output
+    assert "note: calibrated on 64 of the 128 tokens given: max_calib_tokens=64; 0 is no limit" in shown.stderr
+
+
 def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     given = ("--calib", calib, "--traffic", calib, "--samples", 2, "--seq-len", 64, "--tokens", 64, "--json", figures)
