@@ -224,6 +224,9 @@ def quantize(
     if not at.leads:  # the first of several processes does the rest
         return
     console.print(escape(report.summary()), soft_wrap=True)
+    for note in report.notes:
+        if "max_calib_tokens" in note:  # an effort sets it too
+            say(f"[yellow]note:[/yellow] {escape(note)}")
     sizes = {"before": report.bytes_before, "after": report.bytes_after}
     console.print(_size_line(sizes), highlight=False)
     found, bad = _distance(model, remembered, console)  # only now: should it fail, the model is there
@@ -257,8 +260,8 @@ def _remembered(model: nn.Module, left: list[Any]) -> Remembered | None:
             say(f"[yellow]note:[/yellow] {escape(str(error))}")
             return None
     say(
-        "[yellow]note:[/yellow] calibration takes all of the text, so the distance from the float model is not measured: "
-        "give more text, fewer --samples, or other text with --traffic"
+        "[yellow]note:[/yellow] all of the text went into calibration windows, so none is left to measure the distance from the "
+        "float model: give more text, fewer --samples, or other text with --traffic"
     )
     return None
 

@@ -43,6 +43,8 @@ _SMALLEST = {
     "min_tokens": 0,
     "min_weights": 0,
 }
+# What 0 stands for, where one may expect -1 for it.
+_ZERO = {"search_rows": "all", "weighed_batches": "all", "max_calib_tokens": "no limit"}
 
 
 def check_values(config: Any) -> None:
@@ -68,7 +70,8 @@ def _check_ranges(config: Any) -> None:
         raise ValueError(f"AwqConfig.bits={config.bits}: 2 to 8 are possible")
     for name, smallest in _SMALLEST.items():
         if getattr(config, name) < smallest:
-            raise ValueError(f"AwqConfig.{name}={getattr(config, name)}: at least {smallest} is needed")
+            zero = f"; 0 is {_ZERO[name]}" if name in _ZERO else ""
+            raise ValueError(f"AwqConfig.{name}={getattr(config, name)}: at least {smallest} is needed{zero}")
     if not 0 < _number(config, "damping") < float("inf"):
         raise ValueError(f"AwqConfig.damping={config.damping}: a positive number is needed")
     for name in ("random_tokens", "generated_tokens"):

@@ -142,9 +142,9 @@ class AwqConfig:
         out, with a note in the report.
     max_calib_tokens: tokens to calibrate on, at most; 0 is no limit. All windows keep the same share of their beginning, but no
         window is cut below 128 tokens: if they are still too many, evenly spaced ones stay, at least one. If the built-in texts
-        take part, half of the limit is theirs. Padding does not count, and padded windows stay whole or are left out. Batches that
-        hold more than token ids are not limited. What ``random_tokens`` and ``generated_tokens`` add comes on top. Mixtures of
-        experts need more text than other models, as each expert sees a part of it.
+        take part, half of the limit is theirs, or more where fewer tokens are given. Padding does not count, and padded windows
+        stay whole or are left out. Batches that hold more than token ids are not limited. What ``random_tokens`` and
+        ``generated_tokens`` add comes on top. Mixtures of experts need more text than other models, as each expert sees a part.
     random_tokens: further calibration batches of random tokens, as a share of those given; None chooses by the method. They help
         error feedback on text unlike the calibration text (docs/research.md). Only for models that read token ids and have
         ``get_input_embeddings()``. None: 0.25 with error feedback, unless ``builtin_text`` takes their place; otherwise 0.

@@ -113,7 +113,9 @@ def _chosen(
 ) -> tuple[list[Call], Mix, str]:
     """Keep of the batches given what ``max_calib_tokens`` allows beside the built-in texts; also return these, and what to note."""
     mix, most = builtin_calls(config, given, tokenizer), config.max_calib_tokens
-    calls = at_most(given, max(most - count_tokens(mix.calls), 1) if most else 0)
+    added = count_tokens(mix.calls)
+    calls = at_most(given, max(most - added, 1) if most else 0)
     before, after = count_tokens(given), count_tokens(calls)
-    cut = f"calibrated on {after:,} of the {before:,} tokens given: max_calib_tokens={most:,}"
+    beside = f", and on {added:,} of the built-in texts" if added else ""
+    cut = f"calibrated on {after:,} of the {before:,} tokens given{beside}: max_calib_tokens={most}; 0 is no limit"
     return calls, mix, cut if after < before else ""

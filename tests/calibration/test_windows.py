@@ -121,7 +121,9 @@ def test_quantize_shares_the_limit_with_the_built_in_texts_and_says_so() -> None
         report.calibration_tokens == 2080
     )  # 8 x 260: the windows of the texts, cut to 128, are too many by less than one
     assert report.builtin_tokens == 15 * SHORTEST
-    assert report.notes[0] == "calibrated on 2,080 of the 8,000 tokens given: max_calib_tokens=4,000"
+    assert report.notes[0] == (
+        "calibrated on 2,080 of the 8,000 tokens given, and on 1,920 of the built-in texts: max_calib_tokens=4000; 0 is no limit"
+    )
 
     length = len(tokenizer(builtin_text())["input_ids"]) // 256 * 256
     texts = torch.tensor(tokenizer(builtin_text())["input_ids"][:length]).view(-1, 256)[:, :SHORTEST]
@@ -154,7 +156,7 @@ def test_notes_count_without_padding_as_the_report_does() -> None:
     batch = {"input_ids": torch.randint(VOCABULARY, (8, 200)), "attention_mask": mask}
     report = awq_ext.quantize(Masked(), [batch], group_size=16, max_calib_tokens=450, progress=False).awq_report
     assert report.calibration_tokens == 400
-    assert report.notes[0] == "calibrated on 400 of the 800 tokens given: max_calib_tokens=450"
+    assert report.notes[0] == "calibrated on 400 of the 800 tokens given: max_calib_tokens=450; 0 is no limit"
 
 
 class Masked(Reader):

@@ -53,6 +53,8 @@ def test_autoawqs_names_work(model_dir: Path, calib: Path, tmp_path: Path) -> No
         (("--set", "group_sise=64"), "did you mean group_size?"),
         (("--set", "sym=true"), "did you mean symmetric?"),
         (("--set", "clip=yes"), "clip='yes': choose one of 'auto', True, False"),
+        (("--set", "max_calib_tokens=-1"), "max_calib_tokens=-1: at least 0 is needed; 0 is no limit"),
+        (("--set", "max_calib_tokens=abc"), "max_calib_tokens='abc': an int is needed, not str"),
         (("--set", "skip=*.router"), "give a tuple of name patterns"),
         (("--skip", "re:("), "'re:(' is no regular expression"),
         (("--head", "int5"), "int5 is not one of float, int8, int4"),
@@ -162,6 +164,12 @@ def test_efforts_calibrate_on_the_builtin_texts_beside_those_given(
     assert result.exit_code == 0, result.output
     [note] = [one for one in json.loads(figures.read_text())["report"]["notes"] if "calibrated on 2 batches" in one]
     assert re.search(r"and on \d\d+ of the built-in texts", note)
+
+
+def test_text_that_the_limit_leaves_out_is_told(model_dir: Path, calib: Path, tmp_path: Path) -> None:
+    shown = quantize(model_dir, calib, tmp_path / "out", "--group-size", 32, "--set", "max_calib_tokens=64")
+    assert shown.exit_code == 0, shown.output
+    assert "note: calibrated on 64 of the 128 tokens given: max_calib_tokens=64; 0 is no limit" in shown.stderr
 
 
 def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path: Path) -> None:
