@@ -141,7 +141,7 @@ def test_the_command_of_a_card_makes_the_same_model_again(tmp_path: Path) -> Non
     def tokenizer(text: str) -> list[int]:
         return [ord(letter) % 96 for letter in text[:320]]
 
-    settings = {"group_size": 32, "fold": "always", "n_grid": 2, "seq_len": 32, "progress": False}
+    settings = {"group_size": 32, "fold": "always", "seq_len": 32, "progress": False}
     original = float_model()
     model = awq_ext.quantize(copy.deepcopy(original), [BATCH], effort="balanced", tokenizer=tokenizer, **settings)
     awq_ext.save_pretrained(model, tmp_path / "int4")
