@@ -215,7 +215,7 @@ def test_what_head_means_for_the_output_layer() -> None:
 
 def test_an_effort_stands_for_fields_and_those_given_beside_it_count() -> None:
     assert AwqConfig(effort="fast") == AwqConfig(
-        method="awq+gptq", builtin_text=True, max_calib_tokens=8192, n_grid=10, objective="layer"
+        method="awq+gptq", builtin_text=True, max_calib_tokens=8192, n_grid=10, refine=0, objective="layer"
     )
     assert AwqConfig(effort="balanced") == AwqConfig(method="awq+gptq", builtin_text=True, max_calib_tokens=16384)
     best = AwqConfig(effort="best")

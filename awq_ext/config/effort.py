@@ -12,6 +12,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "builtin_text": True,
         "max_calib_tokens": 8192,
         "n_grid": 10,
+        "refine": 0,
         "objective": "layer",
         "learn_rounding": 0,
         "tune_scales": 0,
