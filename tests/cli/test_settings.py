@@ -181,7 +181,7 @@ def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path
     assert result.exit_code == 0, result.output
     assert "calib.txt: calibrated on and scored on" in result.stderr
     rows = {row["label"]: row["config"] for row in json.loads(figures.read_text())["rows"]}
-    assert rows["fast"]["objective"] == "layer"
+    assert (rows["fast"]["method"], rows["fast"]["objective"]) == ("awq+gptq", "layer")
     assert (rows["balanced,tune_scales=1"]["method"], rows["balanced,tune_scales=1"]["tune_scales"]) == ("awq+gptq", 1)
 
 

@@ -143,12 +143,12 @@ def test_the_command_of_a_card_makes_the_same_model_again(tmp_path: Path) -> Non
 
     settings = {"group_size": 32, "fold": "always", "seq_len": 32, "progress": False}
     original = float_model()
-    model = awq_ext.quantize(copy.deepcopy(original), [BATCH], effort="balanced", tokenizer=tokenizer, **settings)
+    model = awq_ext.quantize(copy.deepcopy(original), [BATCH], effort="fast", tokenizer=tokenizer, **settings)
     awq_ext.save_pretrained(model, tmp_path / "int4")
     content = card(tmp_path / "int4").content
     assert "| calibrated on | 32 tokens given, 320 built-in |" in content
     command = re.search(r"^\| command \| `(.+)` \|$", content, re.MULTILINE)[1]
-    assert command.startswith("awq_ext.quantize(model, calibration, tokenizer=tokenizer, effort='balanced', ")
+    assert command.startswith("awq_ext.quantize(model, calibration, tokenizer=tokenizer, effort='fast', ")
     again = eval(command, {"awq_ext": awq_ext, "model": original, "calibration": [BATCH], "tokenizer": tokenizer})
     expected = model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
