@@ -19,6 +19,9 @@ from .survey import BlockSurvey
 
 # Rows and packed panels that quadratic_losses (csrc/drivers/quadratic-inl.h) works on at a time, in bytes.
 _KERNEL_SLAB = 32 << 20
+# What the heap keeps of freed pieces, in bytes. glibc gives pieces below 32 MiB back only from the end of its heap (mallopt(3)):
+# with MALLOC_MMAP_THRESHOLD_=131072 the peaks are lower by about this.
+_FREED = 32 << 20
 # Tensors of the widest layer that a forward of a block has at a time, such as gate, its activation, up and their product.
 _LAYERS_AT_ONCE = 4
 # While codes are learned each weight has its position and how far it moved, in fp32, and its best code; and in the model's dtype
@@ -101,7 +104,9 @@ def _learning_bytes(surveyed: BlockSurvey, growth: float, config: AwqConfig) -> 
     held = sum((4 * _LEARNED_FLOATS + 1) * one.numel() + _LEARNED_WEIGHTS * one.nbytes for one in weights)
     moving = 4 * _MOVING_FLOATS * max((one.numel() for one in weights), default=0)
     codes = sum(_kept_codes(linear, config, name) for name, linear in surveyed.linears.items())
-    return codes + held + moving + 2 * surveyed.input_bytes * growth + _LAYERS_KEPT * surveyed.widest_bytes
+    # a part of what the heap keeps is counted above
+    freed = min(_FREED, moving) / 2
+    return codes + held + moving + freed + 2 * surveyed.input_bytes * growth + _LAYERS_KEPT * surveyed.widest_bytes
 
 
 def _unit_bytes(surveyed: BlockSurvey) -> int:
@@ -146,7 +151,7 @@ def _scratch_bytes(linear: nn.Linear, settings: AwqConfig, divided: bool) -> flo
     panels = 2 * k * k
     if settings.uses_gptq:
         # its factor; and for refining and for clips the whole second moment once more
-        panels = 4 * k * k + max(4 * k * k, panels + slab)
+        panels = 4 * k * k + max(4 * k * k, panels + slab) + min(_FREED, 8 * n * k)
         slab = 0
     # the rows that were not compared yet: the weight, a byte a code, and packed codes three times while they are put in order
     rows = weight.numel() * ((4 if divided else weight.element_size()) + 1 + 1.5)
