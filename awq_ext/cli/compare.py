@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,9 @@ from .options.types import (
     Tokens,
     Trust,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @one_line_errors
@@ -122,7 +125,8 @@ def compare(
     given = {"field": field, "samples": samples, "seed": seed, "seq-len": seq_len, "dtype": dtype, "device": device}
     parts = _beginning(model_dir, calib, given)
     effort = next((one["effort"] for one in methods if one["label"] == summed.label and "effort" in one), None)
-    following = next_command(parts, found[summed.label].config, effort, with_builtin(calib, {}))
+    config = found[summed.label].config
+    following = next_command([*parts, *_format_for(model, batches[0], config)], config, effort, with_builtin(calib, {}))
     none = "directories hold 4 or 8 bits, packed: name such methods, to see which of them to take"
     console.print(f"next: {following or none}", markup=False, soft_wrap=True)
     write_json(found.to_dict() | {"verdict": summed.text, "take": summed.label, "next": following}, json_path)
@@ -134,6 +138,19 @@ def _beginning(model: Path, calib: list[Path], given: Mapping[str, Any]) -> list
     parts = ["quantize", str(model), f"{_last_name(model)}-quantized"]
     parts += [part for file in calib for part in ("--calib", str(file))]
     return parts + [part for name, x in given.items() if x != usual[name] for part in (f"--{name}", str(x))]
+
+
+def _format_for(model: nn.Module, batch: Tensor, config: Mapping[str, Any]) -> list[str]:
+    """Say in which format a row's model can be saved: nothing where the usual one holds it, else the one that holds every model."""
+    from ..checkpoints.formats import CheckpointError
+    from ..reporting.readers import DEFAULT_FORMAT
+    from . import hf
+
+    try:
+        hf.check_format(model, batch, DEFAULT_FORMAT, {**config, "fold": "always"})
+    except CheckpointError:
+        return ["--format", "native"]
+    return []
 
 
 def _last_name(model: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +148,36 @@ def save_model(
             module.compute = "int8"
 
 
+# Tried in this order where nobody chose a size.
+_SMALLER_GROUPS = (64, 32)
+
+
 def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> None:
     """Say before the work, in CheckpointError, that a format cannot hold what would become of the model, with the ways out."""
     try:
         foresee.check_format(model, batch[:, :_FEW_TOKENS], format, **settings)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n--format native, which awq_ext alone loads, holds every model") from None
+
+
+def with_groups_that_fit(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Take smaller groups, and say so, where the usual size does not divide widths; else as :func:`check_format`."""
+    try:
+        check_format(model, batch, format, settings)
+        return dict(settings)
+    except CheckpointError as error:
+        found = error
+    usual = settings["group_size"]
+    for size in (one for one in _SMALLER_GROUPS if one < usual):
+        smaller = {**settings, "group_size": size}
+        with suppress(CheckpointError):
+            check_format(model, batch, format, smaller)
+            say(
+                f"[yellow]note:[/yellow] groups of {size} weights, as {usual} do not divide all widths of this model; "
+                "--group-size chooses"
+            )
+            return smaller
+    raise found
 
 
 def tell_readers(console: Console, directory: Path, format: str) -> None:

@@ -75,7 +75,8 @@ def quantize(
         int | None,
         typer.Option(
             callback=check_group_size,
-            help="Weights that share a scale; -1 is one scale for each row. 128 if not given, 32 for gguf.",
+            help="Weights that share a scale; -1 is one scale for each row. 128 if not given, 32 for gguf; smaller where that "
+            "does not divide the model's widths.",
         ),
     ] = None,
     bits: Bits = None,
@@ -183,11 +184,10 @@ def quantize(
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
     _refuse_other_bits(settings, bits)
-    group_size = LAYOUTS[format].default_group_size if group_size is None else group_size
     fields = {
         "effort": effort,
         "method": method,
-        "group_size": group_size,
+        "group_size": LAYOUTS[format].default_group_size if group_size is None else group_size,
         "bits": bits,
         "fold": fold,
         "seq_len": seq_len,
@@ -211,7 +211,10 @@ def quantize(
         model = at.model
         hf.note_lengths(model, batches, 0 if all(map(texts.is_builtin, calib)) else samples)
         hf.note_same_texts(calib, named)
-        hf.check_format(model, batches[0], format, chosen)
+        if group_size is None and chosen["group_size"] == LAYOUTS[format].default_group_size:
+            chosen = hf.with_groups_that_fit(model, batches[0], format, chosen)
+        else:
+            hf.check_format(model, batches[0], format, chosen)
         remembered = _remembered(model, left) if at.leads else None
         at.quantize(batches, chosen, tokenizer)
         report = model.awq_report

@@ -245,7 +245,8 @@ class Run:
             places = [place for place, one in enumerate(self._surveys) if one.groups]
             if finished := sum(map(self._keeping.holds, places)):
                 say(f"going on after {finished} of {len(places)} blocks, which an earlier run finished")
-            say(f"{len(self._surveys)} blocks, planned peak memory {format_bytes(self._report.planned_memory_bytes)}")
+            planned = format_bytes(self._report.planned_memory_bytes)
+            say(f"{len(self._surveys)} blocks, planned peak memory {planned}, model included")
         return Progress(len(self._surveys), "quantizing", "block", self._progress)
 
 

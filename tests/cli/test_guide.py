@@ -247,6 +247,17 @@ def test_compare_ends_with_a_verdict_and_a_command_that_works(made: Path, tmp_pa
     assert {**config, "fold": ""} == {**taken, "fold": ""}
 
 
+def test_the_command_names_a_format_that_holds_a_last_group_that_is_short(made: Path, tmp_path: Path) -> None:
+    """96 channels are a group of 64 and a short one, for which the usual format has no place."""
+    sizes = ["--samples", 2, "--seq-len", 64, "--group-size", 64, "--tokens", 128, "--method", "rtn"]
+    shown = run("compare", made / "llama-4-7b", "--calib", made / "calib.txt", "--traffic", made / "code.txt", *sizes)
+    assert shown.exit_code == 0, shown.output
+    words = shlex.split(shown.stdout.splitlines()[-1])[2:]
+    assert words[words.index("--format") + 1] == "native"
+    words[2] = str(tmp_path / "out")
+    assert run(*words).exit_code == 0
+
+
 def test_the_command_has_the_settings_of_the_method() -> None:
     usual = AwqConfig().to_dict()
     config = usual | {"method": "awq+gptq", "bits": 8, "clip": False, "only": ["*.mlp.*"]}

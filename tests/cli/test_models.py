@@ -287,6 +287,15 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "new").exists()
 
 
+def test_without_a_group_size_groups_are_as_large_as_fit(
+    model_dir: Path, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    """64 and 96 channels: both are whole groups of 32."""
+    shown = run("quantize", model_dir, tmp_path / "x", *calibration(texts), "--method", "rtn")
+    assert shown.exit_code == 0 and "groups of 32 weights, as 128 do not divide all widths" in shown.output
+    assert json.loads((tmp_path / "x" / "awq_report.json").read_text())["config"]["group_size"] == 32
+
+
 @pytest.mark.parametrize(
     ("options", "messages"),
     [

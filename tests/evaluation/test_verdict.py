@@ -10,18 +10,20 @@ from awq_ext.evaluation.evaluate import Evaluation
 from awq_ext.evaluation.verdict import verdict
 
 
-def scored(kl: float, noise: float) -> Evaluation:
-    counts = torch.full((8,), 10.0, dtype=torch.float64)
-    spread = torch.linspace(-noise, noise, 8, dtype=torch.float64)
+def scored(kl: float, noise: float, windows: int = 8) -> Evaluation:
+    counts = torch.full((windows,), 10.0, dtype=torch.float64)
+    spread = torch.linspace(-noise, noise, windows, dtype=torch.float64)
     if int(kl * 1000) % 2:
         spread = spread.flip(0)
-    return Evaluation({"kl": Measure((kl + spread) * counts, counts)}, Bootstrap(resamples=200), 8, 80, 0.0)
+    return Evaluation(
+        {"kl": Measure((kl + spread) * counts, counts)}, Bootstrap(resamples=200), windows, 10 * windows, 0.0
+    )
 
 
-def comparison(noise: float = 0.0, **losses: tuple[float, float]) -> Comparison:
-    rows = [Variant("float", None, 1000, evaluations={name: scored(0.0, 0.0) for name in ("code", "prose")})]
+def comparison(noise: float = 0.0, windows: int = 8, **losses: tuple[float, float]) -> Comparison:
+    rows = [Variant("float", None, 1000, evaluations={name: scored(0.0, 0.0, windows) for name in ("code", "prose")})]
     for number, (label, both) in enumerate(losses.items()):
-        found = {name: scored(loss, noise) for name, loss in zip(("code", "prose"), both, strict=True)}
+        found = {name: scored(loss, noise, windows) for name, loss in zip(("code", "prose"), both, strict=True)}
         rows.append(Variant(label, {"bits": 4}, 250, seconds=float(number), evaluations=found))
     return Comparison(rows, ["code", "prose"], 1, Bootstrap(resamples=200))
 
@@ -36,6 +38,13 @@ def test_the_best_everywhere_is_taken() -> None:
 def test_of_several_that_do_not_differ_the_quickest_is_taken() -> None:
     found = verdict(comparison(noise=0.1, rtn=(0.100, 0.101), awq=(0.101, 0.100)))
     assert found.label == "rtn" and "not significantly different" in found.text and "the others: awq" in found.text
+
+
+def test_on_little_text_the_quickest_is_not_taken_for_the_noise() -> None:
+    losses = {"rtn": (0.110, 0.111), "awq": (0.101, 0.100)}
+    found = verdict(comparison(noise=0.1, windows=2, **losses))
+    assert found.label == "awq" and "2 windows of text cannot tell it from rtn: score on more" in found.text
+    assert verdict(comparison(noise=0.1, windows=6, **losses)).label == "rtn"
 
 
 def test_where_none_is_best_everywhere_the_mean_decides() -> None:
