@@ -23,7 +23,10 @@ from .rounding import divided, mean_loss
 from .solution import GroupSolution, LayerSolution, substitutes_of
 
 # Of the first step: of positions, in codes, and of scales, as a share. Both fall to 0 in a line.
-RATE, SCALE_RATE = 5e-3, 1e-3
+RATE, SCALE_RATE = 3.5e-3, 1e-3
+# A step goes against the sign of a running mean of gradients, which keeps this share of what it was (signSGD with momentum, arXiv
+# 1802.04434): one batch has few rows for the many weights, so signs of its gradient alone are half noise.
+MOMENTUM = 0.7
 # Steps, of a batch each, after which the held-out batches are asked.
 LOOK = 60
 # One batch of so many is kept for the decision.
@@ -117,6 +120,7 @@ class _Rounding:
         target.div_(scales).add_(zeros)
         self._start = codes + (target - codes).clamp_(-_NEAR, _NEAR)
         self._moved = torch.zeros_like(codes)
+        self._mean = torch.zeros_like(layer.task.linear.weight)
         self._best = found
 
     def _codes(self) -> Tensor:
@@ -145,9 +149,10 @@ class _Rounding:
         return kernels.learned_weight(self._start, dtype=self.given.task.linear.weight.dtype, **self._state())
 
     def move(self, gradient: Tensor, rate: float) -> None:
-        """Step against the sign of the gradient of :meth:`weight` [N, K]."""
+        """Step against the sign of the mean gradient of :meth:`weight`. gradient [N, K]: that of one more batch."""
+        self._mean.lerp_(gradient, 1 - MOMENTUM)
         rates = {"rate": RATE * rate, "theta_rate": SCALE_RATE * rate}
-        kernels.move_learned(self._start, thetas=self._thetas, gradient=gradient, **rates, **self._state())
+        kernels.move_learned(self._start, thetas=self._thetas, gradient=self._mean, **rates, **self._state())
 
     def note(self) -> None:
         """Note the codes and scales of now as the best ones."""
@@ -173,7 +178,10 @@ def _take_step(
     weights = _weights(layers)
     leaves = [weight.requires_grad_() for weight in weights.values()]
     with torch.enable_grad():
-        gradients = torch.autograd.grad(_error(probe, dict(fixed) | weights), leaves, allow_unused=True)
+        error = _error(probe, dict(fixed) | weights)
+        if not bool(error.isfinite()):  # NaN would stay in the mean gradients
+            return
+        gradients = torch.autograd.grad(error, leaves, allow_unused=True)
     for layer, gradient in zip(layers, gradients, strict=True):
         if gradient is not None:  # of an expert that no token of this batch reached there is none
             layer.move(gradient, rate)

@@ -25,8 +25,9 @@ _FREED = 32 << 20
 # Tensors of the widest layer that a forward of a block has at a time, such as gate, its activation, up and their product.
 _LAYERS_AT_ONCE = 4
 # While codes are learned each weight has its position and how far it moved, in fp32, and its best code; and in the model's dtype
-# the weight and its gradient, and one more that the allocator has not given back. While one Linear moves, five more in fp32.
-_LEARNED_FLOATS, _LEARNED_WEIGHTS, _MOVING_FLOATS = 2, 3, 5
+# the weight, its gradient and their mean, and one more that the allocator has not given back. While one Linear moves, five more in
+# fp32.
+_LEARNED_FLOATS, _LEARNED_WEIGHTS, _MOVING_FLOATS = 2, 4, 5
 # Tensors of the widest layer that a block keeps for a backward.
 _LAYERS_KEPT = 16
 

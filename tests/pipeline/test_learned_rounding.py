@@ -65,6 +65,51 @@ def test_twice_the_same(tmp_path: Any) -> None:
     assert all(torch.equal(value, again[name]) for name, value in resumed.state_dict().items())
 
 
+def test_steps_follow_a_running_mean_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[int, list[Tensor]] = {}
+    followed: list[tuple[int, Tensor]] = []
+    move, move_learned = learned._Rounding.move, learned.kernels.move_learned
+
+    def watched(self: Any, gradient: Tensor, rate: float) -> None:
+        given.setdefault(id(self), []).append(gradient.clone())
+        move(self, gradient, rate)
+        followed[-1] = (id(self), followed[-1][1])
+
+    def kernel(*arguments: Any, gradient: Tensor, **settings: Any) -> None:
+        followed.append((0, gradient.clone()))
+        move_learned(*arguments, gradient=gradient, **settings)
+
+    monkeypatch.setattr(learned._Rounding, "move", watched)
+    monkeypatch.setattr(learned.kernels, "move_learned", kernel)
+    awq_ext.quantize(llama(), windows(0, 8), learn_rounding=5, **FAST)
+    assert len(given) == 14 and {len(one) for one in given.values()} == {5}
+    for key, gradients in given.items():
+        mean = torch.zeros_like(gradients[0])
+        for gradient, used in zip(gradients, (mean for layer, mean in followed if layer == key), strict=True):
+            mean = learned.MOMENTUM * mean + (1 - learned.MOMENTUM) * gradient
+            # two roundings of fp32 a step in either order
+            torch.testing.assert_close(used, mean, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_a_batch_whose_error_is_no_number_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient would stay in the running mean."""
+    error, moved, asked = learned._error, [], []
+
+    def broken(*arguments: Any) -> Tensor:
+        value = error(*arguments)
+        asked.append(torch.is_grad_enabled())
+        return value * float("nan") if sum(asked) % 3 == 2 and asked[-1] else value
+
+    monkeypatch.setattr(learned, "_error", broken)
+    move = learned._Rounding.move
+    monkeypatch.setattr(learned._Rounding, "move", lambda *given: (moved.append(given[1]), move(*given)))
+    awq_ext.quantize(llama(), windows(0, 8), learn_rounding=6, **FAST)
+    assert (
+        len(moved) == 4 * 14
+    )  # 6 steps for each block, of which the 2nd and the 5th are passed over; 7 Linears in each
+    assert all(bool(gradient.isfinite().all()) for gradient in moved)
+
+
 def test_without_a_gain_on_the_held_out_batches_all_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned, "RATE", 50.0)  # every code goes as far as it can, wherever that leads
     monkeypatch.setattr(learned, "SCALE_RATE", 1.0)
