@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..calibration.builtin import builtin_calibration, is_builtin
+from ..calibration.windows import count_tokens
 from ..config import AwqConfig, by_effort, configured
 from ..distributed.launch import TIMEOUT
 from ..distributed.team import leads, teamed
@@ -141,11 +142,26 @@ def _tell_calibration(report: AwqReport, opened: Session, builtin_alone: bool, t
     """Tell what the model is calibrated on, and the call that would do so again."""
     given, builtin = _tokens(opened, opened.calls), _tokens(opened, opened.builtin)
     report.calibration_tokens, report.builtin_tokens = given, given if builtin_alone else builtin
-    report.notes += opened.notes
+    report.notes += opened.notes + _too_short(opened)
     report.warnings += opened.warnings
     # which is denied where they were to take part, but could not
     report.config["builtin_text"] = opened.config.builtin_text
     report.command = call_text(by_effort(report.config), AwqConfig().to_dict(), tokenizer)
+
+
+def _too_short(opened: Session) -> list[str]:
+    """Note a limit of text that leaves error feedback less than one token for each channel of its widest Linear.
+
+    Then most of what it gains over AWQ alone is lost (docs/research-notes-tuning.md, "How much text?").
+    """
+    linears, tokens = opened.eligible.linears.items(), count_tokens([*opened.calls, *opened.builtin])
+    widest = max((one.in_features for name, one in linears if opened.config.for_layer(name).uses_gptq), default=0)
+    if not opened.limited or tokens >= widest:
+        return []
+    return [
+        f"{tokens:,} tokens are few for error feedback on Linears of {widest:,} input channels: "
+        f"max_calib_tokens={2 * widest} takes two for each"
+    ]
 
 
 def _warn_at_once(report: AwqReport, opened: Session, tells: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from readers import VOCABULARY, Reader
+from torch import nn
 
 import awq_ext
 from awq_ext.calibration.builtin import builtin_text
@@ -138,6 +139,28 @@ def test_little_given_leaves_more_to_the_built_in_texts() -> None:
     model = awq_ext.quantize(Reader(), given, tokenizer=tokenizer, max_calib_tokens=8000, **settings)
     assert model.awq_report.calibration_tokens == 500
     assert 7000 < model.awq_report.builtin_tokens <= 7500
+
+
+class Wide(nn.Module):
+    """Ids in, rows of 600 channels in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, 600)
+        self.layer = nn.Linear(600, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.embedding(ids))
+
+
+def test_a_limit_below_a_token_for_each_channel_is_noted_with_error_feedback() -> None:
+    given, settings = [torch.randint(VOCABULARY, (1, 500)) for _ in range(4)], {"group_size": 32, "progress": False}
+    more = {"random_tokens": 0, "generated_tokens": 0, "objective": "layer"}
+    few = "512 tokens are few for error feedback on Linears of 600 input channels: max_calib_tokens=1200 takes two for each"
+    for method, most, noted in (("gptq", 512, True), ("awq", 512, False), ("gptq", 640, False)):
+        report = awq_ext.quantize(Wide(), given, method=method, max_calib_tokens=most, **settings, **more).awq_report
+        assert (few in report.notes) == noted
 
 
 def test_the_smallest_limit_is_one_too() -> None:
