@@ -148,16 +148,16 @@ def save_model(
             module.compute = "int8"
 
 
-# Tried in this order where nobody chose a size.
-_SMALLER_GROUPS = (64, 32)
-
-
 def check_format(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> None:
     """Say before the work, in CheckpointError, that a format cannot hold what would become of the model, with the ways out."""
     try:
         foresee.check_format(model, batch[:, :_FEW_TOKENS], format, **settings)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n--format native, which awq_ext alone loads, holds every model") from None
+
+
+# Tried in this order where nobody chose a size.
+_SMALLER_GROUPS = (64, 32)
 
 
 def with_groups_that_fit(model: nn.Module, batch: Tensor, format: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def verdict(found: Comparison) -> Verdict:
     """Choose the method that none beats significantly on any evaluation text; else the one that loses least on average.
 
     Of several, the smallest, then the one that took least time; but where all texts are shorter than ``FEW_WINDOWS`` windows, the
-    one that loses least. Goes by the KL divergence from the float model, which needs
-    fewer windows than perplexity to show a difference; for models without next-token logits, by the first measure.
+    one that loses least. Goes by the KL divergence from the float model, which needs fewer windows than perplexity to show a
+    difference; for models without next-token logits, by the first measure.
     """
     measure = "kl" if "kl" in found.measures else found.measures[0]
     by = "KL divergence from the float model" if measure == "kl" else measure

@@ -154,9 +154,11 @@ def _too_short(opened: Session) -> list[str]:
 
     Then most of what it gains over AWQ alone is lost (docs/research-notes-tuning.md, "How much text?").
     """
+    if not opened.limited:
+        return []
     linears, tokens = opened.eligible.linears.items(), count_tokens([*opened.calls, *opened.builtin])
     widest = max((one.in_features for name, one in linears if opened.config.for_layer(name).uses_gptq), default=0)
-    if not opened.limited or tokens >= widest:
+    if tokens >= widest:
         return []
     return [
         f"{tokens:,} tokens are few for error feedback on Linears of {widest:,} input channels: "

@@ -104,9 +104,8 @@ def test_a_batch_whose_error_is_no_number_is_passed_over(monkeypatch: pytest.Mon
     move = learned._Rounding.move
     monkeypatch.setattr(learned._Rounding, "move", lambda *given: (moved.append(given[1]), move(*given)))
     awq_ext.quantize(llama(), windows(0, 8), learn_rounding=6, **FAST)
-    assert (
-        len(moved) == 4 * 14
-    )  # 6 steps for each block, of which the 2nd and the 5th are passed over; 7 Linears in each
+    # 6 steps for each block, of which the 2nd and the 5th are passed over; 7 Linears in each
+    assert len(moved) == 4 * 14
     assert all(bool(gradient.isfinite().all()) for gradient in moved)
 
 
