@@ -184,6 +184,11 @@ def quantize(
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
     _refuse_other_bits(settings, bits)
+    if effort is not None and method == "rtn":
+        raise typer.BadParameter(
+            f"{effort} says how long codes are searched, and --method rtn searches none: leave one of them out",
+            param_hint="--effort",
+        )
     fields = {
         "effort": effort,
         "method": method,
@@ -226,10 +231,10 @@ def quantize(
         at.work.remove()
     if not at.leads:  # the first of several processes does the rest
         return
+    console.print(_method_line(report.config, effort), soft_wrap=True, markup=False, highlight=False)
     console.print(escape(report.summary()), soft_wrap=True)
     for note in report.notes:
-        if "max_calib_tokens" in note:  # an effort sets it too
-            say(f"[yellow]note:[/yellow] {escape(note)}")
+        say(f"[yellow]note:[/yellow] {escape(note)}")
     sizes = {"before": report.bytes_before, "after": report.bytes_after}
     console.print(_size_line(sizes), highlight=False)
     found, bad = _distance(model, remembered, console)  # only now: should it fail, the model is there
@@ -245,6 +250,14 @@ def quantize(
     console.print(f"next: {following}", soft_wrap=True, markup=False)
     figures = {"out": str(out_dir), "format": format, "bytes": sizes, "next": following}
     write_json(figures | {"report": report.to_dict()}, json_path)
+
+
+def _method_line(config: dict[str, Any], effort: str | None) -> str:
+    asked = "" if effort is None else f" (effort {effort})"
+    size = config["group_size"]
+    sharing = "one scale for each row" if size == -1 else f"groups of {size}"
+    others = "; other settings for some layers" if config["per_layer"] else ""
+    return f"method: {config['method']}{asked}, {config['bits']} bits, {sharing}{others}"
 
 
 def _size_line(sizes: dict[str, int]) -> str:

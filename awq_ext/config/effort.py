@@ -25,7 +25,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "learn_rounding": 0,
         "tune_scales": 0,
     },
-    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "learn_rounding": 140, "tune_scales": 0},
+    "best": {"method": "awq+gptq", "builtin_text": True, "weighed_batches": 4, "learn_rounding": 160, "tune_scales": 0},
 }
 
 

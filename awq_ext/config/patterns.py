@@ -33,7 +33,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def suggested(pattern: str, names: Sequence[str], most: int = 3) -> list[str]:
-    """Suggest patterns that fit some of ``names`` for one that fits none, or else the names most like it, up to ``most``."""
+    """Suggest patterns that fit some of ``names`` for one that fits none, or else the names most like it, up to ``most``.
+
+    None where no name is like it.
+    """
     wider = [one for one in _wider(pattern) if any(fits(one, name) for name in names)]
     if wider:
         return wider[:1]
@@ -41,7 +44,7 @@ def suggested(pattern: str, names: Sequence[str], most: int = 3) -> list[str]:
         pattern = re.sub(r"\\?\.\*|\\|[$^]", "", pattern.removeprefix(REGEX))
     elif (mended := _mended(pattern, names)) is not None:
         return [mended]
-    return difflib.get_close_matches(pattern, names, most, 0.3) or list(names[:most])
+    return difflib.get_close_matches(pattern, names, most)
 
 
 def _wider(pattern: str) -> Iterable[str]:

@@ -142,7 +142,7 @@ def _tell_calibration(report: AwqReport, opened: Session, builtin_alone: bool, t
     """Tell what the model is calibrated on, and the call that would do so again."""
     given, builtin = _tokens(opened, opened.calls), _tokens(opened, opened.builtin)
     report.calibration_tokens, report.builtin_tokens = given, given if builtin_alone else builtin
-    report.notes += opened.notes + _too_short(opened)
+    report.notes += opened.notes + _too_short(opened) + _changes_nothing(opened.config)
     report.warnings += opened.warnings
     # which is denied where they were to take part, but could not
     report.config["builtin_text"] = opened.config.builtin_text
@@ -164,6 +164,13 @@ def _too_short(opened: Session) -> list[str]:
         f"{tokens:,} tokens are few for error feedback on Linears of {widest:,} input channels: "
         f"max_calib_tokens={2 * widest} takes two for each"
     ]
+
+
+def _changes_nothing(config: AwqConfig) -> list[str]:
+    """Note settings of an effort beside plain rounding, which reads no text and searches nothing."""
+    if config.method != "rtn" or config.per_layer or not (config.builtin_text or config.learn_rounding):
+        return []
+    return ['method="rtn" rounds to nearest: nothing is searched or learned, so an effort changes nothing']
 
 
 def _warn_at_once(report: AwqReport, opened: Session, tells: bool) -> None:

@@ -198,7 +198,8 @@ class Choice:
 
 def _fits_none(what: str, pattern: str, names: Sequence[str]) -> str:
     text = f"AwqConfig.{what} fits none of the {len(names)} layers"
-    return text + did_you_mean(suggested(pattern, names))
+    near = suggested(pattern, names)
+    return text + (did_you_mean(near) if near else f", whose names are like {', '.join(names[:3])}")
 
 
 def _selects(selector: Selector, name: str, module: nn.Module) -> bool:

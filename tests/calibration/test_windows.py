@@ -163,6 +163,22 @@ def test_a_limit_below_a_token_for_each_channel_is_noted_with_error_feedback() -
         assert (few in report.notes) == noted
 
 
+def test_an_effort_beside_plain_rounding_is_noted() -> None:
+    given, settings = (
+        [torch.randint(VOCABULARY, (1, 500))],
+        {"group_size": 32, "tokenizer": tokenizer, "progress": False},
+    )
+    for effort, method, noted in (
+        ("best", "rtn", True),
+        ("fast", "rtn", True),
+        (None, "rtn", False),
+        ("fast", "awq", False),
+    ):
+        chosen = {"method": method} | ({"effort": effort} if effort else {})
+        notes = awq_ext.quantize(Wide(), given, **settings, **chosen).awq_report.notes
+        assert any("an effort changes nothing" in one for one in notes) == noted
+
+
 def test_the_smallest_limit_is_one_too() -> None:
     """Half of it is no token at all, and 0 would be no limit."""
     settings = {"group_size": 16, "seq_len": 256, "builtin_text": True, "progress": False, "method": "gptq"}

@@ -164,6 +164,8 @@ def test_efforts_calibrate_on_the_builtin_texts_beside_those_given(
     assert result.exit_code == 0, result.output
     [note] = [one for one in json.loads(figures.read_text())["report"]["notes"] if "calibrated on 2 batches" in one]
     assert re.search(r"and on \d\d+ of the built-in texts", note)
+    assert f"note: {note}" in result.stderr
+    assert "\nmethod: awq+gptq (effort fast), 4 bits, groups of 32\n" in "\n" + result.stdout
 
 
 def test_text_that_the_limit_leaves_out_is_told(model_dir: Path, calib: Path, tmp_path: Path) -> None:
@@ -186,7 +188,12 @@ def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("more", "message"), [(("--effort", "bets"), "did you mean best"), (("--calib", "."), "is a directory")]
+    ("more", "message"),
+    [
+        (("--effort", "bets"), "did you mean best"),
+        (("--effort", "fast", "--method", "rtn"), "--method rtn searches none"),
+        (("--calib", "."), "is a directory"),
+    ],
 )
 def test_a_wrong_effort_or_text_is_a_usage_error(
     model_dir: Path, calib: Path, tmp_path: Path, more: tuple[str, ...], message: str
