@@ -11,6 +11,8 @@ from torch import Tensor
 from ..reporting.report import TAIL_PLACES
 
 TOP_SHARE = 0.01
+# Rows of a weight that are summed at a time.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def top_count(channels: int) -> int:
 
 def channel_salience(x_mean: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Multiply x_mean [K] by the mean |weight| of each channel over the Linears [N_i, K] that read it: fp32 [K]."""
-    total = sum(weight.abs().sum(0, dtype=torch.float32) for weight in weights)
+    # a few rows at a time: copies of whole weights would be the peak of a block's memory
+    total = sum(rows.abs().sum(0, dtype=torch.float32) for weight in weights for rows in weight.split(_ROWS))
     return x_mean * total / sum(len(weight) for weight in weights)
 
 
