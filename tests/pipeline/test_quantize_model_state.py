@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import models
@@ -102,6 +104,61 @@ def test_the_callers_modes_stay_and_the_result_is_ordinary(mode: Any) -> None:
     case.model.zero_grad()
     with torch.no_grad():
         case.model.embed.weight.mul_(0.5)
+
+
+def test_a_model_that_was_made_in_inference_mode() -> None:
+    """Its parameters can be written in that mode alone, and nothing can be differentiated with them."""
+    expected = models.make("llama")
+    with torch.inference_mode():
+        case = models.make("llama")
+    assert case.model.layers[0].input_norm.weight.is_inference()
+    for one in (expected, case):
+        awq_ext.quantize(one.model, one.batches, **FAST)
+    with torch.no_grad():
+        assert torch.equal(case.model(case.batches[0]), expected.model(case.batches[0]))
+
+
+class TalkativeNet(models.Net):
+    """Each block returns more than its hidden states: a mask that it passes on, and a loss."""
+
+    def __init__(self, more: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.more = more
+        for layer in self.layers:
+            layer.forward = partial(self._forward, layer.forward)
+
+    def _forward(self, block: Callable[[Tensor], Tensor], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = block(given[0])
+        return (x, *self.more(x))
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        given = (self.embed(ids),)
+        for layer in self.layers:
+            given = layer(given)
+        return self.lm_head(self.norm(given[0]))
+
+
+def talkative(more: Callable[[Tensor], tuple[Tensor, ...]], **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model, batches = TalkativeNet(more).eval(), models.token_batches()
+    return awq_ext.quantize(model, batches, method="awq", clip="auto", **settings, **FAST)
+
+
+@pytest.mark.parametrize("low", [float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_mask_that_blocks_return_changes_nothing(low: float, steps: int) -> None:
+    plain = talkative(lambda x: (), learn_rounding=steps)
+    model = talkative(lambda x: (torch.full((x.shape[1],) * 2, low).triu(1),), learn_rounding=steps)
+    assert any(row.applied for row in plain.awq_report.layers)
+    assert model.awq_report.to_dict()["blocks"] == plain.awq_report.to_dict()["blocks"]
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_blocks_may_return_a_loss(steps: int) -> None:
+    model = talkative(lambda x: (x.square().mean(), torch.zeros(())), learn_rounding=steps)
+    assert all(0 < block.output_error < 1 for block in model.awq_report.blocks)
 
 
 def test_a_linear_called_by_keyword_is_quantized_and_still_callable() -> None:
