@@ -220,6 +220,19 @@ def test_transformer_encoder_layers_of_torch() -> None:
             assert (found - wanted).norm() < 0.2 * wanted.norm()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_transformer_encoder_of_torch_takes_padded_batches() -> None:
+    """In float it makes nested tensors of them, which are no inputs of a Linear."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(40, 4, 72, batch_first=True), 3).eval()
+    original, padding = copy.deepcopy(model), torch.arange(9).expand(2, 9) >= torch.tensor([[9], [5]])
+    batches = [{"src": torch.randn(2, 9, 40), "src_key_padding_mask": padding} for _ in range(3)]
+    awq_ext.quantize(model, batches, **FAST)
+    assert model.use_nested_tensor
+    with torch.no_grad():
+        found, wanted = model(**batches[0])[~padding], original(**batches[0])[~padding]
+    assert (found - wanted).norm() < 0.2 * wanted.norm()
+
+
 def test_skip_patterns_and_given_blocks() -> None:
     case = models.make("llama")
     awq_ext.quantize(case.model, case.batches, blocks=[], skip=["*.mlp.*"], quantize_head=True, **FAST)
