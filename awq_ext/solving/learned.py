@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..forwards.outputs import equal
 from ..forwards.probe import Probe
 from ..kernels.reference import expand_groups
 from ..layers.quantized_weight import QuantizedWeight
@@ -208,18 +207,31 @@ def _error(probe: Probe, substitutes: Mapping[tuple[nn.Module, str], Tensor]) ->
     """Average the squared error of the output's rows, each by its row's own size: a norm that follows divides by that."""
     total, parts = torch.zeros(()), 0
     for output, wanted in zip(probe.output(substitutes), probe.reference, strict=True):
-        # a scalar, such as a loss, has no rows; what is only passed on, such as a mask, has no error, but maybe inf - inf
-        if not wanted.numel() or not wanted.dim() or (not output.requires_grad and equal(output, wanted)):
+        if not wanted.numel() or not wanted.dim():  # a scalar, such as a loss, has no rows
             continue
         if output.shape != wanted.shape:
             raise RuntimeError(f"the block returned shape {tuple(output.shape)}, then {tuple(wanted.shape)}")
-        size = wanted.float().square().mean(-1)
-        least = (
-            size[size > 0].median() * _LEAST_SIZE if bool(size.any()) else size.new_ones(())
-        )  # of those that are not 0
-        error = (output.float() - wanted.float()).square().mean(-1)
-        total, parts = total.to(error) + (error / size.maximum(least)).mean(), parts + 1
+        difference, target = _apart(output.float(), wanted.float())
+        error = difference.square().mean(-1)
+        total, parts = total.to(error) + (error / _sizes(target)).mean(), parts + 1
     return total / max(parts, 1)
+
+
+def _apart(output: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``output - wanted`` and ``wanted``, with 0 where a mask has put inf or -inf into both."""
+    difference = output - wanted
+    if bool(wanted.isfinite().all()):
+        return difference, wanted
+    masked = wanted.isinf() & (output == wanted)
+    return difference.masked_fill(masked, 0), wanted.masked_fill(masked, 0)
+
+
+def _sizes(rows: Tensor) -> Tensor:
+    """Return the mean square of each row, or ``_LEAST_SIZE`` of the median of those that are not 0, if that is more."""
+    sizes = rows.square().mean(-1)
+    some = sizes[sizes > 0]
+    least = float(some.median()) * _LEAST_SIZE if some.numel() else 0.0
+    return sizes.clamp_min(max(least, torch.finfo(torch.float32).tiny))
 
 
 def _judge(probes: Sequence[Probe], substitutes: Mapping[tuple[nn.Module, str], Tensor]) -> float:

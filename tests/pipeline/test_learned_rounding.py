@@ -157,6 +157,25 @@ def test_rows_of_zeros_do_not_count_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(one.before < 1e3 for one in learned_mlps(monkeypatch, rows(256), Gated()))
 
 
+class Policy(nn.Module):
+    """Masks some entries of its output, as the logits of a policy are masked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.masked_fill(torch.arange(32) % 4 == 3, float("-inf"))
+
+
+def test_masked_entries_of_an_output_do_not_count() -> None:
+    def policy(last: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        return Mlp(last).eval()
+
+    plain, model = (awq_ext.quantize(policy(Policy()), rows(64), learn_rounding=n, blocks=[], **FAST) for n in (0, 60))
+    given = rows(65)[0]
+    wanted, before, after = (one(given)[:, torch.arange(32) % 4 != 3] for one in (policy(Policy()), plain, model))
+    assert (after - wanted).norm() < 0.98 * (before - wanted).norm()
+    assert 0 < model.awq_report.blocks[0].output_error < 1
+
+
 def test_a_batch_whose_gradients_are_no_numbers_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     moved, move = [], learned._Rounding.move
     monkeypatch.setattr(learned, "_factor", lambda probe: float("inf"))
