@@ -106,14 +106,22 @@ def test_the_callers_modes_stay_and_the_result_is_ordinary(mode: Any) -> None:
         case.model.embed.weight.mul_(0.5)
 
 
-def test_a_model_that_was_made_in_inference_mode() -> None:
-    """Its parameters can be written in that mode alone, and nothing can be differentiated with them."""
-    expected = models.make("llama")
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("llama", {}), ("tied", {"head": "int8", "method": "gptq", "generated_tokens": 0, "random_tokens": 0})],
+)
+def test_a_model_that_was_made_in_inference_mode(name: str, settings: dict[str, Any]) -> None:
+    """Its parameters can be written in that mode alone, and nothing can be differentiated with them: all rows count alike."""
+    expected = models.make(name)
     with torch.inference_mode():
-        case = models.make("llama")
+        case = models.make(name)
     assert case.model.layers[0].input_norm.weight.is_inference()
     for one in (expected, case):
-        awq_ext.quantize(one.model, one.batches, **FAST)
+        one.model.layers[1].input_norm.requires_grad_(False)
+        objective = {"objective": "layer"} if one is expected else {}
+        awq_ext.quantize(one.model, one.batches, **settings, **objective, **FAST)
+    flags = [{name: p.requires_grad for name, p in one.model.named_parameters()} for one in (expected, case)]
+    assert flags[0] == flags[1]
     with torch.no_grad():
         assert torch.equal(case.model(case.batches[0]), expected.model(case.batches[0]))
 
