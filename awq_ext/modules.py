@@ -25,6 +25,11 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
+def asks_gradient(parameter: nn.Parameter) -> bool:
+    """Tell whether a view of ``parameter`` asks for its gradient too; of one that was made in inference mode none may."""
+    return parameter.requires_grad and not parameter.is_inference()
+
+
 def norm_candidates(block: nn.Module) -> dict[str, nn.Module]:
     """Find modules below ``block`` that may be norms: no children, a 1-D weight, at most a bias of the same length beside it."""
     found = {}

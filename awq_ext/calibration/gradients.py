@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,9 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parameter in asking:
-            parameter.requires_grad_(True)
+            # one that was made in inference mode can be told so in that mode alone
+            with torch.inference_mode(parameter.is_inference()):
+                parameter.requires_grad_(True)
 
 
 @contextmanager

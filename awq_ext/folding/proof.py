@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..forwards.outputs import distance_of, norm_of
+from ..forwards.outputs import error_of
 from ..forwards.probe import Probe, combined
 from ..survey.groups import ScaleGroup
 from .fold import Change, Fold, LinearFold, NormFold
@@ -82,13 +82,12 @@ def leaves_unchanged(probe: Probe, candidates: Sequence[Candidate], arriving: bo
     fed = [i for i, candidate in enumerate(candidates) if arriving and isinstance(candidate.fold, LinearFold)]
     consumers = [candidates[i].linears[0] for i in fed]
     reference, xs = probe.watch(combined(trial), consumers) if trial or fed else (probe.reference, [])
-    allowed = EXACT * norm_of(reference)
     divided: list[Change] = []
     columns: list[Change] = []
     for candidate, its in zip(candidates, factors, strict=True):
         mine = candidate.fold.changes(its)
         silent = isinstance(candidate.fold, NormFold) and not (
-            distance_of(probe.output(combined(trial + mine)), reference) > allowed
+            error_of(probe.output(combined(trial + mine)), reference) > EXACT
         )
         if silent:
             return False
@@ -96,7 +95,7 @@ def leaves_unchanged(probe: Probe, candidates: Sequence[Candidate], arriving: bo
         columns += candidate.columns(its)
     output, seen = probe.watch(combined(trial + divided + columns), consumers)
     arrived = all(_arrived(x, y, factors[i]) for i, x, y in zip(fed, xs, seen, strict=True))
-    return arrived and distance_of(output, reference) <= allowed
+    return arrived and error_of(output, reference) <= EXACT
 
 
 def _arrived(x: Tensor, seen: Tensor, factors: Tensor) -> bool:

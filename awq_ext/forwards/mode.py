@@ -23,7 +23,8 @@ def _eager() -> AbstractContextManager[Any]:
 def calibration_mode(model: nn.Module) -> Iterator[None]:
     """Put ``model`` into eval mode while the body runs, with nothing compiled and no key/value cache; then undo all of it.
 
-    Every suspended forward would hold a cache. It is turned off where a config has a switch for it. A Ctrl-C comes where
+    Every suspended forward would hold a cache. It is turned off where a config has a switch for it. Encoders of torch make no
+    nested tensors of padded batches, whose rows could not be counted. A Ctrl-C comes where
     :func:`awq_ext.undo.interrupt.check` is called, or once all is as it was.
     """
     with interrupt.held():
@@ -31,10 +32,14 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         owners = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", None)}
         # an encoder and a decoder may have one each
         caching = [(config, config.use_cache) for config in owners.values()]
+        encoders = [one for one in model.modules() if isinstance(one, nn.TransformerEncoder)]
+        nesting = [one for one in encoders if getattr(one, "use_nested_tensor", False)]
         try:
             model.eval()
             for config, _ in caching:
                 config.use_cache = False
+            for encoder in nesting:
+                encoder.use_nested_tensor = False
             with _eager():
                 yield
         finally:
@@ -43,3 +48,5 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
                 module.training = model.get_submodule(name).training = flag
             for config, use_cache in caching:
                 config.use_cache = use_cache
+            for encoder in nesting:
+                encoder.use_nested_tensor = True

@@ -40,13 +40,39 @@ def float_tensors(output: Any) -> list[Tensor]:
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
-    """Return the Frobenius norm of all tensors together, summed in fp64."""
-    return sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
+    """Return the Frobenius norm of all tensors together, summed in fp64; entries of -inf and inf do not count (masks have them)."""
+    total = _squares(tensors)
+    if total == float("inf"):
+        total = _squares([torch.where(tensor.isinf(), 0, tensor) for tensor in tensors])
+    return total**0.5
 
 
 def distance_of(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """Return the Frobenius distance of all tensors together; inf where shapes differ or values are not finite."""
+    """Return the Frobenius distance of all tensors together; inf where shapes differ, or values that are not finite."""
     if [tensor.shape for tensor in tensors] != [other.shape for other in others]:
         return float("inf")
-    total = norm_of([tensor.double() - other.double() for tensor, other in zip(tensors, others, strict=True)])
-    return total if total == total else float("inf")
+    pairs = [(one.double(), other.double()) for one, other in zip(tensors, others, strict=True)]
+    total = _squares([one - other for one, other in pairs])
+    if total != total:  # -inf less -inf is NaN
+        total = _squares([torch.where(one == other, 0, one - other) for one, other in pairs])
+    return total**0.5 if total == total else float("inf")
+
+
+def error_of(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Return :func:`distance_of`, relative to the norm of those of ``others`` that differ.
+
+    What a block only passes on, such as a mask of large negative numbers, would hide the errors of the rest.
+    """
+    if (distance := distance_of(tensors, others)) in (0.0, float("inf")):
+        return distance
+    differing = [other for one, other in zip(tensors, others, strict=True) if not equal(one, other)]
+    return distance / (norm_of(differing) or 1.0)
+
+
+def _squares(tensors: Sequence[Tensor]) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors)
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors have the same dtype, shape and values."""
+    return one.dtype == other.dtype and torch.equal(one, other)

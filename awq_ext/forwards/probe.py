@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .hooks import Hooks
 from .inputs import linear_input
-from .outputs import distance_of, float_tensors, norm_of
+from .outputs import distance_of, equal, float_tensors, norm_of
 
 # Parameters, by (module, name), that a block sees on trial instead of the real ones.
 Substitutes = Mapping[tuple[nn.Module, str], Tensor]
@@ -44,6 +44,7 @@ class Probe:
         self._run = run
         self._row_mask = row_mask
         self.reference = self._rows(output)
+        self._changed: set[int] = set()  # places in ``reference``
 
     def output(self, substitutes: Substitutes) -> list[Tensor]:
         """Return the floating-point tensors that the block returns, without the rows that do not count."""
@@ -71,7 +72,7 @@ class Probe:
         return output, [seen.get(linear, torch.empty(0, linear.in_features)) for linear in linears]
 
     def _counted(self, tensor: Tensor) -> Tensor:
-        mask = self._row_mask(tensor)
+        mask = self._row_mask(tensor) if tensor.dim() > 1 else None
         return tensor if mask is None else tensor.flatten(0, -2)[mask.flatten()]
 
     def _rows(self, output: Any) -> list[Tensor]:
@@ -79,12 +80,19 @@ class Probe:
 
     def distance(self, substitutes: Substitutes) -> float:
         """Return ||output - float output||, Frobenius, over all tensors; inf where shapes differ or values are not finite."""
-        return distance_of(self.output(substitutes), self.reference)
+        output = self.output(substitutes)
+        distance = distance_of(output, self.reference)
+        pairs = enumerate(zip(output, self.reference, strict=False))
+        self._changed |= {i for i, pair in pairs if i not in self._changed and not equal(*pair)}
+        return distance
 
     @property
     def norm(self) -> float:
-        """||float output||, Frobenius."""
-        return norm_of(self.reference)
+        """||float output||, Frobenius, of those of its tensors that :meth:`distance` has seen change.
+
+        What the block only passes on, such as a mask of large negative numbers, would hide the errors of the rest.
+        """
+        return norm_of([self.reference[i] for i in sorted(self._changed)])
 
 
 @contextmanager

@@ -38,7 +38,8 @@ def quant_linear(
     multiplies x first, or None; group_size -1 or positive; bits 4 or 8. Returns [..., N] in x's dtype. Sums are fp32 on the CPU.
     The weight is never rounded; x is rounded only if it is bf16, when its product with pre_quant_scale becomes bf16 again. Under
     autocast x is cast as a Linear's input is. Differentiable in x, bias and scales, codes are frozen; the gradient of the scales
-    has their shape and 16-bit dtype (:func:`quant_scale_gradient` returns it in fp32).
+    has their shape and 16-bit dtype (:func:`quant_scale_gradient` returns it in fp32). Under torch.func and in forward mode x and
+    bias have all derivatives, by torch's own products with the dequantized weight; scales have none there.
     compute_dtype "int8" rounds the activations to eight bits on the fly (``reference.int8_activations``) and computes with
     integers: faster with many rows, less accurate. Gradients are those of "auto".
     ValueError for shapes that do not fit, other bits or an unknown compute_dtype, TypeError for a wrong dtype.

@@ -60,7 +60,8 @@ def _sketches_pay(probe: Probe, weights: Sequence[Tensor]) -> bool:
 
     To solve one takes about as long as a forward of K tokens through it. Sketches cost up to two more forwards of the block.
     """
-    tokens = max((one.numel() // one.shape[-1] for one in probe.reference if one.numel()), default=0)
+    # a scalar among the outputs, such as a loss, has no rows
+    tokens = max((one.numel() // one.shape[-1] for one in probe.reference if one.numel() and one.dim()), default=0)
     return sum(w.numel() * w.shape[1] for w in weights) > 2 * tokens * sum(w.numel() for w in weights)
 
 

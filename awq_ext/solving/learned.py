@@ -8,6 +8,7 @@ decide whether what was learned stays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,8 @@ LOOK = 60
 HELD = 8
 # A position begins where the float weight lies, but at most so far from the code that was found: a step must not undo that.
 _NEAR = 0.45
+# A row of the output counts as no smaller than this share of the median one: rows that a ReLU has set to 0 would count alone.
+_LEAST_SIZE = 0.01
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,10 @@ def learn_rounding(
     judged, seen = [probes[i] for i in held], [one for i, one in enumerate(probes) if i not in held]
     if not layers or not judged or not seen:
         return list(groups), None
-    fixed = _fixed(groups, [layer.given for layer in layers])
+    fixed, factor = _fixed(groups, [layer.given for layer in layers]), _factor(seen[0])
     before = best = _judge(judged, fixed | _weights(layers))
     for step, chosen in enumerate(_order(len(seen), steps)):
-        _take_step(layers, seen[chosen], fixed, 1 - step / steps)
+        _take_step(layers, seen[chosen], fixed, 1 - step / steps, factor)
         if (step + 1) % LOOK == 0 or step + 1 == steps:
             now = _judge(judged, fixed | _weights(layers))
             if now < best:
@@ -172,16 +175,29 @@ def _weights(layers: Sequence[_Rounding]) -> dict[tuple[nn.Module, str], Tensor]
     return {(linear, "weight"): layer.weight() for linear, layer in zip(linears, layers, strict=True)}
 
 
+def _factor(probe: Probe) -> float:
+    """Choose a power of two for all gradients, of which only the signs count: in fp16 a mean over many entries has none but 0."""
+    output = next((one for one in probe.reference if one.dim() > 1), torch.zeros(0))
+    size = float(output.double().norm()) * output.numel() ** 0.5
+    return 2.0 ** round(math.log2(size)) if 0 < size < math.inf else 1.0
+
+
 def _take_step(
-    layers: Sequence[_Rounding], probe: Probe, fixed: Mapping[tuple[nn.Module, str], Tensor], rate: float
+    layers: Sequence[_Rounding],
+    probe: Probe,
+    fixed: Mapping[tuple[nn.Module, str], Tensor],
+    rate: float,
+    factor: float,
 ) -> None:
     weights = _weights(layers)
     leaves = [weight.requires_grad_() for weight in weights.values()]
     with torch.enable_grad():
         error = _error(probe, dict(fixed) | weights)
-        if not bool(error.isfinite()):  # NaN would stay in the mean gradients
+        if not bool(error.isfinite()):
             return
-        gradients = torch.autograd.grad(error, leaves, allow_unused=True)
+        gradients = torch.autograd.grad(error, leaves, torch.full_like(error, factor), allow_unused=True)
+    if not all(bool(one.isfinite().all()) for one in gradients if one is not None):  # NaN would stay in the means
+        return
     for layer, gradient in zip(layers, gradients, strict=True):
         if gradient is not None:  # of an expert that no token of this batch reached there is none
             layer.move(gradient, rate)
@@ -191,14 +207,31 @@ def _error(probe: Probe, substitutes: Mapping[tuple[nn.Module, str], Tensor]) ->
     """Average the squared error of the output's rows, each by its row's own size: a norm that follows divides by that."""
     total, parts = torch.zeros(()), 0
     for output, wanted in zip(probe.output(substitutes), probe.reference, strict=True):
-        if not wanted.numel():
+        if not wanted.numel() or not wanted.dim():  # a scalar, such as a loss, has no rows
             continue
         if output.shape != wanted.shape:
             raise RuntimeError(f"the block returned shape {tuple(output.shape)}, then {tuple(wanted.shape)}")
-        size = wanted.float().square().mean(-1)
-        error = (output.float() - wanted.float()).square().mean(-1)
-        total, parts = total.to(error) + (error / size.clamp_min(torch.finfo(torch.float32).tiny)).mean(), parts + 1
+        difference, target = _apart(output.float(), wanted.float())
+        error = difference.square().mean(-1)
+        total, parts = total.to(error) + (error / _sizes(target)).mean(), parts + 1
     return total / max(parts, 1)
+
+
+def _apart(output: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``output - wanted`` and ``wanted``, with 0 where a mask has put inf or -inf into both."""
+    difference = output - wanted
+    if bool(wanted.isfinite().all()):
+        return difference, wanted
+    masked = wanted.isinf() & (output == wanted)
+    return difference.masked_fill(masked, 0), wanted.masked_fill(masked, 0)
+
+
+def _sizes(rows: Tensor) -> Tensor:
+    """Return the mean square of each row, or ``_LEAST_SIZE`` of the median of those that are not 0, if that is more."""
+    sizes = rows.square().mean(-1)
+    some = sizes[sizes > 0]
+    least = float(some.median()) * _LEAST_SIZE if some.numel() else 0.0
+    return sizes.clamp_min(max(least, torch.finfo(torch.float32).tiny))
 
 
 def _judge(probes: Sequence[Probe], substitutes: Mapping[tuple[nn.Module, str], Tensor]) -> float:

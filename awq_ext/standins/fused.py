@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..modules import parameter_owners
+from ..modules import asks_gradient, parameter_owners
 from ..undo.journal import Journal
 from .eager import eager_config
 from .expert_linears import USES, ExpertLinears
@@ -39,7 +39,7 @@ class FusedWeight:
         for matrix in fused.detach():
             weight = matrix if use == "linear" else matrix.T
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=fused.requires_grad)
+            linear.weight = nn.Parameter(weight, requires_grad=asks_gradient(fused))
             made.append(linear)
         return ExpertLinears(made, use).train(self.module.training)
 

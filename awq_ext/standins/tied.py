@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..modules import parameter_owners, take_hooks
+from ..modules import asks_gradient, parameter_owners, take_hooks
 from ..undo.journal import Journal
 from .transposed import computes_linear
 
@@ -34,7 +34,7 @@ def with_own_weight(model: nn.Module, head: nn.Linear) -> nn.Linear:
     A bias that the model holds elsewhere too is copied, as it is part of what transformers ties.
     """
     linear = nn.Linear(head.in_features, head.out_features, device="meta")
-    linear.weight = nn.Parameter(head.weight.detach(), requires_grad=head.weight.requires_grad)
+    linear.weight = nn.Parameter(head.weight.detach(), requires_grad=asks_gradient(head.weight))
     bias = head.bias
     if bias is not None and len(parameter_owners(model)[id(bias)]) > 1:
         bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..modules import take_hooks
+from ..modules import asks_gradient, take_hooks
 
 
 def has_transposed_form(module: nn.Module) -> bool:
@@ -80,7 +80,7 @@ def linear_of(module: nn.Module) -> nn.Linear:
     """Make a Linear that computes the same. Its weight [N, K] is a view; bias, hooks and training flag are the module's own."""
     weight = module.weight
     linear = nn.Linear(*weight.shape, device="meta")
-    linear.weight = nn.Parameter(weight.detach().T, requires_grad=weight.requires_grad)
+    linear.weight = nn.Parameter(weight.detach().T, requires_grad=asks_gradient(weight))
     linear.bias = module.bias
     take_hooks(linear, module)
     return linear.train(module.training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -39,13 +39,8 @@ class Journal:
         """Overwrite a parameter or buffer in place."""
         interrupt.check()
         saved = tensor.detach().clone()
-
-        def restore() -> None:
-            with torch.no_grad():
-                tensor.copy_(saved)
-
-        self._undo.append(restore)
-        tensor.copy_(values)
+        self._undo.append(lambda: _overwrite(tensor, saved))
+        _overwrite(tensor, values)
 
     def set_attribute(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of any object; one that its class gave it is the class's again after an undo."""
@@ -99,3 +94,9 @@ class Journal:
         with self._held:
             if kind is not None:
                 self.rollback()
+
+
+def _overwrite(tensor: Tensor, values: Tensor) -> None:
+    # a model that was made in inference mode can be written in that mode alone
+    with torch.no_grad(), torch.inference_mode() if tensor.is_inference() else nullcontext():
+        tensor.copy_(values)

@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -191,11 +192,34 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
 };
 
+// The same layer made of torch's own operators, whose derivatives are known to every transform.
+Tensor linear_of_operators(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
+                           const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
+                           int64_t out_features, int64_t group_size, int64_t bits) {
+  const Tensor weight = call_weight(tiles, scales, zeros, in_features, out_features, group_size, bits);
+  const Tensor wide = x.to(at::kFloat), input = pre_quant_scale.has_value() ? wide * *pre_quant_scale : wide;
+  const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->to(at::kFloat)) : std::nullopt;
+  return at::linear(input, weight, b).to(x.scalar_type());
+}
+
+bool has_tangent(const Tensor& t) { return t._fw_grad(0).defined(); }
+
+// Whether torch.func or forward-mode differentiation runs: they know no derivative of a C++ autograd function, and
+// below autograd a tangent would be lost without a word.
+bool is_transformed(const Tensor& x, const OptionalTensor& bias, bool trained) {
+  if (has_tangent(x) || (bias.has_value() && has_tangent(*bias))) return true;
+  return trained && c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
 Tensor quant_linear_autograd(const Tensor& x, const Tensor& tiles, const Tensor& scales, const Tensor& zeros,
                              const OptionalTensor& bias, const OptionalTensor& pre_quant_scale, int64_t in_features,
                              int64_t out_features, int64_t group_size, int64_t bits, std::string_view compute_dtype) {
-  const bool trained = x.requires_grad() || scales.requires_grad() || (bias.has_value() && bias->requires_grad());
-  if (at::GradMode::is_enabled() && trained)
+  const bool scaled = scales.requires_grad() || has_tangent(scales);
+  const bool trained = x.requires_grad() || scaled || (bias.has_value() && bias->requires_grad());
+  if (!scaled && is_transformed(x, bias, trained && at::GradMode::is_enabled()))
+    return linear_of_operators(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
+                               bits);
+  if (has_tangent(scales) || (at::GradMode::is_enabled() && trained))
     return LinearFunction::apply(x, tiles, scales, zeros, bias, pre_quant_scale, in_features, out_features, group_size,
                                  bits, compute_dtype);
   const at::AutoDispatchBelowADInplaceOrView below;

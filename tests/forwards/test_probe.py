@@ -8,6 +8,7 @@ import torch
 from checks import hook_count
 from torch import Tensor, nn
 
+from awq_ext.forwards.calls import Call
 from awq_ext.forwards.probe import Probe, combined, output_dtypes, substituted
 
 
@@ -41,6 +42,24 @@ def test_rows_that_do_not_count_are_left_out() -> None:
     assert made.distance(changed) == pytest.approx((3 * models.HIDDEN) ** 0.5, rel=1e-5)
     assert made.distance({}) == 0.0
     assert made.norm == pytest.approx(float(output.norm()))
+
+
+@pytest.mark.parametrize("low", [float("-inf"), torch.finfo(torch.float32).min, -1e9])
+def test_what_a_block_only_passes_on_hides_no_error(low: float) -> None:
+    linear, x = nn.Linear(5, 5), torch.randn(3, 5)
+    hidden = linear(x).detach()
+    run = lambda: (linear(x).detach(), torch.full((4, 4), low).triu(1), torch.ones(()))  # noqa: E731
+    made = Probe(run, run())
+    assert made.distance({(linear, "bias"): linear.bias.detach() + 1.0}) == pytest.approx(15**0.5, rel=1e-5)
+    assert made.norm == pytest.approx(float(hidden.norm()))
+    assert made.distance({(linear, "bias"): torch.full((5,), float("nan"))}) == float("inf")
+
+
+def test_rows_are_those_of_tensors_that_have_any() -> None:
+    """A batch of one token has a mask of one entry, which would fit a scalar too."""
+    run = lambda: (torch.ones(1, 1, 4), torch.ones(()), torch.ones(4))  # noqa: E731
+    call = Call(kwargs={"attention_mask": torch.ones(1, 1)})
+    assert [one.shape for one in Probe(run, run(), call.row_mask).reference] == [(1, 4), (), (4,)]
 
 
 def test_the_first_input_of_a_linear_that_is_called_twice() -> None:

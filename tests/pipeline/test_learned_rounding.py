@@ -16,7 +16,7 @@ from awq_ext.demo import data
 from awq_ext.demo.model import ByteLlama, ByteLlamaConfig, load_demo_model
 from awq_ext.layers.quant_linear import QuantLinear
 from awq_ext.pipeline.shared_run import SharedRun
-from awq_ext.solving import learned
+from awq_ext.solving import block_solver, learned
 
 FAST = {"method": "awq+gptq", "group_size": 16, "random_tokens": 0, "generated_tokens": 0, "progress": False}
 
@@ -107,6 +107,81 @@ def test_a_batch_whose_error_is_no_number_is_passed_over(monkeypatch: pytest.Mon
     # 6 steps for each block, of which the 2nd and the 5th are passed over; 7 Linears in each
     assert len(moved) == 4 * 14
     assert all(bool(gradient.isfinite().all()) for gradient in moved)
+
+
+def rows(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(count, 32, generator=generator) for _ in range(4)]
+
+
+class Mlp(nn.Module):
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.up, self.down, self.last = nn.Linear(32, 48), nn.Linear(48, 32), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.down(torch.relu(self.up(x))))
+
+
+def learned_mlps(monkeypatch: pytest.MonkeyPatch, calib: list[Tensor], last: nn.Module) -> list[learned.Learned]:
+    found, learn = [], block_solver.learn_rounding
+    monkeypatch.setattr(block_solver, "learn_rounding", lambda *given: (found.append(learn(*given)), found[-1])[1])
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Mlp(last) for _ in range(2))).to(calib[0].dtype).eval()
+    awq_ext.quantize(model, calib, learn_rounding=60, **FAST)
+    return [one for _, one in found]
+
+
+def test_fp16_has_gradients_of_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a mean over 65,536 entries is less than the smallest number of fp16."""
+    zeros, move = [], learned._Rounding.move
+
+    def watched(self: Any, gradient: Tensor, rate: float) -> None:
+        zeros.append(float((gradient == 0).float().mean()))
+        move(self, gradient, rate)
+
+    monkeypatch.setattr(learned._Rounding, "move", watched)
+    learned_mlps(monkeypatch, [batch.mul(30).half() for batch in rows(2048)], nn.Identity())
+    assert len(zeros) == 4 * 60
+    assert max(zeros) < 0.1
+
+
+class Gated(nn.Module):
+    """Sets rows to 0 whose sum is not positive; a row near the edge is 0 in float and not behind rounded weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.sum(-1, keepdim=True) > 0)
+
+
+def test_rows_of_zeros_do_not_count_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(one.before < 1e3 for one in learned_mlps(monkeypatch, rows(256), Gated()))
+
+
+class Policy(nn.Module):
+    """Masks some entries of its output, as the logits of a policy are masked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.masked_fill(torch.arange(32) % 4 == 3, float("-inf"))
+
+
+def test_masked_entries_of_an_output_do_not_count() -> None:
+    def policy(last: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        return Mlp(last).eval()
+
+    plain, model = (awq_ext.quantize(policy(Policy()), rows(64), learn_rounding=n, blocks=[], **FAST) for n in (0, 60))
+    given = rows(65)[0]
+    wanted, before, after = (one(given)[:, torch.arange(32) % 4 != 3] for one in (policy(Policy()), plain, model))
+    assert (after - wanted).norm() < 0.98 * (before - wanted).norm()
+    assert 0 < model.awq_report.blocks[0].output_error < 1
+
+
+def test_a_batch_whose_gradients_are_no_numbers_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved, move = [], learned._Rounding.move
+    monkeypatch.setattr(learned, "_factor", lambda probe: float("inf"))
+    monkeypatch.setattr(learned._Rounding, "move", lambda *given: (moved.append(given), move(*given)))
+    learned_mlps(monkeypatch, rows(16), nn.Identity())
+    assert not moved
 
 
 def test_without_a_gain_on_the_held_out_batches_all_stays(monkeypatch: pytest.MonkeyPatch) -> None:

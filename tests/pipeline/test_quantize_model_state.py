@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import models
@@ -104,6 +106,69 @@ def test_the_callers_modes_stay_and_the_result_is_ordinary(mode: Any) -> None:
         case.model.embed.weight.mul_(0.5)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("llama", {}), ("tied", {"head": "int8", "method": "gptq", "generated_tokens": 0, "random_tokens": 0})],
+)
+def test_a_model_that_was_made_in_inference_mode(name: str, settings: dict[str, Any]) -> None:
+    """Its parameters can be written in that mode alone, and nothing can be differentiated with them: all rows count alike."""
+    expected = models.make(name)
+    with torch.inference_mode():
+        case = models.make(name)
+    assert case.model.layers[0].input_norm.weight.is_inference()
+    for one in (expected, case):
+        one.model.layers[1].input_norm.requires_grad_(False)
+        objective = {"objective": "layer"} if one is expected else {}
+        awq_ext.quantize(one.model, one.batches, **settings, **objective, **FAST)
+    flags = [{name: p.requires_grad for name, p in one.model.named_parameters()} for one in (expected, case)]
+    assert flags[0] == flags[1]
+    with torch.no_grad():
+        assert torch.equal(case.model(case.batches[0]), expected.model(case.batches[0]))
+
+
+class TalkativeNet(models.Net):
+    """Each block returns more than its hidden states: a mask that it passes on, and a loss."""
+
+    def __init__(self, more: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.more = more
+        for layer in self.layers:
+            layer.forward = partial(self._forward, layer.forward)
+
+    def _forward(self, block: Callable[[Tensor], Tensor], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = block(given[0])
+        return (x, *self.more(x))
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        given = (self.embed(ids),)
+        for layer in self.layers:
+            given = layer(given)
+        return self.lm_head(self.norm(given[0]))
+
+
+def talkative(more: Callable[[Tensor], tuple[Tensor, ...]], **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model, batches = TalkativeNet(more).eval(), models.token_batches()
+    return awq_ext.quantize(model, batches, method="awq", clip="auto", **settings, **FAST)
+
+
+@pytest.mark.parametrize("low", [float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_mask_that_blocks_return_changes_nothing(low: float, steps: int) -> None:
+    plain = talkative(lambda x: (), learn_rounding=steps)
+    model = talkative(lambda x: (torch.full((x.shape[1],) * 2, low).triu(1),), learn_rounding=steps)
+    assert any(row.applied for row in plain.awq_report.layers)
+    assert model.awq_report.to_dict()["blocks"] == plain.awq_report.to_dict()["blocks"]
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+def test_blocks_may_return_a_loss(steps: int) -> None:
+    model = talkative(lambda x: (x.square().mean(), torch.zeros(())), learn_rounding=steps)
+    assert all(0 < block.output_error < 1 for block in model.awq_report.blocks)
+
+
 def test_a_linear_called_by_keyword_is_quantized_and_still_callable() -> None:
     case = models.make("keyword")
     awq_ext.quantize(case.model, case.batches, **FAST)
@@ -161,6 +226,19 @@ def test_transformer_encoder_layers_of_torch() -> None:
         with context():
             found, wanted = model(batches[0]), original(batches[0])
             assert (found - wanted).norm() < 0.2 * wanted.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_transformer_encoder_of_torch_takes_padded_batches() -> None:
+    """In float it makes nested tensors of them, which are no inputs of a Linear."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(40, 4, 72, batch_first=True), 3).eval()
+    original, padding = copy.deepcopy(model), torch.arange(9).expand(2, 9) >= torch.tensor([[9], [5]])
+    batches = [{"src": torch.randn(2, 9, 40), "src_key_padding_mask": padding} for _ in range(3)]
+    awq_ext.quantize(model, batches, **FAST)
+    assert model.use_nested_tensor
+    with torch.no_grad():
+        found, wanted = model(**batches[0])[~padding], original(**batches[0])[~padding]
+    assert (found - wanted).norm() < 0.2 * wanted.norm()
 
 
 def test_skip_patterns_and_given_blocks() -> None:

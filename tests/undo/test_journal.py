@@ -43,6 +43,17 @@ def test_without_an_exception_the_changes_stay() -> None:
     assert model.layers[1].norm.weight.requires_grad
 
 
+def test_a_model_that_was_made_in_inference_mode_is_written_and_taken_back() -> None:
+    with torch.inference_mode():
+        model = models.Net(models.MlpBlock)
+    before = Snapshot(model)
+    with pytest.raises(RuntimeError, match=r"^mine$"), Journal() as journal:
+        change(journal, model)
+        assert torch.equal(model.layers[1].norm.weight, torch.ones(models.HIDDEN))
+        raise RuntimeError("mine")
+    before.assert_unchanged()
+
+
 def test_rolling_back_twice_is_harmless() -> None:
     model = models.Net(models.MlpBlock)
     before = Snapshot(model)
