@@ -38,9 +38,15 @@ class Call:
 
     @property
     def masks(self) -> list[Tensor]:
-        """The [batch, sequence] masks among the keywords: ``attention_mask``, ``decoder_attention_mask`` and the like."""
-        found = [v for k, v in self.kwargs.items() if k.endswith("attention_mask") and isinstance(v, Tensor)]
-        return [mask for mask in found if mask.dim() == 2]
+        """The [batch, sequence] masks among the keywords, 0 where rows are padding.
+
+        ``attention_mask``, ``decoder_attention_mask`` and the like; and the opposite of torch's ``src_key_padding_mask`` and the
+        like, but not of square ones: with ``batch_first=False`` rows are [sequence, batch], which could not be told apart.
+        """
+        given = {k: v for k, v in self.kwargs.items() if isinstance(v, Tensor) and v.dim() == 2}
+        kept = [mask for name, mask in given.items() if name.endswith("attention_mask")]
+        padded = [mask for name, mask in given.items() if name.endswith("key_padding_mask")]
+        return kept + [mask == 0 for mask in padded if mask.shape[0] != mask.shape[1]]
 
     def row_mask(self, x: Tensor) -> Tensor | None:
         """Find the bool mask [...] of the rows of ``x`` [..., K] that count; None if there is none, and all do.

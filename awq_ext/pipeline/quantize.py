@@ -60,11 +60,11 @@ def quantize(
     model: any nn.Module with nn.Linear inside, float32, bfloat16 or float16. Compiled kernels run on the CPU, plain torch on any
         other device.
     calib_loader: iterable of samples. Each is a Tensor, a tuple or list (positional arguments), a mapping (keywords; rows that
-        ``attention_mask`` marks 0 do not count) or a list of token ids. With ``tokenizer`` it may also be a str, a list of
-        messages, or a row of a data set with "text", "messages", "conversations" or "prompt" and "completion". A str is the text
-        itself: the name of a file that is there is refused. Tensors are moved to the model's device. "builtin" in place of samples
-        (with ``tokenizer``) is a small mix of languages and code that ships with the package, and as much text that the model
-        writes itself (``generated_tokens``). Your own text is better.
+        ``attention_mask`` marks 0, or torch's ``src_key_padding_mask`` True, do not count) or a list of token ids. With
+        ``tokenizer`` it may also be a str, a list of messages, or a row of a data set with "text", "messages", "conversations" or
+        "prompt" and "completion". A str is the text itself: the name of a file that is there is refused. Tensors are moved to the
+        model's device. "builtin" in place of samples (with ``tokenizer``) is a small mix of languages and code that ships with the
+        package, and as much text that the model writes itself (``generated_tokens``). Your own text is better.
     tokenizer: turns texts and chats into token ids; needed for these, and for ``builtin_text``.
     inputs: what the model is called with: "all" of a sample; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.

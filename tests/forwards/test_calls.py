@@ -157,6 +157,17 @@ def test_each_of_two_masks_serves_its_own_length() -> None:
     assert call.row_mask(torch.zeros(2, 4, 1)) is None
 
 
+def test_rows_that_a_padding_mask_of_torch_marks_do_not_count() -> None:
+    padding = torch.tensor([[False, False, True], [False, True, True]])
+    call = Call(kwargs={"src_key_padding_mask": padding})
+    assert torch.equal(call.row_mask(torch.zeros(2, 3, 8)), ~padding)
+    added = torch.zeros(2, 3).masked_fill(padding, float("-inf"))
+    assert torch.equal(Call(kwargs={"key_padding_mask": added}).row_mask(torch.zeros(2, 3, 8)), ~padding)
+    assert call.row_mask(torch.zeros(3, 2, 8)) is None  # [sequence, batch]
+    square = {"src_key_padding_mask": torch.zeros(3, 3, dtype=torch.bool)}
+    assert Call(kwargs=square).row_mask(torch.zeros(3, 3, 8)) is None
+
+
 def test_masks_of_other_kinds_are_no_row_masks() -> None:
     assert Call(kwargs={"attention_mask": torch.zeros(2, 1, 3, 3)}).row_mask(torch.zeros(2, 3, 1)) is None
     assert Call(kwargs={"attention_mask": None}).row_mask(torch.zeros(2, 3, 1)) is None
