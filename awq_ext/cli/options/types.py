@@ -90,7 +90,7 @@ Bits = Annotated[
     typer.Option(
         min=2,
         max=8,
-        help="Bits of a weight: 4 (the default) or 8; 2, 3, 5, 6 and 7 only in compare.",
+        help="Bits of a weight: 4 (the default) or 8; 2, 3, 5, 6 and 7 only in compare, with --set packed=false.",
         show_default=False,
     ),
 ]
