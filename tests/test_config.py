@@ -69,6 +69,11 @@ def test_a_bad_value_is_named_with_its_field(field: str, value: Any, error: type
     assert repr(value) in str(caught.value)
 
 
+def test_an_effort_as_the_method_is_told_its_own_field() -> None:
+    with pytest.raises(ValueError, match=r"'awq\+gptq'; an effort is given as effort=\"best\"$"):
+        AwqConfig(method="best")
+
+
 @pytest.mark.parametrize("field", ["method", "group_size", "scale_dtype", "clip", "fold", "propagate"])
 def test_a_refused_choice_lists_the_choices(field: str) -> None:
     bad = 7 if field == "group_size" else "nonsense"

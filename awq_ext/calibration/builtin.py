@@ -72,7 +72,7 @@ def builtin_calls(config: AwqConfig, given: Sequence[Call], tokenizer: Callable[
         return Mix([], config)
     names, without = {place_of_ids(call) for call in given}, replace(config, builtin_text=False)
     if None in names or len(names) > 1:
-        held = "the calibration batches hold more than token ids"
+        held = "the calibration batches are not token ids alone"
         return Mix([], without, note=f"the built-in texts took no part in the calibration: {held}")
     if tokenizer is None:
         return Mix([], without, warning=NO_TOKENIZER)

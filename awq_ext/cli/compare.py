@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from .console import console_for, one_line_errors, set_threads, write_json
+from .console import console_for, one_line_errors, say, set_threads, write_json
 from .options.checks import check_group_size, check_output
 from .options.settings import parse_method, read_settings, with_builtin
 from .options.types import (
@@ -34,6 +35,7 @@ from .options.types import (
     Tokens,
     Trust,
 )
+from .options.words import in_options
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -141,14 +143,19 @@ def _beginning(model: Path, calib: list[Path], given: Mapping[str, Any]) -> list
 
 
 def _format_for(model: nn.Module, batch: Tensor, config: Mapping[str, Any]) -> list[str]:
-    """Say in which format a row's model can be saved: nothing where the usual one holds it, else the one that holds every model."""
+    """Choose the format of a row's model: nothing where the usual one holds it, else, with a note, the one that holds all."""
     from ..checkpoints.formats import CheckpointError
     from ..reporting.readers import DEFAULT_FORMAT
     from . import hf
 
     try:
         hf.check_format(model, batch, DEFAULT_FORMAT, {**config, "fold": "always"})
-    except CheckpointError:
+    except CheckpointError as error:
+        reason = str(error).splitlines()[1].partition(": ")[2]  # of the first layers that do not fit
+        say(
+            "[yellow]note:[/yellow] the next command writes the format native, which awq_ext alone loads. "
+            f"{DEFAULT_FORMAT} cannot hold this model: {escape(in_options(reason))}"
+        )
         return ["--format", "native"]
     return []
 

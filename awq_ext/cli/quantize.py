@@ -169,7 +169,7 @@ def quantize(
 
     OUT holds config, tokenizer, weights, the report and a model card. Most layouts cannot store scales that are applied at run
     time. For these, scales are folded into earlier layers or left out (fold=always). If the layout cannot hold something else, such
-    as widths that the group size does not divide, an error says so before the work begins.
+    as widths that no group size tried divides, an error says so before the work begins.
     """
     from ..checkpoints.formats import LAYOUTS
     from ..checkpoints.saved import record_scores

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..kernels.reference import TILE_BITS
+from .effort import EFFORTS
 from .patterns import check_pattern
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
@@ -57,7 +58,8 @@ def check_values(config: Any) -> None:
         value = getattr(config, name)
         # 1 == True in Python; a flag must be a real bool, a number must not be one
         if not any(value == choice and type(value) is type(choice) for choice in choices):
-            raise ValueError(f"AwqConfig.{name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+            meant = f'; an effort is given as effort="{value}"' if name == "method" and value in list(EFFORTS) else ""
+            raise ValueError(f"AwqConfig.{name}={value!r}: choose one of {', '.join(map(repr, choices))}{meant}")
     _check_ranges(config)
 
 

@@ -117,5 +117,7 @@ def _chosen(
     calls = at_most(given, max(most - added, 1) if most else 0)
     before, after = count_tokens(given), count_tokens(calls)
     beside = f", and on {added:,} of the built-in texts" if added else ""
-    cut = f"calibrated on {after:,} of the {before:,} tokens given{beside}: max_calib_tokens={most}; 0 is no limit"
+    cut = (
+        f"calibrated on {after:,} of the {before:,} tokens given{beside} (max_calib_tokens={most}, where 0 is no limit)"
+    )
     return calls, mix, cut if after < before else ""

@@ -92,7 +92,7 @@ def test_without_a_tokenizer_or_beside_other_inputs_it_is_left_out_and_said() ->
     linear = torch.nn.Sequential(torch.nn.Linear(32, 16))
     floats = awq_ext.quantize(linear, [torch.randn(8, 32)], tokenizer=tokenizer, **MIXED)
     said = "the built-in texts took no part in the calibration: "
-    assert floats.awq_report.notes == [said + "the calibration batches hold more than token ids"]
+    assert floats.awq_report.notes == [said + "the calibration batches are not token ids alone"]
 
 
 def test_what_the_model_writes_gives_way_to_it() -> None:

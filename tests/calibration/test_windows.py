@@ -122,7 +122,8 @@ def test_quantize_shares_the_limit_with_the_built_in_texts_and_says_so() -> None
     assert report.calibration_tokens == 2080
     assert report.builtin_tokens == 15 * SHORTEST
     assert report.notes[0] == (
-        "calibrated on 2,080 of the 8,000 tokens given, and on 1,920 of the built-in texts: max_calib_tokens=4000; 0 is no limit"
+        "calibrated on 2,080 of the 8,000 tokens given, and on 1,920 of the built-in texts "
+        "(max_calib_tokens=4000, where 0 is no limit)"
     )
 
     length = len(tokenizer(builtin_text())["input_ids"]) // 256 * 256
@@ -194,7 +195,7 @@ def test_notes_count_without_padding_as_the_report_does() -> None:
     batch = {"input_ids": torch.randint(VOCABULARY, (8, 200)), "attention_mask": mask}
     report = awq_ext.quantize(Masked(), [batch], group_size=16, max_calib_tokens=450, progress=False).awq_report
     assert report.calibration_tokens == 400
-    assert report.notes[0] == "calibrated on 400 of the 800 tokens given: max_calib_tokens=450; 0 is no limit"
+    assert report.notes[0] == "calibrated on 400 of the 800 tokens given (max_calib_tokens=450, where 0 is no limit)"
 
 
 class Masked(Reader):

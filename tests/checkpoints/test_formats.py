@@ -246,7 +246,8 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "joined run-time scale": ("modelopt", {"scaled": True, "symmetric": True}, "TensorRT-LLM does not read"),
     "zero points": ("modelopt", {}, "symmetric=True"),
     "short group": ("awq", {"k": 40, "g": 32}, "in_features=40 is not a multiple of group_size=32"),
-    "short group, ct": ("compressed-tensors", {"k": 96, "g": 64}, "32 fits"),
+    "short group, ct": ("compressed-tensors", {"k": 96, "g": 64}, "quantize with group_size=32, or"),
+    "no group of the usual sizes": ("awq", {"k": 40, "g": 32}, "quantize with group_size=-1, or"),
     "outputs": ("awq", {"n": 12}, "out_features=12 is not a multiple of 8"),
     "inputs": ("gptq", {"k": 36, "g": 12}, "in_features=36 is not a multiple of 8"),
     "gemv groups": ("gemv", {"g": 16}, "group_size=16 is not one of"),
@@ -256,6 +257,12 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "mlx, 8 bits with zeros in bfloat16": ("mlx", {"bits": 8, "dtype": torch.bfloat16}, 'or scale_dtype="float16"'),
     "gemv_fast inputs": ("gemv_fast", {"k": 96}, "in_features=96 is not a multiple of 64"),
 }
+
+
+def test_no_group_size_is_advised_where_the_layout_cannot_hold_the_width() -> None:
+    """Groups of 16 divide 48, but the blocks of a GGUF file do not."""
+    (problem,) = LAYOUTS["gguf"].problems("down_proj", random_layer(k=48, g=32))
+    assert problem == "in_features=48 is not a multiple of 32: leave the layer float with skip="
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if 8 not in LAYOUTS[name].widths])

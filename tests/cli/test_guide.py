@@ -254,6 +254,8 @@ def test_the_command_names_a_format_that_holds_a_last_group_that_is_short(made: 
     assert shown.exit_code == 0, shown.output
     words = shlex.split(shown.stdout.splitlines()[-1])[2:]
     assert words[words.index("--format") + 1] == "native"
+    why = "awq cannot hold this model: in_features=96 is not a multiple of --group-size 64: quantize with --group-size 32, or"
+    assert f"note: the next command writes the format native, which awq_ext alone loads. {why}" in shown.stderr
     words[2] = str(tmp_path / "out")
     assert run(*words).exit_code == 0
 

@@ -61,6 +61,9 @@ def test_autoawqs_names_work(model_dir: Path, calib: Path, tmp_path: Path) -> No
         (("--head", "int8", "--set", "quantize_head=true"), "--head int8 sets head, which --set gives too (int4)"),
         (("--method", "gptq+awq"), ": did you mean awq+gptq?"),
         (("--method", "aqw"), "aqw is not one of awq, rtn, gptq, awq+gptq: did you mean awq?"),
+        (("--method", "Balanced"), "Balanced is an effort, no method: give --effort balanced"),
+        (("--per-layer", "*.down_proj:bit=8"), "Invalid value for --per-layer: AwqConfig.per_layer"),
+        (("--set", 'per_layer={"*.down_proj": {"bit": 8}}'), "Invalid value for --set: AwqConfig.per_layer"),
         (("--format", "compresed-tensors"), ": did you mean compressed-tensors?"),
         (("--dtype", "bf16"), "bf16 is not one of auto, bfloat16"),
         (("--set", "bits=3"), "awq-ext compare MODEL"),
@@ -171,7 +174,7 @@ def test_efforts_calibrate_on_the_builtin_texts_beside_those_given(
 def test_text_that_the_limit_leaves_out_is_told(model_dir: Path, calib: Path, tmp_path: Path) -> None:
     shown = quantize(model_dir, calib, tmp_path / "out", "--group-size", 32, "--set", "max_calib_tokens=64")
     assert shown.exit_code == 0, shown.output
-    assert "note: calibrated on 64 of the 128 tokens given: max_calib_tokens=64; 0 is no limit" in shown.stderr
+    assert "note: calibrated on 64 of the 128 tokens given (max_calib_tokens=64, where 0 is no limit)" in shown.stderr
 
 
 def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path: Path) -> None:

@@ -162,10 +162,11 @@ class Layout:
             )
         if layer.pre_quant_scale is not None and not self.run_time_scales:
             found.append('its input is scaled at run time, for which there is no slot: quantize with fold="always"')
-        if not self.short_groups and g != -1 and k % g:
+        no_width = k % self.divisors[1]  # then no group size helps, and the reason below is the only one
+        if not self.short_groups and g != -1 and k % g and not no_width:
             found.append(
-                f"in_features={k} is not a multiple of group_size={g}: quantize with a smaller group_size "
-                f"({largest_group(k)}), or leave the layer float with skip="
+                f"in_features={k} is not a multiple of group_size={g}: quantize with {fitting_group(k)}, or leave the layer float "
+                "with skip="
             )
         for value, what, divisor in zip((n, k), ("out_features", "in_features"), self.divisors, strict=True):
             if value % divisor:
@@ -225,10 +226,9 @@ class Layout:
         return bias
 
 
-def largest_group(in_features: int) -> str:
-    """Name the largest usual group size that divides ``in_features``, as a hint."""
-    fitting = [size for size in (128, 64, 32, 16) if in_features % size == 0]
-    return f"{fitting[0]} fits" if fitting else "none of the usual ones fits, -1 does"
+def fitting_group(in_features: int) -> str:
+    """Write the largest usual group size that divides ``in_features`` as an argument; -1, one group a row, always does."""
+    return f"group_size={next((size for size in (128, 64, 32, 16) if in_features % size == 0), -1)}"
 
 
 def _size(facts: Facts) -> tuple[int, int]:

@@ -39,14 +39,16 @@ def check_format(value: str) -> str:
     """Check that awq_ext knows a layout; else a usage error (exit code 2)."""
     from ...checkpoints.formats import LAYOUTS
 
-    return _checked(value, LAYOUTS)
+    return checked(value, LAYOUTS)
 
 
 def check_method(value: str | None) -> str | None:
     """Check that there is such a method; else a usage error."""
-    from ...config import METHODS
+    from ...config import EFFORTS, METHODS
 
-    return None if value is None else _checked(value, METHODS)
+    if value is not None and value.lower() in EFFORTS:  # compare takes both by one option
+        raise typer.BadParameter(f"{value} is an effort, no method: give --effort {value.lower()}")
+    return None if value is None else checked(value, METHODS)
 
 
 def check_calib(value: list[Path]) -> list[Path]:
@@ -63,19 +65,19 @@ def check_effort(value: str | None) -> str | None:
     """Check that there is such an effort; else a usage error."""
     from ...config import EFFORTS
 
-    return None if value is None else _checked(value, EFFORTS)
+    return None if value is None else checked(value, EFFORTS)
 
 
 def check_head(value: str | None) -> str | None:
     """Check that an output layer can be that; else a usage error."""
     from ...config import HEADS
 
-    return None if value is None else _checked(value, HEADS)
+    return None if value is None else checked(value, HEADS)
 
 
 def check_dtype(value: str) -> str:
     """Check that a model can be computed in this dtype; else a usage error."""
-    return _checked(value, DTYPES)
+    return checked(value, DTYPES)
 
 
 def check_size(value: str | None) -> str | None:
@@ -92,15 +94,18 @@ def check_size(value: str | None) -> str | None:
     return value
 
 
-def _checked(value: str, choices: Iterable[str]) -> str:
-    """Find a choice however its letters are written; else a usage error that names the nearest."""
+def checked(value: str, choices: Iterable[str], option: str | None = None) -> str:
+    """Find a choice however its letters are written; else a usage error that names the nearest.
+
+    option: what the error names; None in a callback of an option, where it is known.
+    """
     from ...config import did_you_mean, nearest_choice
 
     choices = list(choices)
     wanted = value.lower()
     if wanted not in choices:
         meant = did_you_mean(nearest_choice(wanted, choices))
-        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{meant}")
+        raise typer.BadParameter(f"{value} is not one of {', '.join(choices)}{meant}", param_hint=option)
     return wanted
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from .checks import checked
+
 
 def parse_setting(text: str) -> tuple[str, Any]:
     """Parse ``clip=false`` to ("clip", False): the value is JSON or a word. A usage error unless it is FIELD=VALUE."""
@@ -24,9 +26,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def parse_method(text: str) -> dict[str, Any]:
     """Parse ``awq,clip=false,label=no clip`` to fields of AwqConfig and a label; a name may be that of an effort."""
-    from ...config import EFFORTS
+    from ...config import EFFORTS, METHODS
 
     name, *fields = text.split(",")
+    name = checked(name, (*METHODS, *EFFORTS), "--method")
     return {"label": text, "effort" if name in EFFORTS else "method": name} | dict(map(parse_setting, fields))
 
 
@@ -61,10 +64,11 @@ def read_settings(
     """
     from ...config import AwqConfig, understood
 
+    given_by_layer = tuple(per_layer)
     try:
         chosen = {name: value for name, value in fields.items() if value is not None}
         chosen |= understood(dict(map(parse_setting, more)))
-        for given in map(parse_per_layer, per_layer):
+        for given in map(parse_per_layer, given_by_layer):
             before = chosen.get("per_layer", {})
             chosen["per_layer"] = {**before, **{name: {**before.get(name, {}), **given[name]} for name in given}}
         if head is not None:
@@ -75,7 +79,8 @@ def read_settings(
             chosen["skip"] = (*AwqConfig.from_dict(chosen).skip, *skip)
         AwqConfig.from_dict(chosen)
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--set") from None
+        hint = "--per-layer" if given_by_layer and str(error).startswith("AwqConfig.per_layer") else "--set"
+        raise typer.BadParameter(str(error), param_hint=hint) from None
     return chosen
 
 

@@ -71,8 +71,9 @@ Effort = Annotated[
     typer.Option(
         callback=check_effort,
         help="Settings chosen by the time that they take: fast (awq+gptq on 8,192 tokens), balanced (on 16,384, weighted by how "
-        "strongly the output reacts to them) or best (on all, weighted too; then the codes of each block are learned together). "
-        "All three also calibrate on the texts that ship with the package: up to half of these tokens, more if --calib has fewer. "
+        "strongly the output reacts to errors on them) or best (on all, weighted too; then the codes of each block are learned "
+        "together). All three also calibrate on the texts that ship with the package: up to half of these tokens, more if --calib "
+        "has fewer. "
         "Other options and --set override them; --set max_calib_tokens=0 calibrates on all.",
         show_default=False,
     ),
@@ -89,7 +90,7 @@ Bits = Annotated[
     typer.Option(
         min=2,
         max=8,
-        help="Bits of a weight: 4 (the default) or 8; 2, 3, 5, 6 and 7 only in compare.",
+        help="Bits of a weight: 4 (the default) or 8; 2, 3, 5, 6 and 7 only in compare, with --set packed=false.",
         show_default=False,
     ),
 ]
