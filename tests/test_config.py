@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import awq_ext
 from awq_ext import AwqConfig
 from awq_ext.config import configured
 
@@ -119,6 +121,14 @@ def test_an_unknown_field_is_named() -> None:
         AwqConfig.from_dict({"nothing": 1})
     with pytest.raises(TypeError, match=r"awq_ext\.save_pretrained\(model, directory, format='gguf'\)"):
         AwqConfig(format="gguf")
+
+
+def test_a_mistyped_argument_of_quantize_is_told_without_its_value() -> None:
+    says = r"no field tokenzer \(given tokenzer=a list\): did you mean tokenizer\?$"
+    with pytest.raises(TypeError, match=says):
+        awq_ext.quantize(nn.Linear(16, 16), [torch.zeros(1, 16)], tokenzer=["a long value"] * 20)
+    with pytest.raises(TypeError, match=r"tokenizer='x'\): it is an argument of awq_ext\.quantize, no setting$"):
+        AwqConfig(tokenizer="x")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ _ELSEWHERE = {
 _VERSIONS = {"gemm": None, "exllama": None, "ipex": None, "marlin": None, "gemv": "gemv", "gemv_fast": "gemv_fast"}
 _AUTOAWQ = ("w_bit", "q_group_size", "zero_point", "modules_to_not_convert", "version", "quant_method")
 _FORMER = ("quantize_head",)
+# Of quantize, beside the fields: a mistyped one of them arrives here too.
+_ARGUMENTS = ("tokenizer", "inputs", "blocks", "progress", "resume", "fresh", "distributed", "timeout")
 
 
 def read_fields(given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
@@ -109,8 +111,12 @@ def unknown_field(name: str, value: Any, known: Iterable[str]) -> str:
             f"awq_ext.save_pretrained(model, directory, format={value!r})"
         )
     known = sorted({*known, "effort"})  # which is understood beside the fields
-    near = [_ELSEWHERE[name.lower()]] if name.lower() in _ELSEWHERE else difflib.get_close_matches(name, known, 2)
-    says = f"AwqConfig has no field {name} (given {name}={value!r})"
+    meant = [*known, *_ARGUMENTS]
+    near = [_ELSEWHERE[name.lower()]] if name.lower() in _ELSEWHERE else difflib.get_close_matches(name, meant, 2)
+    shown = text if len(text := repr(value)) <= 60 else f"a {type(value).__name__}"  # a tokenizer's is pages long
+    says = f"AwqConfig has no field {name} (given {name}={shown})"
+    if name in _ARGUMENTS:
+        return f"{says}: it is an argument of awq_ext.quantize, no setting"
     return says + did_you_mean(near) if near else f"{says}; its fields are {', '.join(known)}"
 
 

@@ -37,7 +37,7 @@ def extra_calls(opened: Session, report: AwqReport, progress: bool, keeping: Kee
         written = []
         report.notes.append(f"the model could not write text to calibrate on: {type(error).__name__}: {error}")
     kinds = {"of the built-in texts": opened.builtin, "of random tokens": drawn, "that the model wrote": written}
-    added = " and ".join(f"{len(made)} {kind}" for kind, made in kinds.items() if made)
+    added = " and ".join(f"{len(made)} windows {kind}" for kind, made in kinds.items() if made)
     if added:
         report.notes.append(f"calibrated on {len(calls)} batches, and on {added}")
     return opened.builtin + drawn + written

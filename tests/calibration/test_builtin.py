@@ -74,7 +74,7 @@ def test_beside_other_text_it_is_more_of_it(by_name: bool) -> None:
     for key, value in mixed.state_dict().items():
         assert torch.equal(value, whole.state_dict()[key])
     count = len(windows_of_mix())
-    assert mixed.awq_report.notes == [f"calibrated on 2 batches, and on {count} of the built-in texts"]
+    assert mixed.awq_report.notes == [f"calibrated on 2 batches, and on {count} windows of the built-in texts"]
 
 
 def test_without_a_tokenizer_or_beside_other_inputs_it_is_left_out_and_said() -> None:

@@ -133,7 +133,7 @@ def test_errors_fall_where_no_calibration_row_leads() -> None:
             model, calib, method="gptq", random_tokens=share, objective="layer", **FAST
         ).awq_report
         assert report["up"].tokens == 800 * (1 + share)
-        assert report.notes == (["calibrated on 8 batches, and on 2 of random tokens"] if share else [])
+        assert report.notes == (["calibrated on 8 batches, and on 2 windows of random tokens"] if share else [])
         errors[share] = float((model(other) - expected).detach().square().sum())
     assert errors[0.25] < 0.9 * errors[0]
 

@@ -155,9 +155,15 @@ def test_what_is_written_takes_the_place_of_ordinary_ids() -> None:
     "options, notes",
     [
         ({"method": "awq"}, []),
-        ({"method": "gptq", "generated_tokens": 0}, ["calibrated on 8 batches, and on 2 of random tokens"]),
-        ({"method": "awq", "generated_tokens": 0.5}, ["calibrated on 8 batches, and on 4 that the model wrote"]),
-        ({"method": "awq+gptq"}, ["calibrated on 8 batches, and on 2 of random tokens and 2 that the model wrote"]),
+        ({"method": "gptq", "generated_tokens": 0}, ["calibrated on 8 batches, and on 2 windows of random tokens"]),
+        (
+            {"method": "awq", "generated_tokens": 0.5},
+            ["calibrated on 8 batches, and on 4 windows that the model wrote"],
+        ),
+        (
+            {"method": "awq+gptq"},
+            ["calibrated on 8 batches, and on 2 windows of random tokens and 2 windows that the model wrote"],
+        ),
     ],
 )
 def test_error_feedback_gets_a_quarter_unless_told(options: dict[str, Any], notes: list[str]) -> None:

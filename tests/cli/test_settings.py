@@ -166,7 +166,7 @@ def test_efforts_calibrate_on_the_builtin_texts_beside_those_given(
     result = quantize(model_dir, calib, tmp_path / "out", "--effort", "fast", "--group-size", 32, "--json", figures)
     assert result.exit_code == 0, result.output
     [note] = [one for one in json.loads(figures.read_text())["report"]["notes"] if "calibrated on 2 batches" in one]
-    assert re.search(r"and on \d\d+ of the built-in texts", note)
+    assert re.search(r"and on \d\d+ windows of the built-in texts", note)
     assert f"note: {note}" in result.stderr
     assert "\nmethod: awq+gptq (effort fast), 4 bits, groups of 32\n" in "\n" + result.stdout
 
