@@ -23,7 +23,7 @@ from .options.checks import (
     check_report_extra,
     check_size,
 )
-from .options.settings import parse_setting, read_settings, with_builtin
+from .options.settings import read_settings, refuse_other_bits, with_builtin
 from .options.types import (
     Bits,
     Calib,
@@ -183,7 +183,7 @@ def quantize(
     if html is not None:
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
-    _refuse_other_bits(settings, bits)
+    refuse_other_bits(settings, bits)
     if effort is not None and method == "rtn":
         raise typer.BadParameter(
             f"{effort} says how long codes are searched, and --method rtn searches none: leave one of them out",
@@ -304,22 +304,3 @@ def _next(source: Path, out: Path, scored: bool, bad_calib: list[Path]) -> str:
     if scored:
         return shlex.join(["awq-ext", "report", str(out), "report.html"])
     return shlex.join(["awq-ext", "eval", str(out), "TEXT.txt", "--reference", str(source), "--card"])
-
-
-def _refuse_other_bits(settings: list[str], bits: int | None) -> None:
-    """Say where to try what no quantized directory can hold: other bits, and weights that are only rounded."""
-    from ..config import understood
-
-    try:
-        asked = ({} if bits is None else {"bits": bits}) | understood(dict(map(parse_setting, settings)))
-    except TypeError:
-        return  # read_settings says what is wrong
-    if asked.get("packed") is False or asked.get("bits", 4) in (2, 3, 5, 6, 7):
-        bits = asked.get("bits", 4)
-        raise typer.BadParameter(
-            f"directories hold 4 or 8 bits, packed. What {bits} bits cost: awq-ext compare MODEL --calib ... --traffic ... "
-            f"--set bits={bits} --set packed=false. The weights rounded to {bits} bits as a float model, no smaller: in Python "
-            f"awq_ext.quantize(model, calib, bits={bits}, packed=False), then model.save_pretrained(OUT). "
-            'Some layers at 8 bits: --format compressed-tensors --set \'per_layer={"*.down_proj": {"bits": 8}}\'',
-            param_hint="--set" if bits is None else "--bits",
-        )

@@ -192,7 +192,7 @@ def test_options_of_their_own(made: Path, tmp_path: Path) -> None:
     ("more", "says"),
     [
         (["--bits", 9], "Invalid value for '--bits'"),
-        (["--bits", 3], "directories hold 4 or 8 bits"),
+        (["--bits", 3], "Invalid value for --bits: directories hold 4 or 8 bits"),
         (["--device", "nowhere"], "torch cannot compute on 'nowhere' here"),
         (["--device", "meta"], "it holds no values"),
         (["--per-layer", "*.down_proj"], "is not PATTERN:FIELD=VALUE"),

@@ -68,7 +68,7 @@ def test_autoawqs_names_work(model_dir: Path, calib: Path, tmp_path: Path) -> No
         (("--dtype", "bf16"), "bf16 is not one of auto, bfloat16"),
         (("--set", "bits=3"), "awq-ext compare MODEL"),
         (("--set", "w_bit=3"), "--set bits=3 --set packed=false"),
-        (("--set", "bits=5"), "directories hold 4 or 8 bits, packed"),
+        (("--set", "bits=5"), "Invalid value for --set: directories hold 4 or 8 bits, packed"),
         (("--set", "bits=3", "--set", "packed=false"), "model.save_pretrained(OUT)"),
     ],
 )

@@ -90,3 +90,22 @@ def with_builtin(calib: Iterable[Path], chosen: dict[str, Any]) -> dict[str, Any
     from ..texts import is_builtin
 
     return {"generated_tokens": WRITTEN, "builtin_text": False, **chosen} if any(map(is_builtin, calib)) else chosen
+
+
+def refuse_other_bits(settings: list[str], bits: int | None) -> None:
+    """Say where to try what no quantized directory can hold: other bits, and weights that are only rounded."""
+    from ...config import understood
+
+    try:
+        asked = ({} if bits is None else {"bits": bits}) | understood(dict(map(parse_setting, settings)))
+    except TypeError:
+        return  # read_settings says what is wrong
+    if asked.get("packed") is False or asked.get("bits", 4) in (2, 3, 5, 6, 7):
+        hint, bits = "--set" if bits is None else "--bits", asked.get("bits", 4)
+        raise typer.BadParameter(
+            f"directories hold 4 or 8 bits, packed. What {bits} bits cost: awq-ext compare MODEL --calib ... --traffic ... "
+            f"--set bits={bits} --set packed=false. The weights rounded to {bits} bits as a float model, no smaller: in Python "
+            f"awq_ext.quantize(model, calib, bits={bits}, packed=False), then model.save_pretrained(OUT). "
+            'Some layers at 8 bits: --format compressed-tensors --set \'per_layer={"*.down_proj": {"bits": 8}}\'',
+            param_hint=hint,
+        )
