@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
+from ..forwards.outputs import norm_of
 from ..forwards.probe import Probe
 from ..kernels.reference import expand_groups
 from ..layers.quantized_weight import QuantizedWeight
@@ -178,7 +179,7 @@ def _weights(layers: Sequence[_Rounding]) -> dict[tuple[nn.Module, str], Tensor]
 def _factor(probe: Probe) -> float:
     """Choose a power of two for all gradients, of which only the signs count: in fp16 a mean over many entries has none but 0."""
     output = next((one for one in probe.reference if one.dim() > 1), torch.zeros(0))
-    size = float(output.double().norm()) * output.numel() ** 0.5
+    size = norm_of([output]) * output.numel() ** 0.5
     return 2.0 ** round(math.log2(size)) if 0 < size < math.inf else 1.0
 
 
