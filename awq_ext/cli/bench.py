@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..reporting.tables import Cell, Table, counted
+from ..reporting.tables import Cell, Table, counted, shared_scales
 from .console import console_for, one_line_errors, set_threads, write_json
 from .options.checks import check_group_size
 from .options.types import JsonPath, Overwrite, Threads
@@ -73,7 +73,7 @@ def bench(
             x = torch.randn(count, in_features).to(getattr(torch, dtype))
             took = race({name: partial(run, x) for name, run in runners.items()}, seconds)
             timings.append(Timing(in_features, out_features, count, took["float"], took["int4"], took["int8"]))
-    title = f"{dtype}, groups of {group_size}, {counted(torch.get_num_threads(), 'thread')}"
+    title = f"{dtype}, {shared_scales(group_size)}, {counted(torch.get_num_threads(), 'thread')}"
     console.print(Table(title, HEADER, [_cells(timing) for timing in timings]).to_rich())
     words = advice(timings)
     for line in words:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..reporting.readers import DEFAULT_FORMAT
 from .console import console_for, one_line_errors, say, set_threads, write_json
-from .options.checks import check_group_size, check_output
+from .options.checks import check_output
 from .options.settings import parse_method, read_settings, with_builtin
 from .options.types import (
     Bits,
@@ -21,6 +22,7 @@ from .options.types import (
     Dtype,
     Field,
     FloatModel,
+    GroupSize,
     Head,
     JsonPath,
     Overwrite,
@@ -60,9 +62,7 @@ def compare(
             "'awq,clip=false,label=bare'. May be repeated.",
         ),
     ] = ["rtn", "awq"],  # noqa: B006
-    group_size: Annotated[
-        int, typer.Option(callback=check_group_size, help="Weights that share a scale; -1 is one scale for each row.")
-    ] = 128,
+    group_size: GroupSize = None,
     head: Head = None,
     bits: Bits = None,
     field: Field = None,
@@ -93,6 +93,7 @@ def compare(
     Example: awq-ext compare ./Llama --calib prompts.jsonl --traffic code=src.txt --traffic de.txt --method rtn --method awq
     """
     from .. import compare as compare_methods
+    from ..checkpoints.formats import LAYOUTS
     from ..evaluation.compare import read_methods
     from ..evaluation.verdict import verdict
     from . import hf, texts
@@ -100,7 +101,8 @@ def compare(
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(traffic)
-    fields = {"group_size": group_size, "bits": bits, "seq_len": seq_len}
+    usual = LAYOUTS[DEFAULT_FORMAT].default_group_size
+    fields = {"group_size": group_size or usual, "bits": bits, "seq_len": seq_len}
     chosen = with_builtin(calib, read_settings(fields, settings, per_layer=per_layer, head=head))
     # an effort would add the built-in texts where they are what is given
     given_alone = {"builtin_text": False} if chosen.get("builtin_text") is False else {}
@@ -116,6 +118,8 @@ def compare(
     batches = texts.drawn_windows(calib, tokenizer, samples, seq_len, field, seed)
     scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
     model = hf.load_model(folder, dtype, trust_remote_code, device)
+    if group_size is None and chosen["group_size"] == usual:
+        chosen = hf.with_usual_groups(model, batches[0], chosen)
     hf.note_lengths(model, batches, samples)
     hf.note_same_texts(calib, named)
     found = compare_methods(model, batches, scored, methods, tokenizer=tokenizer, progress=True, **chosen)
@@ -128,8 +132,10 @@ def compare(
     parts = _beginning(model_dir, calib, given)
     effort = next((one["effort"] for one in methods if one["label"] == summed.label and "effort" in one), None)
     config = found[summed.label].config
-    following = next_command([*parts, *_format_for(model, batches[0], config)], config, effort, with_builtin(calib, {}))
-    none = "directories hold 4 or 8 bits, packed: name such methods, to see which of them to take"
+    implied = with_builtin(calib, {})
+    if following := next_command(parts, config, effort, implied):
+        following = next_command([*parts, *_format_for(model, batches[0], config)], config, effort, implied)
+    none = "no command, as directories hold 4 or 8 bits, packed. Compare such methods, to see which of them to take"
     console.print(f"next: {following or none}", markup=False, soft_wrap=True)
     write_json(found.to_dict() | {"verdict": summed.text, "take": summed.label, "next": following}, json_path)
 
@@ -145,7 +151,6 @@ def _beginning(model: Path, calib: list[Path], given: Mapping[str, Any]) -> list
 def _format_for(model: nn.Module, batch: Tensor, config: Mapping[str, Any]) -> list[str]:
     """Choose the format of a row's model: nothing where the usual one holds it, else, with a note, the one that holds all."""
     from ..checkpoints.formats import CheckpointError
-    from ..reporting.readers import DEFAULT_FORMAT
     from . import hf
 
     try:

@@ -26,7 +26,7 @@ from ..integrations import foresee
 from ..integrations.hub import folder_of
 from ..integrations.pretrained import from_pretrained, write_pretrained
 from ..layers.quant_linear import QuantLinear
-from ..reporting.readers import lines, rounded
+from ..reporting.readers import DEFAULT_FORMAT, lines, rounded
 from ..streaming.checkpoint import work_folder
 from .console import say
 from .options.checks import DTYPES
@@ -178,6 +178,22 @@ def with_groups_that_fit(model: nn.Module, batch: Tensor, format: str, settings:
             )
             return smaller
     raise found
+
+
+def with_usual_groups(model: nn.Module, batch: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the groups that ``awq-ext quantize`` would take for the usual format; the given ones if it could hold none."""
+    widths = {
+        "bits": 4,
+        "packed": True,
+        "head": "float",
+        "per_layer": {},
+        "fold": "always",
+    }  # groups alone are asked about
+    try:
+        size = with_groups_that_fit(model, batch, DEFAULT_FORMAT, {**settings, **widths})["group_size"]
+    except CheckpointError:
+        size = settings["group_size"]
+    return {**settings, "group_size": size}
 
 
 def tell_readers(console: Console, directory: Path, format: str) -> None:

@@ -12,18 +12,17 @@ from rich.markup import escape
 
 from ..distributed.launch import TIMEOUT, one_of_several
 from ..reporting.readers import DEFAULT_FORMAT
-from ..reporting.tables import format_bytes
+from ..reporting.tables import format_bytes, shared_scales
 from .console import command_line, console_for, one_line_errors, say, set_threads, write_json
 from .options.checks import (
     check_directory,
     check_format,
-    check_group_size,
     check_method,
     check_page,
     check_report_extra,
     check_size,
 )
-from .options.settings import read_settings, refuse_other_bits, with_builtin
+from .options.settings import read_settings, refuse_effort_of_rtn, refuse_other_bits, with_builtin
 from .options.types import (
     Bits,
     Calib,
@@ -32,6 +31,7 @@ from .options.types import (
     Effort,
     Field,
     FloatModel,
+    GroupSize,
     Head,
     JsonPath,
     OverwriteFloat,
@@ -71,14 +71,7 @@ def quantize(
         ),
     ] = None,
     effort: Effort = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            callback=check_group_size,
-            help="Weights that share a scale; -1 is one scale for each row. 128 if not given, 32 for gguf; smaller where that "
-            "does not divide the model's widths.",
-        ),
-    ] = None,
+    group_size: GroupSize = None,
     bits: Bits = None,
     format: Annotated[
         str,
@@ -184,11 +177,6 @@ def quantize(
         check_report_extra()
     fold = "auto" if LAYOUTS[format].run_time_scales else "always"
     refuse_other_bits(settings, bits)
-    if effort is not None and method == "rtn":
-        raise typer.BadParameter(
-            f"{effort} says how long codes are searched, and --method rtn searches none: leave one of them out",
-            param_hint="--effort",
-        )
     fields = {
         "effort": effort,
         "method": method,
@@ -198,6 +186,7 @@ def quantize(
         "seq_len": seq_len,
     }
     chosen = with_builtin(calib, read_settings(fields, settings, skip, per_layer, head))
+    refuse_effort_of_rtn(chosen)
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(traffic)
@@ -220,7 +209,7 @@ def quantize(
             chosen = hf.with_groups_that_fit(model, batches[0], format, chosen)
         else:
             hf.check_format(model, batches[0], format, chosen)
-        remembered = _remembered(model, left) if at.leads else None
+        remembered = _remembered(model, left, all(map(texts.is_builtin, calib))) if at.leads else None
         at.quantize(batches, chosen, tokenizer)
         report = model.awq_report
         report.command = command_line(context)
@@ -254,10 +243,8 @@ def quantize(
 
 def _method_line(config: dict[str, Any], effort: str | None) -> str:
     asked = "" if effort is None else f" (effort {effort})"
-    size = config["group_size"]
-    sharing = "one scale for each row" if size == -1 else f"groups of {size}"
     others = "; other settings for some layers" if config["per_layer"] else ""
-    return f"method: {config['method']}{asked}, {config['bits']} bits, {sharing}{others}"
+    return f"method: {config['method']}{asked}, {config['bits']} bits, {shared_scales(config['group_size'])}{others}"
 
 
 def _size_line(sizes: dict[str, int]) -> str:
@@ -265,7 +252,7 @@ def _size_line(sizes: dict[str, int]) -> str:
     return f"size: {format_bytes(before)} before, {format_bytes(after)} after ({after / before:.0%})"
 
 
-def _remembered(model: nn.Module, left: list[Any]) -> Remembered | None:
+def _remembered(model: nn.Module, left: list[Any], builtin: bool) -> Remembered | None:
     """Keep what the float model answers on text that calibration does not see; None, and a note, without such text."""
     from ..evaluation.held_out import remember
 
@@ -275,9 +262,14 @@ def _remembered(model: nn.Module, left: list[Any]) -> Remembered | None:
         except ValueError as error:  # of a class of its own, which may return anything
             say(f"[yellow]note:[/yellow] {escape(str(error))}")
             return None
+    ways = (
+        "give text of yours with --traffic"
+        if builtin
+        else "give more text, fewer --samples, or other text with --traffic"
+    )
     say(
         "[yellow]note:[/yellow] all of the text went into calibration windows, so none is left to measure the distance from the "
-        "float model: give more text, fewer --samples, or other text with --traffic"
+        f"float model: {ways}"
     )
     return None
 

@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 
 from ..evaluation.bootstrap import Estimate
 from ..evaluation.comparison import FLOAT, Comparison, plus_minus
-from ..reporting.tables import Cell, Table, counted
+from ..reporting.tables import Cell, Table, counted, shared_scales
 from .run import (
     BITS,
     DECODE,
@@ -37,7 +37,7 @@ MODEL = """\
 [bold]2. A whole model: how far is it from the float model?[/bold]
 
 A byte-level Llama of 1.3 million parameters, trained on the source of Python's
-standard library, is quantized {groups}, and predicts source that
+standard library, is quantized with {scales}, and predicts source that
 neither training nor calibration has seen. Divergence is how far its predictions
 are from the float model's; 0 is the same.
 """
@@ -55,11 +55,6 @@ Any nn.Module, with any iterable of input batches:
   [cyan]model = awq_ext.quantize(model, batches)[/cyan]
   [cyan]awq_ext.save(model, "my-model-int4")[/cyan]
 """
-
-
-def group_words(group_size: int) -> str:
-    """Say how many weights share a scale."""
-    return "with one scale a row" if group_size == -1 else f"in groups of {group_size}"
 
 
 def row_table(found: Example) -> Table:
@@ -126,7 +121,7 @@ def run_and_show(tokens: int, group_size: int, console: Console) -> DemoResult:
     began = time.perf_counter()
     one = example()
     say(row_table(one).to_rich(), ROW, f"- {which_hurts(one)}", f"- {what_scaling_does(one)}", "")
-    say(MODEL.format(groups=group_words(group_size)))
+    say(MODEL.format(scales=shared_scales(group_size)))
     found = compare_methods(tokens, group_size, progress=console.is_terminal)
     say(model_table(found).to_rich(), MODEL_NOTE, *(f"- {verdict(found, bits)}" for bits in BITS), "")
     layer = measure_layer()

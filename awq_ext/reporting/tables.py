@@ -85,6 +85,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def shared_scales(group_size: int) -> str:
+    """Say how many weights share a scale: ``groups of 64``."""
+    return "one scale for each row" if group_size == -1 else f"groups of {group_size}"
+
+
 def format_bytes(count: float) -> str:
     """Format a size: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):

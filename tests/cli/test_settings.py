@@ -156,7 +156,7 @@ def test_efforts_and_the_builtin_texts(model_dir: Path, tmp_path: Path) -> None:
         "quantize", model_dir, tmp_path / "all", "--calib", "builtin", "--method", "rtn", *given[2:6], "--samples", 999
     )
     assert again.exit_code == 0 and "were asked for" not in again.output  # nobody can make these texts longer
-    assert "other text with --traffic" in " ".join(again.output.split())
+    assert "give text of yours with --traffic" in " ".join(again.output.split())
 
 
 def test_efforts_calibrate_on_the_builtin_texts_beside_those_given(
@@ -194,7 +194,8 @@ def test_compare_takes_efforts_as_methods(model_dir: Path, calib: Path, tmp_path
     ("more", "message"),
     [
         (("--effort", "bets"), "did you mean best"),
-        (("--effort", "fast", "--method", "rtn"), "--method rtn searches none"),
+        (("--effort", "fast", "--method", "rtn"), "the method rtn searches none"),
+        (("--effort", "fast", "--set", "method=rtn"), "the method rtn searches none"),
         (("--calib", "."), "is a directory"),
     ],
 )

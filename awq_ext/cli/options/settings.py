@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from .checks import checked
+from .words import in_options
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -64,7 +65,7 @@ def read_settings(
     """
     from ...config import AwqConfig, understood
 
-    given_by_layer = tuple(per_layer)
+    more, given_by_layer = tuple(more), tuple(per_layer)
     try:
         chosen = {name: value for name, value in fields.items() if value is not None}
         chosen |= understood(dict(map(parse_setting, more)))
@@ -79,9 +80,19 @@ def read_settings(
             chosen["skip"] = (*AwqConfig.from_dict(chosen).skip, *skip)
         AwqConfig.from_dict(chosen)
     except (TypeError, ValueError) as error:
-        hint = "--per-layer" if given_by_layer and str(error).startswith("AwqConfig.per_layer") else "--set"
-        raise typer.BadParameter(str(error), param_hint=hint) from None
+        raise typer.BadParameter(
+            in_options(str(error)), param_hint=_option(str(error), fields, more, given_by_layer)
+        ) from None
     return chosen
+
+
+def _option(error: str, fields: Mapping[str, Any], more: Iterable[str], per_layer: Sequence[str]) -> str:
+    """Name the option that gave what an error of AwqConfig is about."""
+    name = (re.match(r"AwqConfig\.(\w+)", error) or ["", ""])[1]
+    if per_layer and name == "per_layer":
+        return "--per-layer"
+    by_option = fields.get(name) is not None and name not in (parse_setting(text)[0] for text in more)
+    return f"--{name.replace('_', '-')}" if by_option else "--set"
 
 
 def with_builtin(calib: Iterable[Path], chosen: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +101,16 @@ def with_builtin(calib: Iterable[Path], chosen: dict[str, Any]) -> dict[str, Any
     from ..texts import is_builtin
 
     return {"generated_tokens": WRITTEN, "builtin_text": False, **chosen} if any(map(is_builtin, calib)) else chosen
+
+
+def refuse_effort_of_rtn(chosen: Mapping[str, Any]) -> None:
+    """Refuse an effort where every layer is rounded to nearest; a usage error."""
+    methods = {chosen.get("method"), *(fields.get("method", "rtn") for fields in chosen.get("per_layer", {}).values())}
+    if chosen.get("effort") is not None and methods == {"rtn"}:
+        raise typer.BadParameter(
+            f"{chosen['effort']} says how long codes are searched, and the method rtn searches none: leave one of them out",
+            param_hint="--effort",
+        )
 
 
 def refuse_other_bits(settings: list[str], bits: int | None) -> None:

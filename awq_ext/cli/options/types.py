@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from .checks import check_calib, check_device, check_dtype, check_effort, check_head, check_output, check_source
+from .checks import (
+    check_calib,
+    check_device,
+    check_dtype,
+    check_effort,
+    check_group_size,
+    check_head,
+    check_output,
+    check_source,
+)
 
 ModelDir = Annotated[
     Path,
@@ -123,7 +132,17 @@ OverwriteFloat = Annotated[
         help="Name OUT once more here to replace even float weights in it. Those of the source are never replaced.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", is_eager=True, help="Replace existing files.")]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        callback=check_group_size,
+        help="Weights that share a scale; -1 is one scale for each row. 128 if not given (32 for the format gguf); smaller where "
+        "that does not divide the model's widths.",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", is_eager=True, help="Replace files that exist already, such as that of --json.")
+]
 Verify = Annotated[
     bool,
     typer.Option(

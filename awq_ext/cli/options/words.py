@@ -6,7 +6,7 @@ import re
 
 # arguments that have an option of their own; all other fields are given by --set
 _OPTIONS = ("bits", "dtype", "format", "group_size", "head", "method")
-_SET = ("fold", "scale_dtype", "symmetric")
+_SET = ("fold", "packed", "scale_dtype", "symmetric")
 _NAMES = "|".join((*_OPTIONS, *_SET))
 _VALUE = r'"[\w+-]+"(?:(?:, | or |, or )"[\w+-]+")*|True|False|-?\d+'
 # not within a call or a list of its arguments, nor what is an option already, nor a field of a class
