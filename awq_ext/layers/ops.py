@@ -1,12 +1,12 @@
 """The operators of ``torch.ops.awq_ext`` that a quantized layer calls: autograd, autocast, torch.compile and export see them.
 
 ``awq_ext._C`` registers the schemas, the CPU kernels, the usual Linear on a GPU, the gradient and the autocast rules; this file
-registers all else of a GPU, the kernels of other devices, and the shape functions.
+registers all else of a GPU, the kernels of other devices, the shape functions, and what torch.func.vmap does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +115,16 @@ def _scale_shape(
     return scales.new_empty((out_features, scales.shape[1]), dtype=torch.float32)
 
 
+def _linears(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+    """Compute quant_linear under torch.func.vmap: one call for many x, else one for each place of the batch."""
+    op = torch.ops.awq_ext.quant_linear.default
+    if set(in_dims[1:]) == {None}:
+        return op(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+    places = range(info.batch_size)
+    at = lambda i: [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)]  # noqa: E731
+    return torch.stack([op(*at(i)) for i in places]), 0
+
+
 def _on_gpu(name: str) -> Callable[..., Tensor]:
     """Make the operator's function for CUDA tensors: our kernels where they were built, else the reference."""
 
@@ -131,5 +141,6 @@ for _name, _function, _shape in (
 ):
     torch.library.impl(f"awq_ext::{_name}", "CompositeExplicitAutograd")(_function)
     torch.library.register_fake(f"awq_ext::{_name}")(_shape)
+torch.library.register_vmap("awq_ext::quant_linear", _linears)
 torch.library.impl("awq_ext::quant_linear_by_python", "CUDA")(_on_gpu("quant_linear"))
 torch.library.impl("awq_ext::quant_weight", "CUDA")(_on_gpu("quant_weight"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, func, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from awq_ext.layers.ops import quant_linear
 from awq_ext.layers.quant_linear import QuantLinear
@@ -95,3 +97,30 @@ def test_scales_have_no_such_derivative() -> None:
         func.jvp(of_scales, (scales,), (scales,))
     with pytest.raises(RuntimeError, match=r"C\+\+"):
         func.grad(lambda one: of_scales(one).sum())(scales)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of quant_linear."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.awq_ext.quant_linear.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_vmap_gives_what_a_loop_gives() -> None:
+    """Over inputs along any dimension by one call, and over layers with their inputs."""
+    layers = [quantized(True)[0] for _ in range(2)]
+    layers[1].qweight = layers[0].qweight ^ 255
+    x = torch.randn(5, 2, K)
+    with torch.no_grad():
+        with Calls() as calls:
+            found = func.vmap(layers[0], in_dims=1, out_dims=1)(x), func.vmap(func.vmap(layers[0]))(x)
+        assert calls.count == 2
+        assert all(torch.equal(one, layers[0](x)) for one in found)
+        stacked = func.stack_module_state(layers)
+        call = lambda state, buffers, rows: func.functional_call(layers[0], (state, buffers), (rows,))  # noqa: E731
+        found = func.vmap(call, in_dims=(0, 0, 1))(*stacked, x)
+    assert torch.equal(found, torch.stack([layer(x[:, i]) for i, layer in enumerate(layers)]))
+    assert not torch.equal(found[0], found[1])
