@@ -19,7 +19,7 @@ def convert(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="Directory, .gguf file, or ORG/NAME on the hub, of a quantized checkpoint, of any layout.",
+            help="Directory, .gguf file, or ORG/NAME on the hub, of a quantized checkpoint, in any format.",
         ),
     ],
     target: Annotated[
@@ -45,9 +45,9 @@ def convert(
     ] = "5GB",
     verify: Verify = True,
 ) -> None:
-    """Convert a quantized checkpoint to another layout, exactly: codes, scales and zeros stay what they are.
+    """Convert a quantized checkpoint to another format, exactly: codes, scales and zeros stay what they are.
 
-    No model is built and nothing is quantized again. Where a layout cannot hold the checkpoint, all reasons are listed and
+    No model is built and nothing is quantized again. Where a format cannot hold the checkpoint, all reasons are listed and
     nothing is written. What is written is a directory, whatever the source: with config and tokenizer, also from a .gguf file.
 
     Example: awq-ext convert Qwen2.5-7B-Instruct-AWQ qwen-ct --format compressed-tensors

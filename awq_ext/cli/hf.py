@@ -173,8 +173,8 @@ def with_groups_that_fit(model: nn.Module, batch: Tensor, format: str, settings:
         with suppress(CheckpointError):
             check_format(model, batch, format, smaller)
             say(
-                f"[yellow]note:[/yellow] groups of {size} weights, as {usual} do not divide all widths of this model; "
-                "--group-size chooses"
+                f"[yellow]note:[/yellow] groups of {size}: {usual} does not divide every width of this model "
+                "(choose with --group-size)"
             )
             return smaller
     raise found

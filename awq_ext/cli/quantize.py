@@ -90,8 +90,8 @@ def quantize(
         list[str],
         typer.Option(
             metavar="PATTERN",
-            help="Layers that stay float, such as '*.router' or 're:.*[.][01][.]mlp.*', beside the output layer, which does "
-            "unless --head says otherwise. May be repeated.",
+            help="Layers to leave float, such as '*.router' or 're:.*[.][01][.]mlp.*'. The output layer stays float anyway, unless "
+            "--head is given. May be repeated.",
         ),
     ] = [],  # noqa: B006
     settings: Settings = [],  # noqa: B006
@@ -102,8 +102,8 @@ def quantize(
         list[str],
         typer.Option(
             metavar="[NAME=]PATH",
-            help="Evaluation text, not that of --calib. OUT is scored on it: the distance from the float model, which is "
-            "loaded once more for it, goes into the model card. May be repeated.",
+            help="Text to score OUT on, not that of --calib. The float model is loaded once more for it, and the distance from it "
+            "goes into the model card. May be repeated.",
         ),
     ] = [],  # noqa: B006
     tokens: Tokens = 8192,
@@ -139,7 +139,7 @@ def quantize(
         float,
         typer.Option(
             metavar="SECONDS",
-            help="Of several processes, one that gives no sign of life for so long counts as dead, and all others end.",
+            help="With several processes: after so long a silence a process counts as dead, and all others stop.",
         ),
     ] = TIMEOUT,
     verify: Verify = True,
@@ -160,8 +160,8 @@ def quantize(
 
     Several processes share the work: torchrun --nproc-per-node 4 -m awq_ext quantize ... (docs/scale.md).
 
-    OUT holds config, tokenizer, weights, the report and a model card. Most layouts cannot store scales that are applied at run
-    time. For these, scales are folded into earlier layers or left out (fold=always). If the layout cannot hold something else, such
+    OUT holds config, tokenizer, weights, the report and a model card. Most formats cannot store scales that are applied at run
+    time. For these, scales are folded into earlier layers or left out (fold=always). If the format cannot hold something else, such
     as widths that no group size tried divides, an error says so before the work begins.
     """
     from ..checkpoints.formats import LAYOUTS

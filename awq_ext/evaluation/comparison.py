@@ -183,7 +183,7 @@ class Comparison:
         if any(row.simulated for row in self.rows):
             lines.append("*: simulated, the size is what packed weights would take")
         if any(" of " in self._times_float(row, call) for row in self._done for call in row.speeds):
-            lines.append("× float, of N: N is the float model's own speed in the turns that it took with this method")
+            lines.append("× float, of N: the float model ran at N tokens/s beside this method")
         measure = "perplexity" if "perplexity" in self.measures else self.measures[0]
         for name in self.traffic:
             first, *ties = self.best(name, measure)

@@ -63,7 +63,7 @@ def distance(model: nn.Module, before: Remembered) -> Evaluation:
 def told(found: Evaluation) -> str:
     """Say the divergence in a sentence."""
     return (
-        f"on {found.tokens:,} tokens of the calibration text that calibration did not see: KL divergence from the float model "
+        f"on {found.tokens:,} tokens that were left out of calibration: KL divergence from the float model "
         f"{plus_minus(found['kl'])} nats a token, the same likeliest token for {found['top1'].value:.0%}"
     )
 

@@ -59,7 +59,7 @@ def row_weights(
     if keeping.streamed and progress:
         count = config.weighed_batches or len(calls)
         say(
-            f"rows are weighed by {count} backwards, which read all files three times each, and hold the logits of a batch"
+            f"importance weights need {count} backward passes; each reads all files three times, and holds the logits of a batch"
         )
     shown = progress and draws_bars()
     try:

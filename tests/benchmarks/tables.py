@@ -238,7 +238,7 @@ def main() -> None:
     for document in DOCUMENTS:
         (ROOT / document).write_text(rendered(document))
     pictures.layer(read("bench_linear"), PEERS, ROOT / "docs" / "bench_linear.png")
-    pictures.rivals(read("bench_rivals"), read("bench_peers"), read("bench_methods"), ROOT / "docs" / "rivals.png")
+    pictures.rivals(read("bench_rivals"), read("bench_peers_learned"), ROOT / "docs" / "rivals.png")
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ def test_without_a_group_size_groups_are_as_large_as_fit(
 ) -> None:
     """64 and 96 channels: both are whole groups of 32."""
     shown = run("quantize", model_dir, tmp_path / "x", *calibration(texts), "--method", "rtn")
-    assert shown.exit_code == 0 and "groups of 32 weights, as 128 do not divide all widths" in shown.output
+    assert shown.exit_code == 0 and "groups of 32: 128 does not divide every width" in shown.output
     assert json.loads((tmp_path / "x" / "awq_report.json").read_text())["config"]["group_size"] == 32
     sizes = ("--samples", 2, "--seq-len", 64, "--tokens", 64, "--method", "rtn", "--json", tmp_path / "c.json")
     for more, size in ((), 32), (("--bits", 3, "--set", "packed=false"), 32), (("--group-size", 128), 128):
@@ -301,7 +301,7 @@ def test_without_a_group_size_groups_are_as_large_as_fit(
         assert shown.exit_code == 0, shown.output
         found = json.loads((tmp_path / "c.json").read_text())
         assert found["rows"][1]["config"]["group_size"] == size
-        assert ("groups of 32 weights" in shown.output) == (size == 32)
+        assert ("groups of 32: 128" in shown.output) == (size == 32)
         assert bool(found["next"]) == (not more or size == 128)
         assert found["next"] or "cannot hold this model" not in shown.output
 

@@ -65,6 +65,6 @@ def test_speeds_and_their_ratio_agree() -> None:
     found = Comparison(rows, ["code", "prose"], 1, Bootstrap(resamples=200))
     shown = [[cell.text for cell in row][-2:] for row in found.tables()[0].rows]
     assert shown == [["702", ""], ["167", "0.30 of 557"], ["351", "0.50"]]
-    assert any("of N: N is the float model's own speed" in line for line in found.notes())
+    assert any("of N: the float model ran at N tokens/s" in line for line in found.notes())
     alone = Comparison([rows[0], rows[2]], ["code", "prose"], 1, Bootstrap(resamples=200))
     assert not any("of N" in line for line in alone.notes())

@@ -79,11 +79,10 @@ Effort = Annotated[
     str | None,
     typer.Option(
         callback=check_effort,
-        help="Settings chosen by the time that they take: fast (awq+gptq on 8,192 tokens), balanced (on 16,384, weighted by how "
-        "strongly the output reacts to errors on them) or best (on all, weighted too; then the codes of each block are learned "
-        "together). All three also calibrate on the texts that ship with the package: up to half of these tokens, more if --calib "
-        "has fewer. "
-        "Other options and --set override them; --set max_calib_tokens=0 calibrates on all.",
+        help="A preset, by the time that it takes. fast: awq+gptq on 8,192 tokens. balanced: on 16,384, importance-weighted. best: "
+        "on all tokens, importance-weighted; then the codes of each block are learned together. All three add the texts that ship "
+        "with the package, which fill half of the limit, or more if --calib is short. Other options and --set override what a "
+        "preset says; --set max_calib_tokens=0 lifts the limit.",
         show_default=False,
     ),
 ]

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from ..report import FEW_TOKENS, AwqReport
-from ..scores import LARGE
+from ..scores import LARGE, USUAL
 from ..sizes import stored_bits
 from ..tables import counted, format_bytes
 
@@ -89,10 +89,12 @@ def verdict(report: AwqReport) -> Verdict:
         return Verdict("bad", f"Do not use it: on {worst.text} the model computes values that are not finite.")
     where = f" on {worst.text}" + (", the worst evaluation text" if len(found) > 1 else "")
     measured = f"KL divergence {worst} nats a token{where}"
-    usual = f"less than {LARGE} is usual with 4 bits"
+    usual = f"less than {USUAL} is usual with 4 bits"
     if worst.value > LARGE:
         return Verdict("bad", f"Far from the float model: {measured}, where {usual}.")
     same = "" if worst.top1 is None else f", and the same likeliest token for {worst.top1:.0%}"
+    if worst.value > USUAL:
+        return Verdict("fair", f"Farther from the float model than usual, at {size}: {measured}, where {usual}{same}.")
     return Verdict("good", f"As near to the float model as 4 bits usually are, at {size}: {measured} ({usual}){same}.")
 
 
@@ -156,7 +158,7 @@ def _divergence_tile(report: AwqReport) -> Tile:
     if not found:
         return Tile("KL, nats a token", "not measured", "by awq-ext eval, with the float model", "warn")
     worst = found[0]
-    level = "" if worst.value <= LARGE else "bad"  # nan, too
+    level = "" if worst.value <= USUAL else "warn" if worst.value <= LARGE else "bad"  # nan, too
     more = f"on {worst.text}" + (f", the worst of {len(found)}" if len(found) > 1 else "")
     return Tile("KL, nats a token", str(worst) if math.isfinite(worst.value) else "not finite", more, level)
 

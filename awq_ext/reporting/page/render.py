@@ -16,12 +16,12 @@ PLOTS = {
     "losses": (
         "Losses beside plain rounding",
         "Squared error of each layer's output on the calibration text, divided by that of rounding to nearest (RTN). 0 is the "
-        "float model. Named: the worst of those that are better than RTN.",
+        "float model. Labelled: the layers that gain least over RTN.",
     ),
     "absolute_losses": (
         "Losses",
-        "The same without dividing; a line reaches up to RTN's. Layers that lie high hold most of the error. The sum does not "
-        "order models by perplexity: compare() does.",
+        "The same errors, undivided. A grey line ends at RTN's error. Do not judge models by their sum: compare() measures "
+        "them.",
     ),
     "block_errors": (
         "Blocks",
@@ -29,7 +29,7 @@ PLOTS = {
     ),
     "alphas": (
         "Alpha",
-        "Exponent of the scale that the search chose for each input. 0: no scale was better than plain rounding.",
+        "Exponent of the scale that the search chose for each input. 0: no scale was better than none.",
     ),
     "tails": (
         "Heavy tails",

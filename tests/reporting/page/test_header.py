@@ -28,7 +28,8 @@ def report(**fields: Any) -> AwqReport:
     [
         ({}, "fair", ["at 25% of its size", "25% of plain rounding's output error", "not measured"]),
         ({"a": score(0.125, 0.01), "code": score(0.25, 0.05)}, "good", ["0.25 ± 0.05 nats a token on code", "worst", "75%"]),
-        ({"a": score(0.5)}, "good", ["0.5 nats a token on a (less than 0.5"]),
+        ({"a": score(0.3)}, "good", ["0.3 nats a token on a (less than 0.3"]),
+        ({"a": score(0.5)}, "fair", ["Farther", "0.5 nats a token on a, where less than 0.3"]),
         ({"a": score(0.75)}, "bad", ["Far from the float model", "0.75 nats"]),
         ({"a": score(0.125), "code": score(None)}, "bad", ["Do not use it", "on code"]),
     ],
