@@ -37,9 +37,9 @@ MODEL = """\
 [bold]2. A whole model: how far is it from the float model?[/bold]
 
 A byte-level Llama of 1.3 million parameters, trained on the source of Python's
-standard library, is quantized with {scales}, and predicts source that
-neither training nor calibration has seen. Divergence is how far its predictions
-are from the float model's; 0 is the same.
+standard library, is quantized with {scales}. It predicts
+source that neither training nor calibration has seen. Divergence is how far its
+predictions are from the float model's; 0 is the same.
 """
 NEXT = """\
 [bold]4. Your model[/bold]
@@ -123,7 +123,7 @@ def run_and_show(tokens: int, group_size: int, console: Console) -> DemoResult:
     say(row_table(one).to_rich(), ROW, f"- {which_hurts(one)}", f"- {what_scaling_does(one)}", "")
     say(MODEL.format(scales=shared_scales(group_size)))
     found = compare_methods(tokens, group_size, progress=console.is_terminal)
-    say(model_table(found).to_rich(), MODEL_NOTE, *(f"- {verdict(found, bits)}" for bits in BITS), "")
+    say(model_table(found).to_rich(), MODEL_NOTE, f"- {verdict(found)}", "")
     layer = measure_layer()
     say(layer_table(layer).to_rich(), f"- {layer_words(layer)}", "", NEXT)
     result = DemoResult(one, found, layer, group_size, time.perf_counter() - began)

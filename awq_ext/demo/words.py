@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..evaluation.advice import SLOWER, one_sentence
 from ..evaluation.comparison import Comparison
-from .run import DECODE, OTHERS, PREFILL, RTN, LayerCost, divergence, removed
+from .run import BITS, DECODE, OTHERS, PREFILL, RTN, LayerCost, divergence, removed
 from .theory import Example
 
 
@@ -38,11 +40,15 @@ def what_scaling_does(example: Example) -> str:
     return lead + f"That does not pay here: all channels together cost {total:.2f}, with RTN {before:.2f}."
 
 
-def verdict(found: Comparison, bits: int) -> str:
-    """Say what each method makes of RTN's divergence at one width, as far as the scored windows can tell."""
+def verdict(found: Comparison, widths: Sequence[int] = BITS) -> str:
+    """Say in a sentence what each method makes of RTN's divergence, as far as the scored windows can tell."""
+    return "Of RTN's divergence, at the same size: " + "; ".join(_at(found, bits) for bits in widths) + "."
+
+
+def _at(found: Comparison, bits: int) -> str:
     if divergence(found, f"{RTN} {bits} bit") == 0:
-        return f"At {bits} bits RTN causes no divergence."
-    return f"Of RTN's divergence at {bits} bits, " + ", ".join(_clause(found, method, bits) for method in OTHERS) + "."
+        return f"at {bits} bits there is none"
+    return f"at {bits} bits " + ", ".join(_clause(found, method, bits) for method in OTHERS)
 
 
 def _clause(found: Comparison, method: str, bits: int) -> str:

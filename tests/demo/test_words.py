@@ -64,12 +64,14 @@ RTN = [0.20, 0.22, 0.24, 0.26]
 def test_verdict(awq: list[float], says: str) -> None:
     found = compared(RTN, awq, [0.05, 0.055, 0.06, 0.065])
     for bits in (4, 3):
-        assert words.verdict(found, bits) == f"Of RTN's divergence at {bits} bits, {says}AWQ+GPTQ removes 75%."
+        said = f"at {bits} bits {says}AWQ+GPTQ removes 75%"
+        assert words.verdict(found, [bits]) == f"Of RTN's divergence, at the same size: {said}."
 
 
 def test_verdict_of_one_window_or_of_no_divergence() -> None:
-    assert words.verdict(compared([0.2], [0.1], [0.1]), 4).count("nothing that so little text can show") == 2
-    assert words.verdict(compared([0.0, 0.0], [0.1, 0.2], [0.1, 0.1]), 3) == "At 3 bits RTN causes no divergence."
+    assert words.verdict(compared([0.2], [0.1], [0.1]), [4]).count("nothing that so little text can show") == 2
+    said = words.verdict(compared([0.0, 0.0], [0.1, 0.2], [0.1, 0.1]))
+    assert said == "Of RTN's divergence, at the same size: at 4 bits there is none; at 3 bits there is none."
 
 
 @pytest.mark.parametrize(
