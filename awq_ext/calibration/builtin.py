@@ -1,4 +1,4 @@
-"""Calibration without a data set: a small mix of texts that ships with the package, beside what the model writes itself.
+"""Calibration without a data set: a small mix of texts that ships with the package.
 
 ``texts/`` holds prose, letters, instructions, dialogues and mathematics in English; code, data and tool calls; and seventeen other
 languages. All of it was written for this package, and is licensed as the package is.
@@ -18,8 +18,9 @@ from .windows import at_most, count_tokens, ids_of, place_of_ids
 
 BUILTIN = "builtin"
 FILES = ("english.txt", "code.txt", "languages.txt")
-# Batches of its own text to one of the built-in mix, which is short, and in fewer languages than many models know.
-WRITTEN = 1.0
+# Of other text there is none beside the mix, unless the settings say how much: it takes time and gains nothing
+# (docs/research-notes-tuning.md, "The built-in texts").
+NOTHING_ELSE = {"generated_tokens": 0.0, "random_tokens": 0.0}
 # Tokens in a window of the mix, at most. Windows of 512 tokens in place of 256 take longer, and gain nothing.
 WINDOW = 256
 _HINT = " It is one of the built-in texts: builtin_text=False leaves them out."
@@ -40,14 +41,14 @@ def is_builtin(samples: Any) -> bool:
 
 
 def builtin_calibration(tokenizer: Callable[..., Any] | None, config: AwqConfig) -> tuple[list[str], AwqConfig]:
-    """Return the built-in mix as samples, and settings by which the model adds text of its own, unless they say how much.
+    """Return the built-in mix as samples, and settings by which it is all there is, unless they say otherwise.
 
     TypeError without a tokenizer.
     """
     if tokenizer is None:
         raise TypeError(f'calib_loader="{BUILTIN}" is a text: pass tokenizer= to turn it into tokens')
-    written = WRITTEN if config.generated_tokens is None else config.generated_tokens
-    return [builtin_text()], replace(config, generated_tokens=written, builtin_text=False)
+    unsaid = {name: share for name, share in NOTHING_ELSE.items() if getattr(config, name) is None}
+    return [builtin_text()], replace(config, builtin_text=False, **unsaid)
 
 
 class Mix(NamedTuple):

@@ -64,7 +64,7 @@ def quantize(
         ``tokenizer`` it may also be a str, a list of messages, or a row of a data set with "text", "messages", "conversations" or
         "prompt" and "completion". A str is the text itself: the name of a file that is there is refused. Tensors are moved to the
         model's device. "builtin" in place of samples (with ``tokenizer``) is a small mix of languages and code that ships with the
-        package, and as much text that the model writes itself (``generated_tokens``). Your own text is better.
+        package. Your own text is better.
     tokenizer: turns texts and chats into token ids; needed for these, and for ``builtin_text``.
     inputs: what the model is called with: "all" of a sample; "first" for loaders of (input, label) pairs; or a function of it.
     blocks: names of the modules to calibrate one after another; None finds them, [] takes the model as a whole.

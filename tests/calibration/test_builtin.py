@@ -36,16 +36,16 @@ def test_the_mix() -> None:
 def test_quantize_by_its_name_is_quantize_on_the_text() -> None:
     named = awq_ext.quantize(Reader(), "builtin", tokenizer=tokenizer, **FAST)
     given = awq_ext.quantize(Reader(), [builtin_text()], tokenizer=tokenizer, **FAST)
-    assert named.awq_report.config["generated_tokens"] == 1.0
-    assert given.awq_report.config["generated_tokens"] is None
-    # this model cannot write, so both saw the same
+    for name in ("generated_tokens", "random_tokens"):
+        assert (named.awq_report.config[name], given.awq_report.config[name]) == (0, None)
     for key, value in named.state_dict().items():
         assert torch.equal(value, given.state_dict()[key])
 
 
 def test_what_settings_say_of_generated_text_counts() -> None:
-    model = awq_ext.quantize(Reader(), "builtin", tokenizer=tokenizer, generated_tokens=0, **FAST)
-    assert model.awq_report.config["generated_tokens"] == 0
+    model = awq_ext.quantize(Reader(), "builtin", tokenizer=tokenizer, random_tokens=0.5, **FAST)
+    assert model.awq_report.config["random_tokens"] == 0.5
+    assert "windows of random tokens" in model.awq_report.notes[0]
 
 
 def test_errors_say_what_to_do() -> None:

@@ -269,7 +269,7 @@ def test_the_command_has_the_settings_of_the_method() -> None:
     config = AwqConfig(effort="balanced", group_size=64, damping=0.5).to_dict()
     words = shlex.split(compare.next_command(["quantize", "M", "O"], config, "balanced"))
     assert words[4:] == ["--effort", "balanced", "--group-size", "64", "--set", "damping=0.5"]
-    implied = {"builtin_text": False, "generated_tokens": 1.0}  # by --calib builtin
+    implied = {"builtin_text": False, "generated_tokens": 0.0, "random_tokens": 0.0}  # by --calib builtin
     config = AwqConfig(effort="balanced", **implied).to_dict()
     words = shlex.split(compare.next_command(["quantize", "M", "O"], config, "balanced", implied))
     assert words[4:] == ["--effort", "balanced"]

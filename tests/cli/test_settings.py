@@ -150,7 +150,8 @@ def test_efforts_and_the_builtin_texts(model_dir: Path, tmp_path: Path) -> None:
     result = run("quantize", model_dir, out, "--calib", "builtin", "--effort", "best", *given)
     assert result.exit_code == 0, result.output
     config = json.loads(figures.read_text())["report"]["config"]
-    assert (config["method"], config["tune_scales"], config["generated_tokens"]) == ("awq+gptq", 1, 1.0)
+    assert (config["method"], config["tune_scales"]) == ("awq+gptq", 1)
+    assert (config["generated_tokens"], config["random_tokens"]) == (0, 0)
     assert config["builtin_text"] is False  # they are what is given
     again = run(
         "quantize", model_dir, tmp_path / "all", "--calib", "builtin", "--method", "rtn", *given[2:6], "--samples", 999

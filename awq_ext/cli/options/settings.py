@@ -96,11 +96,11 @@ def _option(error: str, fields: Mapping[str, Any], more: Iterable[str], per_laye
 
 
 def with_builtin(calib: Iterable[Path], chosen: dict[str, Any]) -> dict[str, Any]:
-    """Let a model that is calibrated on the built-in texts write some of its own too, unless the settings say how much."""
-    from ...calibration.builtin import WRITTEN
+    """Let the built-in texts, where they are given, be all that is added to other text, unless the settings say otherwise."""
+    from ...calibration.builtin import NOTHING_ELSE
     from ..texts import is_builtin
 
-    return {"generated_tokens": WRITTEN, "builtin_text": False, **chosen} if any(map(is_builtin, calib)) else chosen
+    return {**NOTHING_ELSE, "builtin_text": False, **chosen} if any(map(is_builtin, calib)) else chosen
 
 
 def refuse_effort_of_rtn(chosen: Mapping[str, Any]) -> None:

@@ -59,8 +59,7 @@ Calib = Annotated[
     typer.Option(
         callback=check_calib,
         help="Text to calibrate on: .txt, or .jsonl, .json, .csv or .parquet with 'text', 'messages', 'conversations' or "
-        "'prompt' and 'completion'. May be repeated. builtin: a small mix of languages and code that ships with the package, and "
-        "text that the model writes itself.",
+        "'prompt' and 'completion'. May be repeated. builtin: a small mix of languages and code that ships with the package.",
     ),
 ]
 Field = Annotated[
