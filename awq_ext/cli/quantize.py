@@ -187,6 +187,11 @@ def quantize(
     }
     chosen = with_builtin(calib, read_settings(fields, settings, skip, per_layer, head))
     refuse_effort_of_rtn(chosen)
+    if (chosen.get("bits") or 4) in LAYOUTS[format].symmetric_bits and "symmetric" not in chosen:
+        chosen["symmetric"] = True
+        say(
+            f"[yellow]note:[/yellow] symmetric, as what reads {format} takes no zero points of such layers (--set symmetric=false)"
+        )
     set_threads(threads)
     console = console_for(json_path)
     named = hf.named_texts(traffic)

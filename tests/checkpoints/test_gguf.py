@@ -137,6 +137,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rotary embeddings": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
     "no size": ({"num_hidden_layers": None}, "num_hidden_layers=None"),
     "windows": ({"use_sliding_window": True}, "use_sliding_window"),
+    "windows of Mistral": (
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 16, "max_position_embeddings": 32},
+        "sliding_window=16: llama.cpp's llama attends to all tokens",
+    ),
 }
 
 
@@ -147,6 +151,14 @@ def test_what_is_not_known_is_refused(what: str) -> None:
     change, text = REFUSED[what]
     with pytest.raises(CheckpointError, match=text):
         Architecture(CONFIG | change)
+
+
+def test_a_window_that_holds_every_text_is_none() -> None:
+    from awq_ext.checkpoints.gguf.architectures import Architecture
+
+    window = {"sliding_window": 32, "max_position_embeddings": 32}
+    assert Architecture(CONFIG | window | {"architectures": ["MistralForCausalLM"]}).name == "llama"
+    assert Architecture(CONFIG | {"sliding_window": 16, "use_sliding_window": False}).name == "llama"  # as of a Qwen2
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])

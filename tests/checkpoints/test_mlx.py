@@ -193,6 +193,13 @@ def test_models_that_were_not_tried_are_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+def test_activations_that_mlx_lm_would_not_compute_are_refused() -> None:
+    model = float_model()
+    model.config.hidden_act = "gelu"
+    with pytest.raises(CheckpointError, match="hidden_act='gelu': mlx-lm's llama computes silu"):
+        awq_ext.check_format(model, BATCH, "mlx", group_size=32, method="rtn")
+
+
 def test_experts_that_mlx_lm_could_not_stack_are_refused(tmp_path: Path) -> None:
     model = float_model("Qwen2Moe", num_experts=4, shared_expert_intermediate_size=64, **MOE)
     awq_ext.quantize(model, [BATCH], **SETTINGS, skip=("*.1.mlp.experts.down_proj.2",))
@@ -235,7 +242,7 @@ def test_the_commands_write_it(format: str, tmp_path: Path) -> None:
     run = CliRunner().invoke
     done = run(app, ["quantize", str(source), str(tmp_path / "out"), "--format", format, *settings])
     # the widths are 64 and 96, and the usual size 128 but for gguf, whose blocks are 32
-    assert ("groups of 32 weights" in done.output) == (format == "mlx")
+    assert ("groups of 32: 128" in done.output) == (format == "mlx")
     assert done.exit_code == 0, done.output
     other = {"mlx": "gguf", "gguf": "mlx"}[format]
     done = run(app, ["convert", str(tmp_path / "out"), str(tmp_path / "other"), "--format", other])

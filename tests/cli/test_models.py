@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import hf_directory
 import pytest
@@ -201,6 +202,28 @@ def test_inspect_reads_every_layout(model_dir: Path, texts: dict[str, Path], lay
         facts["format"] == layout and facts["quantized_layers"] == {"int4": 14} and facts["group_sizes"] == {"32": 14}
     )
     assert facts["report"].startswith("14 of 15 Linears quantized")
+
+
+@pytest.mark.parametrize(
+    ("options", "symmetric"),
+    [
+        (["--format", "gptq"], True),
+        (["--format", "gptq", "--set", "symmetric=false"], False),
+        (["--format", "gguf", "--bits", 8], True),
+        (["--format", "gguf"], False),
+    ],
+)
+def test_layers_are_symmetric_where_readers_take_no_others(
+    model_dir: Path, texts: dict[str, Path], options: list[Any], symmetric: bool, tmp_path: Path
+) -> None:
+    """Of 8 bits in gguf others cannot be written; in gptq they end, after all the work, at the first zero of 0."""
+    made = run("quantize", model_dir, tmp_path / "out", *calibration(texts), "--method", "rtn", *options)
+    assert ("note: symmetric, as what reads" in made.output) == (symmetric and "symmetric=false" not in options)
+    if made.exit_code == 0:
+        report = json.loads((tmp_path / "out" / "awq_report.json").read_text())
+        assert report["config"]["symmetric"] == symmetric
+    else:  # whether there is such a zero is a matter of the weights
+        assert not symmetric and "a zero of 0" in made.output
 
 
 def test_eight_bits_on_the_command_line(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:

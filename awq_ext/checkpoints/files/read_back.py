@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..formats import CheckpointError, PackedLinear
-from ..gguf.file import GGUF, GgufTensors
+from ..gguf.file import GGUF, GgufTensors, metadata_difference
 from ..quantized_dir import CONFIG, QuantDir
 from ..shards import Shards, read_json
 from .parts import Part
@@ -29,7 +29,7 @@ def verify(folder: Path, directory: Path, parts: Iterable[Part], texts: Mapping[
 
     parts: made once more from the source, so that one layer at a time is in memory. Each tensor has the same bits (vectors
     of GGUF in float32), and each layer that a reader makes of them the same codes, scales, zeros and scale of its input.
-    texts: content of JSON files by name. Not compared: the report, the card, tokenizers and the metadata of a GGUF file.
+    texts: content of JSON files by name. Not compared: the report, the card, and tokenizers, that in a GGUF file too.
     The bytes come from the disk where the system lets go of what it holds of files in memory (Linux).
     """
     try:
@@ -95,6 +95,10 @@ class _Check:
             if difference := _difference(there, made):
                 raise CheckpointError(f"{self.folder / GGUF}: {name} {difference}")
         self.same_texts(texts)
+        if isinstance(self.stored, GgufTensors) and (
+            difference := metadata_difference(self.folder, read_json(self.folder / CONFIG))
+        ):
+            raise CheckpointError(f"{self.folder / GGUF}: {difference}")
 
     def same_part(self, name: str, layer: PackedLinear | None, tensors: Mapping[str, Tensor]) -> None:
         read = {full: self.same(full, tensor, name) for full, tensor in tensors.items()}

@@ -44,6 +44,7 @@ class Gptq(Layout):
     short_groups = True
     quantized_heads = True
     divisors = (8, 8)
+    symmetric_bits = (4, 8)
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:
         found = super().problems(name, layer)

@@ -55,8 +55,19 @@ class Architecture:
         self.kv_heads = config.get("num_key_value_heads") or self.heads
         self._table = package.get_tensor_name_map(self.kind, self.blocks)
         self.rope = self._rope()
+        self._refuse_what_is_not_known()
+
+    def _refuse_what_is_not_known(self) -> None:
+        """Raise CheckpointError for what llama.cpp would compute differently without a word."""
+        config, window = self.config, self.config.get("sliding_window")
         if config.get("use_sliding_window") or config.get("hidden_act", "silu") != "silu":
             raise CheckpointError("GGUF: use_sliding_window and other activations than silu are not known here")
+        # of Mistral alone the window counts whenever it is given; where it holds every text it changes nothing
+        if config["architectures"][0].startswith("Mistral") and window and window < config["max_position_embeddings"]:
+            raise CheckpointError(
+                f"GGUF: sliding_window={window}: llama.cpp's {self.name} attends to all tokens. Use another format, or, if no text "
+                f"is longer, set max_position_embeddings={window} in the float model's config.json"
+            )
 
     def modules(self) -> dict[str, str]:
         """Map the names of the model's modules to those of GGUF."""

@@ -36,8 +36,7 @@ def foreseen(source: Any, config: Mapping[str, Any]) -> Architecture:
 def write_gguf(folder: Path, source: Any, layout: Gguf, summary: Summary, config: Mapping[str, Any]) -> None:
     """Write ``source`` to model.gguf in ``folder``, with the tokenizer that lies there; one layer at a time is in memory."""
     package, known = gguf(), foreseen(source, config)
-    writer = package.GGUFWriter(None, known.name)
-    known.describe(writer)
+    writer = _described(known)
     kinds = [block_type(facts.bits, facts.symmetric) for facts in summary.layers.values()]
     usual = max(sorted(set(kinds)), key=kinds.count)
     writer.add_file_type(package.LlamaFileType[f"MOSTLY_{usual}"])
@@ -63,6 +62,27 @@ def write_gguf(folder: Path, source: Any, layout: Gguf, summary: Summary, config
             tensor = _float(source, known, made_of) if name != "rope_freqs.weight" else known.tensors()[name]
         writer.write_tensor_data(_array(tensor.to(_FLOATS[kind]) if kind in _FLOATS else tensor))
     writer.close()
+
+
+def _described(known: Architecture) -> Any:
+    """Make a writer (gguf.GGUFWriter) that has the metadata of the model, but no file."""
+    writer = gguf().GGUFWriter(None, known.name)
+    known.describe(writer)
+    return writer
+
+
+def metadata_difference(folder: Path, config: Mapping[str, Any]) -> str:
+    """Say what of the metadata in ``folder`` is not what the config asks for, the tokenizer's apart; "" where all of it is."""
+    (wanted,) = _described(Architecture(config)).kv_data
+    there = opened(folder / GGUF).fields
+    for key, value in wanted.items():
+        if key not in there:
+            return f"{key} is missing"
+        found = there[key].contents()
+        number = value.type == gguf().GGUFValueType.FLOAT32
+        if found != (float(np.float32(value.value)) if number else value.value):
+            return f"{key} is {str(found)[:80]!r}, not {str(value.value)[:80]!r}"
+    return ""
 
 
 def _entries(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -200,6 +201,21 @@ def test_a_flipped_bit_in_every_tensor_of_gguf(tmp_path: Path, monkeypatch: pyte
         said = r"x/model\.gguf: (model\.\S+|lm_head\S*|rope_freqs\.weight) .*differs in 1 of"
         again = lambda: awq_ext.save_pretrained(model, tmp_path / "x", "gguf", overwrite=True, verify=True)  # noqa: E731
         assert_refused(again, tmp_path / "x", said)
+
+
+def test_metadata_of_gguf_with_other_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two real numbers, one of them rounded to float32, and a whole one."""
+    gguf = pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
+    model = quantized(dtype=torch.bfloat16)
+    model.config.rms_norm_eps = 1e-5 / 3
+    save = lambda: awq_ext.save_pretrained(model, tmp_path / "x", "gguf", overwrite=True, verify=True)  # noqa: E731
+    fields = gguf.GGUFReader(save() / "model.gguf").fields
+    for name in ("llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon", "llama.block_count"):
+        field = fields[name]
+        place = field.offset + sum(part.nbytes for part in field.parts[: field.data[0]])
+        with monkeypatch.context() as patch:
+            after_writing(patch, lambda path, place=place: flip(path, place))
+            assert_refused(save, tmp_path / "x", rf"model\.gguf: {re.escape(name)} is .*, not ")
 
 
 def edited(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:

@@ -36,6 +36,7 @@ class Gguf(Layout):
     quantized_heads = True
     divisors = (1, BLOCK)
     default_group_size = BLOCK  # there are no larger blocks
+    symmetric_bits = (8,)  # Q8_0 has no zeros
     own_writer = True
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:

@@ -22,6 +22,7 @@ KNOWN = (
     "cohere", "gemma", "gemma2", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3",
     "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
+_NOT_SILU = ("gemma", "gemma2", "phi", "starcoder2")  # whose code reads the activation, or has another
 _KNOWN = {"group_size": anything, "bits": anything, "mode": one_of("affine")}
 _NEAR = 2**-6  # for what products of roundings add to their sum
 _EXPERT = re.compile(r"(.*\.experts)\.\d+(\..*)")
@@ -103,6 +104,11 @@ class Mlx(Layout):
             raise CheckpointError(
                 f"MLX: model_type={kind!r} of config.json is not among those of which mlx-lm's code was tried on such layers "
                 f"({', '.join(KNOWN)}): use another format"
+            )
+        activation = config.get("hidden_act", "silu")
+        if kind not in _NOT_SILU and activation not in ("silu", "swish"):
+            raise CheckpointError(
+                f"MLX: hidden_act={activation!r}: mlx-lm's {kind} computes silu whatever config.json says: use another format"
             )
         _require_alike_experts(source)
         floats, dtype = ("float16", "bfloat16"), str(config.get("dtype") or config.get("torch_dtype"))
