@@ -156,3 +156,23 @@ def peers(data: Data, markdown: Markdown, described: str) -> str:
     return f"{head[0].upper()}{head[1:]}\n\n" + markdown(
         ("perplexity" if texts else "", *texts, *diverge, "seconds", "× awq_ext's time"), rows
     )
+
+
+def heads(data: Data, markdown: Markdown) -> str:
+    """What each output layer costs by itself, and behind blocks that AWQ quantized: means over texts."""
+    floats = data["blocks"]["float"]["float"]
+
+    def cost(blocks: str, label: str) -> list[str]:
+        found = data["blocks"][blocks][label]
+        kl = sum(one["kl"] for one in found.values()) / len(found)
+        rise = sum(one["perplexity"] / floats[text]["perplexity"] - 1 for text, one in found.items()) / len(found)
+        return [f"{kl:.4f}", f"{100 * rise:+.1f} %"]
+
+    rows = [
+        [label, f"{entry['bytes'] / 1e6:.1f}", *cost("float", label), *cost("awq", label)]
+        for label, entry in data["heads"].items()
+    ]
+    head = ["output layer", "MB", "alone: KL", "perplexity", "behind int4 blocks: KL", "perplexity"]
+    settings = data["settings"]
+    told = f"{data['model']}, groups of {settings['group_size']}, {settings['tokens']} tokens of each of {len(floats)} texts."
+    return f"\n{told}\n\n{markdown(head, rows)}"

@@ -217,6 +217,7 @@ TABLES = {
     "methods": lambda: quality.all_cells(read("bench_methods"), markdown),
     "methods_summary": lambda: quality.summary(read("bench_methods"), markdown),
     "choices": lambda: quality.choices(read("bench_choices"), markdown),
+    "heads": lambda: quality.heads(read("bench_head"), markdown),
     "peers": lambda: peers("bench_peers"),
     "peers_blocks": lambda: peers("bench_peers_blocks"),
     "peers_learned": lambda: peers("bench_peers_learned"),
