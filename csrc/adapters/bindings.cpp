@@ -2,6 +2,9 @@
 // computes is said in awq_ext/kernels/reference.
 #include "adapters/bindings.h"
 
+#include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "drivers/choice.h"
@@ -12,6 +15,8 @@
 
 namespace awq {
 namespace {
+
+std::pair<std::string, std::string> named(const DefaultIsa& d) { return {isa_name(d.isa), d.reason}; }
 
 void bind_isa(py::module_& m) {
   m.def("isa", [] { return isa_name(current_isa()); }, "Name of the instruction set whose kernels run.");
@@ -26,8 +31,21 @@ void bind_isa(py::module_& m) {
       },
       "Names of the instruction sets that this build and this processor have, the least first.");
   m.def(
-      "default_isa", [] { return std::pair(isa_name(default_isa()), default_reason()); },
+      "default_isa", [] { return named(default_isa()); },
       "The instruction set that is chosen for this processor where nothing else is asked for, and why.");
+  m.def(
+      "default_isa_on",
+      [](const std::string& vendor, bool avx2, bool avx512, bool avx512_vnni, bool avx512_bf16, bool amx, bool agree) {
+        const Processor made_up{vendor, 0, 0, avx2, avx512, avx512_vnni, avx512_bf16, amx};
+        const auto yes = [](const KernelTable&, const KernelTable&) { return true; };
+        const auto no = [](const KernelTable&, const KernelTable&) { return false; };
+        return named(default_isa(agree ? Machine{made_up, yes} : Machine{made_up, no}));
+      },
+      py::arg("vendor"), py::kw_only(), py::arg("avx2") = false, py::arg("avx512") = false,
+      py::arg("avx512_vnni") = false, py::arg("avx512_bf16") = false, py::arg("amx") = false,
+      py::arg("tiles_agree") = false,
+      "The same for a processor that need not be at hand, of this build's architecture; tiles_agree: whether its AMX "
+      "tiles compute what their plain form does.");
 }
 
 void bind_choices(py::module_& m) {

@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "kernels/processor.h"
 #include "kernels/tile_check.h"
 
 namespace awq {
@@ -14,21 +13,20 @@ struct Level {
   Isa isa;
   const char* name;
   const KernelTable* table;
-  bool (*runs_here)();
-  bool (*fast_here)();  // whether it may be chosen by default
-  const char* reason;   // for a person: why it is the default where it is
+  bool (*runs)(const Machine&);
+  bool (*fast)(const Machine&);  // whether it may be chosen by default
+  const char* reason;            // for a person: why it is the default where it is
 };
 
-bool always() { return true; }
-bool never() { return false; }
+bool always(const Machine&) { return true; }
 
 #if defined(__x86_64__)
+bool never(const Machine&) { return false; }
+bool has_vnni(const Machine& m) { return m.processor.avx512_vnni; }
+
 // Tile registers count only where they compute what their plain form does. No processor that was at hand when they were
 // written has them, and some virtual machines lose what they hold.
-bool runs_amx() {
-  static const bool right = processor().amx && tiles_agree(kAmxKernels, kAmxEmulatedKernels);
-  return right;
-}
+bool runs_amx(const Machine& m) { return m.processor.amx && m.tiles_agree(kAmxKernels, kAmxEmulatedKernels); }
 #endif
 
 // In rising order: the last that runs and is fast here is the default. Whether an instruction exists says nothing about
@@ -38,20 +36,47 @@ constexpr Level kLevels[] = {
     {Isa::scalar, "scalar", &kScalarKernels, always, always, "every processor has it"},
 #if defined(__x86_64__)
     {Isa::amx_plain, "amx_plain", &kAmxPlainKernels, always, never, ""},
-    {Isa::avx2, "avx2", &kAvx2Kernels, [] { return processor().avx2; }, always, "this processor has no AVX-512"},
-    {Isa::avx512, "avx512", &kAvx512Kernels, [] { return processor().avx512; }, always,
+    {Isa::avx2, "avx2", &kAvx2Kernels, [](const Machine& m) { return m.processor.avx2; }, always,
+     "this processor has no AVX-512"},
+    {Isa::avx512, "avx512", &kAvx512Kernels, [](const Machine& m) { return m.processor.avx512; }, always,
      "this processor has no products of bytes (VNNI)"},
-    {Isa::amx_emulated, "amx_emulated", &kAmxEmulatedKernels, [] { return processor().avx512_vnni; }, never, ""},
-    {Isa::avx512_vnni, "avx512_vnni", &kAvx512VnniKernels, [] { return processor().avx512_vnni; }, always,
+    {Isa::amx_emulated, "amx_emulated", &kAmxEmulatedKernels, has_vnni, never, ""},
+    {Isa::avx512_vnni, "avx512_vnni", &kAvx512VnniKernels, has_vnni, always,
      "no AMX here, and no products of bf16 that are known to be fast"},
-    {Isa::avx512_bf16, "avx512_bf16", &kAvx512Bf16Kernels, [] { return processor().avx512_bf16; },
-     [] { return processor().vendor == "AuthenticAMD"; }, "AMD's products of bf16 vectors are fast"},
+    {Isa::avx512_bf16, "avx512_bf16", &kAvx512Bf16Kernels, [](const Machine& m) { return m.processor.avx512_bf16; },
+     [](const Machine& m) { return m.processor.vendor == "AuthenticAMD"; }, "AMD's products of bf16 vectors are fast"},
     {Isa::amx, "amx", &kAmxKernels, runs_amx, always,
      "tile registers do the most products a cycle; products of bf16 vectors are slow where they exist"},
 #elif defined(__aarch64__)
     {Isa::neon, "neon", &kNeonKernels, always, always, "every aarch64 processor has it"},
 #endif
 };
+
+// Those that run, the least first.
+std::vector<const Level*> levels_on(const Machine& machine) {
+  std::vector<const Level*> levels;
+  for (const Level& level : kLevels)
+    if (level.runs(machine)) levels.push_back(&level);
+  return levels;
+}
+
+const Level& fastest(const std::vector<const Level*>& levels, const Machine& machine) {
+  const Level* best = levels.front();
+  for (const Level* level : levels)
+    if (level->fast(machine)) best = level;
+  return *best;
+}
+
+const Machine& this_machine() {
+  static const Machine machine{processor(), tiles_agree};
+  return machine;
+}
+
+// Asked once: the check of the tiles takes a while.
+const std::vector<const Level*>& levels_here() {
+  static const std::vector<const Level*> levels = levels_on(this_machine());
+  return levels;
+}
 
 std::string choices() {
   std::string text;
@@ -60,23 +85,16 @@ std::string choices() {
 }
 
 const Level& find_level(const std::string& name, const char* source) {
-  for (const Level& level : kLevels)
-    if (name == level.name && level.runs_here()) return level;
+  for (const Level* level : levels_here())
+    if (name == level->name) return *level;
   throw std::invalid_argument(std::string(source) + ": expected one of " + choices() + " on this processor, got '" +
                               name + "'");
-}
-
-const Level& fastest_level() {
-  const Level* best = &kLevels[0];
-  for (const Level& level : kLevels)
-    if (level.runs_here() && level.fast_here()) best = &level;
-  return *best;
 }
 
 const Level& first_level() {
   const char* name = std::getenv("AWQ_EXT_ISA");
   if (name != nullptr && *name != '\0') return find_level(name, "environment variable AWQ_EXT_ISA");
-  return fastest_level();
+  return fastest(levels_here(), this_machine());
 }
 
 std::atomic<const Level*> chosen{nullptr};
@@ -100,13 +118,20 @@ const char* isa_name(Isa isa) {
 
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
-  for (const Level& level : kLevels)
-    if (level.runs_here()) isas.push_back(level.isa);
+  for (const Level* level : levels_here()) isas.push_back(level->isa);
   return isas;
 }
 
-Isa default_isa() { return fastest_level().isa; }
-const char* default_reason() { return fastest_level().reason; }
+DefaultIsa default_isa(const Machine& machine) {
+  const Level& level = fastest(levels_on(machine), machine);
+  return {level.isa, level.reason};
+}
+
+DefaultIsa default_isa() {
+  const Level& level = fastest(levels_here(), this_machine());
+  return {level.isa, level.reason};
+}
+
 Isa current_isa() { return current_level().isa; }
 void set_isa(const std::string& name) { chosen.store(&find_level(name, "set_isa: argument 'name'")); }
 const KernelTable& kernels() { return *current_level().table; }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/kernels.h"
+#include "kernels/processor.h"
 
 namespace awq {
 
@@ -18,10 +19,21 @@ enum class Isa { scalar, amx_plain, avx2, avx512, amx_emulated, avx512_vnni, avx
 const char* isa_name(Isa isa);
 // Levels that this build has and this processor runs, the least first.
 std::vector<Isa> available_isas();
-// The level that is fastest on this processor, by its family: isa.cpp has the reasons.
-Isa default_isa();
-// Why, in a few words.
-const char* default_reason();
+
+// All that decides which levels run and which is fastest. Tests make up machines that are not at hand.
+struct Machine {
+  Processor processor;
+  bool (*tiles_agree)(const KernelTable& table, const KernelTable& other);  // tile_check.h; asked where there is AMX
+};
+struct DefaultIsa {
+  Isa isa;
+  const char* reason;  // in a few words
+};
+// The level that is fastest on a machine, by its vendor and instructions: isa.cpp has the reasons.
+DefaultIsa default_isa(const Machine& machine);
+// On this one.
+DefaultIsa default_isa();
+
 // The level in use. The first call reads AWQ_EXT_ISA; std::invalid_argument if that is not an available level.
 Isa current_isa();
 // Throws std::invalid_argument, naming the choices, if the level is unknown or not available here.

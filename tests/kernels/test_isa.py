@@ -41,6 +41,41 @@ def test_products_of_bf16_vectors_are_taken_where_they_are_fast() -> None:
         assert default == next(name for name in reversed(names) if not name.startswith("amx_"))
 
 
+WITH_VNNI = ("avx2", "avx512", "avx512_vnni")
+WITH_BF16 = (*WITH_VNNI, "avx512_bf16")  # Intel's Cooper Lake, AMD since Zen 4
+WITH_AMX = (*WITH_BF16, "amx")  # Intel since Sapphire Rapids
+
+
+@pytest.mark.skipif(not hasattr(_C, "emulated_tiles_agree"), reason="levels of x86-64")
+@pytest.mark.parametrize(
+    ("vendor", "instructions", "tiles_agree", "expected"),
+    [
+        ("AuthenticAMD", WITH_BF16, False, "avx512_bf16"),
+        ("AuthenticAMD", WITH_VNNI, False, "avx512_vnni"),
+        ("GenuineIntel", WITH_BF16, False, "avx512_vnni"),
+        ("GenuineIntel", WITH_AMX, True, "amx"),
+        ("GenuineIntel", WITH_AMX, False, "avx512_vnni"),
+        ("GenuineIntel", WITH_VNNI, True, "avx512_vnni"),  # no tiles, whatever a check of them would say
+        ("GenuineIntel", ("avx2", "avx512"), False, "avx512"),
+        ("GenuineIntel", ("avx2",), False, "avx2"),
+        ("AuthenticAMD", ("avx2",), False, "avx2"),
+        ("GenuineIntel", (), False, "scalar"),
+    ],
+)
+def test_default_on_other_processors(
+    vendor: str, instructions: tuple[str, ...], tiles_agree: bool, expected: str
+) -> None:
+    isa, reason = _C.default_isa_on(vendor, **dict.fromkeys(instructions, True), tiles_agree=tiles_agree)
+    assert isa == expected
+    assert reason
+
+
+def test_this_processor_is_judged_like_one_that_is_made_up() -> None:
+    names = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+    here = {name: name in _C.available_isas() for name in names}
+    assert _C.default_isa() == _C.default_isa_on(_C.processor()[0], **here, tiles_agree=here["amx"])
+
+
 @pytest.mark.parametrize("isa", ["scalar", ""])
 def test_environment_variable(isa: str) -> None:
     result = run(isa)
