@@ -42,7 +42,7 @@ def facts() -> list[tuple[str, str]]:
         ("kernels available", ", ".join(_C.available_isas())),
         ("CUDA kernels", state()),
         ("threads", str(torch.get_num_threads())),
-        *_C.choices(),
+        *((job, f"{kernel}: {reason}") for job, kernel, reason in _C.choices()),
     ]
 
 
@@ -156,10 +156,11 @@ def doctor(overwrite: Overwrite = False, json_path: JsonPath = None) -> None:
     console.print(fact_table([*known, *((f"extra {extra}", state) for extra, state in optional)]))
     if slower:
         console.print(slower, markup=False, highlight=False)
-    jobs = dict(_C.choices())
+    jobs = _C.choices()
+    names = {job for job, _, _ in jobs}
     figures = {
-        "facts": {key(name): value for name, value in known if name not in jobs},
-        "jobs": [{"job": job, "kernel": kernel} for job, kernel in jobs.items()],
+        "facts": {key(name): value for name, value in known if name not in names},
+        "jobs": [{"job": job, "kernel": kernel, "reason": reason} for job, kernel, reason in jobs],
         "extras": dict(optional),
         "problems": problems,
         "seconds": seconds,

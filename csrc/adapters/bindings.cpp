@@ -55,11 +55,11 @@ void bind_choices(py::module_& m) {
   m.def(
       "choices",
       [] {
-        std::vector<std::pair<std::string, std::string>> lines;
-        for (const Job& job : describe_choices(kernels())) lines.emplace_back(job.job, job.kernel);
+        std::vector<std::tuple<std::string, std::string, std::string>> lines;
+        for (const Job& job : describe_choices(kernels())) lines.emplace_back(job.job, job.kernel, job.reason);
         return lines;
       },
-      "What the instruction set in use computes each job with: pairs of job and kernel.");
+      "What the instruction set in use computes each job with, and why: (job, kernel, reason).");
 #if defined(__x86_64__)
   m.def(
       "emulated_tiles_agree", [] { return tiles_agree(kAmxEmulatedKernels, kAmxPlainKernels); },

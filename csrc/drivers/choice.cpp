@@ -52,11 +52,13 @@ Choice choose(const KernelTable& table, Dtype dtype, Compute compute, int64_t ro
 
 namespace {
 
+constexpr const char* kFma = "fp32 FMA";
+
 std::string kernel_name(const Choice& c) {
   const std::string terms = c.terms == 1 ? "" : ", each activation in " + std::to_string(c.terms) + " terms";
   switch (c.element) {
     case Element::f32:
-      return "fp32 FMA";
+      return kFma;
     case Element::bf16_pair:
       return "products of bf16 vectors";
     case Element::int8_step:
@@ -69,35 +71,60 @@ std::string kernel_name(const Choice& c) {
   return "";
 }
 
+constexpr const char* kNoBf16 = "this level has no products of bf16";
+
+// Why activations are multiplied like this: what choose() and the comments above say, also where tiles are emulated.
+std::string reason(const KernelTable& table, Dtype dtype, Compute compute, const Choice& c) {
+  if (c.element == Element::bf16_pair) return "one instruction does twice the products of fp32 FMA";
+  if (on_tiles(c.element)) {
+    const std::string many = "more rows: tiles take 16 at once";
+    return c.terms == 1 ? many : many + ", and " + std::to_string(c.terms) + " terms hold every bit";
+  }
+  if (table.tiles_bf16 == nullptr) {
+    if (compute == Compute::int8) return "asked for, and this level has no tiles";
+    return dtype == Dtype::bf16 ? kNoBf16 : "bf16 or bytes would lose bits, and this level has no tiles";
+  }
+  const std::string few = "few rows: reading the weight takes longest, tiles would be slower";
+  return c.element == Element::f32 ? few + " and bytes less exact" : few;
+}
+
 // One line for each run of row numbers that use the same kernel.
 void describe(const KernelTable& table, const std::string& job, Dtype dtype, Compute compute, std::vector<Job>& jobs) {
   constexpr int64_t kLast = 64;  // choices change at fewer rows only
   for (int64_t first = 1, last; first <= kLast; first = last + 1) {
-    const std::string kernel = kernel_name(choose(table, dtype, compute, first));
+    const Choice choice = choose(table, dtype, compute, first);
+    const std::string kernel = kernel_name(choice);
     for (last = first; last < kLast && kernel_name(choose(table, dtype, compute, last + 1)) == kernel;) ++last;
     const std::string from = std::to_string(first);
     const std::string rows = last == kLast  ? from + (first == 1 ? " row or more" : " rows or more")
                              : last > first ? from + " to " + std::to_string(last) + " rows"
                                             : from + " rows";
-    jobs.push_back({job + ", " + rows, kernel});
+    jobs.push_back({job + ", " + rows, kernel, reason(table, dtype, compute, choice)});
   }
 }
 
-// What quantize() computes: see stats.cpp, quadratic.cpp and refine_scales.cpp.
-void describe_quantizing(const KernelTable& table, std::vector<Job>& jobs) {
-  const Bf16Products* products = table.bf16_products;
-  const bool tiles = on_tiles(products);
-  const std::string fma = "fp32 FMA", one = tiles                 ? "bf16 tiles"
-                                            : products != nullptr ? "products of bf16 vectors"
-                                                                  : fma;
-  jobs.push_back({"second moments, bf16", one});
-  jobs.push_back({"second moments, fp16", tiles ? one + ", each activation in 2 terms" : fma});
-  jobs.push_back({"second moments, fp32 or weighted", tiles ? one + ", each activation in 3 terms" : fma});
-  jobs.push_back({"ranking and fit of scales, clips", one});
-  if (tiles)
-    jobs.push_back(
-        {"losses, " + std::to_string(kSplitChannels) + " channels or more", one + ", each factor in 2 terms"});
-  jobs.push_back({tiles ? "fewer; error feedback" : "losses, error feedback", fma});
+// What quantize() computes: see stats.cpp, quadratic.cpp and refine_scales.cpp, whose comments derive the bounds.
+void describe_on_tiles(std::vector<Job>& jobs) {
+  const std::string tiles = "bf16 tiles";
+  jobs.push_back({"second moments, bf16", tiles, "fp32 holds each product of two bf16 exactly"});
+  jobs.push_back({"second moments, fp16", tiles + ", each activation in 2 terms", "2 terms hold every bit"});
+  jobs.push_back({"second moments, fp32 or weighted", tiles + ", each activation in 3 terms",
+                  "3 terms hold every bit; at most 2^-24 of a product is left out"});
+  jobs.push_back({"ranking and fit of scales, clips", tiles, "rounding to bf16 moves a loss by about 0.3 %"});
+  jobs.push_back({"losses, " + std::to_string(kSplitChannels) + " channels or more", tiles + ", each factor in 2 terms",
+                  "over so many channels, 2 terms are about as exact as fp32"});
+  jobs.push_back({"fewer; error feedback", kFma, "these need the precision of fp32"});
+}
+
+void describe_in_vectors(bool bf16, std::vector<Job>& jobs) {
+  const std::string one = bf16 ? "products of bf16 vectors" : kFma;
+  const auto why = [&](const char* with_bf16) { return bf16 ? with_bf16 : kNoBf16; };
+  const char* lost = why("bf16 would lose bits, and several terms are no faster");
+  jobs.push_back({"second moments, bf16", one, why("fp32 holds each product of two bf16 exactly")});
+  jobs.push_back({"second moments, fp16", kFma, lost});
+  jobs.push_back({"second moments, fp32 or weighted", kFma, lost});
+  jobs.push_back({"ranking and fit of scales, clips", one, why("rounding to bf16 moves a loss by about 0.3 %")});
+  jobs.push_back({"losses, error feedback", kFma, "these need the precision of fp32"});
 }
 
 }  // namespace
@@ -108,7 +135,10 @@ std::vector<Job> describe_choices(const KernelTable& table) {
   describe(table, "fp16 activations", Dtype::f16, Compute::automatic, jobs);
   describe(table, "fp32 activations", Dtype::f32, Compute::automatic, jobs);
   describe(table, "compute_dtype=\"int8\"", Dtype::bf16, Compute::int8, jobs);
-  describe_quantizing(table, jobs);
+  if (on_tiles(table.bf16_products))
+    describe_on_tiles(jobs);
+  else
+    describe_in_vectors(table.bf16_products != nullptr, jobs);
   return jobs;
 }
 

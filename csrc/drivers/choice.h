@@ -27,9 +27,9 @@ struct Choice {
 
 Choice choose(const KernelTable& table, Dtype dtype, Compute compute, int64_t rows);
 
-// For a person: what each job uses on this level.
+// For a person: what each job uses on this level, and why, in a few words.
 struct Job {
-  std::string job, kernel;
+  std::string job, kernel, reason;
 };
 std::vector<Job> describe_choices(const KernelTable& table);
 

@@ -112,7 +112,7 @@ def test_doctor(tmp_path: Path) -> None:
     shown = runner.invoke(cli.app, ["doctor", "--json", str(tmp_path / "doctor.json")])
     assert shown.exit_code == 0, shown.output
     written = json.loads((tmp_path / "doctor.json").read_text())
-    facts, jobs = written["facts"], {line["job"]: line["kernel"] for line in written["jobs"]}
+    facts, jobs = written["facts"], [(line["job"], line["kernel"], line["reason"]) for line in written["jobs"]]
     assert facts["awq_ext"] == awq_ext.__version__
     assert facts["torch_installed"] == torch.__version__
     assert facts["threads"] == str(torch.get_num_threads())
@@ -120,8 +120,8 @@ def test_doctor(tmp_path: Path) -> None:
     assert "scalar" in facts["kernels_available"]
     assert facts["processor"] and facts["memory_read_at"].endswith(" GB/s")
     assert " GFLOP/s with 512 rows, " in facts["float_bf16_product"] and " GFLOP/s with" in facts["int4_product"]
-    assert jobs == dict(_C.choices())
-    for name in (*jobs, "kernels in use", "memory read at"):
+    assert jobs == _C.choices()
+    for name in (*(job for job, _, _ in jobs), "kernels in use", "memory read at"):
         assert name in shown.output
 
 
@@ -133,10 +133,11 @@ def test_doctor_says_what_each_job_uses_and_why() -> None:
     try:
         _C.set_isa(fastest)
         assert doctor.why_these_kernels() == reason
-        assert set(_C.choices()) <= set(doctor.facts())
+        assert {(job, f"{kernel}: {why}") for job, kernel, why in _C.choices()} <= set(doctor.facts())
         _C.set_isa("scalar")
         assert doctor.why_these_kernels() == f"asked for by AWQ_EXT_ISA; without it {fastest}: {reason}"
-        assert ("bf16 activations, 1 row or more", "fp32 FMA") in doctor.facts()
+        why = "fp32 FMA: this level has no products of bf16"
+        assert ("bf16 activations, 1 row or more", why) in doctor.facts()
         assert doctor.tile_facts() == ([], [])
     finally:
         _C.set_isa(before)
