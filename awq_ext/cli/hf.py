@@ -31,6 +31,7 @@ from ..streaming.checkpoint import work_folder
 from .console import say
 from .options.checks import DTYPES
 
+_TOKENIZERS = ("*token*", "vocab*", "*.model", "*.spm", "tekken*")
 # of a batch: enough to see which layers a model calls
 _FEW_TOKENS = 32
 
@@ -118,6 +119,9 @@ def load_tokenizer(directory: Path, trusted: bool = False) -> Any:
     if not read_config(directory):
         raise ValueError(f"{directory} has no config.json: a Hugging Face directory is needed")
     complete(directory)
+    # without files transformers 5 makes tokenizers of some models that know next to no words
+    if not any(True for pattern in _TOKENIZERS for _ in directory.glob(pattern)):
+        raise ValueError(f"{shown(directory)}: it has no tokenizer (tokenizer.json)")
     try:
         auto = transformers().AutoTokenizer
         return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)

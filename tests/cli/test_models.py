@@ -61,6 +61,9 @@ def broken(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         shutil.copytree(model_dir, folder / name)
     for file in (folder / "silent").glob("*token*"):
         file.unlink()
+    # a family for which transformers makes a tokenizer of no words where there are no files
+    (folder / "speechless").mkdir()
+    (folder / "speechless" / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}')
     for name in ("config.json", "awq_report.json"):
         (folder / "damaged" / name).write_text("{")
     return {path.stem: path for path in folder.iterdir()}
@@ -287,6 +290,7 @@ def test_windows_come_from_every_text(model_dir: Path, texts: dict[str, Path]) -
         (["quantize", "{model}", "{new}", "--calib", "{bytes}"], 1, "bytes.txt is no UTF-8 text"),
         (["quantize", "{model}", "{new}", "--calib", "{lines}"], 1, "lines.jsonl, line 2 is no JSON"),
         (["quantize", "{silent}", "{new}", "--calib", "{calib}"], 1, "it has no tokenizer"),
+        (["quantize", "{speechless}", "{new}", "--calib", "{calib}"], 1, "it has no tokenizer"),
         (["eval", "{damaged}", "{calib}"], 1, "config.json is damaged"),
         (["report", "{damaged}"], 1, "awq_report.json is damaged"),
         (["inspect", "{damaged}"], 1, "config.json is damaged"),

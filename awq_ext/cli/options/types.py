@@ -127,7 +127,7 @@ OverwriteFloat = Annotated[
     Path | None,
     typer.Option(
         metavar="OUT",
-        help="Name OUT once more here to replace even float weights in it. Those of the source are never replaced.",
+        help="Repeat OUT here to let it replace float weights. Those of the source are never replaced.",
     ),
 ]
 GroupSize = Annotated[

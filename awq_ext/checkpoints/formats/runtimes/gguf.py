@@ -46,7 +46,10 @@ class Gguf(Layout):
                 f"group_size={layer.group_size} is not a multiple of {BLOCK}: quantize with group_size={BLOCK}"
             )
         if layer.bits == 8 and not layer.symmetric:
-            found.append("it has 8 bits and zero points, for which there is no block: quantize with symmetric=True")
+            found.append(
+                "it has 8 bits and zero points, for which there is no block: quantize it with symmetric=True (in "
+                "per_layer, if its bits are there)"
+            )
         scales = self.stored_scales(layer)
         if layer.bits == 4 and not layer.symmetric and scales is not None and not _recovered(scales, layer.zeros):
             found.append(
