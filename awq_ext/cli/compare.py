@@ -135,7 +135,7 @@ def compare(
     implied = with_builtin(calib, {})
     if following := next_command(parts, config, effort, implied):
         following = next_command([*parts, *_format_for(model, batches[0], config)], config, effort, implied)
-    none = "no command, as directories hold 4 or 8 bits, packed. Compare such methods, to see which of them to take"
+    none = "none, as only 4 or 8 bits, packed, can be saved: compare such methods"
     console.print(f"next: {following or none}", markup=False, soft_wrap=True)
     write_json(found.to_dict() | {"verdict": summed.text, "take": summed.label, "next": following}, json_path)
 

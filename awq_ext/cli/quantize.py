@@ -190,7 +190,7 @@ def quantize(
     if (chosen.get("bits") or 4) in LAYOUTS[format].symmetric_bits and "symmetric" not in chosen:
         chosen["symmetric"] = True
         say(
-            f"[yellow]note:[/yellow] symmetric, as what reads {format} takes no zero points of such layers (--set symmetric=false)"
+            f"[yellow]note:[/yellow] symmetric, as readers of {format} take no zero points of such layers (--set symmetric=false)"
         )
     set_threads(threads)
     console = console_for(json_path)

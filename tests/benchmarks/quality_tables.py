@@ -166,7 +166,7 @@ def heads(data: Data, markdown: Markdown) -> str:
         found = data["blocks"][blocks][label]
         kl = sum(one["kl"] for one in found.values()) / len(found)
         rise = sum(one["perplexity"] / floats[text]["perplexity"] - 1 for text, one in found.items()) / len(found)
-        return [f"{kl:.4f}", f"{100 * rise:+.1f} %"]
+        return [f"{kl:.4f}", f"{round(100 * rise, 1) + 0.0:+.1f} %"]  # + 0.0: no -0.0
 
     rows = [
         [label, f"{entry['bytes'] / 1e6:.1f}", *cost("float", label), *cost("awq", label)]

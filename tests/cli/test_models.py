@@ -221,7 +221,7 @@ def test_layers_are_symmetric_where_readers_take_no_others(
 ) -> None:
     """Of 8 bits in gguf others cannot be written; in gptq they end, after all the work, at the first zero of 0."""
     made = run("quantize", model_dir, tmp_path / "out", *calibration(texts), "--method", "rtn", *options)
-    assert ("note: symmetric, as what reads" in made.output) == (symmetric and "symmetric=false" not in options)
+    assert ("note: symmetric, as readers of" in made.output) == (symmetric and "symmetric=false" not in options)
     if made.exit_code == 0:
         report = json.loads((tmp_path / "out" / "awq_report.json").read_text())
         assert report["config"]["symmetric"] == symmetric

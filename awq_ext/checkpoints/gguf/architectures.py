@@ -66,7 +66,7 @@ class Architecture:
         if config["architectures"][0].startswith("Mistral") and window and window < config["max_position_embeddings"]:
             raise CheckpointError(
                 f"GGUF: sliding_window={window}: llama.cpp's {self.name} attends to all tokens. Use another format, or, if no text "
-                f"is longer, set max_position_embeddings={window} in the float model's config.json"
+                f"is longer than the window, set max_position_embeddings={window} in the float model's config.json"
             )
 
     def modules(self) -> dict[str, str]:

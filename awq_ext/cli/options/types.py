@@ -80,8 +80,8 @@ Effort = Annotated[
         callback=check_effort,
         help="A preset, by the time that it takes. fast: awq+gptq on 8,192 tokens. balanced: on 16,384, importance-weighted. best: "
         "on all tokens, importance-weighted; then the codes of each block are learned together. All three add the texts that ship "
-        "with the package, which fill half of the limit, or more if --calib is short. Other options and --set override what a "
-        "preset says; --set max_calib_tokens=0 lifts the limit.",
+        "with the package; in fast and balanced these fill half of the limit, or more if --calib is short. Other options and --set "
+        "override what a preset says; --set max_calib_tokens=0 lifts the limit.",
         show_default=False,
     ),
 ]

@@ -29,7 +29,7 @@ PLOTS = {
     ),
     "alphas": (
         "Alpha",
-        "Exponent of the scale that the search chose for each input. 0: no scale was better than none.",
+        "Exponent of the scale that the search chose for each input. 0: no scaling was best.",
     ),
     "tails": (
         "Heavy tails",
