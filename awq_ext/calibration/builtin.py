@@ -18,7 +18,7 @@ from .windows import at_most, count_tokens, ids_of, place_of_ids
 
 BUILTIN = "builtin"
 FILES = ("english.txt", "code.txt", "languages.txt")
-# Of other text there is none beside the mix, unless the settings say how much: it takes time and gains nothing
+# Of other text there is none beside the mix, unless the settings say how much: it takes time and gains a point at most
 # (docs/research-notes-tuning.md, "The built-in texts").
 NOTHING_ELSE = {"generated_tokens": 0.0, "random_tokens": 0.0}
 # Tokens in a window of the mix, at most. Windows of 512 tokens in place of 256 take longer, and gain nothing.

@@ -202,23 +202,24 @@ def quantize(
     batches, left = texts.drawn_and_left(calib, tokenizer, samples, seq_len, field, seed, WINDOWS)
     scored = texts.windows_of(named, tokenizer, tokens, seq_len, field)
     load = lambda: hf.load_model(source, dtype, trust_remote_code, device)  # noqa: E731
+    builtin_alone = all(map(texts.is_builtin, calib))
     limit = memory_limit(max_memory) if device == "cpu" else None
     with (
         hf.told_to_go_on(out_dir),
         working(source, out_dir, load, limit, hf.chosen_dtype(dtype), trust_remote_code, fresh, timeout) as at,
     ):
         model = at.model
-        hf.note_lengths(model, batches, 0 if all(map(texts.is_builtin, calib)) else samples)
+        hf.note_lengths(model, batches, 0 if builtin_alone else samples)
         hf.note_same_texts(calib, named)
         if group_size is None and chosen["group_size"] == LAYOUTS[format].default_group_size:
             chosen = hf.with_groups_that_fit(model, batches[0], format, chosen)
         else:
             hf.check_format(model, batches[0], format, chosen)
-        remembered = _remembered(model, left, all(map(texts.is_builtin, calib))) if at.leads else None
+        remembered = _remembered(model, left, builtin_alone) if at.leads else None
         at.quantize(batches, chosen, tokenizer)
         report = model.awq_report
         report.command = command_line(context)
-        if all(map(texts.is_builtin, calib)):
+        if builtin_alone:
             report.builtin_tokens = report.calibration_tokens
         if at.leads:
             hf.save_model(model, out_dir, format, covered, at.streamed, verify)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..formats import CheckpointError, PackedLinear
-from ..gguf.file import GGUF, GgufTensors, metadata_difference
+from ..gguf.file import GGUF, GgufTensors
 from ..quantized_dir import CONFIG, QuantDir
 from ..shards import Shards, read_json
 from .parts import Part
@@ -95,9 +95,7 @@ class _Check:
             if difference := _difference(there, made):
                 raise CheckpointError(f"{self.folder / GGUF}: {name} {difference}")
         self.same_texts(texts)
-        if isinstance(self.stored, GgufTensors) and (
-            difference := metadata_difference(self.folder, read_json(self.folder / CONFIG))
-        ):
+        if isinstance(self.stored, GgufTensors) and (difference := self.stored.metadata_difference()):
             raise CheckpointError(f"{self.folder / GGUF}: {difference}")
 
     def same_part(self, name: str, layer: PackedLinear | None, tensors: Mapping[str, Tensor]) -> None:

@@ -112,9 +112,8 @@ class Layout:
     holds_memory: ClassVar[bool] = False  # all that a model has in memory: see InMemory
     divisors: ClassVar[tuple[int, int]] = (1, 1)  # of out_features and in_features
     default_group_size: ClassVar[int] = 128  # what the commands take
-    symmetric_bits: ClassVar[
-        tuple[int, ...]
-    ] = ()  # bits of which the commands make symmetric layers: readers take no others
+    # bits of which the commands make symmetric layers, as readers take no others
+    symmetric_bits: ClassVar[tuple[int, ...]] = ()
     own_writer: ClassVar[bool] = False  # do its readers need more than tensors and a quantization_config
 
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:

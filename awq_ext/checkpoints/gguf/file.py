@@ -71,20 +71,6 @@ def _described(known: Architecture) -> Any:
     return writer
 
 
-def metadata_difference(folder: Path, config: Mapping[str, Any]) -> str:
-    """Say what of the metadata in ``folder`` is not what the config asks for, the tokenizer's apart; "" where all of it is."""
-    (wanted,) = _described(Architecture(config)).kv_data
-    there = opened(folder / GGUF).fields
-    for key, value in wanted.items():
-        if key not in there:
-            return f"{key} is missing"
-        found = there[key].contents()
-        number = value.type == gguf().GGUFValueType.FLOAT32
-        if found != (float(np.float32(value.value)) if number else value.value):
-            return f"{key} is {str(found)[:80]!r}, not {str(value.value)[:80]!r}"
-    return ""
-
-
 def _entries(
     source: Any, known: Architecture, summary: Summary
 ) -> Iterator[tuple[str, tuple[int, ...], str, str | None]]:
@@ -174,7 +160,9 @@ class GgufTensors:
         names = {there: name for name, there in self._known.modules().items()}
         self._home: dict[str, tuple[str, Any]] = {}
         odd: list[str] = []
-        for tensor in opened(file).tensors:
+        reader = opened(file)
+        self._said = reader.fields
+        for tensor in reader.tensors:
             if tensor.name in computed:
                 self.computed[tensor.name] = (torch.from_numpy(np.array(tensor.data)), computed[tensor.name])
                 continue
@@ -199,6 +187,18 @@ class GgufTensors:
         if odd:
             more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
             warn(f"{file}: dequantized to floats, as no layer here holds such blocks: {', '.join(odd[:8])}{more}")
+
+    def metadata_difference(self) -> str:
+        """Say what of the metadata is not what the config asks for, the tokenizer's apart; "" where all of it is."""
+        (wanted,) = _described(self._known).kv_data
+        for key, value in wanted.items():
+            if key not in self._said:
+                return f"{key} is missing"
+            found = self._said[key].contents()
+            number = value.type == gguf().GGUFValueType.FLOAT32
+            if found != (float(np.float32(value.value)) if number else value.value):
+                return f"{key} is {str(found)[:80]!r}, not {str(value.value)[:80]!r}"
+        return ""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)
