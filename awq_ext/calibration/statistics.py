@@ -225,18 +225,19 @@ def collect(
     weights: Weights | None = None,
     accumulator: Callable[[int, torch.device], Accumulator] = kernels.activation_stats,
     advance: Callable[[Stop], None] = Stop.advance,
+    run: Callable[[Stop], Any] = Stop.run_on_copies,
 ) -> tuple[list[GroupStatistics], Any]:
     """Stream every batch through the block; return the statistics of each of its groups, and the first batch's output.
 
     The first batch stays at the block's entry for later probes. With ``hold`` all batches do: they run the block on copies now, and
     again later, on other weights. Otherwise they move on to the next block, and the block runs once. weights: of the calibration
-    rows (None: all count alike). advance: lets a batch move on.
+    rows (None: all count alike). advance: lets a batch move on. run: runs the block on copies of the first batch's arguments.
     """
     statistics = BlockStatistics(surveyed, device, accumulator)
     watch = InputWatch(surveyed, weights, statistics.add)
     with watch.on():
         watch.begin(stops[0])
-        output = stops[0].run_on_copies()
+        output = run(stops[0])
         free = FreeMemory()  # made once the sums are in memory, which is no growth to release
         for stop in stops[1:]:
             watch.begin(stop)

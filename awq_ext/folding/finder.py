@@ -50,6 +50,12 @@ class FoldFinder:
         self, probe: Probe, groups: Sequence[ScaleGroup], linears: Mapping[str, nn.Linear], wanted: Sequence[bool]
     ) -> list[Fold | None]:
         """Find what takes over 1/s of each group that is ``wanted``, proven; None for other groups and where nothing can."""
+        with probe.recalling():
+            return self._found(probe, groups, linears, wanted)
+
+    def _found(
+        self, probe: Probe, groups: Sequence[ScaleGroup], linears: Mapping[str, nn.Linear], wanted: Sequence[bool]
+    ) -> list[Fold | None]:
         members = [tuple(linears[name] for name in group.linears) for group in groups]
         shape = self._shape(groups, members, wanted)
         if patterns := self._patterns.get(shape):

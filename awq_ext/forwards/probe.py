@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .hooks import Hooks
 from .inputs import linear_input
 from .outputs import distance_of, equal, float_tensors, norm_of
+from .recall import Recall
 
 # Parameters, by (module, name), that a block sees on trial instead of the real ones.
 Substitutes = Mapping[tuple[nn.Module, str], Tensor]
@@ -35,14 +36,20 @@ class Probe:
     """Runs a block on one calibration batch under substituted parameters.
 
     run: runs the block on copies of its arguments. output: what it returned with its own parameters. row_mask: finds the rows of
-    a tensor that count, as ``Call.row_mask`` does.
+    a tensor that count, as ``Call.row_mask`` does. recall: spares products where nothing changed; that of the run that made
+    ``output`` may hold them already.
     """
 
     def __init__(
-        self, run: Callable[[], Any], output: Any, row_mask: Callable[[Tensor], Tensor | None] = lambda _: None
+        self,
+        run: Callable[[], Any],
+        output: Any,
+        row_mask: Callable[[Tensor], Tensor | None] = lambda _: None,
+        recall: Recall | None = None,
     ) -> None:
         self._run = run
         self._row_mask = row_mask
+        self._recall = Recall([]) if recall is None else recall
         self.reference = self._rows(output)
         self._changed: set[int] = set()  # places in ``reference``
 
@@ -57,6 +64,16 @@ class Probe:
         """
         return self.watch(substitutes, linears)[1]
 
+    @contextmanager
+    def recalling(self) -> Iterator[None]:
+        """Spare runs in the body the products in which nothing has changed since the run that is kept: if none is, the first."""
+        if not self._recall.kept:
+            self._recall.begin()
+        try:
+            yield
+        finally:
+            self._recall.end()
+
     def watch(self, substitutes: Substitutes, linears: Sequence[nn.Linear]) -> tuple[list[Tensor], list[Tensor]]:
         """Return both :meth:`output` and :meth:`inputs`, of one run."""
         seen: dict[nn.Linear, Tensor] = {}
@@ -65,7 +82,7 @@ class Probe:
             x = linear_input(args, kwargs)
             seen.setdefault(linear, self._counted(x).reshape(-1, x.shape[-1]))
 
-        with Hooks() as on, substituted(substitutes):
+        with Hooks() as on, substituted(substitutes), self._recall.used():
             for linear in linears:
                 on.input(linear, partial(see, linear))
             output = self._rows(self._run())

@@ -16,6 +16,7 @@ from ..folding.finder import FoldFinder
 from ..folding.fold import Fold, NormFold
 from ..forwards.forked import finishing_after_fork
 from ..forwards.probe import Probe
+from ..forwards.recall import Recall
 from ..modules import foldable_norms, unwrapped
 from ..reporting.tables import aligned, format_bytes
 from ..solving.block_solver import takes_fold
@@ -133,7 +134,8 @@ def planned(opened: Session, batches: int, blocks: Sequence[str] | None) -> Plan
             wanted = [takes_fold(group, config) for group in surveyed.groups]
             folds: list[Fold | None] = [None] * len(wanted)
             if any(wanted):
-                probe = Probe(first.run_on_copies, first.run_on_copies(), first.call.row_mask)
+                recall = Recall(surveyed.linears.values())
+                probe = Probe(first.run_on_copies, recall.keep(first.run_on_copies)(), first.call.row_mask, recall)
                 folds = finder.find(probe, surveyed.groups, surveyed.linears, wanted)
             for group, fold in zip(surveyed.groups, folds, strict=True):
                 linears = [surveyed.linears[name] for name in group.linears]

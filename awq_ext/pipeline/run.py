@@ -18,6 +18,7 @@ from ..forwards.calls import Call
 from ..forwards.lockstep import Stop
 from ..forwards.memory import FreeMemory, release_free_memory
 from ..forwards.probe import Probe, combined
+from ..forwards.recall import Recall
 from ..forwards.rescaled import Rescaling
 from ..layers.quant_linear import QuantLinear
 from ..modules import foldable_norms
@@ -52,11 +53,15 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """Statistics of a block's inputs, one for each scale group, and the block's output for the first batch."""
+    """Statistics of a block's inputs, one for each scale group, and the block's output for the first batch.
+
+    recall: what its Linears returned in that run.
+    """
 
     statistics: list[GroupStatistics]
     output: Any
     seconds: float
+    recall: Recall | None = None
 
 
 class Run:
@@ -147,14 +152,16 @@ class Run:
         """Collect statistics while the batches stream through the float block."""
         start = time.perf_counter()
         given = (block.surveyed, block.stops, self._session.device, block.hold, self._weights)
-        found, output = collect(*given, advance=self._way_on(block, target=True))
-        return Collected(found, output, time.perf_counter() - start)
+        recall = Recall(block.surveyed.linears.values())
+        found, output = collect(*given, advance=self._way_on(block, target=True), run=recall.keep(Stop.run_on_copies))
+        return Collected(found, output, time.perf_counter() - start, recall)
 
     def solve(self, block: Block, collected: Collected) -> BlockResult:
         """Find the scales, folds and codes of the block; the model stays as it is."""
         start = time.perf_counter()
         first = block.stops[0]
-        probe = Probe(first.run_on_copies, collected.output, first.call.row_mask)
+        recall = collected.recall or Recall(block.surveyed.linears.values())
+        probe = Probe(first.run_on_copies, collected.output, first.call.row_mask, recall)
         config = self._session.config
         probes = partial(self._stream.probes, block.stops) if self._learns(block, probe) else None
         given = (block.surveyed, collected.statistics, probe, config, self._finder, self._biases, probes)

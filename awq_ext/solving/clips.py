@@ -20,15 +20,17 @@ def keep_clips_that_serve(probe: Probe, groups: Sequence[GroupSolution]) -> tupl
     that can be sketched are tried on sketches first, and solved without their clip only if that lowers the error there.
     """
     kept = {layer.task.name: layer for group in groups for layer in group.layers}
-    units = _doubtful(probe, kept, _clip_units(groups))
+    with probe.recalling():
+        units = _doubtful(probe, kept, _clip_units(groups))
     substitutes = substitutes_of(kept.values())
-    best = probe.distance(substitutes)
-    for unit in units:
-        layers = [layer for layer in (one.unclipped.solve() for one in unit) if layer.loss <= layer.limit]
-        trial = substitutes | substitutes_of(layers)
-        if layers and (distance := probe.distance(trial)) < best:
-            best, substitutes = distance, trial
-            kept |= {layer.task.name: layer for layer in layers}
+    with probe.recalling():
+        best = probe.distance(substitutes)
+        for unit in units:
+            layers = [layer for layer in (one.unclipped.solve() for one in unit) if layer.loss <= layer.limit]
+            trial = substitutes | substitutes_of(layers)
+            if layers and (distance := probe.distance(trial)) < best:
+                best, substitutes = distance, trial
+                kept |= {layer.task.name: layer for layer in layers}
     return [replace(one, layers=tuple(kept[layer.task.name] for layer in one.layers)) for one in groups], best
 
 

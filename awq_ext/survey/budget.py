@@ -13,6 +13,7 @@ from torch import nn
 from ..config import AwqConfig
 from ..forwards.calls import Call
 from ..forwards.memory import SLACK
+from ..forwards.recall import MOST_KEPT
 from ..kernels.reference import group_count
 from ..layers.quantized_weight import row_bytes
 from .survey import BlockSurvey
@@ -84,14 +85,24 @@ def _steps(surveyed: BlockSurvey, config: AwqConfig) -> list[float]:
     codes = sum(_kept_codes(linear, config, name) for name, linear in linears.items())
     rounding, scratch = _rounding_bytes(surveyed, config)
     sketches = codes if config.clip == "auto" and not config.uses_gptq else 0
+    recalled = _recalled_bytes(surveyed)
     return [
         rounding,
+        trial + max(one_more, forward) + recalled,
         codes + trial + max(one_more, forward),
-        codes + sketches + trial + _unit_bytes(surveyed) + max(one_more - largest.nbytes, forward),
+        codes + sketches + trial + recalled + _unit_bytes(surveyed) + max(one_more - largest.nbytes, forward),
         # without its clip a layer is rounded once more, in the middle of it all; GPTQ has kept what it found
         codes + trial + (0 if config.uses_gptq else scratch),
         codes + made_bytes([surveyed], config),
     ]
+
+
+def _recalled_bytes(surveyed: BlockSurvey) -> float:
+    """Estimate what is kept of one forward of the block: inputs and outputs of its Linears, each at most the widest tensor."""
+    linears = surveyed.linears
+    read = [linears[part[0]].in_features for group in surveyed.groups for part in group.inputs]
+    made = [linear.out_features for linear in linears.values()]
+    return min(MOST_KEPT, surveyed.widest_bytes * sum(read + made) / max(read + made))
 
 
 def _learning_bytes(surveyed: BlockSurvey, growth: float, config: AwqConfig) -> float:
