@@ -60,6 +60,7 @@ def code_losses(
     channel_scale: Tensor | None = None,
     divisor: Tensor | None = None,
     damping: float = 0.0,
+    ranking: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 def scale_losses(
     weight: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,6 +19,8 @@ from .solution import LayerSolution, Unclipped
 from .tasks import LayerTask
 
 _FEWEST_ROWS = 64  # on which clipped and full ranges are compared
+# Input channels from which losses are computed fast first: with fewer, other steps take most of the time.
+_FEWEST_RANKED = 512
 
 
 def rounded(task: LayerTask, scale: Tensor | None = None, divisor: Tensor | None = None) -> LayerSolution:
@@ -33,11 +36,22 @@ def rounded(task: LayerTask, scale: Tensor | None = None, divisor: Tensor | None
 
 
 def searched(task: LayerTask, quantizer: Quantizer, divisor: Tensor | None = None) -> LayerSolution:
-    """Round under the scale of ``quantizer``, with the error feedback and clips that are set, where these lower the loss."""
-    job = _Job(task, quantizer, divisor)
+    """Round under the scale of ``quantizer``, with the error feedback and clips that are set, where these lower the loss.
+
+    Losses of large Linears are computed fast. Where two are so close that this leaves open which is smaller, all is done again with
+    exact ones, so that no choice depends on it.
+    """
+    if task.weight.shape[1] >= _FEWEST_RANKED:
+        with suppress(_Unsure):
+            return _searched(_Job(task, quantizer, divisor, ranking=True), task.settings.clip is not False)
+    return _searched(_Job(task, quantizer, divisor), task.settings.clip is not False)
+
+
+def _searched(job: _Job, clips: bool) -> LayerSolution:
+    task, quantizer, divisor = job.task, job.quantizer, job.divisor
     rtn = round_to_nearest(task.weight, task.settings)
-    plain = row_losses(task.weight, rtn, task.second_moment, damping=job.damping)
-    nearest = _Trial(rtn, _mean(task, plain), plain)
+    plain = row_losses(task.weight, rtn, task.second_moment, damping=job.damping, ranking=job.ranking)
+    nearest = _Trial.of(task, rtn, plain)
     limit = loss_rtn = nearest.loss
     if task.centred:
         # RTN leaves the bias as it is, so its loss includes the mean error, which the moment around the mean leaves out
@@ -45,21 +59,26 @@ def searched(task: LayerTask, quantizer: Quantizer, divisor: Tensor | None = Non
         loss_rtn += float(mean.square().sum()) * (1 - KEPT)
 
     def solution(trial: _Trial, unclipped: Unclipped | None = None) -> LayerSolution:
+        trial.loses_less(nearest)  # later it is asked whether ``loss`` is within ``limit``: here that must be sure
         found = (trial.found, quantizer.scale, divisor, trial.loss, limit, loss_rtn, trial.gptq, task.corrects_bias)
         return LayerSolution(task, *found, unclipped)
 
     if task.settings.uses_gptq:
-        best = job.with_gptq(job.nearest(nearest), limit)
+        best = job.with_gptq(job.nearest(nearest), nearest)
         full = solution(best)
-        clipped = job.clipped(limit, best)
+        clipped = job.clipped(nearest, best) if clips else None
         return full if clipped is None else solution(clipped, Unclipped(lambda: full))
-    if task.settings.clip is False:
-        return solution(job.nearest(nearest))
-    clipped = job.clipped(limit)
+    clipped = job.clipped(nearest) if clips else None
     if clipped is None:
         return solution(job.nearest(nearest))
-    sketches = partial(_sketches, job, clipped.clip, solution)
-    return solution(clipped, Unclipped(lambda: solution(job.nearest(nearest)), sketches))
+
+    def unclipped() -> LayerSolution:
+        try:
+            return solution(job.nearest(nearest))
+        except _Unsure:
+            return _searched(replace(job, ranking=False), clips=False)
+
+    return solution(clipped, Unclipped(unclipped, partial(_sketches, job, clipped.clip, solution)))
 
 
 def _sketches(
@@ -83,15 +102,37 @@ def loss_after_gptq(task: LayerTask, rows: Tensor, quantizer: Quantizer) -> floa
     return float(losses.plain.sum()) * len(task.weight) / len(rows)
 
 
+class _Unsure(Exception):
+    """Two ranking losses are so close that exact ones may be the other way round."""
+
+
+def _less(a: float, b: float, unsure: float) -> bool:
+    if unsure and abs(a - b) <= unsure:
+        raise _Unsure
+    return a < b
+
+
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """Candidate codes and their losses. clip: fp32 [N, G], by which ranges are shrunk."""
+    """Candidate codes and their losses. unsure: by how much ``loss`` may be off. clip: fp32 [N, G], by which ranges are shrunk."""
 
     found: QuantizedWeight
     loss: float
+    unsure: float = 0.0
     losses: RowLosses | None = None
     gptq: bool = False
     clip: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, task: LayerTask, found: QuantizedWeight, losses: RowLosses, gptq: bool = False, clip: Tensor | None = None
+    ) -> _Trial:
+        unsure = float(losses.unsure.sum()) / task.input.rows
+        return cls(found, _mean(task, losses), unsure, losses, gptq, clip)
+
+    def loses_less(self, other: _Trial) -> bool:
+        """Tell whether it loses less than ``other``; _Unsure where that is open."""
+        return self is not other and _less(self.loss, other.loss, max(self.unsure, other.unsure))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +142,7 @@ class _Job:
     task: LayerTask
     quantizer: Quantizer
     divisor: Tensor | None
+    ranking: bool = False
 
     def weight(self, rows: Tensor | None = None) -> Tensor:
         """Return the weight as it is rounded, [N, K], or some of its rows, by number."""
@@ -119,11 +161,12 @@ class _Job:
         weight, divisor = self.task.weight, self.divisor
         if rows is not None:
             weight, divisor = weight[rows], None if divisor is None else divisor[rows]
-        return row_losses(weight, found, self.task.second_moment, self.quantizer.scale, divisor, self.damping)
+        return row_losses(
+            weight, found, self.task.second_moment, self.quantizer.scale, divisor, self.damping, self.ranking
+        )
 
     def trial(self, found: QuantizedWeight, gptq: bool = False) -> _Trial:
-        losses = self.losses(found)
-        return _Trial(found, _mean(self.task, losses), losses, gptq)
+        return _Trial.of(self.task, found, self.losses(found), gptq)
 
     def nearest(self, rtn: _Trial) -> _Trial:
         """Round to nearest under the scale, then fit the scales of the weight groups.
@@ -135,23 +178,21 @@ class _Job:
         scaled = self.quantizer.scale is not None or self.divisor is not None
         if settings.refine and not settings.uses_gptq:
             trial = self.trial(self.quantizer.nearest(self.weight(), settings))
-            if trial.loss <= rtn.loss:
+            if not rtn.loses_less(trial):
                 return trial
         return self.trial(self.quantizer.nearest(self.weight(), settings, fitted=False)) if scaled else rtn
 
-    def with_gptq(self, best: _Trial, limit: float) -> _Trial:
+    def with_gptq(self, best: _Trial, rtn: _Trial) -> _Trial:
         """Round with error feedback, and take that if it loses less than rounding to nearest."""
         trial = self.trial(self.quantizer.gptq(self.weight(), self.task.settings), gptq=True)
-        return trial if trial.loss < min(best.loss, limit) else best
+        return trial if trial.loses_less(best) and trial.loses_less(rtn) else best
 
-    def clipped(self, limit: float, best: _Trial | None = None) -> _Trial | None:
-        """Round to clipped ranges; None unless they lose less than full ones on some rows, and no more than ``limit``.
+    def clipped(self, rtn: _Trial, best: _Trial | None = None) -> _Trial | None:
+        """Round to clipped ranges; None unless they lose less than full ones on some rows, and no more than ``rtn``.
 
         best: the codes with full ranges; None: those rounded to nearest, of which then no other rows are needed. Rows do not
         depend on each other, so what was made to compare is a part of the result.
         """
-        if self.task.settings.clip is False:
-            return None
         gptq, count = best is not None and best.gptq, len(self.task.weight)
         rows = spread_rows(count, self._rows_to_compare, self.task.weight.device)
         clip = self._clip(rows, gptq)
@@ -163,7 +204,7 @@ class _Job:
         else:
             found, losses = self._made(rows, clip, gptq)
             full = best.losses.at(rows)
-        if not self._judged(losses, rows, gptq) < self._judged(full, rows, gptq):
+        if not self._lose_less(losses, full, rows, gptq):
             return None
         if len(rows) < count:
             others = torch.ones(count, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
@@ -174,8 +215,8 @@ class _Job:
             found = QuantizedWeight.joined([found, found_rest]).rows(order)
             clip = torch.cat([clip, clip_of_rest])[order]
             losses = RowLosses.joined([losses, losses_of_rest]).at(order)
-        loss = _mean(self.task, losses)
-        return _Trial(found, loss, losses, gptq, clip) if loss <= limit else None
+        trial = _Trial.of(self.task, found, losses, gptq, clip)
+        return None if rtn.loses_less(trial) else trial
 
     @property
     def _rows_to_compare(self) -> int:
@@ -199,10 +240,14 @@ class _Job:
         found = rounding(self.weight(rows), self.task.settings, clip)
         return found, self.losses(found, rows)
 
-    def _judged(self, losses: RowLosses, rows: Tensor, damped: bool) -> float:
-        """Sum the losses of ``rows`` in the space in which these are rounded; this sum decides on a clip."""
-        values = losses.damped if damped else losses.plain
-        return float((values if self.divisor is None else values / self.divisor[rows].double().square()).sum())
+    def _lose_less(self, clipped: RowLosses, full: RowLosses, rows: Tensor, damped: bool) -> bool:
+        """Compare the sums over ``rows`` in the space in which these are rounded."""
+
+        def total(values: Tensor) -> float:
+            return float((values if self.divisor is None else values / self.divisor[rows].double().square()).sum())
+
+        ours, others = (total(one.damped if damped else one.plain) for one in (clipped, full))
+        return _less(ours, others, max(total(clipped.unsure), total(full.unsure)))
 
 
 def divided(weight: Tensor, divisor: Tensor | None) -> Tensor:

@@ -33,7 +33,7 @@ Tensor py_quadratic_loss(const Tensor& error, const Tensor& second_moment) {
 
 py::tuple py_code_losses(const Tensor& weight, const Tensor& codes, const Tensor& scales, const Tensor& zeros,
                          const Tensor& second_moment, int64_t group_size, const OptionalTensor& channel_scale,
-                         const OptionalTensor& divisor, double damping) {
+                         const OptionalTensor& divisor, double damping, bool ranking) {
   constexpr const char* kName = "code_losses";
   check_shape(kName, "weight", weight, {-1, -1});
   check_group_size(kName, group_size);
@@ -58,7 +58,7 @@ py::tuple py_code_losses(const Tensor& weight, const Tensor& codes, const Tensor
                             z.const_data_ptr<uint8_t>(), group_length(k, group_size)};
   {
     py::gil_scoped_release release;
-    code_losses(kernels(), view, quantized, float_data(s), float_data(d), float_data(g), damping,
+    code_losses(kernels(), view, quantized, float_data(s), float_data(d), float_data(g), damping, ranking,
                 plain.mutable_data_ptr<double>(), damping == 0.0 ? nullptr : damped.mutable_data_ptr<double>(),
                 at::get_num_threads());
   }
@@ -110,10 +110,11 @@ void bind_search(py::module_& m) {
   m.def(
       "code_losses", &py_code_losses, py::arg("weight"), py::arg("codes"), py::arg("scales"), py::arg("zeros"),
       py::arg("second_moment"), py::arg("group_size"), py::arg("channel_scale") = py::none(),
-      py::arg("divisor") = py::none(), py::arg("damping") = 0.0,
+      py::arg("divisor") = py::none(), py::arg("damping") = 0.0, py::arg("ranking") = false,
       "Squared output errors of the rows of a quantized weight [N, K]: fp64 [N], and the same with the diagonal of\n"
       "second_moment raised by the share damping. codes uint8 [N, K], or packed two to a byte. Values are divided by\n"
-      "channel_scale fp32 [K] and multiplied by divisor fp32 [N] before the weight is subtracted.");
+      "channel_scale fp32 [K] and multiplied by divisor fp32 [N] before the weight is subtracted.\n\n"
+      "ranking: only sums over rows will be compared; the products may then be in bf16.");
   m.def(
       "scale_losses", &py_scale_losses, py::arg("weight"), py::arg("candidates"), py::arg("second_moment"),
       py::arg("group_size"), py::arg("bits") = 4, py::arg("symmetric") = false, py::arg("scale_dtype") = at::kHalf,

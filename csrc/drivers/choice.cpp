@@ -110,7 +110,7 @@ void describe_on_tiles(std::vector<Job>& jobs) {
   jobs.push_back({"second moments, fp16", tiles + ", each activation in 2 terms", "2 terms hold every bit"});
   jobs.push_back({"second moments, fp32 or weighted", tiles + ", each activation in 3 terms",
                   "3 terms hold every bit; at most 2^-24 of a product is left out"});
-  jobs.push_back({"ranking and fit of scales, clips", tiles, "rounding to bf16 moves a loss by about 0.3 %"});
+  jobs.push_back({"ranking and fit of scales, clips", tiles, "rounding to bf16 moves a loss by about 0.4 %"});
   jobs.push_back({"losses, " + std::to_string(kSplitChannels) + " channels or more", tiles + ", each factor in 2 terms",
                   "over so many channels, 2 terms are about as exact as fp32"});
   jobs.push_back({"fewer; error feedback", kFma, "these need the precision of fp32"});
@@ -123,7 +123,7 @@ void describe_in_vectors(bool bf16, std::vector<Job>& jobs) {
   jobs.push_back({"second moments, bf16", one, why("fp32 holds each product of two bf16 exactly")});
   jobs.push_back({"second moments, fp16", kFma, lost});
   jobs.push_back({"second moments, fp32 or weighted", kFma, lost});
-  jobs.push_back({"ranking and fit of scales, clips", one, why("rounding to bf16 moves a loss by about 0.3 %")});
+  jobs.push_back({"ranking and fit of scales, clips", one, why("rounding to bf16 moves a loss by about 0.4 %")});
   jobs.push_back({"losses, error feedback", kFma, "these need the precision of fp32"});
 }
 

@@ -18,11 +18,11 @@
 namespace awq {
 
 // The precision to rank candidates in: bf16 where the level has it. Rounding changes an entry by a relative error of at
-// most u = 2^-9, rms at most u / sqrt(3), with random sign. Let L = e G e^T and A = sum of e_i^2 G_ii, the loss that
-// independent errors would have. Because |G_ij| <= sqrt(G_ii G_jj), rounding G moves L by at most sqrt(2/3) u A rms;
-// because |(G e)_i| <= sqrt(G_ii L), rounding e moves it by at most 2/sqrt(3) u sqrt(A L). Together that is about 0.3 %
-// of a row's loss where L is near A. It averages out over the rows, and the part due to G is much the same for every
-// candidate. Losses in reports are computed in fp32.
+// most 2^-8, and of u = 0.43 * 2^-8 rms (over a binary order of magnitude; 2^-8 / sqrt(3) at its lower end), with
+// random sign. Let L = e G e^T and A = sum of e_i^2 G_ii, the loss that independent errors would have. Because |G_ij|
+// <= sqrt(G_ii G_jj), rounding G moves L by at most sqrt(2) u A rms; because |(G e)_i| <= sqrt(G_ii L), rounding e
+// moves it by at most 2 u sqrt(A L). Together that is about 0.4 % of a row's loss where L is near A. It averages out
+// over the rows, and the part due to G is much the same for every candidate.
 Precision ranking_precision(const KernelTable& table);
 
 // The precision of losses over k channels that are to be as exact as in fp32. There a term e_i G_ij e_j passes 256

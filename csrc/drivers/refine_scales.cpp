@@ -3,11 +3,12 @@
 // flops per row, and run in bf16 where the level has it. Levels are integers up to 255, which bf16 holds; H and the
 // errors are rounded, H in the same way in both forms. The errors themselves are computed in fp32 after every step.
 //
-// What that costs: let u = 2^-9, A(x) = sum of x_i^2 H_ii, d the damping and D = (1 + d) / d, so that A(x) is at most
-// D times x H x^T. Rounding has random sign. The best step leaves errors e with e H a = 0. Rounding moves this zero of
-// the derivative by at most sqrt(2/3) u sqrt(A(e) A(a)) rms through H (whose entries count twice within the group), and
-// by at most u / sqrt(3) sqrt(A(e) a H a) through the errors. A step that is off by t loses t^2 a H a, so a group costs
-// at most u^2 / 3 (2 D^2 + D) of the row's loss, 1.3e-5 at d = 1. Later groups respond with changes of random sign.
+// What that costs: let u = 0.43 * 2^-8, the rms of what rounding to bf16 changes relatively, A(x) = sum of x_i^2 H_ii,
+// d the damping and D = (1 + d) / d, so that A(x) is at most D times x H x^T. Rounding has random sign. The best step
+// leaves errors e with e H a = 0. Rounding moves this zero of the derivative by at most sqrt(2) u sqrt(A(e) A(a)) rms
+// through H (whose entries count twice within the group), and by at most u sqrt(A(e) a H a) through the errors. A step
+// that is off by t loses t^2 a H a, so a group costs at most u^2 (2 D^2 + D) of the row's loss, 2.8e-5 at d = 1. Later
+// groups respond with changes of random sign.
 #include "drivers/refine.h"
 
 #include <algorithm>
@@ -25,7 +26,7 @@ namespace {
 constexpr int64_t kPanelsPerTask = 18;       // a block of k of all these takes a third of a second-level cache of 1 MiB
 constexpr int64_t kScratchBytes = 16 << 20;  // of a task
 constexpr int64_t kBlockBytes = 1536;        // of a block of k in each row: so long that a tile's end costs little
-constexpr double kLeastDamping = 0.1;        // for bf16: a group then costs at most 3e-4 of the loss; at 0.01, 3e-2
+constexpr double kLeastDamping = 0.1;        // for bf16: a group then costs at most 7e-4 of the loss; at 0.01, 6e-2
 constexpr int64_t kStrip = 256;              // channels that are packed at a time
 
 // For a few cache lines of each of many rows, far apart, which no processor prefetches by itself.

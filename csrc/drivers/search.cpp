@@ -184,10 +184,11 @@ void quadratic_loss(const KernelTable& table, const float* error, int64_t rows, 
 }
 
 void code_losses(const KernelTable& table, const WeightView& weight, const CodesView& codes, const float* channel_scale,
-                 const float* divisor, const float* moment, double damping, double* plain, double* damped,
+                 const float* divisor, const float* moment, double damping, bool ranking, double* plain, double* damped,
                  int threads) {
   const int64_t k = weight.in_features;
-  const MomentPanels g = pack_moment(table, loss_precision(table, k), moment, k, threads);
+  const Precision precision = ranking ? ranking_precision(table) : loss_precision(table, k);
+  const MomentPanels g = pack_moment(table, precision, moment, k, threads);
   CodeErrors errors(table, weight, codes, channel_scale, divisor, threads);
   Buffer<float> diagonal(k);
   for (int64_t i = 0; i < k; ++i) diagonal.get()[i] = moment[i * k + i];

@@ -21,7 +21,8 @@ void quadratic_loss(const KernelTable& table, const float* error, int64_t rows, 
 // + damping * sum over k of e_nk^2 G_kk, unless damped is null. Errors are computed in fp32, plain like
 // quadratic_loss, the rest in fp64.
 void code_losses(const KernelTable& table, const WeightView& weight, const CodesView& codes, const float* channel_scale,
-                 const float* divisor, const float* moment, double damping, double* plain, double* damped, int threads);
+                 const float* divisor, const float* moment, double damping, bool ranking, double* plain, double* damped,
+                 int threads);
 
 // losses[c] = sum over rows of the error of rounding W diag(s_c), taken back to the space of W. candidates [C, K]. With
 // 0 < max_rows < N only so many evenly spaced rows are used; the losses then serve a ranking, and are computed in

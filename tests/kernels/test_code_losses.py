@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from checks import moment
+from checks import RANKS_IN_BF16, moment
 from torch import Tensor
 
 from awq_ext import _C
@@ -63,6 +63,24 @@ def test_code_losses(shape: tuple[int, int], dtype: torch.dtype, group_size: int
                 _C.code_losses(weight, packed, *parts[1:], *others, 0.3), (plain, damped), strict=True
             ):
                 assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ranking_losses(shape: tuple[int, int]) -> None:
+    k = shape[1]
+    weight, g, scale = torch.randn(shape), moment(k), torch.rand(k) + 0.5
+    parts = reference.quantize_weight(weight, 32, channel_scale=scale)
+    others = (g, 32, scale, None, 1.0)
+    plain, damped = _C.code_losses(weight, *parts, *others)
+    fast, raised = _C.code_losses(weight, *parts, *others, ranking=True)
+    error = error_of(weight, parts, 32, scale, None).abs().double()
+    # e, twice a factor, and G are rounded, each entry by at most 2^-8; the products and sums are bounded as those of exact losses
+    bound = ((error @ g.abs().double()) * error).sum(1) * (3.02 * 2.0**-8 + 2 * EPS * (k + 40))
+    assert ((fast - plain).abs() <= bound).all()
+    own = damped - plain
+    assert torch.all((raised - fast - own).abs() <= 2.0**-50 * (own + damped + raised))
+    if _C.isa() not in RANKS_IN_BF16:
+        assert torch.equal(fast, plain)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -204,7 +204,7 @@ def test_scale_losses_of_some_rows(isa: str) -> None:
     weight, g, candidates = torch.randn(60, 300), moment(300), torch.rand(4, 300) + 0.5
     ours = _C.scale_losses(weight, candidates, g, 128, max_rows=7)
     expected = reference.scale_losses(weight, candidates, g, 128, max_rows=7)
-    # bf16 factors where the level has them: each is off by at most 2^-9 relatively, with random signs; 2^-7 of the loss
+    # bf16 factors where the level has them: each is off by at most 2^-8 relatively, with random signs; 2^-7 of the loss
     # is far outside what they add up to, and far inside the effect of a wrong row.
     tolerance = 2.0**-7 if isa in RANKS_IN_BF16 else 1e-5
     torch.testing.assert_close(ours, expected, rtol=tolerance, atol=0)
@@ -234,8 +234,8 @@ def test_search_clip(isa: str, shape: tuple[int, int], dtype: torch.dtype, group
         error = torch.nn.functional.pad(error, pad).double().view(n, groups, -1)
         exact = (torch.einsum("ngi,gij->ngj", error, blocks) * error).sum(-1)
         magnitude = (torch.einsum("ngi,gij->ngj", error.abs(), blocks.abs()) * error.abs()).sum(-1)
-        # as quadratic_bound; in bf16 each of a term's three factors is off by at most 2^-9
-        return exact, magnitude * (EPS * 400 + (3.01 * 2.0**-9 if isa in RANKS_IN_BF16 else 0))
+        # as quadratic_bound; in bf16 each of a term's three factors is off by at most 2^-8
+        return exact, magnitude * (EPS * 400 + (3.02 * 2.0**-8 if isa in RANKS_IN_BF16 else 0))
 
     cost, bound = losses(chosen)
     for ratio in ratios:

@@ -118,7 +118,7 @@ def test_scales_alone_are_set_to_their_best(
     if kernels is _C and _C.isa() in RANKS_IN_BF16:
         # The step moves by along / size, and both are sums with factors rounded by u at most: errors and H in the one, H
         # alone in the other, (along' / size' - along / size) = (along' - along - (size' - size) along / size) / size'.
-        u = 2.0**-9
+        u = 2.0**-8
         errors = left.index_add(1, torch.arange(last.start, k), level[:, last] * before[:, None], alpha=-1)
         off_along = (2 * u + u * u) * (errors.abs() * weighed.T).sum(1)
         off_size = u * (level[:, last].abs() * weighed.T[:, last]).sum(1)

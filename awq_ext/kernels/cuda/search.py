@@ -44,6 +44,7 @@ def code_losses(
     channel_scale: Tensor | None = None,
     divisor: Tensor | None = None,
     damping: float = 0.0,
+    ranking: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the squared output errors of a quantized weight's rows as ``reference.code_losses``: fp64 [N], plain and damped."""
     k = weight.shape[1]

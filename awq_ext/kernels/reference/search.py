@@ -31,13 +31,14 @@ def code_losses(
     channel_scale: Tensor | None = None,
     divisor: Tensor | None = None,
     damping: float = 0.0,
+    ranking: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the squared output errors of a quantized weight's rows, plain and with G's diagonal raised: fp64 [N] each.
 
     e = (code - zero) * scale / channel_scale * divisor - weight. The plain error is e G e^T, or 0 where rounding makes that
     negative; the other adds damping * sum of e_k^2 G_kk to it. weight [N, K]; codes uint8 [N, K], or [N, ceil(K/2)] packed by
     :func:`pack_int4`; channel_scale fp32 [K]: what columns were multiplied by before rounding; divisor fp32 [N]: what rows were
-    divided by.
+    divided by. ranking: sums over rows will be compared, for which other kernels may round both factors to bf16.
     """
     k, plain, own = weight.shape[1], [], []
     diagonal = second_moment.diagonal().double()
