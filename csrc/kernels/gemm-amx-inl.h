@@ -154,7 +154,16 @@ void pack_row_tiles(const float* x, int64_t ldx, int64_t k, int terms, uint16_t*
 void matrix_begin() { tile_configure(kTileSide); }
 
 constexpr Bf16Products tile_matrix_products() {
-  return {
-      kSquare,         kSquare,          kStepK,         matrix_begin, tile_release, gemm_on_tiles, quadratic_on_tiles,
-      pack_left_tiles, pack_right_tiles, pack_row_tiles, split_bf16};
+  return {kSquare,
+          kSquare,
+          kStepK,
+          matrix_begin,
+          tile_release,
+          gemm_on_tiles,
+          quadratic_on_tiles,
+          pack_left_tiles,
+          pack_right_tiles,
+          pack_row_tiles,
+          split_bf16,
+          round_panel<kSquare, kSquare>};
 }

@@ -64,8 +64,8 @@ constexpr int kTileBlockRows = 16, kMostTileRows = 32;
 // Rows that add_sums reads at a time: sums are loaded and stored once for all of them.
 constexpr int kSumRows = 8;
 
-// One panel of at most tile_rows channels, to be rounded with error feedback, tile_cols weight rows at a time: for each
-// channel or group the arrays hold one value for each of these rows.
+// One panel of at most tile_rows channels, to be rounded with error feedback, tile_cols weight rows at a time (or the
+// rows and columns of Bf16Products): for each channel or group the arrays hold one value for each of these rows.
 struct GptqPanel {
   int channels;
   const float* factor;    // [channels][tile_rows], the panel's diagonal block: entry [c][later]
@@ -129,6 +129,8 @@ struct Bf16Products {
   // exactly. Towards 0 where rounding would overflow; of what is not finite, nothing is left. Null where more than one
   // term is no faster than fp32.
   void (*split)(float* x, int64_t n, uint16_t* term);
+  // KernelTable's for panels of this shape: up to `rows` channels, of `cols` weight rows. Null where split is.
+  void (*gptq_panel)(const GptqPanel* panel, float* sums, float* errors, uint8_t* codes);
 };
 
 // A group of codes that gradients move: the largest code, zero and scale of the group, and what its row is multiplied

@@ -22,8 +22,8 @@ namespace {
 #if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED)
 #include "amx-tiles-inl.h"
 //
-#include "gemm-amx-inl.h"  // these two use amx-tiles-inl.h
-#include "tile-amx-inl.h"  // and tile-inl.h, tile-bf16-inl.h and tile-int8-inl.h
+#include "gemm-amx-inl.h"  // these two use amx-tiles-inl.h, this one gptq-inl.h,
+#include "tile-amx-inl.h"  // and this one tile-inl.h, tile-bf16-inl.h and tile-int8-inl.h
 #endif
 
 static_assert(kRows <= kMaxTileRows && kDotRows <= kMaxDotRows, "drivers have no room for more rows: see kernels.h");
@@ -46,6 +46,7 @@ constexpr Bf16Products kBf16Products = {kRows,
                                         pack_pairs<kRows>,
                                         pack_pairs<kWidth>,
                                         pack_row_pairs,
+                                        nullptr,
                                         nullptr};
 #endif
 #if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED) || defined(AWQ_LEVEL_BF16)

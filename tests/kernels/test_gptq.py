@@ -8,24 +8,18 @@ from types import ModuleType
 import pytest
 import torch
 from checks import moment
+from decisions import assert_decisions, assert_factor
 from torch import Tensor
 
 from awq_ext import _C
 from awq_ext.kernels import reference
 
-EPS = 2.0**-24  # relative error of one fp32 operation
 KERNELS = pytest.mark.parametrize("kernels", [_C, reference], ids=["compiled", "reference"])
 SHAPES = [(1, 1), (7, 13), (3, 300), (20, 1), (33, 64), (40, 65), (2, 129)]
 
 
 def orders(second_moment: Tensor) -> list[Tensor]:
     return [torch.arange(len(second_moment)), second_moment.diagonal().argsort(descending=True)]
-
-
-def damped(second_moment: Tensor, order: Tensor, damping: float) -> Tensor:
-    """The matrix that is factored, in fp64."""
-    h = second_moment.double()[order][:, order]
-    return h + (damping * h.diagonal() + 1e-6 * h.diagonal().mean()).diag()
 
 
 @pytest.mark.parametrize("k", [1, 13, 64, 65, 129, 300])
@@ -36,10 +30,7 @@ def test_factor(kernels: ModuleType, k: int) -> None:
         assert factor.dtype == torch.float32
         assert torch.equal(factor, factor.triu())
         assert (factor.diagonal() > 0).all()
-        # Cholesky's backward error (Higham, Accuracy and Stability, theorem 10.3): gamma of at most k + 1 operations an
-        # entry, on |R| |R^T|; H itself is rounded once (the damping), and R once more.
-        r, h = factor.double(), damped(second_moment, order, damping)
-        assert ((r @ r.T - h).abs() <= EPS * (k + 6) * (r.abs() @ r.abs().T)).all()
+        assert_factor(factor, second_moment, order, damping)
 
 
 @KERNELS
@@ -61,26 +52,6 @@ def test_factor_of_what_has_no_inverse(kernels: ModuleType, kind: str) -> None:
         assert codes.max() <= 15
     if kind == "nothing":
         assert torch.equal(codes, kernels.quantize_weight(weight, 32)[0])
-
-
-def assert_decisions(
-    parts: tuple[Tensor, Tensor, Tensor], weight: Tensor, factor: Tensor, order: Tensor, group_size: int, bits: int
-) -> None:
-    """Each code is the nearest to its weight plus what the errors before it ask for, in exact arithmetic.
-
-    weight: fp32, scaled. Where the exact quotient lies as near to the middle of two codes as fp32 sums may be off, either is
-    right: a sum of j products is off by at most (j + 2) eps of the sum of magnitudes, the quotient by 3 eps.
-    """
-    k = weight.shape[1]
-    step, zero = (reference.expand_groups(p.float(), k, group_size).double()[:, order] for p in (parts[1], parts[2]))
-    codes, w, r = parts[0].double()[:, order], weight.double()[:, order], factor.double()
-    error = w - (codes - zero) * step
-    above = r.triu(1)
-    target = w + error @ above / r.diagonal()
-    off = EPS * (torch.arange(k) + 5) * (error.abs() @ above.abs()) / r.diagonal() + EPS * 4 * (target.abs() + w.abs())
-    low, high = ((((target + d) / step).round() + zero).clamp(0, 2**bits - 1) for d in (-off, off))
-    assert ((low <= codes) & (codes <= high)).all()
-    assert (low != high).sum() <= 1 + codes.numel() // 100
 
 
 @pytest.mark.parametrize("shape", SHAPES)
