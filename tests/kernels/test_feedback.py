@@ -55,3 +55,45 @@ def test_decisions_over_many_channels(isa: str, k: int, group_size: int) -> None
         assert_decisions(parts, weight * scale, factor / scale[order][:, None], order, group_size, 4)
     alone = _C.gptq_quantize(weight[30:34], factor, order, group_size, channel_scale=scale)
     assert all(torch.equal(one, all_rows[30:34]) for one, all_rows in zip(alone, parts, strict=True))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(("bits", "k"), [(24, 330), (16, 600)])
+def test_no_product_of_terms_is_missing_from_descent(kernels: ModuleType, bits: int, k: int, behind: bool) -> None:
+    """The same for codes that are refined: one channel before or behind all others pulls on them, and stays where it is.
+
+    Its own second moment is so large that the others hardly pull on it. All levels are 0, so no scale moves.
+    """
+    n, source = 40, k - 1 if behind else 0
+    others = torch.arange(k) != source
+    pull = with_bits(bits, k - 1) * 128
+    second_moment = torch.eye(k) / 2  # damped: 1
+    second_moment[source, source] = 2.0**30
+    second_moment[source, others] = second_moment[others, source] = pull
+    weight = torch.zeros(n, k)
+    weight[:, source] = with_bits(bits, n)
+    product = weight[:, source, None].double() * pull.double()
+    near = torch.randint(-3, 4, product.shape) + 0.5 + 2.0**-20 * product
+    weight[:, others] = (near - product).float()
+    codes = torch.full((n, k), 128, dtype=torch.uint8)
+    scales, zeros = torch.ones(n, 1).half(), codes[:, :1].clone()
+    refined = kernels.refine_quantized(weight, codes, scales, zeros, second_moment, -1, 8)
+    assert torch.equal(refined[1], scales)
+    assert torch.equal(refined[0][:, source], codes[:, source])
+    expected = (weight[:, others].double() + product).round() + 128
+    assert torch.equal(refined[0][:, others].double(), expected)
+
+
+@pytest.mark.parametrize(("k", "group_size"), [(65, 16), (300, 40), (545, 128), (609, -1)])
+def test_descent_over_many_channels(isa: str, k: int, group_size: int) -> None:
+    """Groups within a panel, across panels and longer than a span; steps and codes of a second round follow from the first."""
+    second_moment, weight, scale = moment(k), torch.randn(37, k), torch.rand(k) + 0.5
+    parts = reference.quantize_weight(weight, group_size, channel_scale=scale)
+    ours, expected = (
+        kernel.refine_quantized(weight, *parts, second_moment, group_size, rounds=2, channel_scale=scale)
+        for kernel in (_C, reference)
+    )
+    # one scale or code between two others may go either way, and its row with it
+    differs = (ours[0] != expected[0]).any(1) | (ours[1] != expected[1]).any(1)
+    assert differs.sum() <= 2
+    assert (parts[1] != expected[1]).double().mean() > 0.5
