@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "base/buffer.h"
 #include "base/layout.h"
 #include "base/parallel.h"
+#include "drivers/factor_tiles.h"
+#include "drivers/products.h"
 
 namespace awq {
 namespace {
@@ -14,7 +17,7 @@ namespace {
 // Columns of the factor that are finished at a time: a multiple of every level's tile_cols, and few enough that the
 // triangular solve, which is not done by tiles, stays a small share.
 constexpr int64_t kBlock = 64;
-static_assert(kBlock % kMaxTileCols == 0);
+static_assert(kBlock % kMaxTileCols == 0 && WideProducts::kColumns % kBlock == 0);
 // What every channel gets in addition to its own damping, as a share of the mean: enough for channels that no input
 // enters.
 constexpr double kFloor = 1e-6;
@@ -26,6 +29,8 @@ constexpr double kMostDamping = 1e30;
 //     [H_11 H_12]   [R_11 R_12] [R_11     ]^T
 //     [  .  H_22] = [     R_22] [R_12 R_22]      H_22 = R_22 R_22^T, R_12 = H_12 R_22^-T, R_11 R_11^T = H_11 - R_12
 //     R_12^T
+// On tile registers WideProducts subtracts what columns behind a wide block give, all of its columns at once; then as
+// above, within the wide block.
 class Factorization {
  public:
   Factorization(const KernelTable& table, float* h, int64_t k, const double* added, int threads)
@@ -34,14 +39,19 @@ class Factorization {
         k_(k),
         added_(added),
         threads_(threads),
-        row_panels_(threads * table.tile_rows * k),
-        col_panels_(kBlock * k) {}
+        wide_(on_tiles(table.bf16_products) ? WideProducts::kColumns : round_up(k, kBlock)),
+        row_panels_(threads * table.tile_rows * std::min(k, wide_)),
+        col_panels_(kBlock * std::min(k, wide_)) {
+    if (wide_ < k) wide_products_.emplace(*table.bf16_products, h, k, threads);
+  }
 
   // Returns whether every pivot is as large as exact arithmetic makes it, up to some rounding.
   bool run() {
     for (int64_t block = ceil_div(k_, kBlock) - 1; block >= 0; --block) {
       const int64_t begin = block * kBlock, end = std::min(k_, begin + kBlock);
-      subtract_later(begin, end);
+      const int64_t wide_end = std::min(k_, (begin / wide_ + 1) * wide_);
+      if (end == wide_end && end < k_) wide_products_->subtract(end - wide_, end);
+      subtract_later(begin, end, wide_end);
       if (!factor_diagonal(begin, end)) return false;
       parallel_for(ceil_div(begin, kBlock), threads_,
                    [&](int64_t task, int) { solve_rows(task * kBlock, (task + 1) * kBlock, begin, end); });
@@ -50,9 +60,9 @@ class Factorization {
   }
 
  private:
-  // H[0:end, begin:end] -= R[0:end, end:k] R[begin:end, end:k]^T.
-  void subtract_later(int64_t begin, int64_t end) {
-    const int64_t depth = k_ - end, mr = table_.tile_rows, nr = table_.tile_cols;
+  // H[0:end, begin:end] -= R[0:end, end:last] R[begin:end, end:last]^T.
+  void subtract_later(int64_t begin, int64_t end, int64_t last) {
+    const int64_t depth = last - end, mr = table_.tile_rows, nr = table_.tile_cols;
     if (depth == 0) return;
     const int64_t cols = ceil_div(end - begin, nr);
     parallel_for(cols, threads_, [&](int64_t col, int) {
@@ -63,7 +73,7 @@ class Factorization {
         for (int64_t i = 0; i < depth; ++i) panel[i * nr + n] = -h_[(first + n) * k_ + end + i];
     });
     parallel_for(ceil_div(end, mr), threads_, [&](int64_t row, int thread) {
-      float* panel = row_panels_.get() + thread * mr * k_;
+      float* panel = row_panels_.get() + thread * mr * std::min(k_, wide_);
       table_.pack_rows(h_ + row * mr * k_ + end, k_, depth, panel);
       for (int64_t col = 0; col < cols; ++col) {
         const int64_t first = begin + col * nr, width = std::min(nr, end - first);
@@ -125,6 +135,8 @@ class Factorization {
   int64_t k_;
   const double* added_;
   int threads_;
+  int64_t wide_;  // columns of a wide block; in vectors all
+  std::optional<WideProducts> wide_products_;
   Buffer<float> row_panels_, col_panels_;
   double diagonal_[kBlock * kBlock];
   float rounded_[kBlock * kBlock];

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from checks import moment
-from decisions import assert_decisions
+from decisions import assert_decisions, assert_factor
 from torch import Tensor
 
 from awq_ext import _C
@@ -97,3 +97,14 @@ def test_descent_over_many_channels(isa: str, k: int, group_size: int) -> None:
     differs = (ours[0] != expected[0]).any(1) | (ours[1] != expected[1]).any(1)
     assert differs.sum() <= 2
     assert (parts[1] != expected[1]).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("k", [289, 513, 700])
+def test_factor_of_fewer_rows_than_channels(isa: str, k: int) -> None:
+    """Pivots down to 10^-4 of the diagonal: fp32 keeps them, and so do three terms of bf16.
+
+    With two terms the factorization of the last of these fails, until ten times as much is added to the diagonal.
+    """
+    x = torch.randn(k // 7, k) @ torch.randn(k, k) / k**0.5 + 3 * torch.randn(k // 7, 1)
+    order = torch.arange(k).flip(0)
+    assert_factor(_C.gptq_factor(x.T @ x, order, 1e-4), x.T @ x, order, 1e-4)
