@@ -103,7 +103,8 @@ void describe(const KernelTable& table, const std::string& job, Dtype dtype, Com
   }
 }
 
-// What quantize() computes: see stats.cpp, quadratic.cpp and refine_scales.cpp, whose comments derive the bounds.
+// What quantize() computes: see stats.h, quadratic.h, feedback.h, factor_tiles.h and refine_scales.cpp, whose comments
+// derive the bounds.
 void describe_on_tiles(std::vector<Job>& jobs) {
   const std::string tiles = "bf16 tiles";
   jobs.push_back({"second moments, bf16", tiles, "fp32 holds each product of two bf16 exactly"});
@@ -111,9 +112,13 @@ void describe_on_tiles(std::vector<Job>& jobs) {
   jobs.push_back({"second moments, fp32 or weighted", tiles + ", each activation in 3 terms",
                   "3 terms hold every bit; at most 2^-24 of a product is left out"});
   jobs.push_back({"ranking and fit of scales, clips", tiles, "rounding to bf16 moves a loss by about 0.4 %"});
-  jobs.push_back({"losses, " + std::to_string(kSplitChannels) + " channels or more", tiles + ", each factor in 2 terms",
-                  "over so many channels, 2 terms are about as exact as fp32"});
-  jobs.push_back({"fewer; error feedback", kFma, "these need the precision of fp32"});
+  const std::string many = std::to_string(kSplitChannels) + " channels or more", two = ", each factor in 2 terms";
+  const char* enough = "over so many channels, 2 terms are about as exact as fp32";
+  jobs.push_back({"losses, " + many, tiles + two, enough});
+  jobs.push_back({"losses, fewer channels", kFma, "fp32 has few sums, and 2 terms would be less exact"});
+  jobs.push_back({"error feedback, " + many, tiles + two, enough});
+  jobs.push_back({"error feedback, fewer channels; factors", tiles + ", each factor in 3 terms",
+                  "these need the precision of fp32, and 3 terms have it"});
 }
 
 void describe_in_vectors(bool bf16, std::vector<Job>& jobs) {

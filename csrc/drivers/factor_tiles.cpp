@@ -12,6 +12,12 @@ namespace {
 constexpr int64_t kBlockK = kTileBlockK / kExactTerms;
 constexpr int64_t kMostPanels = 8;  // of rows of a task: they share what is read of the columns
 
+// Some cache lines of each of many rows, far apart, which no processor prefetches by itself.
+void prefetch_rows(const float* x, int64_t ldx, int64_t rows, int64_t count) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(x + r * ldx + i);
+}
+
 }  // namespace
 
 WideProducts::WideProducts(const Bf16Products& products, float* h, int64_t k, int threads)
@@ -41,6 +47,7 @@ void WideProducts::pack_rows(int64_t first, int64_t last, int64_t from, int64_t 
   const int64_t whole = count / side_ * side_, rest = count - whole;
   for (int64_t row = first * side_; row < last * side_; row += side_) {
     const float* source = h_ + row * k_ + from;
+    if (row + side_ < last * side_) prefetch_rows(source + side_ * k_, k_, side_, count);
     products_.pack_rows(source, k_, whole, kExactTerms, out);
     out += whole * side_ * kExactTerms;
     if (rest == 0) continue;

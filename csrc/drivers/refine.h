@@ -13,7 +13,8 @@
 
 namespace awq {
 
-// In each round every scale in turn, then every code in turn; codes and scales are changed in place.
+// In each round every scale in turn, then every code in turn; codes and scales are changed in place. Products are those
+// of gptq_quantize.
 void refine_quantized(const KernelTable& table, const WeightView& weight, const QuantSpec& spec,
                       const float* channel_scale, const float* moment, double damping, int64_t rounds,
                       const uint8_t* zeros, uint8_t* codes, uint16_t* scales, int threads);

@@ -52,7 +52,9 @@ def test_tiles_take_many_rows(isa: str) -> None:
     assert why["fp32 activations, 1 to 2 rows"] == f"{few} and bytes less exact"
     assert why["bf16 activations, 3 rows or more"] == "more rows: tiles take 16 at once"
     assert why["fp16 activations, 3 rows or more"] == "more rows: tiles take 16 at once, and 2 terms hold every bit"
-    assert why["fewer; error feedback"] == "these need the precision of fp32"
+    assert found["error feedback, 512 channels or more"] == "bf16 tiles, each factor in 2 terms"
+    assert found["error feedback, fewer channels; factors"] == "bf16 tiles, each factor in 3 terms"
+    assert why["error feedback, fewer channels; factors"] == "these need the precision of fp32, and 3 terms have it"
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_vnni", "neon"])
