@@ -23,15 +23,15 @@ int64_t factor_rows(const KernelTable& table, int64_t in_features);
 // Writes R, 0 below the diagonal, to the first K rows of factor [factor_rows][K]:
 //     R R^T = H + damping * diagonal of H + 1e-6 * its mean,
 // where H is the moment with both axes reordered by `order` [K]. Where rounding makes the sum no longer positive
-// definite, more is added. fp32 products and sums, fp64 inside diagonal blocks; on tile registers products of three bf16
-// terms, which are as exact (factor_tiles.h).
+// definite, more is added. fp32 products and sums, fp64 inside diagonal blocks; on tile registers products of three
+// bf16 terms, which are as exact (factor_tiles.h).
 void gptq_factor(const KernelTable& table, const float* moment, int64_t in_features, const int64_t* order,
                  double damping, float* factor, int threads);
 
 // Codes, scales and zeros as quantize_weight gives them, but codes are rounded with error feedback. Grids are those of
 // the groups before any feedback, so that groups stay contiguous under any order. Inputs divided by channel_scale s
-// have the second moment diag(1/s) H diag(1/s), whose factor is diag(1/s) R: one R serves every s. Products are fp32, on
-// tile registers of two or three bf16 terms (feedback.h).
+// have the second moment diag(1/s) H diag(1/s), whose factor is diag(1/s) R: one R serves every s. Products are fp32,
+// on tile registers of two or three bf16 terms (feedback.h).
 void gptq_quantize(const KernelTable& table, const WeightView& weight, const QuantSpec& spec,
                    const float* channel_scale, const float* clip, const float* factor, const int64_t* order,
                    uint8_t* codes, uint16_t* scales, uint8_t* zeros, int threads);
