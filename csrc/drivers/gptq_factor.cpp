@@ -14,9 +14,7 @@
 namespace awq {
 namespace {
 
-// Columns of the factor that are finished at a time: a multiple of every level's tile_cols, and few enough that the
-// triangular solve, which is not done by tiles, stays a small share.
-constexpr int64_t kBlock = 64;
+constexpr int64_t kBlock = kFactorBlock;
 static_assert(kBlock % kMaxTileCols == 0 && WideProducts::kColumns % kBlock == 0);
 // What every channel gets in addition to its own damping, as a share of the mean: enough for channels that no input
 // enters.
@@ -119,15 +117,9 @@ class Factorization {
 
   // Rows of R_12 = H_12 R_22^-T: x_j = (h_j - sum over i > j of x_i R_ji) / R_jj, from the last column to the first.
   void solve_rows(int64_t first, int64_t last, int64_t begin, int64_t end) const {
-    const int64_t size = end - begin;
-    for (int64_t row = first; row < last; ++row) {
-      float* x = h_ + row * k_ + begin;
-      for (int64_t j = size - 1; j >= 0; --j) {
-        const float* column = rounded_ + j * kBlock;
-        const float value = x[j] /= column[j];
-        for (int64_t i = 0; i < j; ++i) x[i] -= value * column[i];
-      }
-    }
+    for (int64_t row = first; row < last; row += table_.tile_cols)
+      table_.solve_rows(rounded_, static_cast<int>(end - begin), h_ + row * k_ + begin, k_,
+                        static_cast<int>(std::min<int64_t>(table_.tile_cols, last - row)));
   }
 
   const KernelTable& table_;

@@ -64,6 +64,10 @@ constexpr int kTileBlockRows = 16, kMostTileRows = 32;
 // Rows that add_sums reads at a time: sums are loaded and stored once for all of them.
 constexpr int kSumRows = 8;
 
+// Columns of a Cholesky factor that are finished at a time: a multiple of every level's tile_cols, and few enough that
+// the triangular solve, which is not done by tiles, stays a small share.
+constexpr int kFactorBlock = 64;
+
 // One panel of at most tile_rows channels, to be rounded with error feedback, tile_cols weight rows at a time (or the
 // rows and columns of Bf16Products): for each channel or group the arrays hold one value for each of these rows.
 struct GptqPanel {
@@ -161,6 +165,9 @@ struct KernelTable {
   // factor[c][later], are added to sums[c] first. sums, errors [channels][tile_cols]; codes [all channels][tile_cols],
   // in the weight row's order.
   void (*gptq_panel)(const GptqPanel* panel, float* sums, float* errors, uint8_t* codes);
+  // x = x R^-T in place for at most tile_cols rows x [rows][size], R upper triangular, size <= kFactorBlock; factor: R,
+  // column after column, kFactorBlock apart.
+  void (*solve_rows)(const float* factor, int size, float* x, int64_t ldx, int rows);
   // Rounds x[i] to bf16, half to even, stored in fp32. A finite value becomes infinite only above bf16's range.
   void (*round_to_bf16)(float* x, int64_t n);
 

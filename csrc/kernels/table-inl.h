@@ -16,6 +16,7 @@ namespace {
 #include "tile-inl.h"
 //
 #include "decode-bf16-inl.h"
+#include "factor-inl.h"     // uses gemm-inl.h
 #include "gptq-inl.h"       // uses gemm-inl.h and quantize-inl.h
 #include "tile-bf16-inl.h"  // these two use tile-inl.h
 #include "tile-int8-inl.h"
@@ -73,6 +74,7 @@ constexpr KernelTable make_table() {
   table.dequantize_group = dequantize_group;
   table.group_error = group_error;
   table.gptq_panel = gptq_panel;
+  table.solve_rows = solve_rows;
   table.learned_group = learned_group;
   table.move_group = move_group;
   table.round_to_bf16 = round_to_bf16;
