@@ -15,8 +15,8 @@ namespace awq {
 // matrix (tests/kernels/test_feedback.py).
 class WideProducts {
  public:
-  // Columns that are done at a time. So rows of R are packed K / 256 times. By fp32 FMA, which is left for what these
-  // columns subtract from each other, that is one in K / 256 of all products.
+  // Columns that are done at a time. So a row of R is packed up to K / 256 times, and what these columns subtract from
+  // each other is left for fp32 FMA: 288 / K of all products.
   static constexpr int64_t kColumns = 256;
 
   // h: [K][K], its upper triangle being replaced by R from the last column to the first.
