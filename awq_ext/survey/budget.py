@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
+from .. import _C
 from ..config import AwqConfig
 from ..forwards.calls import Call
 from ..forwards.memory import SLACK
@@ -23,6 +25,9 @@ _KERNEL_SLAB = 32 << 20
 # What the heap keeps of freed pieces, in bytes. glibc gives pieces below 32 MiB back only from the end of its heap (mallopt(3)):
 # with MALLOC_MMAP_THRESHOLD_=131072 the peaks are lower by about this.
 _FREED = 32 << 20
+# What a thread holds of the rows that it rounds by error feedback on tile registers (kFeedbackBytes, csrc/drivers/feedback.h), in bytes,
+# and for each of their weights: fp32 weights, errors and levels, and a code.
+_TILE_ROWS, _TILE_WEIGHT = 16 << 20, 13
 # Tensors of the widest layer that a forward of a block has at a time, such as gate, its activation, up and their product.
 _LAYERS_AT_ONCE = 4
 # While codes are learned each weight has its position and how far it moved, in fp32, and its best code; and in the model's dtype
@@ -163,7 +168,8 @@ def _scratch_bytes(linear: nn.Linear, settings: AwqConfig, divided: bool) -> flo
     panels = 2 * k * k
     if settings.uses_gptq:
         # its factor; and for refining and for clips the whole second moment once more
-        panels = 4 * k * k + max(4 * k * k, panels + slab) + min(_FREED, 8 * n * k)
+        tiles = min(torch.get_num_threads() * _TILE_ROWS, _TILE_WEIGHT * n * k) if _C.isa().startswith("amx") else 0
+        panels = 4 * k * k + max(4 * k * k, panels + slab) + min(_FREED, 8 * n * k) + tiles
         slab = 0
     # the rows that were not compared yet: the weight, a byte a code, and packed codes three times while they are put in order
     rows = weight.numel() * ((4 if divided else weight.element_size()) + 1 + 1.5)

@@ -12,6 +12,7 @@ from torch import nn
 from awq_ext.config import AwqConfig
 from awq_ext.forwards.calls import Call
 from awq_ext.forwards.lockstep import Block
+from awq_ext.survey import budget
 from awq_ext.survey.budget import growth_of, made_bytes, planned_bytes, statistics_bytes
 from awq_ext.survey.groups import ScaleGroup
 from awq_ext.survey.survey import BlockSurvey
@@ -67,6 +68,13 @@ def test_the_plan_is_the_largest_step_of_a_block(settings: dict[str, Any], stati
     one = surveyed(10, a=nn.Linear(8, 4))
     held = 3 * 10 + 4 * 64 + 16 * 8 + statistics
     assert planned_bytes([one], 3.0, AwqConfig(group_size=-1, **settings)) == held + int(step) + HEAP
+
+
+def test_rows_on_tile_registers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, one = AwqConfig(group_size=-1, bias_correction=False, method="gptq"), surveyed(10, a=nn.Linear(8, 4))
+    planned = planned_bytes([one], 3.0, config)
+    monkeypatch.setattr(budget._C, "isa", lambda: "amx")
+    assert planned_bytes([one], 3.0, config) - planned == 13 * 32
 
 
 def test_a_forward_needs_a_few_of_the_widest_tensors() -> None:
