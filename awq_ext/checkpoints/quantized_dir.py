@@ -102,7 +102,7 @@ class QuantDir:
         """Tell out_features of a layer from the headers."""
         leaf, dimension = self.layout.rows_at
         shape = self.shards.shape(self.layers[name][leaf]) if leaf in self.layers[name] else ()
-        if len(shape) != 2:
+        if len(shape) < 2:
             raise CheckpointError(f"{self.folder}: layer {name} has no {leaf} of two dimensions")
         return shape[dimension]
 

@@ -98,7 +98,7 @@ def test_offsets_at_the_ends_of_float16(scale: float) -> None:
 
 
 def test_rows_of_queries_and_keys_are_where_llama_cpp_turns_them() -> None:
-    from awq_ext.checkpoints.gguf.architectures import Architecture
+    from awq_ext.checkpoints.gguf.architecture import Architecture
 
     known = Architecture(CONFIG)
     order = known.rows("model.layers.0.self_attn.q_proj", 64)
@@ -107,14 +107,14 @@ def test_rows_of_queries_and_keys_are_where_llama_cpp_turns_them() -> None:
     assert known.rows("model.layers.0.self_attn.k_proj", 32)[:3].tolist() == [0, 8, 1]
     assert known.rows("model.layers.0.self_attn.v_proj", 32) is None
     assert Architecture(CONFIG | {"architectures": ["Qwen2ForCausalLM"]}).rows("a.self_attn.q_proj", 64) is None
-    assert known.modules()["model.layers.1.mlp.down_proj"] == "blk.1.ffn_down"
+    assert known.places()["model.layers.1.mlp.down_proj"].name == "blk.1.ffn_down"
 
 
 def test_the_frequencies_of_llama_3_are_transformers_own() -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from awq_ext.checkpoints.gguf.architectures import Architecture
+    from awq_ext.checkpoints.gguf.architecture import Architecture
 
     rope = {
         "rope_type": "llama3",
@@ -146,7 +146,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("what", list(REFUSED))
 def test_what_is_not_known_is_refused(what: str) -> None:
-    from awq_ext.checkpoints.gguf.architectures import Architecture
+    from awq_ext.checkpoints.gguf.architecture import Architecture
 
     change, text = REFUSED[what]
     with pytest.raises(CheckpointError, match=text):
@@ -154,7 +154,7 @@ def test_what_is_not_known_is_refused(what: str) -> None:
 
 
 def test_a_window_that_holds_every_text_is_none() -> None:
-    from awq_ext.checkpoints.gguf.architectures import Architecture
+    from awq_ext.checkpoints.gguf.architecture import Architecture
 
     window = {"sliding_window": 32, "max_position_embeddings": 32}
     assert Architecture(CONFIG | window | {"architectures": ["MistralForCausalLM"]}).name == "llama"
@@ -235,7 +235,7 @@ def tokenizer(folder: Path, pattern: str, **model: Any) -> dict[str, Any]:
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
     writer = gguf.GGUFWriter(None, "qwen2")
-    tokenizers.describe(folder, writer, 6)
+    tokenizers.describe(folder, writer, {"vocab_size": 6})
     return {key.removeprefix("tokenizer.ggml."): value.value for key, value in writer.kv_data[0].items()}
 
 

@@ -114,9 +114,9 @@ class _Check:
         # floats are mapped: an embedding can be larger than what a run has left, and nobody else knows this folder yet
         get = self.stored.map if not layer and isinstance(self.stored, Shards) else self.stored.stored
         there, made = get(name), made.detach().to("cpu")
-        # llama.cpp wants vectors in float32
-        wider = isinstance(self.stored, GgufTensors) and there.dtype == torch.float32
-        if difference := _difference(there, made.to(torch.float32) if wider else made):
+        if isinstance(self.stored, GgufTensors):
+            made = self.stored.as_read(name, made)
+        if difference := _difference(there, made):
             raise self.wrong(name, difference, layer)
         return there
 

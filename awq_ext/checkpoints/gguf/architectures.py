@@ -1,145 +1,172 @@
-"""Say what llama.cpp calls the tensors and settings of an architecture, by the tables of the ``gguf`` package."""
+"""The architectures of llama.cpp that are known here, each a short entry: what it computes, and where that is said in config.json.
+
+To add one: read src/models/NAME.cpp of llama.cpp for what it takes for granted (``needs``) and what it reads (``values``), add an
+entry, and a model to tests/counterparts/gguf_models.py, which llama.cpp then runs. Names of tensors come from the gguf package.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..formats import CheckpointError
-
-# config.json's architectures -> name of the architecture in the package's tables
-KNOWN = {
-    "LlamaForCausalLM": "LLAMA",
-    "MistralForCausalLM": "LLAMA",
-    "Qwen2ForCausalLM": "QWEN2",
-    "Qwen3ForCausalLM": "QWEN3",
-}
-_OUTSIDE = ("model.embed_tokens", "model.norm", "lm_head")
-_OF_A_BLOCK = (
-    *("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
-    *(f"self_attn.{leaf}_proj" for leaf in "qkvo"),
-    *(f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down")),
-)
+Config = Mapping[str, Any]
+ABSENT = object()
 
 
-def gguf() -> Any:
-    """Import the gguf package; ImportError with one clear sentence without it."""
-    try:
-        import gguf as package
-    except ImportError as error:
-        raise ImportError('GGUF files need the gguf package: pip install "awq-ext[gguf]"') from error
-    return package
+@dataclass(frozen=True)
+class Value:
+    """A setting that both sides have: ``key`` of gguf.Keys, and its names in config.json, of which the first is written.
+
+    absent: what transformers takes it for where config.json has none; None: an error. optional: None is a value, and not written.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    kind: type = float
+    absent: float | None = None
+    optional: bool = False
 
 
-class Architecture:
-    """The one of a config.json. CheckpointError, naming it, for others than those in KNOWN, and for settings not known here."""
+@dataclass(frozen=True)
+class Need:
+    """What llama.cpp takes for granted of config.json: another value is refused.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        if not config:
-            raise CheckpointError("a GGUF file is read by the config.json beside it, which is missing")
-        names = config.get("architectures") or [None]
-        if names[0] not in KNOWN:
-            raise CheckpointError(
-                f"GGUF files of {names[0]} are not written or read here; those of {', '.join(KNOWN)} are: use another format"
-            )
-        self.config, self._key = config, KNOWN[names[0]]
-        package = gguf()
-        self.kind = package.MODEL_ARCH[self._key]
-        self.name = package.MODEL_ARCH_NAMES[self.kind]
-        self.blocks, self.heads = _number(config, "num_hidden_layers"), _number(config, "num_attention_heads")
-        self.kv_heads = config.get("num_key_value_heads") or self.heads
-        self._table = package.get_tensor_name_map(self.kind, self.blocks)
-        self.rope = self._rope()
-        self._refuse_what_is_not_known()
+    wanted: the value, or a function that makes it of the config. absent: what transformers takes it for where config.json has none
+    (the same, if it is not given).
+    """
 
-    def _refuse_what_is_not_known(self) -> None:
-        """Raise CheckpointError for what llama.cpp would compute differently without a word."""
-        config, window = self.config, self.config.get("sliding_window")
-        if config.get("use_sliding_window") or config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError("GGUF: use_sliding_window and other activations than silu are not known here")
-        # of Mistral alone the window counts whenever it is given; where it holds every text it changes nothing
-        if config["architectures"][0].startswith("Mistral") and window and window < config["max_position_embeddings"]:
-            raise CheckpointError(
-                f"GGUF: sliding_window={window}: llama.cpp's {self.name} attends to all tokens. Use another format, or, if no text "
-                f"is longer than the window, set max_position_embeddings={window} in the float model's config.json"
-            )
+    name: str
+    wanted: Any
+    absent: Any = ABSENT
 
-    def modules(self) -> dict[str, str]:
-        """Map the names of the model's modules to those of GGUF."""
-        names = [*_OUTSIDE, *(f"model.layers.{i}.{leaf}" for i in range(self.blocks) for leaf in _OF_A_BLOCK)]
-        found = {name: self._table.get_name(name) for name in names}
-        return {name: there for name, there in found.items() if there is not None}
+    def of(self, config: Config) -> Any:
+        """Tell the value that is needed of this config."""
+        return self.wanted(config) if isinstance(self.wanted, Callable) else self.wanted
 
-    def rows(self, name: str, count: int, back: bool = False) -> Tensor | None:
-        """Give the order of a module's rows there (``back``: of theirs here); None where it is the same.
-
-        llama.cpp turns the channels 2i and 2i + 1 of a head by one angle, transformers i and i + d/2: in files of its "llama"
-        the rows of q and k are put side by side.
-        """
-        found = re.search(r"\.([qk])_proj$", name)
-        if self._key != "LLAMA" or found is None:
-            return None
-        heads = self.heads if found[1] == "q" else self.kv_heads
-        if count % (2 * heads):
-            raise CheckpointError(f"{name} has {count} rows, which {heads} heads do not divide")
-        order = torch.arange(count).view(heads, 2, -1).transpose(1, 2).flatten()
-        return order.argsort() if back else order
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Make those that no file of transformers has: the factors of Llama 3's rotary frequencies."""
-        return (
-            {}
-            if self.rope.get("rope_type") != "llama3"
-            else {"rope_freqs.weight": llama3_factors(self.rope, self.head)}
-        )
-
-    @property
-    def head(self) -> int:
-        """Channels of an attention head."""
-        return self.config.get("head_dim") or _number(self.config, "hidden_size") // self.heads
-
-    def describe(self, writer: Any) -> None:
-        """Add the metadata without which llama.cpp cannot run the model."""
-        config = self.config
-        writer.add_block_count(self.blocks)
-        writer.add_context_length(_number(config, "max_position_embeddings"))
-        writer.add_embedding_length(_number(config, "hidden_size"))
-        writer.add_feed_forward_length(_number(config, "intermediate_size"))
-        writer.add_head_count(self.heads)
-        writer.add_head_count_kv(self.kv_heads)
-        writer.add_key_length(self.head)
-        writer.add_value_length(self.head)
-        writer.add_rope_dimension_count(self.head)
-        writer.add_rope_freq_base(float(self.rope.get("rope_theta", 10000.0)))
-        writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
-        writer.add_vocab_size(_number(config, "vocab_size"))
-        if self.rope.get("rope_type") == "linear":
-            writer.add_rope_scaling_type(gguf().RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(float(self.rope["factor"]))
-
-    def _rope(self) -> Mapping[str, Any]:
-        rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise CheckpointError(f"GGUF: rotary embeddings of rope_type={kind!r} are not known here")
-        return {"rope_theta": self.config.get("rope_theta", 10000.0), **rope, "rope_type": kind}
+    def met(self, config: Config) -> bool:
+        """Tell whether the config has it, or says nothing else."""
+        found = config.get(self.name, self.absent)
+        return found is ABSENT or found == self.of(config)
 
 
-def _number(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {name}={value!r}: a positive number is needed")
-    return value
+@dataclass(frozen=True)
+class Entry:
+    """One architecture.
+
+    key: of gguf.MODEL_ARCH. classes: of transformers, in config.json's architectures; a file by itself is read as the first.
+    modules: of a block, "*" for the number of an expert. biases: setting of config.json -> module that has a bias by it.
+    shift: what is added to the weight of each norm. pairs: llama.cpp turns the channels 2i and 2i + 1 of a head by one angle,
+    transformers i and i + d/2. window: None where there is no sliding window; "off" where config.json has one that counts
+    and llama.cpp none; n where all layers but each n-th have one. head: whether there is an output layer beside the
+    embedding: None for either way.
+    """
+
+    key: str
+    classes: tuple[str, ...]
+    model_type: str
+    modules: tuple[str, ...]
+    values: tuple[Value, ...] = (Value("Attention.LAYERNORM_RMS_EPS", ("rms_norm_eps",), absent=1e-6),)
+    needs: tuple[Need, ...] = (Need("hidden_act", "silu"),)
+    biases: Mapping[str, str] = field(default_factory=dict)
+    shift: float = 0.0
+    pairs: bool = False
+    window: int | str | None = None
+    head: bool | None = None
+    local_rope: bool = False  # layers with a window have rotary embeddings of their own
+    # partial_rotary_factor where config.json has none; None: whole heads are turned, whatever it says
+    rotary_factor: float | None = None
 
 
-def llama3_factors(rope: Mapping[str, Any], head: int) -> Tensor:
-    """Divide rotary frequencies as Llama 3.1 does, fp32 [head / 2]: long waves by ``factor``, short ones by 1, others by less."""
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
-    share = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - share) / factor + share)).float()
+def width_of_head(config: Config) -> int:
+    """Divide the hidden size by the heads."""
+    return config["hidden_size"] // config["num_attention_heads"]
+
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_FOUR_NORMS = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_QKVO = tuple(f"self_attn.{leaf}_proj" for leaf in "qkvo")
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_MLP = tuple(f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down"))
+_EXPERTS = ("mlp.gate", *(f"mlp.experts.*.{leaf}_proj" for leaf in ("gate", "up", "down")))
+_SHARED = ("mlp.shared_expert_gate", *(f"mlp.shared_expert.{leaf}_proj" for leaf in ("gate", "up", "down")))
+_MIXTRAL = ("block_sparse_moe.gate", *(f"block_sparse_moe.experts.*.{leaf}" for leaf in ("w1", "w2", "w3")))
+
+_RMS = (Value("Attention.LAYERNORM_RMS_EPS", ("rms_norm_eps",), absent=1e-6),)
+_SILU = (Need("hidden_act", "silu"),)
+_TANH = (Need("hidden_activation", "gelu_pytorch_tanh"),)
+_SQUARE = (Need("head_dim", width_of_head),)  # heads that together are as wide as the model
+_NO_BIAS = (Need("attention_bias", False),)
+_NO_WINDOW = (Need("use_sliding_window", False),)
+_ALL_SPARSE = (Need("decoder_sparse_step", 1), Need("mlp_only_layers", []))
+
+
+def _experts(*names: str) -> tuple[Value, ...]:
+    used = Value("LLM.EXPERT_USED_COUNT", ("num_experts_per_tok",), int)
+    return (Value("LLM.EXPERT_COUNT", names, int), used)
+
+
+_INNER = Value("LLM.EXPERT_FEED_FORWARD_LENGTH", ("moe_intermediate_size",), int)
+_SHARED_INNER = Value("LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH", ("shared_expert_intermediate_size",), int)
+
+
+def _scale_of_gemma(blocks: int) -> Need:
+    """Attention is scaled by the width of a head, in the largest model, which llama.cpp knows by its blocks, by that of the model."""
+
+    def wanted(config: Config) -> int:
+        return width_of_head(config) if config["num_hidden_layers"] == blocks else config.get("head_dim", 256)
+
+    return Need("query_pre_attn_scalar", wanted, absent=256)
+
+
+_LLAMA = Entry(
+    "LLAMA", ("LlamaForCausalLM",), "llama", (*_NORMS, *_QKVO, *_MLP), pairs=True,
+    biases={"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.down_proj"},
+)  # fmt: skip
+_GEMMA2 = Entry(
+    "GEMMA2", ("Gemma2ForCausalLM",), "gemma2", (*_FOUR_NORMS, *_QKVO, *_MLP), shift=1.0, window=2, head=False,
+    values=(
+        *_RMS,
+        Value("LLM.ATTN_LOGIT_SOFTCAPPING", ("attn_logit_softcapping",), absent=50.0),
+        Value("LLM.FINAL_LOGIT_SOFTCAPPING", ("final_logit_softcapping",), absent=30.0),
+    ),
+    needs=(*_TANH, *_NO_BIAS, _scale_of_gemma(46), Need("use_bidirectional_attention", None)),
+)  # fmt: skip
+_QWEN2_MOE = Entry(
+    "QWEN2MOE", ("Qwen2MoeForCausalLM",), "qwen2_moe", (*_NORMS, *_QKVO, *_EXPERTS, *_SHARED), head=True,
+    values=(*_RMS, *_experts("num_experts", "num_local_experts"), _INNER, _SHARED_INNER),
+    needs=(*_SILU, *_SQUARE, *_NO_WINDOW, *_ALL_SPARSE, Need("norm_topk_prob", False)), biases={"qkv_bias": "self_attn.q_proj"},
+)  # fmt: skip
+
+ENTRIES: tuple[Entry, ...] = (
+    _LLAMA,
+    replace(_LLAMA, classes=("MistralForCausalLM",), model_type="mistral", window="off", biases={}),
+    replace(
+        _LLAMA, classes=("MixtralForCausalLM",), model_type="mixtral", modules=(*_NORMS, *_QKVO, *_MIXTRAL), window="off", biases={},
+        values=(*_RMS, *_experts("num_local_experts")),
+    ),
+    Entry("QWEN2", ("Qwen2ForCausalLM",), "qwen2", (*_NORMS, *_QKVO, *_MLP), needs=(*_SILU, *_SQUARE, *_NO_WINDOW)),
+    Entry(
+        "QWEN3", ("Qwen3ForCausalLM",), "qwen3", (*_NORMS, *_QK_NORMS, *_QKVO, *_MLP), needs=(*_SILU, *_NO_WINDOW, *_NO_BIAS),
+    ),
+    _QWEN2_MOE,
+    Entry(
+        "QWEN3MOE", ("Qwen3MoeForCausalLM",), "qwen3_moe", (*_NORMS, *_QK_NORMS, *_QKVO, *_EXPERTS),
+        values=(*_RMS, *_experts("num_experts", "num_local_experts"), _INNER),
+        needs=(*_SILU, *_NO_WINDOW, *_NO_BIAS, *_ALL_SPARSE, Need("norm_topk_prob", True, absent=False)),
+    ),
+    _GEMMA2,
+    replace(
+        _GEMMA2, key="GEMMA3", classes=("Gemma3ForCausalLM",), model_type="gemma3_text",
+        modules=(*_FOUR_NORMS, *_QK_NORMS, *_QKVO, *_MLP), window=6, head=None, local_rope=True,
+        values=(*_RMS, Value("LLM.FINAL_LOGIT_SOFTCAPPING", ("final_logit_softcapping",), optional=True)),
+        needs=(
+            *_TANH, *_NO_BIAS, _scale_of_gemma(62), Need("use_bidirectional_attention", False), Need("attn_logit_softcapping", None),
+        ),
+    ),
+    Entry(
+        "PHI3", ("Phi3ForCausalLM",), "phi3",
+        (*_NORMS, "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"), needs=(*_SILU, *_SQUARE), window="off",
+        rotary_factor=1.0,
+    ),
+)  # fmt: skip

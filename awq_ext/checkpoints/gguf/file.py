@@ -1,9 +1,8 @@
-"""Write quantized layers and float tensors as one GGUF file, and read such a file under the model's own names."""
+"""Read a GGUF file under the model's own names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,101 +11,21 @@ import torch
 from torch import Tensor
 
 from ...reporting.warn import warn
-from ..formats import CheckpointError, PackedLinear, Summary
-from ..formats.runtimes.gguf import BLOCK, Q4_1, Q8_0, SIZES, Gguf, block_type, whole_zeros
+from ..formats import CheckpointError
+from ..formats.runtimes.gguf import BLOCK, Q4_1, Q8_0, SIZES, whole_zeros
 from ..shards import by_module
-from . import tokenizers
-from .architectures import Architecture, gguf
+from .architecture import Architecture, Place, gguf
 
 GGUF = "model.gguf"
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_KINDS = {dtype: kind for kind, dtype in _FLOATS.items()}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+KINDS = {dtype: kind for kind, dtype in FLOATS.items()}
 
 
-def foreseen(source: Any, config: Mapping[str, Any]) -> Architecture:
-    """Check that every tensor has a name in GGUF; CheckpointError that names the first which has none."""
-    known = Architecture(config)
-    modules = known.modules()
-    for name in (*source.layers, *(name.rpartition(".")[0] for name in source.floats)):
-        if name not in modules:
-            raise CheckpointError(f"llama.cpp's {known.name} has no tensor for {name}: use another format")
-    return known
-
-
-def write_gguf(folder: Path, source: Any, layout: Gguf, summary: Summary, config: Mapping[str, Any]) -> None:
-    """Write ``source`` to model.gguf in ``folder``, with the tokenizer that lies there; one layer at a time is in memory."""
-    package, known = gguf(), foreseen(source, config)
-    writer = _described(known)
-    kinds = [block_type(facts.bits, facts.symmetric) for facts in summary.layers.values()]
-    usual = max(sorted(set(kinds)), key=kinds.count)
-    writer.add_file_type(package.LlamaFileType[f"MOSTLY_{usual}"])
-    writer.add_quantization_version(package.GGML_QUANT_VERSION)
-    tokenizers.describe(folder, writer, config["vocab_size"])
-    entries = list(_entries(source, known, summary))
-    for name, shape, kind, _ in entries:
-        nbytes = int(np.prod(shape)) * (1 if kind in SIZES else _FLOATS[kind].itemsize)
-        element = np.dtype(np.uint8 if kind in SIZES else np.float32)
-        writer.add_tensor_info(name, shape, element, nbytes, raw_dtype=package.GGMLQuantizationType[kind])
-    writer.write_header_to_file(folder / GGUF)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    bias: Tensor | None = None
-    for name, _, kind, made_of in entries:
-        if made_of is None:  # of the layer before
-            tensor = bias
-        elif kind in SIZES:
-            packed = _reordered(source.layer(made_of), known.rows(made_of, summary.layers[made_of].out_features))
-            tensors = layout.pack(packed)
-            tensor, bias = tensors["blocks"].flatten(1), tensors.get("bias")
-        else:
-            tensor = _float(source, known, made_of) if name != "rope_freqs.weight" else known.tensors()[name]
-        writer.write_tensor_data(_array(tensor.to(_FLOATS[kind]) if kind in _FLOATS else tensor))
-    writer.close()
-
-
-def _described(known: Architecture) -> Any:
+def described(known: Architecture) -> Any:
     """Make a writer (gguf.GGUFWriter) that has the metadata of the model, but no file."""
     writer = gguf().GGUFWriter(None, known.name)
     known.describe(writer)
     return writer
-
-
-def _entries(
-    source: Any, known: Architecture, summary: Summary
-) -> Iterator[tuple[str, tuple[int, ...], str, str | None]]:
-    """List the tensors to write: name, shape (of blocks: bytes of a row), type, and what of ``source`` they are made of."""
-    modules = known.modules()
-    for name in source.floats:
-        module, _, leaf = name.rpartition(".")
-        shape, dtype = source.shape(name), source.dtype(name)
-        # llama.cpp adds and multiplies vectors in float32 only
-        kind = "F32" if len(shape) == 1 or dtype not in _KINDS else _KINDS[dtype]
-        yield f"{modules[module]}.{leaf}", shape, kind, name
-    for name, tensor in known.tensors().items():
-        yield name, tuple(tensor.shape), "F32", name
-    for name, facts in summary.layers.items():
-        kind = block_type(facts.bits, facts.symmetric)
-        yield f"{modules[name]}.weight", (facts.out_features, facts.in_features // BLOCK * SIZES[kind]), kind, name
-        if source.outline(name).bias is not None:
-            yield f"{modules[name]}.bias", (facts.out_features,), "F32", None
-
-
-def _float(source: Any, known: Architecture, name: str) -> Tensor:
-    tensor, module = source.float_tensor(name), name.rpartition(".")[0]
-    rows = known.rows(module, tensor.shape[0])
-    return tensor.cpu() if rows is None else tensor.cpu()[rows]
-
-
-def _reordered(layer: PackedLinear, rows: Tensor | None) -> PackedLinear:
-    if rows is None:
-        return layer
-    bias = None if layer.bias is None else layer.bias[rows]
-    return replace(layer, qweight=layer.qweight[rows], scales=layer.scales[rows], zeros=layer.zeros[rows], bias=bias)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu().contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def opened(file: Path) -> Any:
@@ -140,6 +59,13 @@ def _whole_zeros(tensor: Any) -> bool:
     return whole_zeros(*halves.view(torch.float16).unbind(-1))
 
 
+def _require_experts(file: Path, tensor: Any, places: list[tuple[str, Place]]) -> None:
+    """Refuse a tensor that has other experts than the config says."""
+    experts = sum(place.expert is not None for _, place in places)
+    if experts and (len(tensor.shape) != 3 or int(tensor.shape[2]) != experts):
+        raise CheckpointError(f"{file}: {tensor.name} has shape {tuple(map(int, tensor.shape))}, {experts} experts are needed")
+
+
 class GgufTensors:
     """The tensors of model.gguf in ``folder`` under the names of the model, as Shards has those of safetensors files.
 
@@ -152,13 +78,15 @@ class GgufTensors:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self.folder, self._known = folder, Architecture(config)
         named = str(config.get("dtype") or config.get("torch_dtype"))
-        self._vectors = next((dtype for dtype in _KINDS if str(dtype) == f"torch.{named}"), torch.float32)
+        self._vectors = next((dtype for dtype in KINDS if str(dtype) == f"torch.{named}"), torch.float32)
         file = (folder / GGUF).resolve()  # a link, of a file that is read by itself
         # what transformers computes from the config, by its name in the file: as it is there, and as it should be
         self.computed: dict[str, tuple[Tensor, Tensor]] = {}
         computed = self._known.tensors()
-        names = {there: name for name, there in self._known.modules().items()}
-        self._home: dict[str, tuple[str, Any]] = {}
+        names: dict[str, list[tuple[str, Place]]] = {}
+        for name, place in self._known.places().items():
+            names.setdefault(place.name, []).append((name, place))
+        self._home: dict[str, tuple[str, Any, int | None]] = {}
         odd: list[str] = []
         reader = opened(file)
         self._said = reader.fields
@@ -168,18 +96,20 @@ class GgufTensors:
                 continue
             there, _, leaf = tensor.name.rpartition(".")
             kind = tensor.tensor_type.name
-            if there not in names or not (kind in SIZES or kind in _FLOATS or _can_dequantize(tensor)):
+            if there not in names or not (kind in SIZES or kind in FLOATS or _can_dequantize(tensor)):
                 raise CheckpointError(
-                    f"{file}: {tensor.name} ({kind}) is not known; types that can be read: {', '.join((*SIZES, *_FLOATS))}, and "
+                    f"{file}: {tensor.name} ({kind}) is not known; types that can be read: {', '.join((*SIZES, *FLOATS))}, and "
                     "those that the gguf package dequantizes"
                 )
-            held = kind in _FLOATS or (kind in SIZES and leaf == "weight" and _whole_zeros(tensor))
+            held = kind in FLOATS or (kind in SIZES and leaf == "weight" and _whole_zeros(tensor))
             if not held:
                 odd.append(f"{tensor.name} ({kind})")
-            quantized = held and kind in SIZES
-            self._home[f"{names[there]}.{'blocks' if quantized else leaf}"] = (kind if held else "", tensor)
-        if not any(kind in SIZES for kind, _ in self._home.values()):
-            kinds = ", ".join(sorted({tensor.tensor_type.name for _, tensor in self._home.values()}))
+            _require_experts(file, tensor, names[there])
+            ours = "blocks" if held and kind in SIZES else leaf
+            for name, place in names[there]:
+                self._home[f"{name}.{ours}"] = (kind if held else "", tensor, place.expert)
+        if not any(kind in SIZES for kind, _, _ in self._home.values()):
+            kinds = ", ".join(sorted({tensor.tensor_type.name for _, tensor, _ in self._home.values()}))
             raise CheckpointError(
                 f"{file} has no layer of Q4_0, Q8_0, or Q4_1 with whole zeros, only {kinds}: load it with transformers "
                 "(from_pretrained(FOLDER, gguf_file=FILE)), which makes a float model of it"
@@ -190,7 +120,7 @@ class GgufTensors:
 
     def metadata_difference(self) -> str:
         """Say what of the metadata is not what the config asks for, the tokenizer's apart; "" where all of it is."""
-        (wanted,) = _described(self._known).kv_data
+        (wanted,) = described(self._known).kv_data
         for key, value in wanted.items():
             if key not in self._said:
                 return f"{key} is missing"
@@ -211,10 +141,10 @@ class GgufTensors:
 
     def dtype(self, name: str) -> torch.dtype:
         """Tell the dtype: uint8 of blocks; of vectors, which GGUF has in float32 alone, that of the config."""
-        kind, tensor = self._home[name]
+        kind, tensor, _ = self._home[name]
         if not kind or (kind == "F32" and len(tensor.shape) == 1):
             return self._vectors
-        return _FLOATS.get(kind, torch.uint8)
+        return FLOATS.get(kind, torch.uint8)
 
     def bits(self, layer: str) -> int:
         """Tell the width of a quantized layer's codes."""
@@ -222,8 +152,8 @@ class GgufTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape."""
-        kind, tensor = self._home[name]
-        shape = tuple(int(size) for size in reversed(tensor.shape))
+        kind, tensor, expert = self._home[name]
+        shape = tuple(int(size) for size in reversed(tensor.shape))[0 if expert is None else 1 :]
         return shape if kind not in SIZES else (shape[0], shape[1] // BLOCK, SIZES[kind])
 
     def home(self, name: str) -> str:
@@ -236,14 +166,20 @@ class GgufTensors:
 
     def stored(self, name: str) -> Tensor:
         """Read a tensor, to the CPU, in the dtype that the file has: float32 of vectors."""
-        kind, tensor = self._home[name]
+        kind, tensor, expert = self._home[name]
+        data = tensor.data if expert is None else tensor.data[expert]
         if kind:
-            data = torch.from_numpy(np.array(tensor.data)).view(_FLOATS.get(kind, torch.uint8))
+            data = torch.from_numpy(np.array(data)).view(FLOATS.get(kind, torch.uint8))
         else:
-            data = torch.from_numpy(gguf().dequantize(tensor.data, tensor.tensor_type))
-        data = data.view(self.shape(name))
-        rows = self._known.rows(name.rpartition(".")[0], data.shape[0], back=True)
-        return data if rows is None else data[rows]
+            data = torch.from_numpy(gguf().dequantize(data, tensor.tensor_type))
+        return self._known.here(name.rpartition(".")[0], data.view(self.shape(name)))
+
+    def as_read(self, name: str, made: Tensor) -> Tensor:
+        """Give what :meth:`stored` must be where ``made`` was written: float32 of vectors, norms with what 1 + w lost."""
+        kind, module = self._home[name][0], name.rpartition(".")[0]
+        if kind == "F32":
+            made = made.to(torch.float32)
+        return self._known.here(module, self._known.there(module, made)) if self._known.shift(module) else made
 
     def leaves(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
         """Sort the tensors, or those ``names``, by module: see :func:`by_module`."""

@@ -10,18 +10,11 @@ import numpy as np
 import torch
 
 from ..formats import CheckpointError
-from .architectures import llama3_factors
+from .architecture import gguf, key_of, windows
+from .architectures import ENTRIES, Entry
+from .rope import FREQS, rope_in
 
-# general.architecture -> the class of transformers that computes the same, and its model_type
-_CLASSES = {
-    "llama": ("LlamaForCausalLM", "llama"),  # Mistral's models are of this one too
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-}
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Llama 3.1's and 3.2's: their factor is the largest of the frequencies', the rest is the same in all of them
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
 
 def config_in(file: Path, reader: Any) -> dict[str, Any]:
     """Make the config of the model in ``file``, opened by ``reader`` (gguf.GGUFReader).
@@ -30,44 +23,72 @@ def config_in(file: Path, reader: Any) -> dict[str, Any]:
     CheckpointError that names what is missing or not known.
     """
     said = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     name = said.get("general.architecture")
-    if name not in _CLASSES:
-        raise CheckpointError(f"{file}: general.architecture={name!r} is not known here; {', '.join(_CLASSES)} are")
+    entry = _entry(file, name, f"{name}.expert_count" in said)
     if said.get("split.count", 1) != 1:
         raise CheckpointError(f"{file} is one of {said['split.count']} parts: join them with llama-gguf-split --merge")
-    facts = _Facts(file, name, said)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    facts = Facts(file, name, said)
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{file} has no token_embd.weight: it holds no language model")
-    embedding = tensors["token_embd.weight"]
-    heads, width = facts.number("attention.head_count"), facts.number("embedding_length")
-    head = facts.number("attention.key_length", width // heads)
-    facts.require("attention.value_length", head)
-    facts.require("rope.dimension_count", head)
-    facts.require("expert_count", 0)
-    kind, model_type = _CLASSES[name]
-    config = {
-        "architectures": [kind],
-        "model_type": model_type,
+    config = _sizes(facts, entry) | _settings(facts, entry)
+    config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
+    config["tie_word_embeddings"] = "output.weight" not in tensors
+    config["dtype"] = _dtype(tensors)
+    factors = torch.from_numpy(np.array(tensors[FREQS].data)).float().flatten() if FREQS in tensors else None
+    config["rope_parameters"] = rope_in(facts, entry, config["head_dim"], factors)
+    table = gguf().get_tensor_name_map(gguf().MODEL_ARCH[entry.key], 1)
+    for setting, leaf in entry.biases.items():
+        config[setting] = f"{table.get_name(f'model.layers.0.{leaf}')}.bias" in tensors
+    config |= {need.name: need.of(config) for need in entry.needs}
+    for token, there in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{token}_token_id"] = said.get(f"tokenizer.ggml.{there}_token_id")
+    return config | {"quantization_config": {"quant_method": "gguf"}}
+
+
+def _entry(file: Path, name: Any, sparse: bool) -> Entry:
+    """Find the entry by which a file of an architecture is read: of experts, or without."""
+    names = {gguf().MODEL_ARCH_NAMES[gguf().MODEL_ARCH[entry.key]]: None for entry in ENTRIES}
+    for entry in ENTRIES:
+        experts = any("*" in module for module in entry.modules)
+        same = gguf().MODEL_ARCH_NAMES[gguf().MODEL_ARCH[entry.key]] == name
+        if same and (experts == sparse or entry.key != "LLAMA"):
+            return entry
+    raise CheckpointError(f"{file}: general.architecture={name!r} is not known here; {', '.join(names)} are")
+
+
+def _sizes(facts: Facts, entry: Entry) -> dict[str, Any]:
+    heads, width = facts.number("Attention.HEAD_COUNT"), facts.number("LLM.EMBEDDING_LENGTH")
+    head = facts.number("Attention.KEY_LENGTH", width // heads)
+    facts.require("Attention.VALUE_LENGTH", head)
+    return {
+        "architectures": [entry.classes[0]],
+        "model_type": entry.model_type,
         "hidden_size": width,
-        "num_hidden_layers": facts.number("block_count"),
+        "num_hidden_layers": facts.number("LLM.BLOCK_COUNT"),
         "num_attention_heads": heads,
-        "num_key_value_heads": facts.number("attention.head_count_kv", heads),
+        "num_key_value_heads": facts.number("Attention.HEAD_COUNT_KV", heads),
         "head_dim": head,
-        "intermediate_size": facts.number("feed_forward_length"),
-        "max_position_embeddings": facts.number("context_length"),
-        "rms_norm_eps": facts.real("attention.layer_norm_rms_epsilon"),
-        "vocab_size": int(embedding.shape[1]),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "dtype": _dtype(tensors),
-        "rope_parameters": facts.rope(head, tensors),
-        "quantization_config": {"quant_method": "gguf"},
+        "intermediate_size": facts.number("LLM.FEED_FORWARD_LENGTH"),
+        "max_position_embeddings": facts.number("LLM.CONTEXT_LENGTH"),
     }
-    if name == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    for token in ("bos", "eos"):
-        config[f"{token}_token_id"] = said.get(f"tokenizer.ggml.{token}_token_id")
-    return config
+
+
+def _settings(facts: Facts, entry: Entry) -> dict[str, Any]:
+    """Read what is special about an architecture: its values, and the order of its layers."""
+    found: dict[str, Any] = {}
+    for value in entry.values:
+        if value.optional and facts.get(value.key) is None:
+            found[value.names[0]] = None
+        elif value.kind is int:
+            found[value.names[0]] = facts.number(value.key)
+        else:
+            found[value.names[0]] = facts.real(value.key)
+    if isinstance(entry.window, int):
+        found["sliding_window"] = facts.number("Attention.SLIDING_WINDOW")
+        blocks = {"num_hidden_layers": facts.number("LLM.BLOCK_COUNT")}
+        found["layer_types"] = windows(blocks, entry.window)
+    return found
 
 
 def _dtype(tensors: Mapping[str, Any]) -> str:
@@ -76,51 +97,44 @@ def _dtype(tensors: Mapping[str, Any]) -> str:
     return next((_FLOATS[name] for tensor in matrices if (name := tensor.tensor_type.name) in _FLOATS), "float32")
 
 
-class _Facts:
-    """The entries of one architecture."""
+class Facts:
+    """The entries of one architecture, by their paths in gguf.Keys."""
 
     def __init__(self, file: Path, name: str, said: Mapping[str, Any]) -> None:
-        self._file, self._name, self._said = file, name, said
+        self.file, self._name, self._said = file, name, said
 
-    def _entry(self, key: str, default: Any = None) -> Any:
-        value = self._said.get(f"{self._name}.{key}", default)
+    def get(self, path: str, default: Any = None) -> Any:
+        """Read an entry; ``default`` where there is none."""
+        return self._said.get(key_of(path, self._name), default)
+
+    def _entry(self, path: str, default: Any) -> Any:
+        value = self.get(path, default)
         if value is None:
             raise CheckpointError(
-                f"{self._file} lacks {self._name}.{key}, without which there is no config: put its config.json beside it, in a "
+                f"{self.file} lacks {key_of(path, self._name)}, without which there is no config: put its config.json beside it, in a "
                 "directory that holds it as model.gguf"
             )
         return value
 
-    def number(self, key: str, default: int | None = None) -> int:
-        value = self._entry(key, default)
+    def number(self, path: str, default: int | None = None) -> int:
+        """Read a whole number above 0."""
+        value = self._entry(path, default)
         if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{self._file}: {self._name}.{key}={value!r}: one positive number is needed")
+            raise CheckpointError(f"{self.file}: {key_of(path, self._name)}={value!r}: one positive number is needed")
         return value
 
-    def real(self, key: str, default: float | None = None) -> float:
-        value = self._entry(key, default)
+    def real(self, path: str, default: float | None = None) -> float:
+        """Read a number above 0."""
+        value = self._entry(path, default)
         if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise CheckpointError(f"{self._file}: {self._name}.{key}={value!r}: one positive number is needed")
+            raise CheckpointError(f"{self.file}: {key_of(path, self._name)}={value!r}: one positive number is needed")
         return float(value)
 
-    def require(self, key: str, wanted: int) -> None:
+    def require(self, path: str, wanted: int) -> None:
         """Refuse a value that the known architectures do not have."""
-        if (value := self._said.get(f"{self._name}.{key}", wanted)) != wanted:
-            raise CheckpointError(f"{self._file}: {self._name}.{key}={value!r} is not known here, where it is {wanted}")
+        if (value := self.get(path, wanted)) != wanted:
+            raise self.unknown(path, value, f", where it is {wanted}")
 
-    def rope(self, head: int, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Tell the rotary embeddings, those of Llama 3 by their factors, which are all that the file has of them."""
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.real("rope.freq_base", 10000.0)}
-        scaling = self._said.get(f"{self._name}.rope.scaling.type", "none")
-        if scaling == "linear":
-            rope |= {"rope_type": "linear", "factor": self.real("rope.scaling.factor")}
-        elif scaling != "none":
-            raise CheckpointError(f"{self._file}: {self._name}.rope.scaling.type={scaling!r} is not known here")
-        if "rope_freqs.weight" not in tensors:
-            return rope
-        factors = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)).float().flatten()
-        rope |= {"rope_type": "llama3", "factor": round(float(factors.max()), 4), **_LLAMA3}
-        known = llama3_factors(rope, head)
-        if scaling != "none" or factors.shape != known.shape or not torch.allclose(factors, known, rtol=1e-4):
-            raise CheckpointError(f"{self._file}: rope_freqs.weight has other factors than Llama 3.1 and 3.2 have")
-        return rope
+    def unknown(self, path: str, value: Any, more: str = "") -> CheckpointError:
+        """Make the error for a value that is not known here."""
+        return CheckpointError(f"{self.file}: {key_of(path, self._name)}={value!r} is not known here{more}")

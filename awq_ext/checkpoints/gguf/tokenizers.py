@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ...reporting.warn import warn
 from ..shards import read_json
-from .architectures import gguf
+from .architecture import gguf
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -20,9 +21,9 @@ _PATTERNS = {
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
 
-def describe(folder: Path, writer: Any, vocabulary: int) -> None:
+def describe(folder: Path, writer: Any, config: Mapping[str, Any]) -> None:
     """Add the tokenizer of ``folder``; "none", with a warning where there is one that llama.cpp has not, or not by this name."""
-    path = folder / "tokenizer.json"
+    path, vocabulary = folder / "tokenizer.json", config["vocab_size"]
     content = read_json(path) if path.exists() else {}
     words = _words(content)
     if words is None:

@@ -95,12 +95,12 @@ class Gguf(Layout):
         return {"quant_method": "gguf", "modules_to_not_convert": list(summary.float_linears) or None}
 
     def foresee(self, source: Any, config: Mapping[str, Any]) -> None:
-        from ...gguf.file import foreseen  # which is made of layouts
+        from ...gguf.writing import foreseen  # which is made of layouts
 
         foreseen(source, config)
 
     def write_weights(self, folder: Path, source: Any, summary: Summary, config: Mapping[str, Any]) -> bool:
-        from ...gguf.file import write_gguf
+        from ...gguf.writing import write_gguf
 
         write_gguf(folder, source, self, summary, config)
         return True

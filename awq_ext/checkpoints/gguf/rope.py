@@ -1,0 +1,109 @@
+"""Rotary embeddings: what config.json says of them, and what a GGUF file does, either way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import CheckpointError
+from .architectures import Config, Entry
+
+# Llama 3.1's and 3.2's: their factor is the largest of the frequencies', the rest is the same in all of them
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+FREQS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Those of one model. theta: base of the frequencies; dims: channels of a head that are turned.
+
+    local: theta of layers with a window, where they have one of their own.
+    """
+
+    theta: float
+    dims: int
+    kind: str
+    settings: Mapping[str, Any]
+    local: float | None = None
+
+    @classmethod
+    def of(cls, config: Config, entry: Entry, head: int) -> Rope:
+        """Read config.json; CheckpointError for kinds that are not known here."""
+        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        local = None
+        if entry.local_rope:
+            local = config.get("rope_local_base_freq", 10000.0)
+            if "sliding_attention" in given:
+                sliding = given["sliding_attention"]
+                _known_kind(sliding, ("default",))
+                given, local = given["full_attention"], sliding["rope_theta"]
+        kind = _known_kind(given, ("default", "linear", "llama3"))
+        if kind == "llama3" and entry.key != "LLAMA":
+            raise CheckpointError(f"GGUF: rope_type='llama3' is not known here for {entry.classes[0]}")
+        theta = given.get("rope_theta", config.get("rope_theta", 1e6 if entry.local_rope else 10000.0))
+        share = 1.0
+        if entry.rotary_factor is not None:
+            share = given.get("partial_rotary_factor", config.get("partial_rotary_factor", entry.rotary_factor))
+        return cls(float(theta), int(head * share), kind, {**given, "rope_theta": theta}, local)
+
+    def describe(self, writer: Any, package: Any) -> None:
+        """Add the metadata to a gguf.GGUFWriter."""
+        writer.add_rope_dimension_count(self.dims)
+        writer.add_rope_freq_base(self.theta)
+        if self.local is not None:
+            writer.add_float32(package.Keys.Rope.FREQ_BASE_SWA.format(arch=writer.arch), float(self.local))
+        if self.kind == "linear":
+            writer.add_rope_scaling_type(package.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(float(self.settings["factor"]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Make those that no file of transformers has: the factors of Llama 3's frequencies."""
+        return {} if self.kind != "llama3" else {FREQS: llama3_factors(self.settings, self.dims)}
+
+
+def _known_kind(given: Mapping[str, Any], known: tuple[str, ...]) -> str:
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in known:
+        raise CheckpointError(f"GGUF: rotary embeddings of rope_type={kind!r} are not known here")
+    return kind
+
+
+def llama3_factors(rope: Mapping[str, Any], dims: int) -> Tensor:
+    """Divide rotary frequencies as Llama 3.1 does, fp32 [dims / 2]: long waves by ``factor``, short ones by 1, others by less."""
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    share = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - share) / factor + share)).float()
+
+
+def rope_in(facts: Any, entry: Entry, head: int, factors: Tensor | None) -> dict[str, Any]:
+    """Make rope_parameters of what a file says (``metadata.Facts``); factors: its rope_freqs.weight.
+
+    CheckpointError for kinds that are not known here.
+    """
+    theta = facts.real("Rope.FREQ_BASE", 10000.0)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    scaling = facts.get("Rope.SCALING_TYPE", "none")
+    if scaling == "linear":
+        rope |= {"rope_type": "linear", "factor": facts.real("Rope.SCALING_FACTOR")}
+    elif scaling != "none":
+        raise facts.unknown("Rope.SCALING_TYPE", scaling)
+    dims = facts.number("Rope.DIMENSION_COUNT", head)
+    if entry.rotary_factor is None:
+        facts.require("Rope.DIMENSION_COUNT", head)
+    else:
+        rope["partial_rotary_factor"] = dims / head
+    if factors is not None:
+        rope |= {"rope_type": "llama3", "factor": round(float(factors.max()), 4), **_LLAMA3}
+        known = llama3_factors(rope, dims)
+        if scaling != "none" or factors.shape != known.shape or not torch.allclose(factors, known, rtol=1e-4):
+            raise CheckpointError(f"{facts.file}: {FREQS} has other factors than Llama 3.1 and 3.2 have")
+    if not entry.local_rope:
+        return rope
+    local = {"rope_type": "default", "rope_theta": facts.real("Rope.FREQ_BASE_SWA", 10000.0)}
+    return {"full_attention": rope, "sliding_attention": local}

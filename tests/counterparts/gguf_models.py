@@ -1,0 +1,86 @@
+"""A small random model of each architecture that GGUF files are written of, in which everything that is special to it matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import awq_ext
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+MOE = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 32}
+UNTIED = {"tie_word_embeddings": False}
+# class without Config or ForCausalLM -> settings; after a space, which of several
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 32},
+    "Qwen2Moe": {**MOE, "shared_expert_intermediate_size": 64, **UNTIED},
+    "Qwen3Moe": {**MOE, "norm_topk_prob": True, "head_dim": 32},
+    # 26 and more blocks of the released ones have one with all tokens after each with a window, or after five
+    "Gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 3},
+    "Gemma3 text": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 7},
+    "Gemma3 long": {
+        "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8, "num_hidden_layers": 7, "final_logit_softcapping": 5.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
+        },
+    },
+    "Phi3": {"max_position_embeddings": 256, "original_max_position_embeddings": 256},
+    "Phi3 partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.5}},
+}  # fmt: skip
+
+
+def family(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of one of FAMILIES, with the attention that computes all that its config says."""
+    transformers = pytest.importorskip("transformers", reason="no counterpart tested: pip install awq-ext[hf]")
+    kind = name.split()[0]
+    config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    config = config_class(**SIZES | FAMILIES[name], attn_implementation="eager")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for place, parameter in model.named_parameters():
+            _fill(place, parameter, kind.startswith("Gemma"))
+    return model.to(dtype).eval()
+
+
+def _fill(name: str, parameter: nn.Parameter, shifted: bool) -> None:
+    """Loud: sums of the size of what they are added to, attention that tells tokens apart, norms and biases that differ."""
+    if parameter.dim() == 1:
+        nn.init.normal_(parameter, 0.0 if shifted or name.endswith("bias") else 1.0, 0.3)
+    else:
+        loud = 2.0 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
+        embedding = "embed" in name and not shifted  # Gemma's are multiplied by the root of their width
+        nn.init.normal_(parameter, std=1.0 if embedding else loud * parameter.shape[-1] ** -0.5)
+
+
+def rounding_as_llama_cpp(model: nn.Module) -> nn.Module:
+    """``model``, whose quantized layers round their inputs to 8 bits in groups of 32, as llama.cpp's products of integers do."""
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        groups = inputs[0].float().unflatten(-1, (-1, 32))
+        step = groups.abs().amax(-1, keepdim=True) / 127
+        codes = torch.where(step > 0, groups / step, 0.0).round()
+        return ((codes * step.half().float()).flatten(-2).to(inputs[0].dtype), *inputs[1:])
+
+    for module in model.modules():
+        if isinstance(module, awq_ext.QuantLinear):
+            module.register_forward_pre_hook(hook)
+    return model
