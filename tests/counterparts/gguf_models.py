@@ -24,6 +24,14 @@ SIZES: dict[str, Any] = {
 }
 MOE = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 32}
 UNTIED = {"tie_word_embeddings": False}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 32,
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+    "short_factor": [1.0, 1.0, 1.1, 1.2, 1.3, 1.4],
+}
 # class without Config or ForCausalLM -> settings; after a space, which of several
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
@@ -44,6 +52,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "Phi3": {"max_position_embeddings": 256, "original_max_position_embeddings": 256},
     "Phi3 partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.5}},
+    # 48 tokens are more, or fewer, than those that the short factors are for
+    "Phi3 long": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32, "max_position_embeddings": 128},
+    "Phi3 short": {
+        "rope_parameters": LONGROPE | {"original_max_position_embeddings": 64}, "original_max_position_embeddings": 64,
+        "max_position_embeddings": 256,
+    },
+    "Gemma": {"head_dim": 32},
+    "Granite": {
+        "attention_bias": True, "mlp_bias": True, "logits_scaling": 8.0, "residual_multiplier": 0.4, "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.1,
+    },
+    "SmolLM3": {"num_hidden_layers": 5},
+    "Olmo2": UNTIED,
+    "SeedOss": {"head_dim": 32, "attention_bias": True, "attention_out_bias": False},
+    "Cohere2": {"sliding_window": 8, "num_hidden_layers": 5, "logit_scale": 0.25, "head_dim": 16},
+    "StableLm": {"use_qkv_bias": True, **UNTIED},
+    "Starcoder2": {},
 }  # fmt: skip
 
 
@@ -83,4 +108,7 @@ def rounding_as_llama_cpp(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, awq_ext.QuantLinear):
             module.register_forward_pre_hook(hook)
+        elif type(module).__name__.startswith("GELU"):  # which it looks up in a table of float16
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].half().float(),))
+            module.register_forward_hook(lambda *given: given[-1].half().float())
     return model

@@ -44,7 +44,9 @@ def entry_of(config: Config) -> Entry:
     found = next((entry for entry in ENTRIES if name in entry.classes), None)
     if found is None:
         known = ", ".join(name for entry in ENTRIES for name in entry.classes)
-        raise CheckpointError(f"GGUF files of {name} are not written or read here; those of {known} are: use another format")
+        raise CheckpointError(
+            f"GGUF files of {name} are not written or read here; those of {known} are: use another format"
+        )
     return found
 
 
@@ -114,7 +116,9 @@ class Architecture:
         for name in (*outside, *leaves):
             there = self._table.get_name(name.replace(".*", ""))
             if there is None:
-                raise CheckpointError(f"the gguf package has no name for {name} of llama.cpp's {self.name}: it is too old")
+                raise CheckpointError(
+                    f"the gguf package has no name for {name} of llama.cpp's {self.name}: it is too old"
+                )
             if "*" in name:
                 found |= {name.replace("*", str(e)): Place(there, e) for e in range(self.experts)}
             else:

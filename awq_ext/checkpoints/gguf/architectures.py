@@ -110,6 +110,10 @@ _INNER = Value("LLM.EXPERT_FEED_FORWARD_LENGTH", ("moe_intermediate_size",), int
 _SHARED_INNER = Value("LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH", ("shared_expert_intermediate_size",), int)
 
 
+def _turned_but_each_fourth(config: Config) -> list[int]:
+    return [int((i + 1) % 4 != 0) for i in range(config["num_hidden_layers"])]
+
+
 def _scale_of_gemma(blocks: int) -> Need:
     """Attention is scaled by the width of a head, in the largest model, which llama.cpp knows by its blocks, by that of the model."""
 
@@ -168,5 +172,48 @@ ENTRIES: tuple[Entry, ...] = (
         "PHI3", ("Phi3ForCausalLM",), "phi3",
         (*_NORMS, "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"), needs=(*_SILU, *_SQUARE), window="off",
         rotary_factor=1.0,
+    ),
+    Entry(
+        "GEMMA", ("GemmaForCausalLM",), "gemma", (*_NORMS, *_QKVO, *_MLP), shift=1.0, head=False,
+        needs=(Need("hidden_act", "gelu_pytorch_tanh"), *_NO_BIAS, Need("use_bidirectional_attention", None)),
+    ),
+    replace(
+        _LLAMA, key="GRANITE", classes=("GraniteForCausalLM",), model_type="granite",
+        values=(
+            *_RMS,
+            Value("LLM.LOGIT_SCALE", ("logits_scaling",), absent=1.0),
+            Value("LLM.RESIDUAL_SCALE", ("residual_multiplier",), absent=1.0),
+            Value("LLM.EMBEDDING_SCALE", ("embedding_multiplier",), absent=1.0),
+            Value("Attention.SCALE", ("attention_multiplier",), absent=1.0),
+        ),
+    ),
+    replace(
+        _LLAMA, key="SMOLLM3", classes=("SmolLM3ForCausalLM",), model_type="smollm3", biases={},
+        needs=(*_SILU, *_NO_WINDOW, *_NO_BIAS, Need("mlp_bias", False), Need("no_rope_layers", _turned_but_each_fourth)),
+    ),
+    Entry(
+        "OLMO2", ("Olmo2ForCausalLM",), "olmo2", (*_FOUR_NORMS[1:2], *_FOUR_NORMS[3:], *_QK_NORMS, *_QKVO, *_MLP), head=True,
+        values=(replace(_RMS[0], absent=1e-5),), needs=(*_SILU, *_SQUARE, *_NO_BIAS),
+    ),
+    Entry(
+        "SEED_OSS", ("SeedOssForCausalLM",), "seed_oss", (*_NORMS, *_QKVO, *_MLP), biases={"attention_bias": "self_attn.q_proj"},
+        needs=(*_SILU, Need("attention_out_bias", False), Need("mlp_bias", False)),
+    ),
+    Entry(
+        "COHERE2", ("Cohere2ForCausalLM",), "cohere2", (*_NORMS[:1], *_QKVO, *_MLP), window=4, head=False,
+        values=(
+            Value("Attention.LAYERNORM_EPS", ("layer_norm_eps",), absent=1e-5), Value("LLM.LOGIT_SCALE", ("logit_scale",), absent=0.0625),
+        ),
+        needs=(*_SILU, *_SQUARE, *_NO_BIAS, Need("use_qk_norm", False), Need("use_parallel_block", True)),
+    ),
+    Entry(
+        "STABLELM", ("StableLmForCausalLM",), "stablelm", (*_NORMS, *_QKVO, *_MLP), biases={"use_qkv_bias": "self_attn.q_proj"},
+        values=(Value("Attention.LAYERNORM_EPS", ("layer_norm_eps",), absent=1e-5),), rotary_factor=0.25, head=True,
+        needs=(*_SILU, *_SQUARE, Need("qk_layernorm", False), Need("use_parallel_residual", False)),
+    ),
+    Entry(
+        "STARCODER2", ("Starcoder2ForCausalLM",), "starcoder2", (*_NORMS, *_QKVO, "mlp.c_fc", "mlp.c_proj"), window="off",
+        values=(Value("Attention.LAYERNORM_EPS", ("norm_epsilon",), absent=1e-5),),
+        needs=(Need("hidden_act", "gelu_pytorch_tanh"), *_SQUARE, Need("use_bias", True)),
     ),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from ...reporting.warn import warn
 from ..formats import CheckpointError
 from ..formats.runtimes.gguf import BLOCK, Q4_1, Q8_0, SIZES, whole_zeros
 from ..shards import by_module
+from . import tokenizers
 from .architecture import Architecture, Place, gguf
 
 GGUF = "model.gguf"
@@ -59,11 +60,20 @@ def _whole_zeros(tensor: Any) -> bool:
     return whole_zeros(*halves.view(torch.float16).unbind(-1))
 
 
+def _first_difference(key: str, found: Any, made: list[Any]) -> str:
+    if not isinstance(found, list) or len(found) != len(made):
+        return f"{key} has another length than {len(made)}"
+    place = next(i for i, pair in enumerate(zip(found, made, strict=True)) if pair[0] != pair[1])
+    return f"{key}[{place}] is {str(found[place])[:80]!r}, not {str(made[place])[:80]!r}"
+
+
 def _require_experts(file: Path, tensor: Any, places: list[tuple[str, Place]]) -> None:
     """Refuse a tensor that has other experts than the config says."""
     experts = sum(place.expert is not None for _, place in places)
     if experts and (len(tensor.shape) != 3 or int(tensor.shape[2]) != experts):
-        raise CheckpointError(f"{file}: {tensor.name} has shape {tuple(map(int, tensor.shape))}, {experts} experts are needed")
+        raise CheckpointError(
+            f"{file}: {tensor.name} has shape {tuple(map(int, tensor.shape))}, {experts} experts are needed"
+        )
 
 
 class GgufTensors:
@@ -119,15 +129,20 @@ class GgufTensors:
             warn(f"{file}: dequantized to floats, as no layer here holds such blocks: {', '.join(odd[:8])}{more}")
 
     def metadata_difference(self) -> str:
-        """Say what of the metadata is not what the config asks for, the tokenizer's apart; "" where all of it is."""
-        (wanted,) = described(self._known).kv_data
+        """Say what of the metadata is not what the config and the tokenizer beside it ask for; "" where all of it is."""
+        writer = described(self._known)
+        tokenizers.describe(self.folder, writer, self._known.config, tell=False)
+        (wanted,) = writer.kv_data
         for key, value in wanted.items():
             if key not in self._said:
                 return f"{key} is missing"
-            found = self._said[key].contents()
-            number = value.type == gguf().GGUFValueType.FLOAT32
-            if found != (float(np.float32(value.value)) if number else value.value):
-                return f"{key} is {str(found)[:80]!r}, not {str(value.value)[:80]!r}"
+            found, made = self._said[key].contents(), value.value
+            if value.type == gguf().GGUFValueType.FLOAT32:
+                made = float(np.float32(made))
+            if isinstance(made, (list, tuple)) and found != list(made):
+                return _first_difference(key, found, list(made))
+            if not isinstance(made, (list, tuple)) and found != made:
+                return f"{key} is {str(found)[:80]!r}, not {str(made)[:80]!r}"
         return ""
 
     def __iter__(self) -> Iterator[str]:

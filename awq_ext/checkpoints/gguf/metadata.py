@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from ..formats import CheckpointError
 from .architecture import gguf, key_of, windows
 from .architectures import ENTRIES, Entry
-from .rope import FREQS, rope_in
+from .rope import rope_in
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 
 def config_in(file: Path, reader: Any) -> dict[str, Any]:
     """Make the config of the model in ``file``, opened by ``reader`` (gguf.GGUFReader).
@@ -35,8 +33,7 @@ def config_in(file: Path, reader: Any) -> dict[str, Any]:
     config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config["dtype"] = _dtype(tensors)
-    factors = torch.from_numpy(np.array(tensors[FREQS].data)).float().flatten() if FREQS in tensors else None
-    config["rope_parameters"] = rope_in(facts, entry, config["head_dim"], factors)
+    config["rope_parameters"] = rope_in(facts, entry, config["head_dim"], tensors)
     table = gguf().get_tensor_name_map(gguf().MODEL_ARCH[entry.key], 1)
     for setting, leaf in entry.biases.items():
         config[setting] = f"{table.get_name(f'model.layers.0.{leaf}')}.bias" in tensors

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,9 @@ from .architectures import Config, Entry
 
 # Llama 3.1's and 3.2's: their factor is the largest of the frequencies', the rest is the same in all of them
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-FREQS = "rope_freqs.weight"
+FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+# the kinds that an architecture of llama.cpp reads beside "default" and "linear"
+_MORE = {"LLAMA": ("llama3",), "PHI3": ("longrope",)}
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,15 @@ class Rope:
                 sliding = given["sliding_attention"]
                 _known_kind(sliding, ("default",))
                 given, local = given["full_attention"], sliding["rope_theta"]
-        kind = _known_kind(given, ("default", "linear", "llama3"))
-        if kind == "llama3" and entry.key != "LLAMA":
-            raise CheckpointError(f"GGUF: rope_type='llama3' is not known here for {entry.classes[0]}")
+        kind = _known_kind(given, ("default", "linear", *_MORE.get(entry.key, ())))
         theta = given.get("rope_theta", config.get("rope_theta", 1e6 if entry.local_rope else 10000.0))
         share = 1.0
         if entry.rotary_factor is not None:
             share = given.get("partial_rotary_factor", config.get("partial_rotary_factor", entry.rotary_factor))
-        return cls(float(theta), int(head * share), kind, {**given, "rope_theta": theta}, local)
+        settings = {**given, "rope_theta": theta}
+        if kind == "longrope":
+            settings |= _lengths(config, given)
+        return cls(float(theta), int(head * share), kind, settings, local)
 
     def describe(self, writer: Any, package: Any) -> None:
         """Add the metadata to a gguf.GGUFWriter."""
@@ -60,10 +64,20 @@ class Rope:
         if self.kind == "linear":
             writer.add_rope_scaling_type(package.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(float(self.settings["factor"]))
+        if self.kind == "longrope":
+            writer.add_rope_scaling_orig_ctx_len(self.settings["original_max_position_embeddings"])
+            writer.add_rope_scaling_attn_factors(self.settings["attention_factor"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Make those that no file of transformers has: the factors of Llama 3's frequencies."""
-        return {} if self.kind != "llama3" else {FREQS: llama3_factors(self.settings, self.dims)}
+        """Make those that no file of transformers has: factors of the frequencies, fp32 [dims / 2]."""
+        if self.kind == "llama3":
+            return {FREQS: llama3_factors(self.settings, self.dims)}
+        if self.kind == "longrope":
+            return {
+                LONG: torch.tensor(self.settings["long_factor"]),
+                SHORT: torch.tensor(self.settings["short_factor"]),
+            }
+        return {}
 
 
 def _known_kind(given: Mapping[str, Any], known: tuple[str, ...]) -> str:
@@ -71,6 +85,16 @@ def _known_kind(given: Mapping[str, Any], known: tuple[str, ...]) -> str:
     if kind not in known:
         raise CheckpointError(f"GGUF: rotary embeddings of rope_type={kind!r} are not known here")
     return kind
+
+
+def _lengths(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell for how long texts the short factors are, and what the long ones scale attention by."""
+    before = given.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
+    longer = given.get("factor") or config["max_position_embeddings"] / before
+    scale = given.get("attention_factor")
+    if scale is None:
+        scale = math.sqrt(1 + math.log(longer) / math.log(before)) if longer > 1 else 1.0
+    return {"original_max_position_embeddings": before, "attention_factor": float(scale)}
 
 
 def llama3_factors(rope: Mapping[str, Any], dims: int) -> Tensor:
@@ -81,12 +105,12 @@ def llama3_factors(rope: Mapping[str, Any], dims: int) -> Tensor:
     return (1 / ((1 - share) / factor + share)).float()
 
 
-def rope_in(facts: Any, entry: Entry, head: int, factors: Tensor | None) -> dict[str, Any]:
-    """Make rope_parameters of what a file says (``metadata.Facts``); factors: its rope_freqs.weight.
+def rope_in(facts: Any, entry: Entry, head: int, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Make rope_parameters of what a file says (``metadata.Facts``) and of its tensors of factors, by name (gguf.ReaderTensor).
 
     CheckpointError for kinds that are not known here.
     """
-    theta = facts.real("Rope.FREQ_BASE", 10000.0)
+    theta, more = facts.real("Rope.FREQ_BASE", 10000.0), _MORE.get(entry.key, ())
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     scaling = facts.get("Rope.SCALING_TYPE", "none")
     if scaling == "linear":
@@ -98,12 +122,25 @@ def rope_in(facts: Any, entry: Entry, head: int, factors: Tensor | None) -> dict
         facts.require("Rope.DIMENSION_COUNT", head)
     else:
         rope["partial_rotary_factor"] = dims / head
-    if factors is not None:
+    if FREQS in tensors and "llama3" in more:
+        factors = _values(tensors[FREQS])
         rope |= {"rope_type": "llama3", "factor": round(float(factors.max()), 4), **_LLAMA3}
         known = llama3_factors(rope, dims)
         if scaling != "none" or factors.shape != known.shape or not torch.allclose(factors, known, rtol=1e-4):
             raise CheckpointError(f"{facts.file}: {FREQS} has other factors than Llama 3.1 and 3.2 have")
+    if LONG in tensors and SHORT in tensors and "longrope" in more:
+        rope |= {
+            "rope_type": "longrope",
+            "long_factor": _values(tensors[LONG]).tolist(),
+            "short_factor": _values(tensors[SHORT]).tolist(),
+            "original_max_position_embeddings": facts.number("Rope.SCALING_ORIG_CTX_LEN"),
+            "attention_factor": facts.real("Rope.SCALING_ATTN_FACTOR", 1.0),
+        }
     if not entry.local_rope:
         return rope
     local = {"rope_type": "default", "rope_theta": facts.real("Rope.FREQ_BASE_SWA", 10000.0)}
     return {"full_attention": rope, "sliding_attention": local}
+
+
+def _values(tensor: Any) -> Tensor:
+    return torch.from_numpy(np.array(tensor.data)).float().flatten()

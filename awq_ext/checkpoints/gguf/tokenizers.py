@@ -1,4 +1,4 @@
-"""Describe a tokenizer.json in GGUF metadata, where llama.cpp has the same one: byte-level BPE with a known pattern."""
+"""Describe a tokenizer.json in GGUF metadata, where llama.cpp has the same one: byte-level BPE with a known pattern, or sentencepiece."""
 
 from __future__ import annotations
 
@@ -9,37 +9,121 @@ from typing import Any
 from ...reporting.warn import warn
 from ..shards import read_json
 from .architecture import gguf
+from .sentencepiece import Pieces, Spaces, pieces_of, spaces_of
 
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-# the pattern that cuts text into words -> llama.cpp's name for it, and whether it looks whole words up before it merges
-_PATTERNS = {
-    rf"{_SHORT}|{_LETTERS}|\p{{N}}|{_REST}": ("qwen2", False),
-    rf"{_SHORT}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}": ("llama-bpe", True),
+_LETTERS, _LETTERS_AND_MARKS = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST, _REST_AND_MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+_DIGITS, _BYTES = "each digit", "GPT-2's words"  # steps that are no pattern
+_BY_THREE = rf"{_SHORT}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}|{_SPACES}"
+_DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    rf"|{_SPACES}",
+)
+# the steps that cut text into words, and whether whole words are looked up before any merge -> llama.cpp's name for that.
+# Those of GPT-4o and of Mistral's Tekken have none: what llama.cpp has by their names cuts some letters outside ASCII elsewhere
+_NAMES = {
+    ((_BYTES,), False): "gpt-2",
+    ((_DIGITS, _BYTES), False): "smollm",
+    ((rf"{_SHORT}|{_LETTERS}|\p{{N}}|{_REST}|{_SPACES}",), False): "qwen2",
+    ((rf"{_SHORT}|{_LETTERS_AND_MARKS}|\p{{N}}|{_REST_AND_MARKS}|{_SPACES}",), False): "qwen35",
+    ((_BY_THREE,), True): "llama-bpe",
+    ((_BY_THREE,), False): "dbrx",
+    (_DEEPSEEK, False): "deepseek-v3",
 }
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
 
-def describe(folder: Path, writer: Any, config: Mapping[str, Any]) -> None:
-    """Add the tokenizer of ``folder``; "none", with a warning where there is one that llama.cpp has not, or not by this name."""
+def describe(folder: Path, writer: Any, config: Mapping[str, Any], tell: bool = True) -> None:
+    """Add the tokenizer of ``folder`` for the model of ``config``; "none" where there is none that llama.cpp has too.
+
+    tell: with a warning where there is one that llama.cpp has not, or not by this name, or that it follows but nearly.
+    """
     path, vocabulary = folder / "tokenizer.json", config["vocab_size"]
     content = read_json(path) if path.exists() else {}
+    spaces, pieces = _sentencepiece(content, vocabulary)
     words = _words(content)
-    if words is None:
-        if content:
+    if pieces is not None and spaces is not None:
+        _describe_pieces(pieces, spaces, writer)
+    elif words is not None:
+        tokens, types = _tokens(content, vocabulary)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(words)
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+    else:
+        if tell and content:
             warn(
-                f"{path} is no byte-level BPE with a pattern known here: the GGUF file is written without a tokenizer; "
-                "llama.cpp's own converter writes one (convert_hf_to_gguf.py --vocab-only)"
+                f"{path} is no byte-level BPE with a pattern known here, and none of sentencepiece whose merges scores can order: the "
+                "GGUF file is written without a tokenizer; llama.cpp's own converter writes one (convert_hf_to_gguf.py --vocab-only)"
             )
         writer.add_tokenizer_model("none")
         return
-    tokens, types = _tokens(content, vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    gguf().SpecialVocab(folder, load_merges=True, n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
+    if tell and (odd := _differences(content, spaces if pieces is not None else None)):
+        warn(f"{path}: llama.cpp's tokens are the same but for {'; and for '.join(odd)}")
+    special = gguf().SpecialVocab(folder, load_merges=pieces is None, n_vocab=vocabulary)
+    for kind in (
+        special.special_token_types
+    ):  # the package reads them itself where config.json is, which is written after the file
+        number = config.get(f"{kind}_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int) and 0 <= number < vocabulary:
+            special.special_token_ids.setdefault(kind, number)
+    if (first := _first(content)) is not None:
+        special.special_token_ids["bos"], special.add_special_token["bos"] = first, True
+    special.add_special_token.setdefault("bos", False)  # some kinds have it added unless told otherwise
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _first(content: Mapping[str, Any]) -> int | None:
+    """Find the token that the tokenizer itself puts before a text; None where there is none, or more than one."""
+    given = content.get("post_processor") or {}
+    steps = given.get("processors", [given]) if given.get("type") == "Sequence" else [given]
+    for step in steps:
+        single = step.get("single") or []
+        before = [part["SpecialToken"]["id"] for part in single[:-1] if "SpecialToken" in part]
+        if step.get("type") == "TemplateProcessing" and len(before) == len(single) - 1 == 1:
+            ids = step["special_tokens"][before[0]]["ids"]
+            return ids[0] if len(ids) == 1 else None
+    return None
+
+
+def _differences(content: Mapping[str, Any], spaces: Spaces | None) -> list[str]:
+    """Say of which texts llama.cpp makes other tokens."""
+    found = []
+    if spaces is not None and not spaces.always:
+        found.append(
+            "text that begins with a space or follows a special token: llama.cpp, as sentencepiece itself, puts a space before all text"
+        )
+    added = content.get("added_tokens") or []
+    if strip := [one["content"] for one in added if one.get("lstrip") or one.get("rstrip") or one.get("single_word")]:
+        found.append(
+            f"spaces beside {', '.join(strip[:4])}{', ...' if len(strip) > 4 else ''}, which belong to these tokens here"
+        )
+    if spaces is not None and spaces.prefix and (odd := [one["content"] for one in added if one.get("normalized")]):
+        found.append(
+            f"{', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''} within a word, where this tokenizer does not look for it"
+        )
+    return found
+
+
+def _sentencepiece(content: Mapping[str, Any], vocabulary: int) -> tuple[Spaces | None, Pieces | None]:
+    model = content.get("model") or {}
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or (spaces := spaces_of(content)) is None:
+        return None, None
+    return spaces, pieces_of(content, vocabulary)
+
+
+def _describe_pieces(pieces: Pieces, spaces: Spaces, writer: Any) -> None:
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces.texts)
+    writer.add_token_scores(pieces.scores)
+    writer.add_token_types(pieces.types)
+    writer.add_add_space_prefix(spaces.prefix)
 
 
 def _words(content: dict[str, Any]) -> str | None:
@@ -47,14 +131,21 @@ def _words(content: dict[str, Any]) -> str | None:
     model, cut = content.get("model") or {}, content.get("pre_tokenizer") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         return None
-    steps = cut.get("pretokenizers") if cut.get("type") == "Sequence" else [cut]
-    kinds = [step.get("type") for step in steps or []]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
-        return None if model.get("ignore_merges") else "gpt-2"
-    if kinds != ["Split", "ByteLevel"] or steps[1].get("use_regex", True) or steps[1].get("add_prefix_space"):
+    # composed letters are left to whoever writes the text: Qwen's tokenizers compose them, llama.cpp does not
+    if content.get("normalizer") not in (None, {"type": "NFC"}):
         return None
-    name, whole = _PATTERNS.get((steps[0].get("pattern") or {}).get("Regex"), (None, False))
-    return name if bool(model.get("ignore_merges")) == whole else None
+    *steps, last = (cut.get("pretokenizers") if cut.get("type") == "Sequence" else [cut]) or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    names = [_step(step) for step in steps] + ([_BYTES] if last.get("use_regex", True) else [])
+    return _NAMES.get((tuple(names), bool(model.get("ignore_merges"))))
+
+
+def _step(step: Mapping[str, Any]) -> str | None:
+    if step.get("type") == "Digits" and step.get("individual_digits"):
+        return _DIGITS
+    plain = step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert")
+    return (step.get("pattern") or {}).get("Regex") if plain else None
 
 
 def _tokens(content: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:

@@ -57,7 +57,9 @@ def foreseen(source: Any, config: Mapping[str, Any]) -> Architecture:
                 f"{kinds[odd]}: give all experts the same settings"
             )
         if len(names) != known.experts:
-            raise CheckpointError(f"{there} is made of {known.experts} experts, and there are {len(names)}: {names[0]}, ...")
+            raise CheckpointError(
+                f"{there} is made of {known.experts} experts, and there are {len(names)}: {names[0]}, ..."
+            )
     return known
 
 

@@ -26,7 +26,7 @@ from awq_ext.checkpoints.files import read_back
 from awq_ext.checkpoints.files.read_back import VerificationError, _layer_differences
 from awq_ext.checkpoints.files.safetensors_file import SafetensorsFile
 from awq_ext.checkpoints.formats import LAYOUTS
-from awq_ext.checkpoints.gguf import file as gguf_file
+from awq_ext.checkpoints.gguf import writing as gguf_file
 from awq_ext.checkpoints.model_source import ModelSource
 from awq_ext.cli import app
 
