@@ -96,6 +96,10 @@ def check_target(folder: Path, overwrite: Overwrite, sources: Iterable[Path | No
     named = not isinstance(overwrite, bool)
     if named and not same_directory(Path(overwrite), folder):
         raise ValueError(f"overwrite={os.fspath(overwrite)!r} names another directory than {folder}")
+    if folder.suffix.lower() == ".gguf" and not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: a directory is written in every format, in gguf one with model.gguf in it: give {folder.with_suffix('')}"
+        )
     if folder.is_file():
         raise TargetExistsError(f"{folder} is a file: give a directory")
     _require_writable(folder)

@@ -22,7 +22,7 @@ from .options.checks import (
     check_report_extra,
     check_size,
 )
-from .options.settings import read_settings, refuse_effort_of_rtn, refuse_other_bits, with_builtin
+from .options.settings import made_symmetric, read_settings, refuse_effort_of_rtn, refuse_other_bits, with_builtin
 from .options.types import (
     Bits,
     Calib,
@@ -187,8 +187,7 @@ def quantize(
     }
     chosen = with_builtin(calib, read_settings(fields, settings, skip, per_layer, head))
     refuse_effort_of_rtn(chosen)
-    if (chosen.get("bits") or 4) in LAYOUTS[format].symmetric_bits and "symmetric" not in chosen:
-        chosen["symmetric"] = True
+    if made_symmetric(chosen, LAYOUTS[format].symmetric_bits):
         say(
             f"[yellow]note:[/yellow] symmetric, as readers of {format} take no zero points of such layers (--set symmetric=false)"
         )

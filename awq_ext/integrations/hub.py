@@ -39,6 +39,8 @@ def folder_of(
     """
     if is_gguf(source):
         return directory_of(source)
+    if Path(source).suffix.lower() == ".gguf" and not os.path.isdir(source):
+        raise CheckpointError(f"{source} does not exist (a file on the Hugging Face hub has to be downloaded first)")
     if not is_name(source) or "/" not in str(source):
         if not os.path.isdir(source):
             hint = "" if os.path.exists(source) else ", nor a name on the Hugging Face hub (org/name)"

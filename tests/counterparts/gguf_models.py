@@ -55,8 +55,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # 48 tokens are more, or fewer, than those that the short factors are for
     "Phi3 long": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32, "max_position_embeddings": 128},
     "Phi3 short": {
-        "rope_parameters": LONGROPE | {"original_max_position_embeddings": 64}, "original_max_position_embeddings": 64,
-        "max_position_embeddings": 256,
+        "rope_parameters": LONGROPE | {"original_max_position_embeddings": 256}, "original_max_position_embeddings": 256,
+        "max_position_embeddings": 1024,
     },
     "Gemma": {"head_dim": 32},
     "Granite": {
@@ -75,7 +75,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def family(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of one of FAMILIES, with the attention that computes all that its config says."""
     transformers = pytest.importorskip("transformers", reason="no counterpart tested: pip install awq-ext[hf]")
-    kind = name.split()[0]
+    kind = name.split(maxsplit=1)[0]
     config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
     config = config_class(**SIZES | FAMILIES[name], attn_implementation="eager")
     torch.manual_seed(0)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..formats import CheckpointError
-from .architectures import ENTRIES, Config, Entry, Value
+from .architectures import ENTRIES
+from .entry import Config, Entry, Value
 from .rope import Rope
 
 

@@ -1,4 +1,4 @@
-"""The architectures of llama.cpp that are known here, each a short entry: what it computes, and where that is said in config.json.
+"""The architectures of llama.cpp that are known here, each a short entry.
 
 To add one: read src/models/NAME.cpp of llama.cpp for what it takes for granted (``needs``) and what it reads (``values``), add an
 entry, and a model to tests/counterparts/gguf_models.py, which llama.cpp then runs. Names of tensors come from the gguf package.
@@ -6,80 +6,12 @@ entry, and a model to tests/counterparts/gguf_models.py, which llama.cpp then ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-Config = Mapping[str, Any]
-ABSENT = object()
+from .entry import Config, Entry, Need, Value
 
 
-@dataclass(frozen=True)
-class Value:
-    """A setting that both sides have: ``key`` of gguf.Keys, and its names in config.json, of which the first is written.
-
-    absent: what transformers takes it for where config.json has none; None: an error. optional: None is a value, and not written.
-    """
-
-    key: str
-    names: tuple[str, ...]
-    kind: type = float
-    absent: float | None = None
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class Need:
-    """What llama.cpp takes for granted of config.json: another value is refused.
-
-    wanted: the value, or a function that makes it of the config. absent: what transformers takes it for where config.json has none
-    (the same, if it is not given).
-    """
-
-    name: str
-    wanted: Any
-    absent: Any = ABSENT
-
-    def of(self, config: Config) -> Any:
-        """Tell the value that is needed of this config."""
-        return self.wanted(config) if isinstance(self.wanted, Callable) else self.wanted
-
-    def met(self, config: Config) -> bool:
-        """Tell whether the config has it, or says nothing else."""
-        found = config.get(self.name, self.absent)
-        return found is ABSENT or found == self.of(config)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One architecture.
-
-    key: of gguf.MODEL_ARCH. classes: of transformers, in config.json's architectures; a file by itself is read as the first.
-    modules: of a block, "*" for the number of an expert. biases: setting of config.json -> module that has a bias by it.
-    shift: what is added to the weight of each norm. pairs: llama.cpp turns the channels 2i and 2i + 1 of a head by one angle,
-    transformers i and i + d/2. window: None where there is no sliding window; "off" where config.json has one that counts
-    and llama.cpp none; n where all layers but each n-th have one. head: whether there is an output layer beside the
-    embedding: None for either way.
-    """
-
-    key: str
-    classes: tuple[str, ...]
-    model_type: str
-    modules: tuple[str, ...]
-    values: tuple[Value, ...] = (Value("Attention.LAYERNORM_RMS_EPS", ("rms_norm_eps",), absent=1e-6),)
-    needs: tuple[Need, ...] = (Need("hidden_act", "silu"),)
-    biases: Mapping[str, str] = field(default_factory=dict)
-    shift: float = 0.0
-    pairs: bool = False
-    window: int | str | None = None
-    head: bool | None = None
-    local_rope: bool = False  # layers with a window have rotary embeddings of their own
-    # partial_rotary_factor where config.json has none; None: whole heads are turned, whatever it says
-    rotary_factor: float | None = None
-
-
-def width_of_head(config: Config) -> int:
-    """Divide the hidden size by the heads."""
+def _width_of_head(config: Config) -> int:
     return config["hidden_size"] // config["num_attention_heads"]
 
 
@@ -95,7 +27,7 @@ _MIXTRAL = ("block_sparse_moe.gate", *(f"block_sparse_moe.experts.*.{leaf}" for 
 _RMS = (Value("Attention.LAYERNORM_RMS_EPS", ("rms_norm_eps",), absent=1e-6),)
 _SILU = (Need("hidden_act", "silu"),)
 _TANH = (Need("hidden_activation", "gelu_pytorch_tanh"),)
-_SQUARE = (Need("head_dim", width_of_head),)  # heads that together are as wide as the model
+_SQUARE = (Need("head_dim", _width_of_head),)  # heads that together are as wide as the model
 _NO_BIAS = (Need("attention_bias", False),)
 _NO_WINDOW = (Need("use_sliding_window", False),)
 _ALL_SPARSE = (Need("decoder_sparse_step", 1), Need("mlp_only_layers", []))
@@ -115,10 +47,10 @@ def _turned_but_each_fourth(config: Config) -> list[int]:
 
 
 def _scale_of_gemma(blocks: int) -> Need:
-    """Attention is scaled by the width of a head, in the largest model, which llama.cpp knows by its blocks, by that of the model."""
+    """Scale attention by the width of a head; in the largest model, which llama.cpp knows by its ``blocks``, by hidden / heads."""
 
     def wanted(config: Config) -> int:
-        return width_of_head(config) if config["num_hidden_layers"] == blocks else config.get("head_dim", 256)
+        return _width_of_head(config) if config["num_hidden_layers"] == blocks else config.get("head_dim", 256)
 
     return Need("query_pre_attn_scalar", wanted, absent=256)
 
@@ -134,7 +66,7 @@ _GEMMA2 = Entry(
         Value("LLM.ATTN_LOGIT_SOFTCAPPING", ("attn_logit_softcapping",), absent=50.0),
         Value("LLM.FINAL_LOGIT_SOFTCAPPING", ("final_logit_softcapping",), absent=30.0),
     ),
-    needs=(*_TANH, *_NO_BIAS, _scale_of_gemma(46), Need("use_bidirectional_attention", None)),
+    needs=(*_TANH, *_NO_BIAS, _scale_of_gemma(46), Need("use_bidirectional_attention", False)),
 )  # fmt: skip
 _QWEN2_MOE = Entry(
     "QWEN2MOE", ("Qwen2MoeForCausalLM",), "qwen2_moe", (*_NORMS, *_QKVO, *_EXPERTS, *_SHARED), head=True,
@@ -146,8 +78,8 @@ ENTRIES: tuple[Entry, ...] = (
     _LLAMA,
     replace(_LLAMA, classes=("MistralForCausalLM",), model_type="mistral", window="off", biases={}),
     replace(
-        _LLAMA, classes=("MixtralForCausalLM",), model_type="mixtral", modules=(*_NORMS, *_QKVO, *_MIXTRAL), window="off", biases={},
-        values=(*_RMS, *_experts("num_local_experts")),
+        _LLAMA, classes=("MixtralForCausalLM",), model_type="mixtral", modules=(*_NORMS, *_QKVO, *_MIXTRAL),
+        values=(*_RMS, *_experts("num_local_experts")), window="off", biases={},
     ),
     Entry("QWEN2", ("Qwen2ForCausalLM",), "qwen2", (*_NORMS, *_QKVO, *_MLP), needs=(*_SILU, *_SQUARE, *_NO_WINDOW)),
     Entry(
@@ -165,17 +97,18 @@ ENTRIES: tuple[Entry, ...] = (
         modules=(*_FOUR_NORMS, *_QK_NORMS, *_QKVO, *_MLP), window=6, head=None, local_rope=True,
         values=(*_RMS, Value("LLM.FINAL_LOGIT_SOFTCAPPING", ("final_logit_softcapping",), optional=True)),
         needs=(
-            *_TANH, *_NO_BIAS, _scale_of_gemma(62), Need("use_bidirectional_attention", False), Need("attn_logit_softcapping", None),
+            *_TANH, *_NO_BIAS, _scale_of_gemma(62), Need("use_bidirectional_attention", False),
+            Need("attn_logit_softcapping", None),
         ),
     ),
     Entry(
         "PHI3", ("Phi3ForCausalLM",), "phi3",
-        (*_NORMS, "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"), needs=(*_SILU, *_SQUARE), window="off",
-        rotary_factor=1.0,
+        (*_NORMS, "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"), window="off", rotary_factor=1.0,
+        needs=(*_SILU, *_SQUARE),
     ),
     Entry(
         "GEMMA", ("GemmaForCausalLM",), "gemma", (*_NORMS, *_QKVO, *_MLP), shift=1.0, head=False,
-        needs=(Need("hidden_act", "gelu_pytorch_tanh"), *_NO_BIAS, Need("use_bidirectional_attention", None)),
+        needs=(Need("hidden_act", "gelu_pytorch_tanh"), *_NO_BIAS, Need("use_bidirectional_attention", False)),
     ),
     replace(
         _LLAMA, key="GRANITE", classes=("GraniteForCausalLM",), model_type="granite",
@@ -202,7 +135,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "COHERE2", ("Cohere2ForCausalLM",), "cohere2", (*_NORMS[:1], *_QKVO, *_MLP), window=4, head=False,
         values=(
-            Value("Attention.LAYERNORM_EPS", ("layer_norm_eps",), absent=1e-5), Value("LLM.LOGIT_SCALE", ("logit_scale",), absent=0.0625),
+            Value("Attention.LAYERNORM_EPS", ("layer_norm_eps",), absent=1e-5),
+            Value("LLM.LOGIT_SCALE", ("logit_scale",), absent=0.0625),
         ),
         needs=(*_SILU, *_SQUARE, *_NO_BIAS, Need("use_qk_norm", False), Need("use_parallel_block", True)),
     ),

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..formats import CheckpointError
 from .architecture import gguf, key_of, windows
-from .architectures import ENTRIES, Entry
+from .architectures import ENTRIES
+from .entry import Entry
 from .rope import rope_in
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -33,7 +34,9 @@ def config_in(file: Path, reader: Any) -> dict[str, Any]:
     config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
     config["tie_word_embeddings"] = "output.weight" not in tensors
     config["dtype"] = _dtype(tensors)
-    config["rope_parameters"] = rope_in(facts, entry, config["head_dim"], tensors)
+    config["rope_parameters"] = rope = rope_in(facts, entry, config["head_dim"], tensors)
+    if rope.get("rope_type") == "longrope":
+        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     table = gguf().get_tensor_name_map(gguf().MODEL_ARCH[entry.key], 1)
     for setting, leaf in entry.biases.items():
         config[setting] = f"{table.get_name(f'model.layers.0.{leaf}')}.bias" in tensors
@@ -108,8 +111,8 @@ class Facts:
         value = self.get(path, default)
         if value is None:
             raise CheckpointError(
-                f"{self.file} lacks {key_of(path, self._name)}, without which there is no config: put its config.json beside it, in a "
-                "directory that holds it as model.gguf"
+                f"{self.file} lacks {key_of(path, self._name)}, without which there is no config: put its config.json beside it, "
+                "in a directory that holds it as model.gguf"
             )
         return value
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import CheckpointError
-from .architectures import Config, Entry
+from .entry import Config, Entry
 
 # Llama 3.1's and 3.2's: their factor is the largest of the frequencies', the rest is the same in all of them
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -89,12 +89,15 @@ def _known_kind(given: Mapping[str, Any], known: tuple[str, ...]) -> str:
 
 def _lengths(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
     """Tell for how long texts the short factors are, and what the long ones scale attention by."""
-    before = given.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
+    key = "original_max_position_embeddings"  # that outside rope_parameters counts, as in transformers
+    before = config.get(key) or given.get(key)
+    if not before:
+        raise CheckpointError(f"config.json: {key}={before!r}: a positive number is needed")
     longer = given.get("factor") or config["max_position_embeddings"] / before
     scale = given.get("attention_factor")
     if scale is None:
         scale = math.sqrt(1 + math.log(longer) / math.log(before)) if longer > 1 else 1.0
-    return {"original_max_position_embeddings": before, "attention_factor": float(scale)}
+    return {key: before, "attention_factor": float(scale)}
 
 
 def llama3_factors(rope: Mapping[str, Any], dims: int) -> Tensor:

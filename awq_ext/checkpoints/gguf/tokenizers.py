@@ -1,4 +1,4 @@
-"""Describe a tokenizer.json in GGUF metadata, where llama.cpp has the same one: byte-level BPE with a known pattern, or sentencepiece."""
+"""Describe a tokenizer.json in GGUF metadata, where llama.cpp has the same one: byte-level BPE, or of sentencepiece."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ def describe(folder: Path, writer: Any, config: Mapping[str, Any], tell: bool = 
     else:
         if tell and content:
             warn(
-                f"{path} is no byte-level BPE with a pattern known here, and none of sentencepiece whose merges scores can order: the "
-                "GGUF file is written without a tokenizer; llama.cpp's own converter writes one (convert_hf_to_gguf.py --vocab-only)"
+                f"{path} is no byte-level BPE with a pattern known here, and none of sentencepiece whose merges scores can "
+                "order: the GGUF file is written without a tokenizer; llama.cpp's own converter writes one "
+                "(convert_hf_to_gguf.py --vocab-only)"
             )
         writer.add_tokenizer_model("none")
         return
@@ -96,18 +97,19 @@ def _differences(content: Mapping[str, Any], spaces: Spaces | None) -> list[str]
     found = []
     if spaces is not None and not spaces.always:
         found.append(
-            "text that begins with a space or follows a special token: llama.cpp, as sentencepiece itself, puts a space before all text"
+            "text that begins with a space or follows a special token: llama.cpp, as sentencepiece itself, puts a space before "
+            "all text"
         )
     added = content.get("added_tokens") or []
     if strip := [one["content"] for one in added if one.get("lstrip") or one.get("rstrip") or one.get("single_word")]:
-        found.append(
-            f"spaces beside {', '.join(strip[:4])}{', ...' if len(strip) > 4 else ''}, which belong to these tokens here"
-        )
+        found.append(f"spaces beside {_few(strip)}, which belong to these tokens here")
     if spaces is not None and spaces.prefix and (odd := [one["content"] for one in added if one.get("normalized")]):
-        found.append(
-            f"{', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''} within a word, where this tokenizer does not look for it"
-        )
+        found.append(f"{_few(odd)} within a word, where this tokenizer does not look for it")
     return found
+
+
+def _few(texts: list[str]) -> str:
+    return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
 
 
 def _sentencepiece(content: Mapping[str, Any], vocabulary: int) -> tuple[Spaces | None, Pieces | None]:

@@ -28,6 +28,8 @@ def check_source(value: Path | None) -> Path | None:
     from ...integrations.hub import is_name
 
     name = str(value).partition("@")[0]
+    if value is not None and value.suffix.lower() == ".gguf" and not value.exists():
+        raise typer.BadParameter(f"{value} does not exist (a file on the Hugging Face hub has to be downloaded first)")
     if value is None or value.is_dir() or is_gguf(value) or ("/" in name and is_name(name)):
         return value
     if value.exists():
@@ -151,12 +153,6 @@ def check_directory(out: Path, overwrite: bool, overwrite_float: Path | None, so
     from ...checkpoints.write import check_target
 
     covered = overwrite if overwrite_float is None else overwrite_float
-    if out.suffix.lower() == ".gguf" and not out.is_dir():
-        raise typer.BadParameter(
-            f"{out}: a directory is written in every format, in gguf one with model.gguf in it: give a name that does not "
-            "end in .gguf",
-            param_hint="OUT",
-        )
     if out.resolve() == source.resolve():
         raise typer.BadParameter(f"what is in {out} would be lost: give another directory", param_hint="OUT")
     if out.is_dir() and any(out.iterdir()) and covered is False:

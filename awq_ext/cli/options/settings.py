@@ -95,6 +95,18 @@ def _option(error: str, fields: Mapping[str, Any], more: Iterable[str], per_laye
     return f"--{name.replace('_', '-')}" if by_option else "--set"
 
 
+def made_symmetric(chosen: dict[str, Any], bits: tuple[int, ...]) -> bool:
+    """Make layers of these ``bits`` symmetric where nothing says what they are to be; tell whether there are any."""
+    if "symmetric" in chosen:
+        return False
+    rest = {name: fields for name, fields in chosen.get("per_layer", {}).items() if fields.get("bits") in bits}
+    made = [fields for fields in rest.values() if fields.setdefault("symmetric", True)]
+    if (chosen.get("bits") or 4) in bits:
+        chosen["symmetric"] = True
+        made.append(chosen)
+    return bool(made)
+
+
 def with_builtin(calib: Iterable[Path], chosen: dict[str, Any]) -> dict[str, Any]:
     """Let the built-in texts, where they are given, be all that is added to other text, unless the settings say otherwise."""
     from ...calibration.builtin import NOTHING_ELSE

@@ -1,4 +1,4 @@
-"""llama_cpp_tokenize.py FILE TEXTS OUT: the tokens, and the texts again, that llama.cpp makes of TEXTS with the tokenizer of a GGUF file.
+"""llama_cpp_tokenize.py FILE TEXTS OUT: llama.cpp's tokens of TEXTS, by the tokenizer of a GGUF file, and those texts again.
 
 TEXTS: a JSON list. OUT: a JSON list of [token numbers with what is added at the start, what they are written as].
 """

@@ -47,8 +47,8 @@ class Gguf(Layout):
             )
         if layer.bits == 8 and not layer.symmetric:
             found.append(
-                "it has 8 bits and zero points, for which there is no block: quantize it with symmetric=True (in "
-                "per_layer, if its bits are there)"
+                'it has 8 bits and zero points, for which there is no block: add "symmetric": true to its entry of per_layer, or, '
+                "where all layers have 8 bits, quantize with symmetric=True"
             )
         scales = self.stored_scales(layer)
         if layer.bits == 4 and not layer.symmetric and scales is not None and not _recovered(scales, layer.zeros):
