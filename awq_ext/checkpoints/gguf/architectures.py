@@ -94,7 +94,7 @@ ENTRIES: tuple[Entry, ...] = (
     _GEMMA2,
     replace(
         _GEMMA2, key="GEMMA3", classes=("Gemma3ForCausalLM",), model_type="gemma3_text",
-        modules=(*_FOUR_NORMS, *_QK_NORMS, *_QKVO, *_MLP), window=6, head=None, local_rope=True,
+        modules=(*_FOUR_NORMS, *_QK_NORMS, *_QKVO, *_MLP), window=6, head=None, local_rope="own",
         values=(*_RMS, Value("LLM.FINAL_LOGIT_SOFTCAPPING", ("final_logit_softcapping",), optional=True)),
         needs=(
             *_TANH, *_NO_BIAS, _scale_of_gemma(62), Need("use_bidirectional_attention", False),
@@ -127,6 +127,31 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "OLMO2", ("Olmo2ForCausalLM",), "olmo2", (*_FOUR_NORMS[1:2], *_FOUR_NORMS[3:], *_QK_NORMS, *_QKVO, *_MLP), head=True,
         values=(replace(_RMS[0], absent=1e-5),), needs=(*_SILU, *_SQUARE, *_NO_BIAS),
+    ),
+    Entry(
+        "OLMO2", ("Olmo3ForCausalLM",), "olmo3", (*_FOUR_NORMS[1:2], *_FOUR_NORMS[3:], *_QK_NORMS, *_QKVO, *_MLP), head=True,
+        values=(replace(_RMS[0], absent=1e-5),), needs=(*_SILU, *_SQUARE, *_NO_BIAS), window=4, local_rope="same",
+    ),
+    Entry(
+        "OLMOE", ("OlmoeForCausalLM",), "olmoe", (*_NORMS, *_QK_NORMS, *_QKVO, *_EXPERTS), head=True,
+        values=(replace(_RMS[0], absent=1e-5), *_experts("num_experts", "num_local_experts")),
+        needs=(
+            *_SILU, *_SQUARE, *_NO_BIAS, Need("norm_topk_prob", False), Need("clip_qkv", None),
+            Need("num_key_value_heads", lambda config: config["num_attention_heads"]),
+        ),
+    ),
+    Entry(
+        "GLM4", ("Glm4ForCausalLM",), "glm4",
+        (*_NORMS, "post_self_attn_layernorm", "post_mlp_layernorm", *_QKVO, "mlp.gate_up_proj", "mlp.down_proj"),
+        biases={"attention_bias": "self_attn.q_proj"}, values=(replace(_RMS[0], absent=1.5625e-7),), rotary_factor=0.5,
+    ),
+    Entry(
+        "ERNIE4_5", ("Ernie4_5ForCausalLM",), "ernie4_5", (*_NORMS, *_QKVO, *_MLP), values=(replace(_RMS[0], absent=1e-5),),
+        needs=(*_SILU, Need("use_bias", False)),
+    ),
+    replace(
+        _LLAMA, key="ARCEE", classes=("ArceeForCausalLM",), model_type="arcee", biases={}, modules=(*_NORMS, *_QKVO, *_MLP[1:]),
+        values=(replace(_RMS[0], absent=1e-5),), needs=(Need("hidden_act", "relu2"), *_NO_BIAS, Need("mlp_bias", False)),
     ),
     Entry(
         "SEED_OSS", ("SeedOssForCausalLM",), "seed_oss", (*_NORMS, *_QKVO, *_MLP), biases={"attention_bias": "self_attn.q_proj"},

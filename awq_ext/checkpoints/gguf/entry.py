@@ -46,7 +46,7 @@ class Need:
         return found is ABSENT or found is None or found == wanted or not (found or wanted)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """One architecture.
 
@@ -69,6 +69,7 @@ class Entry:
     pairs: bool = False
     window: int | str | None = None
     head: bool | None = None
-    local_rope: bool = False  # layers with a window have rotary embeddings of their own
+    # layers with a window have rotary embeddings of their own ("own"), or in config.json only, and the "same" in llama.cpp
+    local_rope: str | None = None
     # partial_rotary_factor where config.json has none; None: whole heads are turned, whatever it says
     rotary_factor: float | None = None

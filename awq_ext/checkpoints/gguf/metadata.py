@@ -24,7 +24,7 @@ def config_in(file: Path, reader: Any) -> dict[str, Any]:
     said = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     name = said.get("general.architecture")
-    entry = _entry(file, name, f"{name}.expert_count" in said)
+    entry = _entry(file, said)
     if said.get("split.count", 1) != 1:
         raise CheckpointError(f"{file} is one of {said['split.count']} parts: join them with llama-gguf-split --merge")
     facts = Facts(file, name, said)
@@ -46,15 +46,20 @@ def config_in(file: Path, reader: Any) -> dict[str, Any]:
     return config | {"quantization_config": {"quant_method": "gguf"}}
 
 
-def _entry(file: Path, name: Any, sparse: bool) -> Entry:
-    """Find the entry by which a file of an architecture is read: of experts, or without."""
-    names = {gguf().MODEL_ARCH_NAMES[gguf().MODEL_ARCH[entry.key]]: None for entry in ENTRIES}
-    for entry in ENTRIES:
-        experts = any("*" in module for module in entry.modules)
-        same = gguf().MODEL_ARCH_NAMES[gguf().MODEL_ARCH[entry.key]] == name
-        if same and (experts == sparse or entry.key != "LLAMA"):
-            return entry
-    raise CheckpointError(f"{file}: general.architecture={name!r} is not known here; {', '.join(names)} are")
+def _entry(file: Path, said: Mapping[str, Any]) -> Entry:
+    """Find the entry by which a file is read; of several of one architecture that with experts, or windows, as the file has."""
+    name = said.get("general.architecture")
+    names = {entry: gguf().MODEL_ARCH_NAMES[gguf().MODEL_ARCH[entry.key]] for entry in ENTRIES}
+    has = (f"{name}.expert_count" in said, f"{name}.attention.sliding_window" in said)
+    fits = {
+        entry: (any("*" in module for module in entry.modules) == has[0], isinstance(entry.window, int) == has[1])
+        for entry, other in names.items()
+        if other == name
+    }
+    if not fits:
+        known = ", ".join(dict.fromkeys(names.values()))
+        raise CheckpointError(f"{file}: general.architecture={name!r} is not known here; {known} are")
+    return max(fits, key=fits.__getitem__)  # the first of those that fit best
 
 
 def _sizes(facts: Facts, entry: Entry) -> dict[str, Any]:

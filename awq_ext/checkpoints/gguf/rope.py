@@ -40,13 +40,18 @@ class Rope:
         given = config.get("rope_parameters") or config.get("rope_scaling") or {}
         local = None
         if entry.local_rope:
-            local = config.get("rope_local_base_freq", 10000.0)
+            local = config.get("rope_local_base_freq", 10000.0) if entry.local_rope == "own" else None
             if "sliding_attention" in given:
-                sliding = given["sliding_attention"]
+                sliding, given = given["sliding_attention"], given["full_attention"]
                 _known_kind(sliding, ("default",))
-                given, local = given["full_attention"], sliding["rope_theta"]
+                if entry.local_rope == "own":
+                    local = sliding["rope_theta"]
+                elif dict(sliding) != dict(given):
+                    raise CheckpointError(
+                        f"GGUF: llama.cpp turns the layers with a window as the others, not by {dict(sliding)}"
+                    )
         kind = _known_kind(given, ("default", "linear", *_MORE.get(entry.key, ())))
-        theta = given.get("rope_theta", config.get("rope_theta", 1e6 if entry.local_rope else 10000.0))
+        theta = given.get("rope_theta", config.get("rope_theta", 1e6 if local is not None else 10000.0))
         share = 1.0
         if entry.rotary_factor is not None:
             share = given.get("partial_rotary_factor", config.get("partial_rotary_factor", entry.rotary_factor))
@@ -141,7 +146,9 @@ def rope_in(facts: Any, entry: Entry, head: int, tensors: Mapping[str, Any]) -> 
         }
     if not entry.local_rope:
         return rope
-    local = {"rope_type": "default", "rope_theta": facts.real("Rope.FREQ_BASE_SWA", 10000.0)}
+    local = {"rope_type": "default", "rope_theta": theta}
+    if entry.local_rope == "own":
+        local["rope_theta"] = facts.real("Rope.FREQ_BASE_SWA", 10000.0)
     return {"full_attention": rope, "sliding_attention": local}
 
 
