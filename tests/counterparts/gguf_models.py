@@ -23,6 +23,14 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 MOE = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 32}
+# how they are quantized in tests
+ARCHITECTURES: dict[str, Any] = {
+    "symmetric": True,
+    "group_size": 32,
+    "method": "rtn",
+    "fold": "never",
+    "progress": False,
+}
 UNTIED = {"tie_word_embeddings": False}
 LONGROPE = {
     "rope_type": "longrope",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,16 @@ from counterparts.counterpart import (
     run,
     wide_llama,
 )
-from safetensors.torch import load_file
+from counterparts.gguf_models import ARCHITECTURES, FAMILIES, family, rounding_as_llama_cpp
+from counterparts.gguf_tokenizers import byte_level, save, sentencepiece, texts
+from safetensors.torch import load_file, save_file
 
 import awq_ext
+from awq_ext.checkpoints.gguf import tokenizers
+from awq_ext.checkpoints.gguf.tokenizers import _NAMES
 
 TOKENS = torch.arange(64)[None]
-pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
+gguf = pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
 
 
 @pytest.mark.parametrize("kind", [*GGUF_SETTINGS, "Qwen2"])
@@ -64,3 +70,56 @@ def test_files_of_its_own_quantizer_are_read_by_themselves(kind: str, tmp_path: 
     with torch.no_grad():
         ours = model(load_file(prompt)["tokens"]).logits
     assert (ours - load_file(out)["logits"]).norm() < 0.02 * ours.norm()
+
+
+def test_llama_cpp_computes_the_same_in_every_architecture(tmp_path: Path) -> None:
+    """Random models with all that is special to them: alike to rounding once ours round inputs as its products of integers do."""
+    needed("llama-cpp")
+    tokens = torch.randint(96, (1, 48), generator=torch.Generator().manual_seed(1))
+    few = {"only": (r"re:.*layers\.0\..*(o_proj|qkv_proj)",), "bits": 8}
+    ours = {}
+    for name in FAMILIES:
+        for kind, settings in {"few": few, "all": {}}.items():
+            model = awq_ext.quantize(family(name), [tokens], **(ARCHITECTURES | settings))
+            made = awq_ext.save_pretrained(model, tmp_path / name / kind, format="gguf", verify=True)
+            file = (made / "model.gguf").rename(tmp_path / f"{name} {kind}.gguf")
+            save_file({"tokens": tokens, "context": torch.tensor(64)}, file.with_suffix(".safetensors"))
+            with torch.no_grad():
+                ours[file] = rounding_as_llama_cpp(model)(tokens).logits
+    run("llama-cpp", "llama_cpp_logits.py", tmp_path)
+    errors = {}
+    for file, logits in ours.items():
+        theirs = load_file(file.with_suffix(".out.safetensors"))["logits"]
+        errors[file.stem] = ((logits - theirs).norm() / logits.norm()).item()
+    # a value that lies between two of 8 bits may go either way, which moves logits by up to a percent; what is computed in
+    # another way (a window, a norm, a pair of channels) moves them by more than ten
+    assert max(errors.values()) < 0.02, errors
+    assert sorted(errors.values())[len(errors) // 2] < 1e-4, errors
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", *dict.fromkeys(_NAMES.values())])
+def test_llama_cpp_makes_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    needed("llama-cpp")
+    content = sentencepiece(kind) if kind in ("llama", "gemma") else byte_level(kind)
+    tokenizer = save(tmp_path, content, eos_token="</s>" if kind in ("llama", "gemma") else "<|end|>")
+    config = {"vocab_size": tokenizer.get_vocab_size() + 5, "bos_token_id": None, "eos_token_id": None}
+    writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
+    for add in ("block_count", "context_length", "embedding_length", "feed_forward_length", "head_count"):
+        getattr(writer, f"add_{add}")(32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that tokens differ
+        tokenizers.describe(tmp_path, writer, config)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    (tmp_path / "texts.json").write_text(json.dumps(texts()))
+    run(
+        "llama-cpp",
+        "llama_cpp_tokenize.py",
+        tmp_path / "vocabulary.gguf",
+        tmp_path / "texts.json",
+        tmp_path / "out.json",
+    )
+    for text, (ids, _) in zip(texts(), json.loads((tmp_path / "out.json").read_text()), strict=True):
+        assert tokenizer.encode(text).ids == ids, text

@@ -44,34 +44,55 @@ def describe(folder: Path, writer: Any, config: Mapping[str, Any], tell: bool = 
     """
     path, vocabulary = folder / "tokenizer.json", config["vocab_size"]
     content = read_json(path) if path.exists() else {}
-    spaces, pieces = _sentencepiece(content, vocabulary)
-    words = _words(content)
-    if pieces is not None and spaces is not None:
-        _describe_pieces(pieces, spaces, writer)
-    elif words is not None:
-        tokens, types = _tokens(content, vocabulary)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(words)
-        writer.add_token_list(tokens)
-        writer.add_token_types(types)
-    else:
+    found = _known(content, vocabulary)
+    if found is None:
         if tell and content:
             warn(
-                f"{path} is no byte-level BPE with a pattern known here, and none of sentencepiece whose merges scores can "
-                "order: the GGUF file is written without a tokenizer; llama.cpp's own converter writes one "
-                "(convert_hf_to_gguf.py --vocab-only)"
+                f"{path} is no byte-level BPE with a pattern known here, and none of sentencepiece that scores say the same of: the "
+                "GGUF file is written without a tokenizer; llama.cpp's own converter writes one (convert_hf_to_gguf.py --vocab-only)"
             )
         writer.add_tokenizer_model("none")
         return
-    if tell and (odd := _differences(content, spaces if pieces is not None else None)):
+    words, spaces, pieces = found
+    writer.add_tokenizer_model("gpt2" if spaces is None else "llama")
+    writer.add_tokenizer_pre(words)
+    writer.add_token_list(pieces.texts)
+    writer.add_token_types(pieces.types)
+    if spaces is not None:
+        writer.add_token_scores(pieces.scores)
+        writer.add_add_space_prefix(spaces.prefix)
+    if tell and (odd := _differences(content, spaces)):
         warn(f"{path}: llama.cpp's tokens are the same but for {'; and for '.join(odd)}")
-    special = gguf().SpecialVocab(folder, load_merges=pieces is None, n_vocab=vocabulary)
-    for kind in (
-        special.special_token_types
-    ):  # the package reads them itself where config.json is, which is written after the file
+    _describe_special(folder, writer, config, content, load_merges=spaces is None)
+
+
+def _known(content: dict[str, Any], vocabulary: int) -> tuple[str, Spaces | None, Pieces] | None:
+    """Find llama.cpp's name for how text is cut, how spaces are handled if it is of sentencepiece, and the tokens."""
+    model = content.get("model") or {}
+    if model.get("type") != "BPE":
+        return None
+    spaces = spaces_of(content) if model.get("byte_fallback") else None
+    name = _words(content) if spaces is None else "default"
+    numbers = [*model["vocab"].values(), *(one["id"] for one in content.get("added_tokens") or [])]
+    if name is None or max(numbers) >= vocabulary:
+        return None
+    pieces = _tokens(content, vocabulary) if spaces is None else pieces_of(content, vocabulary)
+    # llama.cpp ends texts at a zero, and stops at a text that comes twice
+    if pieces is None or len({*pieces.texts}) < vocabulary or any("\0" in text for text in pieces.texts):
+        return None
+    return name, spaces, pieces
+
+
+def _describe_special(
+    folder: Path, writer: Any, config: Mapping[str, Any], content: Mapping[str, Any], load_merges: bool
+) -> None:
+    """Add merges, the chat template, and which tokens begin and end a text, and whether they are added."""
+    special = gguf().SpecialVocab(folder, load_merges=load_merges, n_vocab=config["vocab_size"])
+    # the package reads the config's numbers itself, but config.json is written after the GGUF file
+    for kind in special.special_token_types:
         number = config.get(f"{kind}_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int) and 0 <= number < vocabulary:
+        if isinstance(number, int) and 0 <= number < config["vocab_size"]:
             special.special_token_ids.setdefault(kind, number)
     if (first := _first(content)) is not None:
         special.special_token_ids["bos"], special.add_special_token["bos"] = first, True
@@ -112,22 +133,6 @@ def _few(texts: list[str]) -> str:
     return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
 
 
-def _sentencepiece(content: Mapping[str, Any], vocabulary: int) -> tuple[Spaces | None, Pieces | None]:
-    model = content.get("model") or {}
-    if model.get("type") != "BPE" or not model.get("byte_fallback") or (spaces := spaces_of(content)) is None:
-        return None, None
-    return spaces, pieces_of(content, vocabulary)
-
-
-def _describe_pieces(pieces: Pieces, spaces: Spaces, writer: Any) -> None:
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(pieces.texts)
-    writer.add_token_scores(pieces.scores)
-    writer.add_token_types(pieces.types)
-    writer.add_add_space_prefix(spaces.prefix)
-
-
 def _words(content: dict[str, Any]) -> str | None:
     """Find llama.cpp's name for how text is cut before it is merged; None for what it may not do the same."""
     model, cut = content.get("model") or {}, content.get("pre_tokenizer") or {}
@@ -150,12 +155,12 @@ def _step(step: Mapping[str, Any]) -> str | None:
     return (step.get("pattern") or {}).get("Regex") if plain else None
 
 
-def _tokens(content: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
-    """List texts and types of all tokens by number; numbers without a token are filled."""
+def _tokens(content: dict[str, Any], vocabulary: int) -> Pieces:
+    """List texts and types of all tokens by number, no scores; numbers without a token are filled."""
     tokens, types = [f"[PAD{i}]" for i in range(vocabulary)], [_UNUSED] * vocabulary
     for text, number in content["model"]["vocab"].items():
         tokens[number], types[number] = text, _NORMAL
     for added in content.get("added_tokens") or []:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = _CONTROL if added.get("special") else _USER_DEFINED
-    return tokens, types
+    return Pieces(tokens, [], types)
