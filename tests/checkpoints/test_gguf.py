@@ -136,7 +136,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": ({"architectures": ["PhiForCausalLM"]}, "GGUF files of PhiForCausalLM"),
     "rotary embeddings": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
     "no size": ({"num_hidden_layers": None}, "num_hidden_layers=None"),
-    "windows": ({"use_sliding_window": True}, "use_sliding_window"),
+    "windows": (
+        {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
+        "use_sliding_window=True is not known here: llama.cpp's qwen2 computes with False",
+    ),
     "windows of Mistral": (
         {"architectures": ["MistralForCausalLM"], "sliding_window": 16, "max_position_embeddings": 32},
         "sliding_window=16: llama.cpp's llama attends to all tokens",
@@ -203,54 +206,11 @@ def test_the_command_says_what_is_in_a_file(tmp_path: Path) -> None:
 
 
 def test_an_architecture_without_names_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    model = float_model("Mixtral", **SIZES)
-    with pytest.raises(CheckpointError, match="GGUF files of MixtralForCausalLM"):
+    model = float_model("Phi", **SIZES)
+    with pytest.raises(CheckpointError, match="GGUF files of PhiForCausalLM"):
         awq_ext.check_format(model, BATCH, "gguf", group_size=32, method="rtn")
     awq_ext.check_format(float_model(**SIZES), BATCH, "gguf", group_size=32, method="rtn")
     awq_ext.quantize(model, [BATCH], {"group_size": 32, "method": "rtn", "fold": "always"}, progress=False)
-    with pytest.raises(CheckpointError, match="GGUF files of MixtralForCausalLM"):
+    with pytest.raises(CheckpointError, match="GGUF files of PhiForCausalLM"):
         awq_ext.save_pretrained(model, tmp_path / "model", format="gguf")
     assert not (tmp_path / "model").exists()
-
-
-QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def tokenizer(folder: Path, pattern: str, **model: Any) -> dict[str, Any]:
-    """The metadata that is written for a tokenizer of three letters and one pair."""
-    from awq_ext.checkpoints.gguf import tokenizers
-
-    steps = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-    ]
-    content = {
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], **model},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "added_tokens": [
-            {"id": 3, "content": "<|end|>", "special": True},
-            {"id": 4, "content": "<x>", "special": False},
-        ],
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    writer = gguf.GGUFWriter(None, "qwen2")
-    tokenizers.describe(folder, writer, {"vocab_size": 6})
-    return {key.removeprefix("tokenizer.ggml."): value.value for key, value in writer.kv_data[0].items()}
-
-
-def test_a_byte_level_tokenizer_is_described(tmp_path: Path) -> None:
-    found = tokenizer(tmp_path, QWEN)
-    assert (found["model"], found["pre"]) == ("gpt2", "qwen2")
-    assert found["tokens"] == ["a", "b", "ab", "<|end|>", "<x>", "[PAD5]"]
-    assert found["token_type"] == [1, 1, 1, 3, 4, 5]
-    assert found["merges"] == ["a b"] and found["eos_token_id"] == 3
-    assert tokenizer(tmp_path, QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1), ignore_merges=True)["pre"] == "llama-bpe"
-
-
-@pytest.mark.parametrize(
-    "pattern, model", [(r"\s+", {}), (QWEN, {"byte_fallback": True}), (QWEN, {"ignore_merges": True})]
-)
-def test_other_tokenizers_are_left_out_with_a_warning(pattern: str, model: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="written without a tokenizer"):
-        assert tokenizer(tmp_path, pattern, **model)["model"] == "none"

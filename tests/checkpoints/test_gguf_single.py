@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
     "Llama 3.2": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "Llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
-    "Llama with biases": ("Llama", {"attention_bias": True}),
+    "Llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "Mistral": ("Mistral", {"head_dim": 32}),
     "Qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "Qwen3": ("Qwen3", {"head_dim": 16}),
@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
     "another architecture": (entry(general__architecture="gemma"), "general.architecture='gemma' is not known here"),
     "no sizes": (entry(llama__feed_forward_length=None), "lacks llama.feed_forward_length"),
     "a size of 0": (entry(llama__block_count=0), "llama.block_count=0: one positive number"),
-    "experts": (entry(llama__expert_count=8), "llama.expert_count=8 is not known here, where it is 0"),
+    "experts": (entry(llama__expert_count=8), "lacks llama.expert_used_count"),
     "a part": (entry(split__count=3), "one of 3 parts"),
     "partial rotary": (
         entry(llama__rope__dimension_count=8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ WORDS = (
     "😀🎉👩‍👩‍👧‍👦 🇩🇪 é \u200b\ufeff \u00a0x \x01\x7f",
 )
 _SOURCES = sorted(Path(awq_ext.__file__).parent.glob("*/*.py"))
-FEW = [path.read_text(encoding="utf-8") for path in _SOURCES[:40]]
+FEW = [path.read_text(encoding="utf-8") for path in _SOURCES[:15]]
 
 
 def texts() -> list[str]:
@@ -64,15 +65,20 @@ def _cut(step: str) -> Any:
     return pre_tokenizers.Split(Regex(step), "isolated")
 
 
+@cache
+def _pieces() -> dict[str, Any]:
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trained.train_from_iterator([*FEW, *WORDS * 20], trainers.BpeTrainer(vocab_size=1500, show_progress=False))
+    return json.loads(trained.to_str())["model"]
+
+
 def sentencepiece(kind: str) -> dict[str, Any]:
     """tokenizer.json as transformers makes it of a sentencepiece model: all pairs that make a token, by the score of that.
 
     kind: "llama", with a space before text; "gemma", without, and with runs of spaces and newlines before all other tokens.
     """
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trained.train_from_iterator([*FEW, *WORDS * 20], trainers.BpeTrainer(vocab_size=1500, show_progress=False))
-    pieces = json.loads(trained.to_str())["model"]
+    pieces = _pieces()
     letters = [text for text in pieces["vocab"] if len(text) == 1]
     made = [a + b for a, b in pieces["merges"]]
     runs = [letter * n for n in range(12, 1, -1) for letter in (SPACE, "\n")] if kind == "gemma" else []

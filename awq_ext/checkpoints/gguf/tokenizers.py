@@ -48,8 +48,9 @@ def describe(folder: Path, writer: Any, config: Mapping[str, Any], tell: bool = 
     if found is None:
         if tell and content:
             warn(
-                f"{path} is no byte-level BPE with a pattern known here, and none of sentencepiece that scores say the same of: the "
-                "GGUF file is written without a tokenizer; llama.cpp's own converter writes one (convert_hf_to_gguf.py --vocab-only)"
+                f"{path} is no byte-level BPE with a pattern known here, and none of sentencepiece that scores say the same of: "
+                "the GGUF file is written without a tokenizer; llama.cpp's own converter writes one (convert_hf_to_gguf.py "
+                "--vocab-only)"
             )
         writer.add_tokenizer_model("none")
         return
@@ -73,8 +74,8 @@ def _known(content: dict[str, Any], vocabulary: int) -> tuple[str, Spaces | None
         return None
     spaces = spaces_of(content) if model.get("byte_fallback") else None
     name = _words(content) if spaces is None else "default"
-    numbers = [*model["vocab"].values(), *(one["id"] for one in content.get("added_tokens") or [])]
-    if name is None or max(numbers) >= vocabulary:
+    numbers = [*model.get("vocab", {}).values(), *(one["id"] for one in content.get("added_tokens") or [])]
+    if name is None or max(numbers, default=0) >= vocabulary:
         return None
     pieces = _tokens(content, vocabulary) if spaces is None else pieces_of(content, vocabulary)
     # llama.cpp ends texts at a zero, and stops at a text that comes twice
