@@ -29,7 +29,6 @@ ARCHITECTURES: dict[str, Any] = {
     "group_size": 32,
     "method": "rtn",
     "fold": "never",
-    "progress": False,
 }
 UNTIED = {"tie_word_embeddings": False}
 LONGROPE = {
@@ -92,11 +91,16 @@ def family(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     config_class = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
     config = config_class(**SIZES | FAMILIES[name], attn_implementation="eager")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # .to(dtype) would round the rotary tables
+    try:
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    finally:
+        torch.set_default_dtype(before)
     with torch.no_grad():
         for place, parameter in model.named_parameters():
             _fill(place, parameter, kind.startswith("Gemma"))
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def _fill(name: str, parameter: nn.Parameter, shifted: bool) -> None:

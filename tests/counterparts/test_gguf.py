@@ -80,7 +80,7 @@ def test_llama_cpp_computes_the_same_in_every_architecture(tmp_path: Path) -> No
     ours = {}
     for name in FAMILIES:
         for kind, settings in {"few": few, "all": {}}.items():
-            model = awq_ext.quantize(family(name), [tokens], **(ARCHITECTURES | settings))
+            model = awq_ext.quantize(family(name), [tokens], progress=False, **(ARCHITECTURES | settings))
             made = awq_ext.save_pretrained(model, tmp_path / name / kind, format="gguf", verify=True)
             file = (made / "model.gguf").rename(tmp_path / f"{name} {kind}.gguf")
             save_file({"tokens": tokens, "context": torch.tensor(64)}, file.with_suffix(".safetensors"))
