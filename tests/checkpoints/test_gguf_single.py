@@ -207,7 +207,7 @@ def other_factors(fields: dict[str, Any], tensors: dict[str, Any]) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]] = {
-    "another architecture": (entry(general__architecture="gemma"), "general.architecture='gemma' is not known here"),
+    "another architecture": (entry(general__architecture="mamba"), "general.architecture='mamba' is not known here"),
     "no sizes": (entry(llama__feed_forward_length=None), "lacks llama.feed_forward_length"),
     "a size of 0": (entry(llama__block_count=0), "llama.block_count=0: one positive number"),
     "experts": (entry(llama__expert_count=8), "lacks llama.expert_used_count"),
@@ -306,6 +306,10 @@ def test_the_commands_take_a_file(tmp_path: Path) -> None:
     assert again("lazy dog").input_ids == tokenizer("lazy dog").input_ids == [257, 121, 32, 100, 258]
     done = run(app, ["quantize", str(file), str(tmp_path / "no"), "--calib", str(text)])
     assert done.exit_code == 2 and "is already int4 (gguf)" in unboxed(done.output)
+    done = run(app, ["convert", "models/absent.gguf", str(tmp_path / "no"), "--format", "gguf"])
+    assert done.exit_code == 1 and "models/absent.gguf does not exist" in unboxed(done.output)
+    done = run(app, ["quantize", "models/absent.gguf", str(tmp_path / "no"), "--calib", str(text)])
+    assert done.exit_code == 2 and "models/absent.gguf does not exist" in unboxed(done.output)
     done = run(app, ["inspect", str(text)])
     assert done.exit_code == 2 and "(or a .gguf file)" in unboxed(done.output)
 

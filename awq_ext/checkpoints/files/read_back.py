@@ -29,7 +29,8 @@ def verify(folder: Path, directory: Path, parts: Iterable[Part], texts: Mapping[
 
     parts: made once more from the source, so that one layer at a time is in memory. Each tensor has the same bits (vectors
     of GGUF in float32), and each layer that a reader makes of them the same codes, scales, zeros and scale of its input.
-    texts: content of JSON files by name. Not compared: the report, the card, and tokenizers, that in a GGUF file too.
+    texts: content of JSON files by name. Metadata of a GGUF file: see ``GgufTensors.metadata_difference``. Not compared: the
+    report, the card, and the tokenizer's own files.
     The bytes come from the disk where the system lets go of what it holds of files in memory (Linux).
     """
     try:

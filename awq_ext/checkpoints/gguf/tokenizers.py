@@ -48,9 +48,9 @@ def describe(folder: Path, writer: Any, config: Mapping[str, Any], tell: bool = 
     if found is None:
         if tell and content:
             warn(
-                f"{path} is no byte-level BPE with a pattern known here, and none of sentencepiece that scores say the same of: "
-                "the GGUF file is written without a tokenizer; llama.cpp's own converter writes one (convert_hf_to_gguf.py "
-                "--vocab-only)"
+                "tokenizer.json is no byte-level BPE with a pattern known here, and none of sentencepiece that scores say the "
+                "same of: the GGUF file is written without a tokenizer; llama.cpp's own converter writes one "
+                "(convert_hf_to_gguf.py --vocab-only)"
             )
         writer.add_tokenizer_model("none")
         return
@@ -63,7 +63,7 @@ def describe(folder: Path, writer: Any, config: Mapping[str, Any], tell: bool = 
         writer.add_token_scores(pieces.scores)
         writer.add_add_space_prefix(spaces.prefix)
     if tell and (odd := _differences(content, spaces)):
-        warn(f"{path}: llama.cpp's tokens are the same but for {'; and for '.join(odd)}")
+        warn(f"tokenizer.json: llama.cpp's tokens are the same but for {'; and for '.join(odd)}")
     _describe_special(folder, writer, config, content, load_merges=spaces is None)
 
 

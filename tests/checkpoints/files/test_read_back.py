@@ -14,6 +14,7 @@ import models
 import pytest
 import torch
 from checks import Snapshot
+from counterparts.counterpart import byte_tokenizer
 from quantized_dirs import make_directory, random_layer
 from safetensors.torch import load_file, save_file
 from tiny_transformers import BATCH, float_model
@@ -216,6 +217,29 @@ def test_metadata_of_gguf_with_other_values(tmp_path: Path, monkeypatch: pytest.
         with monkeypatch.context() as patch:
             after_writing(patch, lambda path, place=place: flip(path, place))
             assert_refused(save, tmp_path / "x", rf"model\.gguf: {re.escape(name)} is .*, not ")
+
+
+def test_a_tokenizer_in_gguf_with_another_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A letter of the last token, and its type."""
+    gguf = pytest.importorskip("gguf", reason="GGUF NOT TESTED: pip install awq-ext[gguf]")
+    from tokenizers import pre_tokenizers
+
+    model, tokenizer = quantized(), byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.config.vocab_size = 300
+    save = lambda: awq_ext.save_pretrained(  # noqa: E731
+        model, tmp_path / "x", "gguf", overwrite=True, verify=True, tokenizer=tokenizer
+    )
+    fields = gguf.GGUFReader(save() / "model.gguf").fields
+    for name, said in {
+        "tokens": r"tokens\[299\] is '.*', not '\[PAD299\]'",
+        "token_type": r"token_type\[299\] is '4', not '5'",
+    }.items():
+        field = fields[f"tokenizer.ggml.{name}"]
+        place = field.offset + sum(part.nbytes for part in field.parts[: field.data[-1]])
+        with monkeypatch.context() as patch:
+            after_writing(patch, lambda path, place=place: flip(path, place))
+            assert_refused(save, tmp_path / "x", rf"model\.gguf: tokenizer\.ggml\.{said}")
 
 
 def edited(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
