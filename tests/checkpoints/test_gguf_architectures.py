@@ -75,6 +75,12 @@ def test_experts_are_one_tensor_of_one_type(tmp_path: Path) -> None:
     assert found["blk.0.ffn_down_exps.weight"] == ("Q8_0", [96, 64, 4])  # ggml's order: the last first
     assert found["blk.1.ffn_gate_exps.weight"] == ("Q4_0", [64, 96, 4]) and len(found) == 6
     assert torch.equal(logits(awq_ext.from_pretrained(file, attn_implementation="eager")), logits(model))
+    native = awq_ext.convert(file.parent, tmp_path / "native", "native")
+    again = awq_ext.convert(native, tmp_path / "again", "gguf", verify=True) / "model.gguf"
+    ours, theirs = (
+        {each.name: each.data.tobytes() for each in gguf.GGUFReader(path).tensors} for path in (file, again)
+    )
+    assert ours == theirs
     floats = quantized("Mixtral", skip=(EXPERTS,))
     file = awq_ext.save_pretrained(floats, tmp_path / "floats", format="gguf", verify=True) / "model.gguf"
     assert {kind for kind, _ in stacked(file).values()} == {"F32"}

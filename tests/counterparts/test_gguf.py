@@ -72,6 +72,24 @@ def test_files_of_its_own_quantizer_are_read_by_themselves(kind: str, tmp_path: 
     assert (ours - load_file(out)["logits"]).norm() < 0.02 * ours.norm()
 
 
+@pytest.mark.parametrize("name", ["Gemma2", "Mixtral", "Phi3 long"])
+def test_files_of_its_own_quantizer_in_other_architectures(name: str, tmp_path: Path) -> None:
+    """Norms with 1 added, experts in one tensor, joined layers and factors of rotary embeddings, all in Q8_0, by themselves."""
+    needed("llama-cpp")
+    tokens = torch.randint(96, (1, 48), generator=torch.Generator().manual_seed(1))
+    few = {"only": (r"re:.*layers\.0\..*(o_proj|qkv_proj)",), "bits": 8}
+    model = awq_ext.quantize(family(name, torch.float16), [tokens], progress=False, **(ARCHITECTURES | few))
+    made = awq_ext.save_pretrained(model, tmp_path / "made", format="gguf") / "model.gguf"
+    file = tmp_path / "theirs.gguf"
+    run("llama-cpp", "llama_cpp_quantize.py", made, file, "Q8_0")
+    save_file({"tokens": tokens, "context": torch.tensor(64)}, file.with_suffix(".safetensors"))
+    run("llama-cpp", "llama_cpp_logits.py", tmp_path)
+    loaded = awq_ext.from_pretrained(file, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        ours = rounding_as_llama_cpp(loaded)(tokens).logits
+    assert (ours - load_file(tmp_path / "theirs.out.safetensors")["logits"]).norm() < 0.02 * ours.norm()
+
+
 def test_llama_cpp_computes_the_same_in_every_architecture(tmp_path: Path) -> None:
     """Random models with all that is special to them: alike to rounding once ours round inputs as its products of integers do."""
     needed("llama-cpp")

@@ -50,7 +50,7 @@ def _entry(file: Path, said: Mapping[str, Any]) -> Entry:
     """Find the entry by which a file is read; of several of one architecture that with experts, or windows, as the file has."""
     name = said.get("general.architecture")
     names = {entry: gguf().MODEL_ARCH_NAMES[gguf().MODEL_ARCH[entry.key]] for entry in ENTRIES}
-    has = (f"{name}.expert_count" in said, f"{name}.attention.sliding_window" in said)
+    has = (bool(said.get(f"{name}.expert_count")), bool(said.get(f"{name}.attention.sliding_window")))
     fits = {
         entry: (any("*" in module for module in entry.modules) == has[0], isinstance(entry.window, int) == has[1])
         for entry, other in names.items()
@@ -93,6 +93,10 @@ def _settings(facts: Facts, entry: Entry) -> dict[str, Any]:
         found["sliding_window"] = facts.number("Attention.SLIDING_WINDOW")
         blocks = {"num_hidden_layers": facts.number("LLM.BLOCK_COUNT")}
         found["layer_types"] = windows(blocks, entry.window)
+        order = [kind == "sliding_attention" for kind in found["layer_types"]]
+        given = facts.get("Attention.SLIDING_WINDOW_PATTERN", order)
+        if given not in (order, entry.window):
+            raise facts.unknown("Attention.SLIDING_WINDOW_PATTERN", given)
     return found
 
 

@@ -32,24 +32,30 @@ class _Planned:
     stacked: bool = False
 
 
-def foreseen(source: Any, config: Mapping[str, Any]) -> Architecture:
-    """Check that everything has a place in the file. CheckpointError that names the first tensor which has none, an output layer
-    that is missing or too many, and experts that differ in type.
+def foreseen(source: Any, config: Mapping[str, Any]) -> None:
+    """Check that everything has a place in the file.
+
+    CheckpointError that names the first tensor which has none, an output layer that is missing or too many, and experts that
+    differ in type.
     """
     known = Architecture(config)
     places = known.places()
-    for name in (*source.layers, *(name.rpartition(".")[0] for name in source.floats)):
+    modules = dict.fromkeys((*source.layers, *(name.rpartition(".")[0] for name in source.floats)))
+    for name in modules:
         if name not in places:
             raise CheckpointError(f"llama.cpp's {known.name} has no tensor for {name}: use another format")
-    if known.entry.head and not {"lm_head"} & {*source.layers, *(name.rpartition(".")[0] for name in source.floats)}:
+    if known.entry.head and "lm_head" not in modules:
         raise CheckpointError(
             f"llama.cpp's {known.name} needs an output layer, and this model has its embedding for one: use another format, or "
             'quantize with head="int8"'
         )
-    kinds = {f"{name}.weight": source.dtype(f"{name}.weight") for name in places if f"{name}.weight" in source.floats}
-    for name in source.layers:
-        layer = source.outline(name)
-        kinds[f"{name}.weight"] = block_type(layer.bits, layer.symmetric)
+    kinds = {}
+    for name in modules:
+        if places[name].expert is None:  # an outline may take a read of the whole layer
+            continue
+        layer = source.outline(name) if name in source.layers else None
+        weight = f"{name}.weight"
+        kinds[weight] = source.dtype(weight) if layer is None else block_type(layer.bits, layer.symmetric)
     for there, names in _stacks(known, kinds).items():
         if odd := next((name for name in names if kinds[name] != kinds[names[0]]), None):
             raise CheckpointError(
@@ -60,7 +66,6 @@ def foreseen(source: Any, config: Mapping[str, Any]) -> Architecture:
             raise CheckpointError(
                 f"{there} is made of {known.experts} experts, and there are {len(names)}: {names[0]}, ..."
             )
-    return known
 
 
 def _stacks(known: Architecture, names: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -74,7 +79,7 @@ def _stacks(known: Architecture, names: Mapping[str, Any]) -> dict[str, list[str
 
 def write_gguf(folder: Path, source: Any, layout: Gguf, summary: Summary, config: Mapping[str, Any]) -> None:
     """Write ``source`` to model.gguf in ``folder``, with the tokenizer that lies there; one tensor at a time is in memory."""
-    package, known = gguf(), foreseen(source, config)
+    package, known = gguf(), Architecture(config)  # for what of it has a place see foreseen
     writer = described(known)
     kinds = [block_type(facts.bits, facts.symmetric) for facts in summary.layers.values()]
     usual = max(sorted(set(kinds)), key=kinds.count)
