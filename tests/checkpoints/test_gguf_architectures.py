@@ -120,6 +120,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "turns the layers with a window as the others",
     ),
     "yarn": ("Gemma", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+    "attention that is not capped": ("Gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping=None"),
     "no number of experts": ("Mixtral", {"num_local_experts": None}, "num_local_experts=None"),
 }
 

@@ -230,11 +230,15 @@ def test_layers_are_symmetric_where_readers_take_no_others(
 
 
 def test_only_layers_of_eight_bits_become_symmetric(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
-    options = ["--format", "gguf", "--per-layer", "*.down_proj:bits=8", "--method", "rtn"]
+    options = ["--format", "gguf", "--per-layer", "*.down_proj:bits=8", "--head", "int8", "--method", "rtn"]
     made = run("quantize", model_dir, tmp_path / "out", *calibration(texts), *options)
     assert made.exit_code == 0 and "note: symmetric, as readers of gguf" in made.output, made.output
     config = json.loads((tmp_path / "out" / "awq_report.json").read_text())["config"]
-    assert not config["symmetric"] and config["per_layer"] == {"*.down_proj": {"bits": 8, "symmetric": True}}
+    symmetric = {"symmetric": True}
+    assert not config["symmetric"] and config["per_layer"] == {
+        "lm_head": symmetric,
+        "*.down_proj": {"bits": 8, **symmetric},
+    }
 
 
 def test_eight_bits_on_the_command_line(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:

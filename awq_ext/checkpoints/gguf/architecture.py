@@ -184,7 +184,8 @@ class Architecture:
 
 def _given(value: Value, config: Config) -> float | None:
     """Read a setting of config.json; None only for one that may be left out."""
-    found = next((config[name] for name in value.names if config.get(name) is not None), value.absent)
+    said = [config[name] for name in value.names if name in config]  # None is something else than nothing
+    found = next((one for one in said if one is not None), None if said else value.absent)
     missing = found is None and not value.optional
     if missing or (value.kind is int and found is not None and (not isinstance(found, int) or found < 1)):
         raise CheckpointError(f"config.json: {value.names[0]}={found!r}: a positive number is needed")

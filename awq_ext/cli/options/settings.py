@@ -104,6 +104,10 @@ def made_symmetric(chosen: dict[str, Any], bits: tuple[int, ...]) -> bool:
     if (chosen.get("bits") or 4) in bits:
         chosen["symmetric"] = True
         made.append(chosen)
+    elif chosen.get("head") == "int8" and 8 in bits:
+        head = {"symmetric": True, **chosen.get("per_layer", {}).get("lm_head", {})}
+        chosen["per_layer"] = {**chosen.get("per_layer", {}), "lm_head": head}
+        made.append(head)
     return bool(made)
 
 
