@@ -252,7 +252,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "inputs": ("gptq", {"k": 36, "g": 12}, "in_features=36 is not a multiple of 8"),
     "gemv groups": ("gemv", {"g": 16}, "group_size=16 is not one of"),
     "gguf groups": ("gguf", {"g": 16}, "group_size=16 is not a multiple of 32: quantize with group_size=32"),
-    "gguf, 8 bits with zeros": ("gguf", {"bits": 8}, "no block: add "symmetric": true to its entry of per_layer"),
+    "gguf, 8 bits with zeros": ("gguf", {"bits": 8}, "there is no block: add"),
     "mlx groups": ("mlx", {"g": 16}, "quantize with group_size=32, 64 or 128"),
     "mlx, 8 bits with zeros in bfloat16": ("mlx", {"bits": 8, "dtype": torch.bfloat16}, 'or scale_dtype="float16"'),
     "gemv_fast inputs": ("gemv_fast", {"k": 96}, "in_features=96 is not a multiple of 64"),

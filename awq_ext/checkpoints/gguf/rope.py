@@ -17,8 +17,14 @@ from .entry import Config, Entry
 # Llama 3.1's and 3.2's: their factor is the largest of the frequencies', the rest is the same in all of them
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
-# the kinds that an architecture of llama.cpp reads beside "default" and "linear"
-_MORE = {"LLAMA": ("llama3",), "PHI3": ("longrope",)}
+# the kinds beside "default" that were run in an architecture of llama.cpp
+_MORE = {
+    "LLAMA": ("linear", "llama3"),
+    "QWEN2": ("linear",),
+    "QWEN3": ("linear",),
+    "GEMMA3": ("linear",),
+    "PHI3": ("longrope",),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Rope:
                     raise CheckpointError(
                         f"GGUF: llama.cpp turns the layers with a window as the others, not by {dict(sliding)}"
                     )
-        kind = _known_kind(given, ("default", "linear", *_MORE.get(entry.key, ())))
+        kind = _known_kind(given, ("default", *_MORE.get(entry.key, ())))
         theta = given.get("rope_theta", config.get("rope_theta", 1e6 if local is not None else 10000.0))
         share = 1.0
         if entry.rotary_factor is not None:
@@ -121,7 +127,7 @@ def rope_in(facts: Any, entry: Entry, head: int, tensors: Mapping[str, Any]) -> 
     theta, more = facts.real("Rope.FREQ_BASE", 10000.0), _MORE.get(entry.key, ())
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     scaling = facts.get("Rope.SCALING_TYPE", "none")
-    if scaling == "linear":
+    if scaling == "linear" and "linear" in more:
         rope |= {"rope_type": "linear", "factor": facts.real("Rope.SCALING_FACTOR")}
     elif scaling != "none":
         raise facts.unknown("Rope.SCALING_TYPE", scaling)
