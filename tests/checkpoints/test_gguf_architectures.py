@@ -29,8 +29,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def test_every_architecture_has_a_model_here() -> None:
-    """But for Mistral, which is Llama with a window that is refused."""
-    classes = {f"{name.split(maxsplit=1)[0]}ForCausalLM" for name in FAMILIES} | {"MistralForCausalLM"}
+    classes = {f"{name.split(maxsplit=1)[0]}ForCausalLM" for name in FAMILIES}
     assert classes == {name for entry in ENTRIES for name in entry.classes}
 
 
@@ -41,7 +40,7 @@ def test_a_file_by_itself_computes_the_same(name: str, tmp_path: Path) -> None:
     folder = awq_ext.save_pretrained(model, tmp_path / "model", format="gguf", verify=True)
     file = (folder / "model.gguf").rename(tmp_path / "alone.gguf")
     loaded = awq_ext.from_pretrained(file, attn_implementation="eager")
-    assert type(loaded) is type(model)
+    assert type(loaded) is type(model) or name == "Mistral"  # which llama.cpp has as a Llama
     assert torch.equal(logits(loaded), logits(model))
     ours = dict(model.named_parameters())
     for place, parameter in loaded.named_parameters():

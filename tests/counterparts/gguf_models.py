@@ -31,6 +31,15 @@ ARCHITECTURES: dict[str, Any] = {
     "fold": "never",
 }
 UNTIED = {"tie_word_embeddings": False}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -42,9 +51,14 @@ LONGROPE = {
 # class without Config or ForCausalLM -> settings; after a space, which of several
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
+    "Llama 3": {"rope_parameters": LLAMA3},
+    "Llama linear": {"rope_parameters": LINEAR},
+    "Mistral": {"head_dim": 32, "sliding_window": None},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED},
     "Qwen2": {},
+    "Qwen2 linear": {"rope_parameters": LINEAR},
     "Qwen3": {"head_dim": 32},
+    "Qwen3 linear": {"head_dim": 32, "rope_parameters": LINEAR},
     "Qwen2Moe": {**MOE, "shared_expert_intermediate_size": 64, **UNTIED},
     "Qwen3Moe": {**MOE, "norm_topk_prob": True, "head_dim": 32},
     # 26 and more blocks of the released ones have one with all tokens after each with a window, or after five

@@ -69,6 +69,8 @@ class Architecture:
         """Raise CheckpointError for what llama.cpp would compute differently without a word."""
         config = self.config
         _number(config, "hidden_size")
+        for value in self.entry.values:
+            _given(value, config)
         for need in self.entry.needs:
             if not need.met(config):
                 raise CheckpointError(
