@@ -118,6 +118,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "turns the layers with a window as the others",
     ),
+    "yarn of another kind": (
+        "Qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 8,
+            }
+        },
+        "rope_type='yarn' with beta_fast=8",
+    ),
     "yarn": ("Gemma", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
     "attention that is not capped": ("Gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping=None"),
     "no number of experts": ("Mixtral", {"num_local_experts": None}, "num_local_experts=None"),

@@ -32,6 +32,7 @@ ARCHITECTURES: dict[str, Any] = {
 }
 UNTIED = {"tie_word_embeddings": False}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -58,6 +59,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "Qwen2 linear": {"rope_parameters": LINEAR},
     "Qwen3": {"head_dim": 32},
+    "Qwen2 yarn": {"rope_parameters": YARN},
+    "Qwen3 yarn": {"head_dim": 32, "rope_parameters": YARN},
+    "Qwen3Moe yarn": {**MOE, "norm_topk_prob": True, "head_dim": 32, "rope_parameters": YARN},
     "Qwen3 linear": {"head_dim": 32, "rope_parameters": LINEAR},
     "Qwen2Moe": {**MOE, "shared_expert_intermediate_size": 64, **UNTIED},
     "Qwen3Moe": {**MOE, "norm_topk_prob": True, "head_dim": 32},

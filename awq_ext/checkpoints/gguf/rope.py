@@ -20,8 +20,9 @@ FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_fact
 # the kinds beside "default" that were run in an architecture of llama.cpp
 _MORE = {
     "LLAMA": ("linear", "llama3"),
-    "QWEN2": ("linear",),
-    "QWEN3": ("linear",),
+    "QWEN2": ("linear", "yarn"),
+    "QWEN3": ("linear", "yarn"),
+    "QWEN3MOE": ("yarn",),
     "GEMMA3": ("linear",),
     "PHI3": ("longrope",),
 }
@@ -62,8 +63,10 @@ class Rope:
         if entry.rotary_factor is not None:
             share = given.get("partial_rotary_factor", config.get("partial_rotary_factor", entry.rotary_factor))
         settings = {**given, "rope_theta": theta}
-        if kind == "longrope":
+        if kind in ("longrope", "yarn"):
             settings |= _lengths(config, given)
+        if kind == "yarn":
+            _require_plain_yarn(settings)
         return cls(float(theta), int(head * share), kind, settings, local)
 
     def describe(self, writer: Any, package: Any) -> None:
@@ -75,6 +78,10 @@ class Rope:
         if self.kind == "linear":
             writer.add_rope_scaling_type(package.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(float(self.settings["factor"]))
+        if self.kind == "yarn":
+            writer.add_rope_scaling_type(package.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(float(self.settings["factor"]))
+            writer.add_rope_scaling_orig_ctx_len(self.settings["original_max_position_embeddings"])
         if self.kind == "longrope":
             writer.add_rope_scaling_orig_ctx_len(self.settings["original_max_position_embeddings"])
             writer.add_rope_scaling_attn_factors(self.settings["attention_factor"])
@@ -98,16 +105,33 @@ def _known_kind(given: Mapping[str, Any], known: tuple[str, ...]) -> str:
     return kind
 
 
+def _require_plain_yarn(given: Mapping[str, Any]) -> None:
+    """Refuse settings for which there is no metadata."""
+    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
+    usual |= {"factor": given.get("factor") or 0, "attention_factor": 0.1 * math.log(given.get("factor") or 1) + 1}
+    for name, value in usual.items():
+        if given.get(name) not in (None, value):
+            raise CheckpointError(
+                f"GGUF: rotary embeddings of rope_type='yarn' with {name}={given[name]!r} are not known here"
+            )
+    if not given.get("factor"):
+        raise CheckpointError(f"config.json: factor={given.get('factor')!r}: a positive number is needed")
+
+
 def _lengths(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Tell for how long texts the short factors are, and what the long ones scale attention by."""
+    """Tell up to which length texts are turned as before, and what attention is scaled by."""
     key = "original_max_position_embeddings"  # that outside rope_parameters counts, as in transformers
     before = config.get(key) or given.get(key)
     if not before:
         raise CheckpointError(f"config.json: {key}={before!r}: a positive number is needed")
     longer = given.get("factor") or config["max_position_embeddings"] / before
     scale = given.get("attention_factor")
-    if scale is None:
-        scale = math.sqrt(1 + math.log(longer) / math.log(before)) if longer > 1 else 1.0
+    if scale is None and longer <= 1:
+        scale = 1.0
+    elif scale is None and given.get("rope_type", given.get("type")) == "yarn":
+        scale = 0.1 * math.log(longer) + 1
+    elif scale is None:
+        scale = math.sqrt(1 + math.log(longer) / math.log(before))
     return {key: before, "attention_factor": float(scale)}
 
 
@@ -129,6 +153,9 @@ def rope_in(facts: Any, entry: Entry, head: int, tensors: Mapping[str, Any]) -> 
     scaling = facts.get("Rope.SCALING_TYPE", "none")
     if scaling == "linear" and "linear" in more:
         rope |= {"rope_type": "linear", "factor": facts.real("Rope.SCALING_FACTOR")}
+    elif scaling == "yarn" and "yarn" in more:
+        rope |= {"rope_type": "yarn", "factor": facts.real("Rope.SCALING_FACTOR")}
+        rope["original_max_position_embeddings"] = facts.number("Rope.SCALING_ORIG_CTX_LEN")
     elif scaling != "none":
         raise facts.unknown("Rope.SCALING_TYPE", scaling)
     dims = facts.number("Rope.DIMENSION_COUNT", head)
