@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,8 @@ def _describe_special(
     folder: Path, writer: Any, config: Mapping[str, Any], content: Mapping[str, Any], load_merges: bool
 ) -> None:
     """Add merges, the chat template, and which tokens begin and end a text, and whether they are added."""
-    special = gguf().SpecialVocab(folder, load_merges=load_merges, n_vocab=config["vocab_size"])
+    with _quiet():
+        special = gguf().SpecialVocab(folder, load_merges=load_merges, n_vocab=config["vocab_size"])
     # the package reads the config's numbers itself, but config.json is written after the GGUF file
     for kind in special.special_token_types:
         number = config.get(f"{kind}_token_id")
@@ -99,6 +102,18 @@ def _describe_special(
         special.special_token_ids["bos"], special.add_special_token["bos"] = first, True
     special.add_special_token.setdefault("bos", False)  # some kinds have it added unless told otherwise
     special.add_to_gguf(writer, quiet=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the package from warning of templates that :func:`_first` reads."""
+    logger = logging.getLogger("gguf.vocab")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _first(content: Mapping[str, Any]) -> int | None:
