@@ -17,7 +17,6 @@ from ..distributed.launch import TIMEOUT
 from ..distributed.team import leads, teamed
 from ..forwards.calls import Call
 from ..forwards.forked import finishing_after_fork
-from ..forwards.rescaled import Rescaling
 from ..layers.announcement import announce
 from ..layers.quant_linear import QuantLinear
 from ..layers.sizes import model_bytes
@@ -32,6 +31,7 @@ from ..undo import interrupt
 from ..undo.thread_state import restoring
 from ..workdir.directory import opened as work_directory
 from .keeping import Keeping
+from .rescaled import Rescaling
 from .run import Run
 from .session import Session, session
 from .shared_keeping import SharedKeeping, keeping_for

@@ -19,7 +19,6 @@ from ..forwards.lockstep import Stop
 from ..forwards.memory import FreeMemory, release_free_memory
 from ..forwards.probe import Probe, combined
 from ..forwards.recall import Recall
-from ..forwards.rescaled import Rescaling
 from ..layers.quant_linear import QuantLinear
 from ..modules import foldable_norms
 from ..reporting.progress import Progress, say
@@ -34,6 +33,7 @@ from ..workdir.result import BlockResult
 from .keeping import Before, Keeping
 from .preparation import extra_calls, row_weights
 from .quantized_stream import MOST_RETURNED, QuantizedStream
+from .rescaled import Rescaling
 from .session import Session
 from .tuning import ScaleTuning, planned_tuning_bytes
 

@@ -25,8 +25,8 @@ _KERNEL_SLAB = 32 << 20
 # What the heap keeps of freed pieces, in bytes. glibc gives pieces below 32 MiB back only from the end of its heap (mallopt(3)):
 # with MALLOC_MMAP_THRESHOLD_=131072 the peaks are lower by about this.
 _FREED = 32 << 20
-# What a thread holds of the rows that it rounds by error feedback on tile registers (kFeedbackBytes, csrc/drivers/feedback.h), in bytes,
-# and for each of their weights: fp32 weights, errors and levels, and a code.
+# What a thread holds of the rows that it rounds by error feedback on tile registers, in bytes (kFeedbackBytes in
+# csrc/drivers/feedback.h); and for each of their weights: weight, error and level in fp32, and a code.
 _TILE_ROWS, _TILE_WEIGHT = 16 << 20, 13
 # Tensors of the widest layer that a forward of a block has at a time, such as gate, its activation, up and their product.
 _LAYERS_AT_ONCE = 4

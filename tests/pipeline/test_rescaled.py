@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq_ext.forwards.rescaled import Rescaling
+from awq_ext.pipeline.rescaled import Rescaling
 
 
 @pytest.mark.parametrize(
