@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from decoding import FORMATS, decode
 from quantized_dirs import random_layer
-from torch import Tensor
 
 from awq_ext import QuantLinear
 from awq_ext.checkpoints.formats import LAYOUTS, CheckpointError, Facts, PackedLinear, Settings, Summary, layout
 from awq_ext.kernels import reference
 
 N, K, G = 16, 128, 32
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def settings_of(name: str, layer: PackedLinear) -> Settings:
@@ -37,112 +35,19 @@ def assert_same(a: PackedLinear, b: PackedLinear) -> None:
         assert x is None or (x.dtype == y.dtype and torch.equal(x, y))
 
 
-def nibble(word: Tensor, i: int) -> int:
-    """Bits 4i to 4i + 3."""
-    return int(word) >> 4 * i & 15
+def test_all_layouts_have_a_decoder_here() -> None:
+    assert list(FORMATS) == list(LAYOUTS)
 
 
-# --- the code and the zero of one element, by the formulas of each format's own reader -----------------------------------
-
-
-def gemm_code(t: dict[str, Tensor], n: int, k: int) -> int:
-    return nibble(t["qweight"][k, n // 8], AWQ_ORDER.index(n % 8))
-
-
-def gemm_zero(t: dict[str, Tensor], n: int, g: int) -> int:
-    return nibble(t["qzeros"][g, n // 8], AWQ_ORDER.index(n % 8))
-
-
-def gemv_code(t: dict[str, Tensor], n: int, k: int) -> int:
-    return nibble(t["qweight"][n, k // 8], k % 8)
-
-
-def gemv_zero(t: dict[str, Tensor], n: int, g: int) -> int:
-    return nibble(t["qzeros"][n, g // 8], g % 8)
-
-
-def fast_code(t: dict[str, Tensor], n: int, k: int) -> int:
-    b, a, c = k % 32 // 8, k % 8 // 2, k % 2
-    place = k // 32 * 32 + 8 * a + 4 * c + b
-    column = place // 64 * 64 + n % 4 * 16 + place % 64 // 4
-    return nibble(t["qweight"][n // 4, column], place % 4)
-
-
-def fast_zero(t: dict[str, Tensor], n: int, g: int, products: str = "qzeros") -> int:
-    return round(-float(t[products][g, n]) / float(t["scales"][g, n]))
-
-
-def ct_code(t: dict[str, Tensor], n: int, k: int) -> int:
-    return nibble(t["weight_packed"][n, k // 8], k % 8)
-
-
-def ct_zero(t: dict[str, Tensor], n: int, g: int) -> int:
-    return nibble(t["weight_zero_point"][n // 8, g], n % 8)
-
-
-def gptq_code(t: dict[str, Tensor], n: int, k: int) -> int:
-    return nibble(t["qweight"][k // 8, n], k % 8)
-
-
-def gptq_zero(t: dict[str, Tensor], n: int, g: int) -> int:
-    return nibble(t["qzeros"][g, n // 8], n % 8) + 1
-
-
-def modelopt_code(t: dict[str, Tensor], n: int, k: int) -> int:
-    signed = nibble(t["weight"][n // 2, k], n % 2)
-    return (signed - 16 if signed > 7 else signed) + 8
-
-
-def gguf_code(t: dict[str, Tensor], n: int, k: int) -> int:
-    """Of a Q4_1 block: two bytes of scale, two of offset, sixteen of codes."""
-    return int(t["blocks"][n, k // 32, 4 + k % 16]) >> 4 * (k % 32 // 16) & 15
-
-
-def gguf_half(t: dict[str, Tensor], n: int, g: int, start: int) -> float:
-    return float(t["blocks"][n, g, start : start + 2].view(torch.float16))
-
-
-def native_code(t: dict[str, Tensor], n: int, k: int) -> int:
-    return nibble(t["qweight"][n, k // 2], k % 2)
-
-
-def mlx_code(t: dict[str, Tensor], n: int, k: int) -> int:
-    return nibble(t["weight"][n, k // 8], k % 8)
-
-
-Read = Callable[[dict[str, Tensor], int, int], int]
-READERS: dict[str, tuple[Read, Read, str, bool]] = {  # code, zero, name of the scales, whether they lie [G, N]
-    "awq": (gemm_code, gemm_zero, "scales", True),
-    "gemv": (gemv_code, gemv_zero, "scales", False),
-    "gemv_fast": (fast_code, fast_zero, "scales", True),
-    "llm-awq": (fast_code, lambda t, n, g: fast_zero(t, n, g, "scaled_zeros"), "scales", True),
-    "compressed-tensors": (ct_code, ct_zero, "weight_scale", False),
-    "compressed-tensors-w8a8": (ct_code, ct_zero, "weight_scale", False),
-    "gptq": (gptq_code, gptq_zero, "scales", True),
-    "modelopt": (modelopt_code, lambda t, n, g: 8, "weight_scale", False),
-    "gguf": (gguf_code, lambda t, n, g: round(-gguf_half(t, n, g, 2) / gguf_half(t, n, g, 0)), "", False),
-    "mlx": (mlx_code, lambda t, n, g: round(-float(t["biases"][n, g]) / float(t["scales"][n, g])), "scales", False),
-    "native": (native_code, lambda t, n, g: int(t["zeros"][n, g]), "scales", False),
-}
-
-
-def test_all_layouts_have_a_reader_here() -> None:
-    assert list(READERS) == list(LAYOUTS)
-
-
-@pytest.mark.parametrize("name", list(READERS))
-def test_every_element_is_where_the_format_says(name: str) -> None:
-    layer = random_layer(symmetric=name == "modelopt")
-    tensors = LAYOUTS[name].pack(layer)
-    code_at, zero_at, scales, transposed = READERS[name]
-    codes = layer.codes()
-    for n in range(N):
-        for k in range(K):
-            assert code_at(tensors, n, k) == codes[n, k], (n, k)
-        for g in range(K // G):
-            assert zero_at(tensors, n, g) == layer.zeros[n, g], (n, g)
-            scale = tensors[scales][(g, n) if transposed else (n, g)] if scales else gguf_half(tensors, n, g, 0)
-            assert scale == layer.scales[n, g]
+@pytest.mark.parametrize(("name", "bits"), [(name, bits) for name in FORMATS for bits in LAYOUTS[name].widths])
+def test_every_element_is_where_the_format_says(name: str, bits: int) -> None:
+    whole = bits == 8 and name == "compressed-tensors-w8a8"
+    layer = random_layer(g=-1 if whole else G, symmetric=name == "modelopt" or bits == 8, bits=bits)
+    assert LAYOUTS[name].problems("layer", layer) == []
+    found = decode(name, LAYOUTS[name].pack(layer), (N, K, layer.groups), bits)
+    assert torch.equal(found.codes, layer.codes().long())
+    assert torch.equal(found.zeros, layer.zeros.long())
+    assert torch.equal(found.scales, layer.scales.double())
 
 
 SHAPES = {
@@ -314,19 +219,13 @@ def test_eight_bits_in_one_group_a_row(name: str) -> None:
 def test_eight_bits_of_other_tools(symmetric: bool) -> None:
     """Four codes a word, by the formulas of the readers; ``dynamic`` and ``config_groups`` tell them from layers of 4 bits."""
 
-    def byte(word: Tensor, i: int) -> int:
-        return int(word) >> 8 * i & 255
-
     wide, narrow = random_layer(symmetric=symmetric, bits=8), random_layer(symmetric=symmetric)
     codes, zeros = wide.codes(), wide.zeros
     gptq, ct = LAYOUTS["gptq"].pack(wide), LAYOUTS["compressed-tensors"].pack(wide)
     assert ("weight_zero_point" in ct) != symmetric
-    for n in range(N):
-        for k in range(K):
-            assert byte(gptq["qweight"][k // 4, n], k % 4) == codes[n, k] == byte(ct["weight_packed"][n, k // 4], k % 4)
-        for g in range(K // G):
-            assert byte(gptq["qzeros"][g, n // 4], n % 4) + 1 == zeros[n, g]
-            assert symmetric or byte(ct["weight_zero_point"][n // 4, g], n % 4) == zeros[n, g]
+    for name, tensors in (("gptq", gptq), ("compressed-tensors", ct)):
+        found = decode(name, tensors, (N, K, K // G), 8)
+        assert torch.equal(found.codes, wide.codes().long()) and torch.equal(found.zeros, wide.zeros.long()), name
     layers = {"a.0.up": wide, "a.0.down": narrow, "a.1.up": wide, "a.1.down": narrow}
     for name in ("gptq", "compressed-tensors"):
         for some in (layers, {"a.0.up": wide}):
