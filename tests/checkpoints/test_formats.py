@@ -218,9 +218,7 @@ def test_eight_bits_in_one_group_a_row(name: str) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_eight_bits_of_other_tools(symmetric: bool) -> None:
     """Four codes a word, by the formulas of the readers; ``dynamic`` and ``config_groups`` tell them from layers of 4 bits."""
-
     wide, narrow = random_layer(symmetric=symmetric, bits=8), random_layer(symmetric=symmetric)
-    codes, zeros = wide.codes(), wide.zeros
     gptq, ct = LAYOUTS["gptq"].pack(wide), LAYOUTS["compressed-tensors"].pack(wide)
     assert ("weight_zero_point" in ct) != symmetric
     for name, tensors in (("gptq", gptq), ("compressed-tensors", ct)):
