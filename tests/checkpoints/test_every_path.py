@@ -5,12 +5,11 @@ docs/formats.md has the table of what there is. All else is refused before anyth
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,54 +17,15 @@ from decoding import decode
 from safetensors.torch import load_file
 from tiny_transformers import float_model
 from torch import Tensor, nn
+from ways import BATCH, SIZES, WAYS, Way, documented, layers_of
 
 import awq_ext
 from awq_ext.checkpoints.formats import LAYOUTS
 
-PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
-# 384 channels are three groups of 128, so that words of zeros are not full, and 192 outputs three tiles of 64
-SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1, "head_dim": 64}
-BATCH = torch.arange(2, 34)[None]
+TABLE = documented()
 # of Llamas: what llama.cpp calls a layer, and how many heads have their rows in another order
 GGUF = {"q_proj": ("attn_q", 4), "k_proj": ("attn_k", 2), "v_proj": ("attn_v", 0), "o_proj": ("attn_output", 0)}
 GGUF |= {f"{name}_proj": (f"ffn_{name}", 0) for name in ("gate", "up", "down")}
-
-
-class Way(NamedTuple):
-    bits: int
-    symmetric: bool
-    group_size: int
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {**self._asdict(), "method": "rtn", "fold": "always"}
-
-
-WAYS = [Way(*each) for each in itertools.product((4, 8), (True, False), (32, 64, 128, -1))]
-
-
-def documented() -> dict[str, set[Way]]:
-    """The table of docs/formats.md."""
-    table = PAGE.read_text("utf-8").partition("<!-- paths -->")[2].strip().partition("\n\n")[0].splitlines()
-    head, rows = [cell.strip() for cell in table[0].split("|")[2:-1]], table[2:]
-    assert head == [f"{bits} bits, {what}" for bits in (4, 8) for what in ("symmetric", "zero points")]
-    found: dict[str, set[Way]] = {}
-    for row in rows:
-        name, *cells = (cell.strip() for cell in row.split("|")[1:-1])
-        found[name.strip("`")] = {
-            Way(bits, symmetric, -1 if size == "rows" else int(size))
-            for (bits, symmetric), cell in zip(itertools.product((4, 8), (True, False)), cells, strict=True)
-            for size in cell.split(", ")
-            if size
-        }
-    return found
-
-
-TABLE = documented()
-
-
-def layers_of(model: nn.Module) -> dict[str, awq_ext.QuantLinear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, awq_ext.QuantLinear)}
 
 
 def codes_of(layer: awq_ext.QuantLinear) -> Tensor:
@@ -83,9 +43,7 @@ def test_the_table_has_all_formats_and_nothing_else() -> None:
     assert set().union(*TABLE.values()) == set(WAYS)
 
 
-@pytest.mark.parametrize(
-    "way", WAYS, ids=lambda way: f"W{way.bits} {'sym' if way.symmetric else 'zeros'} {way.group_size}"
-)
+@pytest.mark.parametrize("way", WAYS, ids=str)
 def test_every_path(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)  # a third of the time
     model = float_model(**SIZES)

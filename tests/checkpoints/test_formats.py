@@ -115,6 +115,30 @@ def test_gptq_zeros_of_both_versions() -> None:
     assert not LAYOUTS["gptq"].unpack(tensors, settings_of("gptq", layer)).zeros.any()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("writer", ["gptqmodel:7.6.0", ["optimum:1.27", "gptqmodel:2.2.0"]], ids=str)
+def test_gptq_zeros_of_gptqmodel(writer: Any, bits: int) -> None:
+    """It subtracts 1 from all zeros of a word at once, so that one of 0 borrows from the next. No zero is lost."""
+    layer, per_word = random_layer(bits=bits), 32 // bits
+    for n, g in ((3, 1), (4, 1), (0, 2), (15, 2)):
+        layer.zeros[n, g] = 0
+    words = [
+        [
+            sum(int(layer.zeros[per_word * w + i, g]) - 1 << bits * i for i in range(per_word))
+            for w in range(N // per_word)
+        ]
+        for g in range(K // G)
+    ]
+    tensors = LAYOUTS["gptq"].pack(layer) | {"qzeros": torch.tensor(words).to(torch.int32)}
+    config = {"quant_method": "gptq", "bits": bits, "group_size": G}
+    theirs, others = (
+        LAYOUTS["gptq"].reads(config | more) for more in ({"meta": {"quantizer": writer}}, {"meta": None})
+    )
+    assert theirs is not None and others is not None
+    assert_same(layer, LAYOUTS["gptq"].unpack(tensors, theirs))
+    assert not torch.equal(layer.zeros, LAYOUTS["gptq"].unpack(tensors, others).zeros)
+
+
 @pytest.mark.parametrize("name", ["gptq", "compressed-tensors"])
 def test_reordered_channels_are_refused_and_trivial_ones_not(name: str) -> None:
     leaf = {"gptq": "g_idx", "compressed-tensors": "weight_g_idx"}[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,13 @@ def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         assert weight.dtype == theirs[name].dtype and torch.equal(weight, theirs[name]), name
+
+
+def read_by(environment: str, program: str, folders: Iterable[Path]) -> dict[Path, dict[str, Tensor]]:
+    """What ``program`` FOLDER WEIGHTS ... finds in each of ``folders``, in one run."""
+    files = {folder: folder.with_name(f"{folder.name}.safetensors") for folder in folders}
+    run(environment, program, *(each for pair in files.items() for each in pair))
+    return {folder: load_file(file) for folder, file in files.items()}
 
 
 def all_tensors(folder: Path) -> dict[str, Tensor]:

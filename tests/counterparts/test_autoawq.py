@@ -12,11 +12,13 @@ from counterparts.counterpart import (
     needed,
     prompt_file,
     quantized_llama,
+    read_by,
     run,
     tiny_qwen2,
     weights_of,
 )
 from safetensors.torch import load_file
+from ways import write_all
 
 import awq_ext
 
@@ -51,8 +53,8 @@ def test_autoawq_reads_a_model_written_here(layout: str, tmp_path: Path) -> None
     model = quantized_llama(torch.float16)
     prompt, logits = prompt_file(tmp_path), tmp_path / "logits.safetensors"
     folder = awq_ext.save_pretrained(model, tmp_path / "model", format=layout, max_shard_size="300KB")
-    forward = [prompt, logits] if layout == "awq" else []
-    run("autoawq", "autoawq_read.py", folder, tmp_path / "weights.safetensors", *forward)
+    forward = ["--logits", prompt, logits] if layout == "awq" else []
+    run("autoawq", "autoawq_read.py", *forward, folder, tmp_path / "weights.safetensors")
     assert_same_weights(weights_of(model, torch.float16), load_file(tmp_path / "weights.safetensors"))
     if forward:
         with torch.no_grad():
@@ -60,6 +62,15 @@ def test_autoawq_reads_a_model_written_here(layout: str, tmp_path: Path) -> None
         theirs = load_file(logits)["logits"].float()
         # their weights are rounded to fp16 once more (2^-11 of each), and so is every product; the same model otherwise
         assert (ours - theirs).norm() < 0.01 * ours.norm()
+
+
+@pytest.mark.parametrize("layout", ["awq", "gemv", "gemv_fast"])
+def test_autoawq_reads_every_way_to_quantize(layout: str, tmp_path: Path) -> None:
+    """All that docs/formats.md says the layout holds."""
+    needed("autoawq")
+    models = write_all(tmp_path, layout, torch.float16)
+    for folder, theirs in read_by("autoawq", "autoawq_read.py", models).items():
+        assert_same_weights(weights_of(models[folder], torch.float16), theirs)
 
 
 @pytest.mark.parametrize("layout", ["awq", "gemv"])

@@ -12,11 +12,13 @@ from counterparts.counterpart import (
     assert_same_weights,
     needed,
     quantized_llama,
+    read_by,
     run,
     tiny_qwen2,
     weights_of,
 )
 from safetensors.torch import load_file
+from ways import write_all
 
 import awq_ext
 
@@ -63,6 +65,15 @@ def test_its_compressor_unpacks_w8a8(settings: dict[str, Any], symmetric: bool, 
     ours = weights_of(model, torch.float16)
     assert_same_weights(ours, load_file(tmp_path / "weights.safetensors"))
     assert_same_weights(ours, weights_of(awq_ext.from_pretrained(folder), torch.float16))
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "compressed-tensors-w8a8"])
+def test_its_compressor_unpacks_every_way_to_quantize(layout: str, tmp_path: Path) -> None:
+    """All that docs/formats.md says the layout holds."""
+    needed("compressed-tensors")
+    models = write_all(tmp_path, layout, torch.float16)
+    for folder, theirs in read_by("compressed-tensors", "compressed_tensors_read.py", models).items():
+        assert_same_weights(weights_of(models[folder], torch.float16), theirs)
 
 
 @SYMMETRIC

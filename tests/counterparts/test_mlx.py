@@ -7,11 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from counterparts.counterpart import clear_prompt, needed, prompt_file, quantized_llama, run, trained_llama
+from counterparts.counterpart import (
+    clear_prompt,
+    needed,
+    prompt_file,
+    quantized_llama,
+    read_by,
+    run,
+    trained_llama,
+    weights_of,
+)
 from quantized_dirs import random_layer
 from safetensors.torch import load_file, save_file
 from tiny_transformers import BATCH, MOE, float_model, transformers
 from torch import nn
+from ways import layers_of, write_all
 
 import awq_ext
 from awq_ext.checkpoints.formats import LAYOUTS
@@ -49,6 +59,23 @@ def test_mlx_dequantizes_to_the_same_weights(tmp_path: Path) -> None:
         unit = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-24}[layer.scales.dtype]
         # it multiplies and adds in float32 itself
         assert (error <= zeros * unit + 2 * (1 << layer.bits) * 2**-24).all(), name
+
+
+def test_mlx_lm_loads_every_way_to_quantize(tmp_path: Path) -> None:
+    """All that docs/formats.md says the layout holds, as directories; equal, or within the bound of the docs, as above."""
+    needed("mlx")
+    models = write_all(tmp_path, "mlx", torch.float16)
+    for folder, theirs in read_by("mlx", "mlx_read.py", models).items():
+        layers = layers_of(models[folder])
+        assert theirs.keys() == layers.keys()
+        for name, weight in weights_of(models[folder], torch.float32).items():
+            if "symmetric" in folder.name:
+                assert torch.equal(theirs[name], weight), (folder.name, name)
+                continue
+            repeats = layers[name].in_features // layers[name].scales.shape[1]
+            steps, zeros = (t.float().repeat_interleave(repeats, 1) for t in (layers[name].scales, layers[name].zeros))
+            bound = zeros * 2**-11 + 2 * (1 << layers[name].bits) * 2**-24
+            assert ((theirs[name] - weight).abs() <= steps * bound * 1.001).all(), (folder.name, name)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from counterparts.counterpart import needed, quantized_llama, run, tiny_phi, weights_of
 from safetensors.torch import load_file, save_file
+from ways import write_all
 
 import awq_ext
 
@@ -65,3 +66,16 @@ def test_its_packer_makes_the_bytes_written_here(kind: str, tmp_path: Path) -> N
     tensors = load_file(folder / "model.safetensors")
     for name in scaled:
         assert torch.equal(tensors[f"{name}.pre_quant_scale"], model.get_submodule(name).pre_quant_scale)
+
+
+def test_its_packer_makes_the_bytes_of_every_way_to_quantize(tmp_path: Path) -> None:
+    """All that docs/formats.md says the layout holds."""
+    needed("modelopt")
+    models = write_all(tmp_path, "modelopt", torch.float16)
+    for folder, model in models.items():
+        save_file(weights_of(model, torch.float32), folder / "weights.safetensors")
+    run(
+        "modelopt",
+        "modelopt_pack.py",
+        *(each for folder in models for each in (folder, folder / "weights.safetensors")),
+    )

@@ -32,8 +32,8 @@ _KNOWN = HOW_IT_WAS_MADE | {
 class Gptq(Layout):
     """qweight int32 [K/P, N], qzeros int32 [G, N/P], scales fp16 [G, N], g_idx int32 [K] = k // g; natural order, P = 32 / bits.
 
-    Version 1 stores zero - 1 (modulo 2^bits, as its first reader takes it), version 2 the zero itself. Layers of other bits than
-    the config's are in its ``dynamic``.
+    Version 1 stores zero - 1 (modulo 2^bits, as its first reader takes it; GPTQModel subtracts from whole words, see Settings),
+    version 2 the zero itself. Layers of other bits than the config's are in its ``dynamic``.
     """
 
     name = "gptq"
@@ -80,11 +80,11 @@ class Gptq(Layout):
                 raise CheckpointError(
                     "g_idx reorders the channels (desc_act): awq_ext reads GPTQ checkpoints made without it"
                 )
-        zeros = unpack_words(tensors["qzeros"], n, bits)
+        zeros = _zeros(tensors["qzeros"], n, settings)
         return PackedLinear(
             qweight=rows_of(qweight.T, k, bits),
             scales=scales.T.contiguous(),
-            zeros=(zeros + settings.zero_offset & (1 << bits) - 1).T.contiguous(),
+            zeros=zeros.T.contiguous(),
             in_features=k,
             group_size=size,
             bias=self.bias_of(tensors, n),
@@ -116,12 +116,28 @@ class Gptq(Layout):
             raise CheckpointError(f"quantization_config: checkpoint_format={version!r}; gptq and gptq_v2 can be read")
         require_known(config, _KNOWN)
         size = checked_group_size(int_setting(config, "group_size"), 128)
-        return with_dynamic(
-            Settings((size,), zero_offset=1 if version == "gptq" else 0), config, "bits", widths=self.widths
-        )
+        offset = 1 if version == "gptq" else 0
+        settings = Settings((size,), zero_offset=offset, borrowed=_by_gptqmodel(config))
+        return with_dynamic(settings, config, "bits", widths=self.widths)
 
     def claims(self, leaves: Mapping[str, torch.dtype]) -> bool:
         return leaves.get("qweight") == torch.int32
+
+
+def _zeros(words: Tensor, columns: int, settings: Settings) -> Tensor:
+    """Unpack stored zeros, int32 [G, ceil(N/P)] -> the zeros, uint8 [G, N]."""
+    bits, offset = settings.width, settings.zero_offset
+    if settings.borrowed:
+        ones = sum(offset << bits * place for place in range(32 // bits))
+        return unpack_words((words.long() + ones).to(torch.int32), columns, bits)
+    return unpack_words(words, columns, bits) + offset & (1 << bits) - 1
+
+
+def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
+    """Tell whether GPTQModel says that it wrote the tensors, alone or for Optimum."""
+    meta = config.get("meta")
+    said = meta.get("quantizer") if isinstance(meta, dict) else None
+    return any(str(each).startswith("gptqmodel:") for each in (said if isinstance(said, list) else [said]))
 
 
 def _patterns(names: set[str], others: set[str]) -> list[str]:

@@ -92,13 +92,15 @@ class Settings:
     group_sizes: the sizes that occur; a layer has the one that fits its number of groups. per_layer: name -> (in_features,
     group_size, bits) where the shapes alone do not tell. rules: the first that fits a layer's name decides; problem: with layers
     that none fits; width: their bits, and
-    compute: what they are to compute in. zero_offset: added to a stored zero, modulo 2^bits. experts, in_memory: as in Summary.
+    compute: what they are to compute in. zero_offset: added to a stored zero, modulo 2^bits; borrowed: to whole words of them, if
+    the writer subtracted it from whole words, so that a zero of 0 borrowed from the next. experts, in_memory: as in Summary.
     rescaled: name -> what a QuantLinear has under this name, where that is not 1.
     """
 
     group_sizes: tuple[int, ...]
     per_layer: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     zero_offset: int = 0
+    borrowed: bool = False
     experts: Mapping[str, str] = field(default_factory=dict)
     in_memory: InMemory | None = None
     rules: tuple[Rule, ...] = ()

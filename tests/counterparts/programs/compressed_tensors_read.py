@@ -1,4 +1,4 @@
-"""compressed_tensors_read.py FOLDER WEIGHTS: what the layers of a compressed-tensors directory stand for.
+"""compressed_tensors_read.py FOLDER WEIGHTS ...: what the layers of compressed-tensors directories stand for.
 
 WEIGHTS (safetensors): [out, in], as Transformers finds them in the directory and compressed-tensors' own compressor unpacks
 them, without running the model.
@@ -24,6 +24,7 @@ def decompressed(folder: str) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    weights = decompressed(sys.argv[1])
-    assert weights
-    save_file(weights, sys.argv[2])
+    for folder, out in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        weights = decompressed(folder)
+        assert weights
+        save_file(weights, out)
