@@ -26,7 +26,7 @@ from ..integrations import foresee
 from ..integrations.hub import folder_of
 from ..integrations.pretrained import from_pretrained, write_pretrained
 from ..layers.quant_linear import QuantLinear
-from ..reporting.readers import DEFAULT_FORMAT, lines, rounded
+from ..reporting.readers import DEFAULT_FORMAT, lines, rounded, zero_points_told
 from ..streaming.checkpoint import work_folder
 from .console import say
 from .options.checks import DTYPES
@@ -203,7 +203,8 @@ def with_usual_groups(model: nn.Module, batch: Tensor, settings: Mapping[str, An
 def tell_readers(console: Console, directory: Path, format: str) -> None:
     """Print where a model was written, and who loads it with which command."""
     console.print(f"written to {escape(str(directory))} ({format}), which these load:", soft_wrap=True)
-    for line in lines(format, str(directory)):
+    zero_points = zero_points_told(read_config(directory).get("quantization_config") or {})
+    for line in lines(format, str(directory), zero_points):
         console.print(f"  {escape(line)}", soft_wrap=True, highlight=False)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..reporting.readers import loaders
+from ..reporting.readers import loaders, zero_points_told
 from .console import console_for, fact_table, one_line_errors, write_json
 from .options.types import JsonPath, ModelDir, Overwrite, Revision, Token
 
@@ -76,7 +76,8 @@ def describe(directory: Path, alone: Path | None = None) -> dict[str, Any]:
         facts["report"] = read_report(directory).summary()
     # what config.json does not tell of, no other tool can load; with a note: what awq_ext cannot read
     known = bool(config) and "note" not in facts
-    found = loaders(facts["format"], str(directory)) if known else []
+    zero_points = zero_points_told(facts.get("quantization_config", {}))
+    found = loaders(facts["format"], str(directory), zero_points) if known else []
     for one in found if alone is not None else ():
         one["command"] = one["command"].replace(str(directory / GGUF), str(alone)).replace(str(directory), str(alone))
     return facts | {"loaded_by": found}

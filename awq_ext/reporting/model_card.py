@@ -53,7 +53,7 @@ class Card:
             head += [f"base_model: {self.base}", "base_model_relation: quantized"]
         head += self.inherited.splitlines()
         rows = table_rows(self._facts()).rstrip("\n")
-        use = "\n\n".join(_recipe(reader) for reader in readers(self.format))
+        use = "\n\n".join(_recipe(reader) for reader in readers(self.format, not self.symmetric))
         title = f"# {self.base.rpartition('/')[2] or 'A model'} in {self._widths} bits"
         parts = ["\n".join([*head, "---", MARK]), title, f"| | |\n|---|---|\n{rows}", "## Load and serve", use]
         if self.base_card:

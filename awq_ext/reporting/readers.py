@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 # what every command and function writes unless told otherwise: loaded by vLLM and by Transformers
@@ -35,7 +36,7 @@ _OTHERS = {
     "awq": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install gptqmodel")),
     "compressed-tensors": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install compressed-tensors")),
     "compressed-tensors-w8a8": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install compressed-tensors")),
-    "gptq": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install gptqmodel")),
+    "gptq": (_VLLM, Reader("Transformers", _AUTO, "python", "pip install gptqmodel optimum")),
     "gemv": (_AUTOAWQ,),
     "gemv_fast": (_AUTOAWQ,),
     "llm-awq": (Reader("TinyChat", "python -m tinychat.demo --load_quant {}"),),
@@ -43,6 +44,8 @@ _OTHERS = {
     "mlx": (Reader("mlx-lm", "mlx_lm.generate --model {} --prompt Hello", "bash", "pip install mlx-lm"),),
     "modelopt": (Reader("TensorRT-LLM, on a GPU", "trtllm-serve {}"),),
 }
+# who loads symmetric layers of a layout, and refuses zero points
+_SYMMETRIC_ONLY = {"gptq": (_VLLM,)}
 
 
 def rounded(format: str) -> tuple[int, ...]:
@@ -55,28 +58,37 @@ def quant_method(format: str) -> str:
     return _METHODS.get(format, format)
 
 
-def readers(format: str) -> tuple[Reader, ...]:
-    """List the programs that load directories of a layout, other tools first; "float": of a model that is not quantized."""
+def readers(format: str, zero_points: bool = False) -> tuple[Reader, ...]:
+    """List the programs that load directories of a layout, other tools first; "float": of a model that is not quantized.
+
+    zero_points: whether any layers have them.
+    """
     if format == "float":
         return _FLOAT
     # methods that register_with_transformers takes over unless told otherwise
     ours = (_OURS, _REGISTERED) if quant_method(format) in ("awq", "awq_ext", "modelopt") else (_OURS,)
-    return (*_OTHERS.get(format, ()), *ours)
+    refuse = _SYMMETRIC_ONLY.get(format, ()) if zero_points else ()
+    return (*(reader for reader in _OTHERS.get(format, ()) if reader not in refuse), *ours)
 
 
-def loaders(format: str, directory: str) -> list[dict[str, str]]:
+def zero_points_told(settings: Mapping[str, object]) -> bool:
+    """Tell whether a quantization_config says that layers have zero points; those of few layouts do."""
+    return settings.get("sym") is False
+
+
+def loaders(format: str, directory: str, zero_points: bool = False) -> list[dict[str, str]]:
     """List who loads ``directory``, by which command, and what that needs, as plain values."""
     return [
         {"program": reader.name, "command": reader.command.format(directory), "needs": reader.needs}
-        for reader in readers(format)
+        for reader in readers(format, zero_points)
     ]
 
 
-def lines(format: str, directory: str) -> list[str]:
+def lines(format: str, directory: str, zero_points: bool = False) -> list[str]:
     """Say who loads ``directory`` and with which command, a program a line; for one that only awq_ext loads, that too."""
     found = [
         f"{reader.name}: {reader.command.format(directory)}" + (f"  ({reader.needs})" if reader.needs else "")
-        for reader in readers(format)
+        for reader in readers(format, zero_points)
     ]
     return (
         found if format in _OTHERS else [*found, "no other tool knows the native layout; awq-ext convert makes others"]

@@ -84,6 +84,8 @@ def reason(name: str, way: Way) -> str:
         return "q_proj.* it has 8 bits, not 4"
     if name == "compressed-tensors-w8a8":
         return f"it has 8 bits with {'zero points' if way.group_size == -1 else f'groups of {way.group_size}'}"
+    if name == "modelopt" and way.symmetric:
+        return "every row is one group .* quantize with group_size=128"
     return "it has zero points|it has 8 bits and zero points"
 
 

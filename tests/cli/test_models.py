@@ -225,6 +225,10 @@ def test_layers_are_symmetric_where_readers_take_no_others(
     if made.exit_code == 0:
         report = json.loads((tmp_path / "out" / "awq_report.json").read_text())
         assert report["config"]["symmetric"] == symmetric
+        if "gptq" in options:  # which vLLM takes symmetric alone
+            assert ("vllm serve" in made.output) == symmetric
+            assert ("vllm serve" in run("inspect", tmp_path / "out").output) == symmetric
+            assert ("vllm serve" in (tmp_path / "out" / "README.md").read_text()) == symmetric
     else:  # whether there is such a zero is a matter of the weights
         assert not symmetric and "a zero of 0" in made.output
 

@@ -31,9 +31,32 @@ def test_a_model_that_llmcompressor_quantized_is_read(family: str, symmetric: bo
     folder, weights = tmp_path / "model", tmp_path / "weights.safetensors"
     kind = "symmetric" if symmetric else "asymmetric"
     run("compressed-tensors", "llmcompressor_write.py", folder, weights, family, kind)
-    model = awq_ext.from_pretrained(folder)
-    assert_same_weights(weights_of(model, torch.float16), load_file(weights))
-    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    model, theirs = awq_ext.from_pretrained(folder), load_file(weights)
+    assert_same_logits(model, theirs)
+    assert_same_weights(weights_of(model, torch.float16), theirs)
+
+
+def assert_same_logits(model: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> None:
+    """And take them out, with their tokens: theirs are of the weights rounded to float16 once more (2^-11 of each)."""
+    tokens, logits = theirs.pop("tokens"), theirs.pop("logits")
+    with torch.no_grad():
+        assert (model.float()(tokens).logits - logits).norm() < 0.002 * logits.norm()
+
+
+@pytest.mark.parametrize("kind", ["w8a16", "w8a16-128", "w8a16-32-zeros"])
+def test_layers_of_eight_bits_that_llmcompressor_made_are_read(kind: str, tmp_path: Path) -> None:
+    """And written again here, every tensor the same."""
+    folder, weights = tmp_path / "model", tmp_path / "weights.safetensors"
+    run("compressed-tensors", "llmcompressor_write.py", folder, weights, "llama", kind)
+    model, theirs = awq_ext.from_pretrained(folder), load_file(weights)
+    layers = [layer for layer in model.modules() if isinstance(layer, awq_ext.QuantLinear)]
+    size = -1 if kind == "w8a16" else int(kind.split("-")[1])
+    assert {(layer.bits, layer.group_size, layer.compute) for layer in layers} == {(8, size, "auto")}
+    again = awq_ext.save_pretrained(model, tmp_path / "again", format="compressed-tensors", verify=True)
+    one, other = all_tensors(folder), all_tensors(again)
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert_same_logits(model, theirs)
+    assert_same_weights(weights_of(model, torch.float16), theirs)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

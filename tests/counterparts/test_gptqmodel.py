@@ -1,4 +1,4 @@
-"""Transformers with gptqmodel: an "awq" directory generates the same through its CPU kernel as through ours."""
+"""GPTQModel: "awq" and "gptq" directories run through its CPU kernel in Transformers, and are read by it; what it wrote is read."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ import awq_ext
 
 
 @pytest.mark.parametrize("kind", ["asymmetric", "symmetric", "Qwen2"])
-def test_same_tokens_through_both_kernels(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["awq", "gptq"])
+def test_same_tokens_through_both_kernels(layout: str, kind: str, tmp_path: Path) -> None:
+    """Of "gptq" with zero points too, which GPTQModel by itself refuses."""
     needed("gptqmodel")
     made = quantized_qwen2() if kind == "Qwen2" else quantized_llama(symmetric=kind == "symmetric")
-    folder = awq_ext.save_pretrained(made, tmp_path / "model")
+    folder = awq_ext.save_pretrained(made, tmp_path / "model", format=layout)
     model = awq_ext.from_pretrained(folder)
     (prompt, generated), out = clear_prompt(tmp_path, model), tmp_path / "out.safetensors"
     run("gptqmodel", "gptqmodel_generate.py", folder, prompt, out)

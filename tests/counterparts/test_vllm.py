@@ -28,9 +28,10 @@ LAYOUTS = pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
 
 @LAYOUTS
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
-def test_vllm_generates_the_same_tokens(layout: str, symmetric: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+def test_vllm_generates_the_same_tokens(layout: str, symmetric: bool, group_size: int, tmp_path: Path) -> None:
     needed("vllm")
-    assert_same_tokens(quantized_llama(symmetric=symmetric), layout, tmp_path)
+    assert_same_tokens(quantized_llama(symmetric=symmetric, group_size=group_size), layout, tmp_path)
 
 
 def test_vllm_generates_the_same_tokens_with_qwen2(tmp_path: Path) -> None:

@@ -45,6 +45,15 @@ class ModelOpt(Layout):
             )
         return found
 
+    def model_problems(self, summary: Summary) -> list[str]:
+        found = super().model_problems(summary)
+        if summary.group_sizes() == [-1]:
+            found.append(
+                "every row is one group (group_size=-1), and ModelOpt and TensorRT-LLM divide rows by a positive number: quantize "
+                "with group_size=128 or 64"
+            )
+        return found
+
     def pack(self, layer: PackedLinear, summary: Summary | None = None) -> dict[str, Tensor]:
         signed = layer.codes() ^ SYMMETRIC_ZERO  # code - 8 in two's complement
         tensors = {"weight": signed[::2] | signed[1::2] << 4, "weight_scale": layer.scales.float()}

@@ -1,4 +1,4 @@
-"""gptqmodel_generate.py FOLDER PROMPT TENSORS: Transformers loads an "awq" directory through gptqmodel and continues a prompt.
+"""gptqmodel_generate.py FOLDER PROMPT TENSORS: Transformers loads a directory through gptqmodel and continues a prompt.
 
 PROMPT safetensors: tokens int64 [1, T]. TENSORS safetensors: generated int64 [1, T + 16], greedily; logits fp32 [1, T, V] of the
 prompt; kernel: the class of the layers, as the file's metadata.
