@@ -43,14 +43,13 @@ def assert_same_logits(model: torch.nn.Module, theirs: dict[str, torch.Tensor]) 
         assert (model.float()(tokens).logits - logits).norm() < 0.002 * logits.norm()
 
 
-@pytest.mark.parametrize("kind", ["w8a16", "w8a16-128", "w8a16-32-zeros"])
-def test_layers_of_eight_bits_that_llmcompressor_made_are_read(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "size"), [("W8A16", 128), ("rows of 8 bits", -1), ("zeros of 8 bits", 32)])
+def test_layers_of_eight_bits_that_llmcompressor_made_are_read(kind: str, size: int, tmp_path: Path) -> None:
     """And written again here, every tensor the same."""
     folder, weights = tmp_path / "model", tmp_path / "weights.safetensors"
     run("compressed-tensors", "llmcompressor_write.py", folder, weights, "llama", kind)
     model, theirs = awq_ext.from_pretrained(folder), load_file(weights)
     layers = [layer for layer in model.modules() if isinstance(layer, awq_ext.QuantLinear)]
-    size = -1 if kind == "w8a16" else int(kind.split("-")[1])
     assert {(layer.bits, layer.group_size, layer.compute) for layer in layers} == {(8, size, "auto")}
     again = awq_ext.save_pretrained(model, tmp_path / "again", format="compressed-tensors", verify=True)
     one, other = all_tensors(folder), all_tensors(again)
@@ -63,7 +62,7 @@ def test_layers_of_eight_bits_that_llmcompressor_made_are_read(kind: str, tmp_pa
 def test_a_model_of_its_scheme_w8a8_is_read(family: str, tmp_path: Path) -> None:
     """Its rounded activations are those of our int8 kernels, but for a scale for each 256 channels instead of each row."""
     folder, weights = tmp_path / "model", tmp_path / "weights.safetensors"
-    run("compressed-tensors", "llmcompressor_write.py", folder, weights, family, "w8a8")
+    run("compressed-tensors", "llmcompressor_write.py", folder, weights, family, "W8A8")
     model = awq_ext.from_pretrained(folder)
     assert_same_weights(weights_of(model, torch.float16), load_file(weights))
     layers = [layer for layer in model.modules() if isinstance(layer, awq_ext.QuantLinear)]

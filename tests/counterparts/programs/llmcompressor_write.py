@@ -1,10 +1,9 @@
 """llmcompressor_write.py FOLDER WEIGHTS FAMILY KIND: llm-compressor quantizes a tiny model and saves it in FOLDER.
 
-KIND: symmetric (plain rounding), asymmetric (its AWQ modifier, calibrated), both 4 bits in groups of 64; w8a8, w8a16 (its schemes
-of these names: plain rounding of whole rows to 8 bits, activations of W8A8 rounded while the model runs); w8a16-128 and
-w8a16-32-zeros (groups of 128 and 32, the latter with zero points). WEIGHTS (safetensors): what the layers of FOLDER stand for,
-[out, in] in their scales' dtype, as compressed-tensors decompresses them; tokens int64 [1, 64], and the logits of that model in
-float32 (not of w8a8).
+KIND: symmetric (plain rounding) or asymmetric (its AWQ modifier, calibrated), both 4 bits in groups of 64; rows of 8 bits, zeros of
+8 bits (in groups of 32); or a scheme of its own, W8A16 or W8A8, which rounds activations while the model runs.
+WEIGHTS (safetensors): what the layers of FOLDER stand for, [out, in] in their scales' dtype, as compressed-tensors decompresses
+them; tokens int64 [1, 64], and the logits of that model in float32 (not of W8A8).
 """
 
 from __future__ import annotations
@@ -25,20 +24,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 folder, weights_file, family, kind = sys.argv[1:]
 torch.Tensor.pin_memory = lambda tensor, *_: tensor  # the AWQ modifier pins memory, which needs an accelerator
-
-
-def scheme() -> dict:
-    """Arguments of a modifier."""
-    if kind in ("w8a8", "w8a16"):
-        return {"scheme": kind.upper(), "targets": ["Linear"], "ignore": ["lm_head"]}
-    _, size, zeros = (*kind.split("-"), "", "")[:3]
-    symmetric = kind == "symmetric" or (size != "" and not zeros)
-    weights = {"num_bits": 8 if size else 4, "type": "int", "symmetric": symmetric, "strategy": "group"}
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights | {"group_size": int(size or 64)}}}
-    return {"config_groups": groups, "ignore": ["lm_head"]}
-
-
-chosen = scheme()
+WEIGHTS = {
+    "symmetric": {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 64},
+    "asymmetric": {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 64},
+    "rows of 8 bits": {"num_bits": 8, "symmetric": True, "strategy": "channel"},
+    "zeros of 8 bits": {"num_bits": 8, "symmetric": False, "strategy": "group", "group_size": 32},
+}
+chosen = {"ignore": ["lm_head"]}
+if kind in WEIGHTS:
+    chosen["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS[kind] | {"type": "int"}}}
+else:
+    chosen |= {"scheme": kind, "targets": ["Linear"]}
 with tempfile.TemporaryDirectory() as float_folder:
     tiny.save_float(family, float_folder)
     model = AutoModelForCausalLM.from_pretrained(float_folder, dtype=torch.float16)
@@ -59,7 +55,7 @@ with tempfile.TemporaryDirectory() as float_folder:
 model, weights = decompressed_model(folder)
 assert len(weights) == 14, sorted(weights)
 tokens = torch.tensor([tiny.samples()[0]])
-if kind != "w8a8":
+if kind != "W8A8":
     with torch.no_grad():
-        weights = weights | {"tokens": tokens, "logits": model.float()(tokens).logits}
+        weights = weights | {"tokens": tokens, "logits": torch.nn.Module.float(model)(tokens).logits}
 save_file(weights, weights_file)
