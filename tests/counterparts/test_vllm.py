@@ -34,6 +34,14 @@ def test_vllm_generates_the_same_tokens(layout: str, symmetric: bool, group_size
     assert_same_tokens(quantized_llama(symmetric=symmetric, group_size=group_size), layout, tmp_path)
 
 
+def test_vllm_serves_gptq_without_zero_points_alone(tmp_path: Path) -> None:
+    """Which is why it is not named among those that load such directories."""
+    needed("vllm")
+    assert_same_tokens(quantized_llama(symmetric=True), "gptq", tmp_path / "symmetric")
+    with pytest.raises(AssertionError, match="Unsupported quantization config: bits=4, sym=False"):
+        assert_same_tokens(quantized_llama(), "gptq", tmp_path / "zero points")
+
+
 def test_vllm_generates_the_same_tokens_with_qwen2(tmp_path: Path) -> None:
     """It joins the biases of q, k and v."""
     needed("vllm")
