@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 out, *wanted = sys.argv[1:]
+os.chdir(out)  # it writes logs to wherever it is
 samples = [{"input_ids": sample, "attention_mask": [1] * len(sample)} for sample in tiny.samples()]
 tokens = torch.tensor([samples[0]["input_ids"]])
 words = Tokenizer(models.WordLevel({str(i): i for i in range(tiny.SIZES["vocab_size"])}, unk_token="0"))
