@@ -44,9 +44,7 @@ def test_compiled_training_reaches_the_norms(model: ByteLlama) -> None:
 
 
 @pytest.mark.exhaustive  # it compiles for half a minute
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
-)  # in inductor's imports
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # in inductor's imports
 def test_inductor(model: ByteLlama) -> None:
     """The default backend writes C++ for what surrounds the layers; its sums may be in another order."""
     ids = text()

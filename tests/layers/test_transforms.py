@@ -17,7 +17,7 @@ from awq_ext.layers.quant_linear import QuantLinear
 K, N = 40, 24
 # torch loads its own forward-mode formulas by a deprecated function, and linearize keeps tensors that it has no name for
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]
 
