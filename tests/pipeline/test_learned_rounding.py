@@ -68,9 +68,11 @@ def test_twice_the_same(tmp_path: Any) -> None:
 def test_steps_follow_a_running_mean_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[int, list[Tensor]] = {}
     followed: list[tuple[int, Tensor]] = []
+    alive: list[Any] = []
     move, move_learned = learned._Rounding.move, learned.kernels.move_learned
 
     def watched(self: Any, gradient: Tensor, rate: float) -> None:
+        alive.append(self)  # else the next block's may be told by the same number
         given.setdefault(id(self), []).append(gradient.clone())
         move(self, gradient, rate)
         followed[-1] = (id(self), followed[-1][1])
