@@ -109,13 +109,6 @@ class FeedbackErrors {
   Buffer<float> sums_;
 };
 
-// Into how many tasks `panels` of weight rows are split that take so many bytes each: as many for every thread, all of
-// about the same size.
-inline int64_t feedback_tasks(int64_t panels, int64_t panel_bytes, int threads) {
-  const int64_t most = std::clamp<int64_t>(kFeedbackBytes / panel_bytes, 1, panels);
-  return std::min(panels, round_up(ceil_div(panels, most), threads));
-}
-
 // Channels from .. to (whole panels) of M and of errors whose first channel is `origin`.
 struct FeedbackRange {
   int64_t from, to;

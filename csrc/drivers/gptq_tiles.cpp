@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "base/parallel.h"
 #include "drivers/feedback.h"
 #include "drivers/gptq_rows.h"
+#include "drivers/row_tasks.h"
 
 namespace awq {
 namespace {
@@ -74,19 +74,16 @@ class TaskRows {
 
 void gptq_on_tiles(const GptqCall& call) {
   const Bf16Products& products = *call.table.bf16_products;
-  const int64_t k = call.channels(), n = call.weight.out_features, side = products.cols;
+  const int64_t k = call.channels(), side = products.cols;
   const FeedbackTerms terms = FeedbackTerms::triangular(k);
   const FeedbackMatrix factor(products, terms, k, true, call.threads, [&](int64_t row, int64_t column, float* square) {
     fill_factor(call, side, row, column, square);
   });
-  const int64_t total = ceil_div(n, side), weight_bytes = k * side * 5;  // fp32, and a code
-  const int64_t tasks = feedback_tasks(total, FeedbackErrors::size(products, terms, k) + weight_bytes, call.threads);
-  std::vector<TaskRows> rows;
-  for (int64_t t = 0; t < call.threads; ++t) rows.emplace_back(call, factor, terms, ceil_div(total, tasks));
-  parallel_for(tasks, call.threads, [&](int64_t task, int thread) {
-    const int64_t first = task * total / tasks * side, end = (task + 1) * total / tasks * side;
-    rows[static_cast<size_t>(thread)].round(first, std::min(end, n));
-  });
+  const int64_t panel_bytes = FeedbackErrors::size(products, terms, k) + k * side * 5;  // fp32, and a code
+  for_row_tasks(
+      call.weight.out_features, side, std::max<int64_t>(1, kFeedbackBytes / panel_bytes), call.threads,
+      [&](int64_t panels) { return TaskRows(call, factor, terms, panels); },
+      [](TaskRows& rows, int64_t first, int64_t end) { rows.round(first, end); });
 }
 
 }  // namespace awq

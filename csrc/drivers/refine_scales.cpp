@@ -19,6 +19,7 @@
 #include "base/parallel.h"
 #include "drivers/quadratic.h"
 #include "drivers/refine_objective.h"
+#include "drivers/row_tasks.h"
 
 namespace awq {
 namespace {
@@ -245,18 +246,14 @@ void refine_scales(const KernelTable& table, const WeightView& weight, const Qua
   const Precision precision = damping < kLeastDamping ? Precision::f32 : ranking_precision(table);
   const ColumnPanels h(table, precision, {moment, weight.in_features, channel_scale, damping}, threads);
   const Quantized quantized{weight, spec, channel_scale, zeros, codes, scales};
-  const int64_t mr = h.shape().rows, total = ceil_div(weight.out_features, mr);
+  const int64_t mr = h.shape().rows;
   // In RefinedScales: packed errors, and levels both packed and not.
   const int64_t panel_bytes = mr * (weight.in_features + 2 * spec.group_length) * int64_t{sizeof(float)};
   const int64_t most = std::clamp<int64_t>(kScratchBytes / panel_bytes, 1, kPanelsPerTask);
-  // Equally many tasks for every thread, all of about the same size.
-  const int64_t tasks = std::min(total, round_up(ceil_div(total, most), threads));
-  std::vector<RefinedScales> rows;
-  for (int64_t t = 0; t < threads; ++t) rows.emplace_back(table, h, quantized, ceil_div(total, tasks));
-  parallel_for(tasks, threads, [&](int64_t task, int thread) {
-    const int64_t first = task * total / tasks * mr, end = (task + 1) * total / tasks * mr;
-    rows[static_cast<size_t>(thread)].refine(first, std::min(end, weight.out_features) - first, rounds);
-  });
+  for_row_tasks(
+      weight.out_features, mr, most, threads,
+      [&](int64_t panels) { return RefinedScales(table, h, quantized, panels); },
+      [&](RefinedScales& rows, int64_t first, int64_t end) { rows.refine(first, end - first, rounds); });
 }
 
 }  // namespace awq

@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "base/parallel.h"
 #include "drivers/feedback.h"
 #include "drivers/refine_rows.h"
+#include "drivers/row_tasks.h"
 
 namespace awq {
 namespace {
@@ -116,21 +116,19 @@ class TaskRows {
 
 void refine_on_tiles(const RefineCall& call) {
   const Bf16Products& products = *call.table.bf16_products;
-  const int64_t k = call.channels(), n = call.weight.out_features, side = products.cols;
+  const int64_t k = call.channels(), side = products.cols;
   const FeedbackTerms terms = FeedbackTerms::square(k);
   const FeedbackMatrix h(products, terms, k, false, call.threads, [&](int64_t row, int64_t column, float* square) {
     const int64_t rows = std::min(side, k - row), columns = std::min(side, k - column);
     if (rows < side || columns < side) std::fill_n(square, side * side, 0.0f);
     for (int64_t i = 0; i < rows; ++i) call.h.row(row + i, column, columns, square + i * side);
   });
-  const int64_t total = ceil_div(n, side), row_bytes = k * side * 13;  // three numbers in fp32, and a code
-  const int64_t tasks = feedback_tasks(total, FeedbackErrors::size(products, terms, k) + row_bytes, call.threads);
-  std::vector<TaskRows> rows;
-  for (int64_t t = 0; t < call.threads; ++t) rows.emplace_back(call, h, terms, ceil_div(total, tasks));
-  parallel_for(tasks, call.threads, [&](int64_t task, int thread) {
-    const int64_t first = task * total / tasks * side, end = (task + 1) * total / tasks * side;
-    rows[static_cast<size_t>(thread)].refine(first, std::min(end, n));
-  });
+  // a row: three numbers in fp32, and a code
+  const int64_t panel_bytes = FeedbackErrors::size(products, terms, k) + k * side * 13;
+  for_row_tasks(
+      call.weight.out_features, side, std::max<int64_t>(1, kFeedbackBytes / panel_bytes), call.threads,
+      [&](int64_t panels) { return TaskRows(call, h, terms, panels); },
+      [](TaskRows& rows, int64_t first, int64_t end) { rows.refine(first, end); });
 }
 
 }  // namespace awq
