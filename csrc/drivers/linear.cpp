@@ -14,10 +14,13 @@ namespace {
 
 constexpr int64_t kTaskBytes = 1 << 15;  // of codes that a task reads, at least
 constexpr int64_t kStreamTasks = 2;      // at most, per thread: every task begins by waiting for memory
-// The part of a weight that rows take turns on, codes in bytes or a panel in steps: with the activations of a block it
-// fits the first-level cache, kPartTiles of them fit the second. A panel of fp32 is larger than codes of 4 bits by
-// eight, one of bf16 for tiles by four.
+// The part of a weight that rows take turns on, codes in bytes or a panel in steps (of fp32, eight times as large as
+// codes of 4 bits): with a block's activations it fits the first-level cache, kPartTiles of them fit the second.
 constexpr int64_t kDecodeBytes = 1 << 14, kPanelSteps = 128, kPartTiles = 4;
+// On tile registers a panel has one tile, of kTileRunSteps. Sums of kTilePartTiles and of kBandRows rows of
+// activations, 512 KiB, stay in a second-level cache of 2 MiB together with a panel's part of these rows, 256 KiB.
+constexpr int64_t kTilePartTiles = 8, kBandRows = 512;
+constexpr int64_t kMostPartTiles = std::max(kPartTiles, kTilePartTiles);
 static_assert(kDecodeBytes / step_bytes(8) % kRunSteps == 0);  // a part of a group holds whole runs
 
 // Kernels and operands of one call.
@@ -78,17 +81,31 @@ WeightBlock block_at(const Call& c, int64_t tile, int64_t first, int64_t count) 
   return block;
 }
 
-// Adds up the terms of all rows of some tiles and the bias, rounds the sums and writes them to y.
-void finish(const Call& c, float* sums, int64_t lds, int64_t tile, int64_t tiles) {
+// Sums of some tiles for all rows of elements: a row of a tile, the next one, and that of the next tile.
+struct Sums {
+  float* data;
+  int64_t row, tile;  // from one to the next
+  float* at(int64_t r, int64_t t) const { return data + r * row + t * tile; }
+};
+
+// Adds up the terms of all rows of some tiles and the bias, rounds the sums and writes them to y. A row of all tiles at
+// a time: rows of y are far apart.
+void finish(const Call& c, const Sums& sums, int64_t tile, int64_t tiles) {
   const int64_t n = tile * kTileOutputs, count = std::min(tiles * kTileOutputs, c.weight.out_features - n);
-  const int64_t bytes = dtype_bytes(c.dtype);
-  for (int64_t m = 0; m < c.rows; ++m, sums += c.choice.terms * lds) {
-    for (int64_t t = c.choice.terms - 1; t > 0; --t)  // the smallest first
-      for (int64_t i = 0; i < count; ++i) sums[(t - 1) * lds + i] += sums[t * lds + i];
+  const int64_t bytes = dtype_bytes(c.dtype), terms = c.choice.terms;
+  alignas(64) float line[kMostPartTiles * kTileOutputs];
+  for (int64_t m = 0; m < c.rows; ++m) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      float* to = line + t * kTileOutputs;
+      std::memcpy(to, sums.at((m + 1) * terms - 1, t), kTileOutputs * sizeof(float));
+      for (int64_t i = terms - 2; i >= 0; --i) {  // the smallest first
+        const float* term = sums.at(m * terms + i, t);
+        for (int64_t j = 0; j < kTileOutputs; ++j) to[j] += term[j];
+      }
+    }
     if (c.bias != nullptr)
-      for (int64_t i = 0; i < count; ++i) sums[i] += c.bias[n + i];
-    char* to = static_cast<char*>(c.y) + (m * c.weight.out_features + n) * bytes;
-    c.table.from_float(sums, c.dtype, count, to);
+      for (int64_t i = 0; i < count; ++i) line[i] += c.bias[n + i];
+    c.table.from_float(line, c.dtype, count, static_cast<char*>(c.y) + (m * c.weight.out_features + n) * bytes);
   }
 }
 
@@ -102,7 +119,8 @@ void dot(const Call& c, const WeightBlock& block, const void* a, int rows, float
       return c.table.dot_int8(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
     case Element::bf16_tile:
     case Element::int8_tile:
-      return c.tiles->dot(&block, static_cast<const uint32_t*>(a), rows, y, ldy);
+      const TileRows tile_rows{static_cast<const uint32_t*>(a), rows, y};
+      return c.tiles->dot(&block, &tile_rows);
   }
 }
 
@@ -116,7 +134,7 @@ void stream(const Call& c, int threads) {
       alignas(64) float sums[std::max(kMaxDotRows, kMostTileRows) * kTileOutputs];
       std::fill(sums, sums + c.element_rows() * kTileOutputs, 0.0f);
       dot(c, block_at(c, t, 0, c.steps), c.a.at(0, 0), c.a.rows(0), sums, kTileOutputs);
-      finish(c, sums, kTileOutputs, t, 1);
+      finish(c, {sums, kTileOutputs, 0}, t, 1);
     }
   });
 }
@@ -126,74 +144,80 @@ struct Part {
   int64_t tile, tiles;
   int64_t tile_values;  // words of a panel
   uint32_t* panel;
-  float* sums;
-  int64_t lds;
+  Sums sums;
 };
-
-void decode_panel(const Call& c, const WeightBlock& block, uint32_t* panel) {
-  if (c.tiles != nullptr)
-    c.tiles->values(&block, panel);
-  else
-    c.table.panel_values(&block, reinterpret_cast<float*>(panel));
-}
-
-void multiply_panel(const Call& c, const WeightBlock& block, const uint32_t* panel, const void* a, int rows, float* y,
-                    int64_t ldy) {
-  if (c.tiles != nullptr)
-    c.tiles->panel(&block, panel, static_cast<const uint32_t*>(a), rows, y, ldy);
-  else
-    c.table.panel_f32(&block, reinterpret_cast<const float*>(panel), static_cast<const float*>(a), rows, y, ldy);
-}
 
 // Words of a decoded part of a tile: a run on tile registers is padded to at most twice its length.
 int64_t panel_words(const Call& c, int64_t steps) {
   return (c.tiles != nullptr ? 2 * c.tiles->step_words : kStepChannels) * steps * kTileOutputs;
 }
 
-// Adds steps [first, first + count) of a part.
+// Adds steps [first, first + count) of a part, block of rows by block of rows.
 void add_steps(const Call& c, const Part& part, int64_t first, int64_t count) {
   const bool panel = c.choice.way == Way::panel;
+  const auto values = [&](int64_t t) { return reinterpret_cast<float*>(part.panel + t * part.tile_values); };
   if (panel)
-    for (int64_t t = 0; t < part.tiles; ++t)
-      decode_panel(c, block_at(c, part.tile + t, first, count), part.panel + t * part.tile_values);
-  for (int64_t b = 0; b < c.a.blocks(); ++b)
     for (int64_t t = 0; t < part.tiles; ++t) {
       const WeightBlock block = block_at(c, part.tile + t, first, count);
-      float* y = part.sums + c.a.rows_before(b) * part.lds + t * kTileOutputs;
-      if (panel)
-        multiply_panel(c, block, part.panel + t * part.tile_values, c.a.at(b, first), c.a.rows(b), y, part.lds);
-      else
-        dot(c, block, c.a.at(b, first), c.a.rows(b), y, part.lds);
+      c.table.panel_values(&block, values(t));
     }
+  for (int64_t b = 0; b < c.a.blocks(); ++b) {
+    const void* a = c.a.at(b, first);
+    for (int64_t t = 0; t < part.tiles; ++t) {
+      const WeightBlock block = block_at(c, part.tile + t, first, count);
+      float* y = part.sums.at(c.a.rows_before(b), t);
+      if (panel)
+        c.table.panel_f32(&block, values(t), static_cast<const float*>(a), c.a.rows(b), y, part.sums.row);
+      else
+        dot(c, block, a, c.a.rows(b), y, part.sums.row);
+    }
+  }
+}
+
+// The same on tile registers: all rows pass by a decoded tile, which stays in the first-level cache.
+void add_tile_steps(const Call& c, const Part& part, int64_t first, int64_t count) {
+  TileRows rows[kBandRows];
+  for (int64_t b = 0; b < c.a.blocks(); ++b)
+    rows[b] = {static_cast<const uint32_t*>(c.a.at(b, first)), c.a.rows(b), nullptr};
+  for (int64_t t = 0; t < part.tiles; ++t) {
+    const WeightBlock block = block_at(c, part.tile + t, first, count);
+    for (int64_t b = 0; b < c.a.blocks(); ++b) rows[b].y = part.sums.at(c.a.rows_before(b), t);
+    c.tiles->values(&block, part.panel);
+    c.tiles->panel(&block, part.panel, rows, c.a.blocks());
+  }
 }
 
 void take_turns(const Call& c, int threads) {
   const int64_t tiles = tile_count(c.weight.out_features);
-  // As many tasks as keep all threads busy to the end, each with at most kPartTiles tiles.
-  const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, kPartTiles), threads));
-  const int64_t bundle = ceil_div(tiles, tasks), lds = bundle * kTileOutputs;
+  // As many tasks as keep all threads busy to the end, each with at most so many tiles.
+  const int64_t part_tiles = c.tiles != nullptr ? kTilePartTiles : kPartTiles;
+  const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, part_tiles), threads));
+  const int64_t bundle = ceil_div(tiles, tasks);
   const bool panel = c.choice.way == Way::panel;
   const int64_t most = c.tiles != nullptr ? kTileRunSteps  // so that sums do not depend on the way
                        : panel            ? kPanelSteps
                                           : kDecodeBytes / step_bytes(c.weight.bits);
   const int64_t whole = most / c.group_steps * c.group_steps;  // groups that fit, or parts of one
   const int64_t tile_values = panel ? panel_words(c, most) : 0, rows = c.element_rows();
-  const int64_t size = round_up(bundle * tile_values + rows * lds, 16);  // whole cache lines
+  const int64_t lds = (c.tiles != nullptr ? 1 : bundle) * kTileOutputs, sums_size = rows * bundle * kTileOutputs;
+  const int64_t tile_sums = (c.tiles != nullptr ? rows : 1) * kTileOutputs;
+  const int64_t panel_tiles = c.tiles != nullptr ? 1 : bundle;
+  const int64_t size = round_up(panel_tiles * tile_values + sums_size, 16);  // whole cache lines
   Scratch<Part, uint32_t> scratch(threads * size);
   parallel_for<Threads::team_or_helpers>(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
     const TileTask tile_task(c);
     uint32_t* values = scratch.get() + thread * size;
-    float* sums = reinterpret_cast<float*>(values + bundle * tile_values);
-    std::memset(sums, 0, static_cast<size_t>(rows * lds) * 4);
+    const Sums sums{reinterpret_cast<float*>(values + panel_tiles * tile_values), lds, tile_sums};
+    std::memset(sums.data, 0, static_cast<size_t>(sums_size) * 4);
     const int64_t tile = task * bundle, count = std::min(bundle, tiles - tile);
-    const Part part{tile, count, tile_values, values, sums, lds};
+    const Part part{tile, count, tile_values, values, sums};
     for (int64_t first = 0, length; first < c.steps; first += length) {
       // A part of a group ends where the group does.
       length = whole > 0 ? whole : std::min(most, c.group_steps - first % c.group_steps);
       length = std::min(length, c.steps - first);
-      add_steps(c, part, first, length);
+      c.tiles != nullptr ? add_tile_steps(c, part, first, length) : add_steps(c, part, first, length);
     }
-    finish(c, sums, lds, tile, count);
+    finish(c, sums, tile, count);
   });
 }
 
@@ -217,18 +241,30 @@ void multiply_rows(const KernelTable& table, const TiledWeight& weight, const vo
   choice.way == Way::stream ? stream(call, threads) : take_turns(call, threads);
 }
 
+// The same for rows [first, end) of x.
+void multiply_some(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t first,
+                   int64_t end, const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
+  const int64_t bytes = dtype_bytes(dtype);
+  const char* from = static_cast<const char*>(x) + first * weight.in_features * bytes;
+  char* to = static_cast<char*>(y) + first * weight.out_features * bytes;
+  multiply_rows(table, weight, from, dtype, end - first, input_scale, bias, compute, to, threads);
+}
+
 }  // namespace
 
 void quant_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
                   const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
-  const int64_t chunks = row_chunks(weight, rows, threads), bytes = dtype_bytes(dtype);
-  if (chunks == 1) return multiply_rows(table, weight, x, dtype, rows, input_scale, bias, compute, y, threads);
-  parallel_for<Threads::team_or_helpers>(chunks, threads, [&](int64_t chunk, int) {
-    const int64_t first = chunk * rows / chunks, end = (chunk + 1) * rows / chunks;
-    const char* from = static_cast<const char*>(x) + first * weight.in_features * bytes;
-    char* to = static_cast<char*>(y) + first * weight.out_features * bytes;
-    multiply_rows(table, weight, from, dtype, end - first, input_scale, bias, compute, to, 1);
-  });
+  const auto multiply = [&](int64_t part, int64_t parts, int with_threads) {
+    multiply_some(table, weight, x, dtype, part * rows / parts, (part + 1) * rows / parts, input_scale, bias, compute,
+                  y, with_threads);
+  };
+  const int64_t chunks = row_chunks(weight, rows, threads);
+  if (chunks > 1)
+    return parallel_for<Threads::team_or_helpers>(chunks, threads,
+                                                  [&](int64_t chunk, int) { multiply(chunk, chunks, 1); });
+  const Choice choice = choose(table, dtype, compute, rows);
+  const int64_t bands = on_tiles(choice.element) ? ceil_div(rows * choice.terms, kBandRows) : 1;
+  for (int64_t band = 0; band < bands; ++band) multiply(band, bands, threads);
 }
 
 void quant_weight(const KernelTable& table, const TiledWeight& w, float* out, int threads) {

@@ -45,6 +45,15 @@ inline void tile_load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(p), "r"(stride) : "memory");
 }
 template <int T>
+inline void tile_loadt(const void* p, int64_t stride) {
+  asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(p), "r"(stride) : "memory");
+}
+// The same for what is not read again soon: it comes from the second-level cache and displaces nothing in the first.
+template <int T>
+inline void tile_load_once(const void* p, int64_t stride) {
+  asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(T), "r"(p), "r"(stride) : "memory");
+}
+template <int T>
 inline void tile_store(void* p, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(T), "r"(p), "r"(stride) : "memory");
 }
@@ -83,6 +92,10 @@ template <int T>
 inline void tile_load(const void* p, int64_t stride) {
   for (int r = 0; r < tile_rows_of(T); ++r)
     __builtin_memcpy(tiles.bytes[T][r], static_cast<const char*>(p) + r * stride, tile_row_bytes(T));
+}
+template <int T>
+inline void tile_load_once(const void* p, int64_t stride) {
+  tile_load<T>(p, stride);
 }
 template <int T>
 inline void tile_store(void* p, int64_t stride) {

@@ -55,9 +55,9 @@ struct Int8Run {
 // The most steps of 4 channels in a run, which is a group or a part of one. 256 channels keep the sums of a run, of
 // products up to 255 * 127, below 2^24, exact in fp32, whatever the group size.
 constexpr int64_t kRunSteps = 64;
-// The most steps whose sums stay in tile registers: a part of a group that drivers multiply at a time
-// (drivers/linear.cpp).
-constexpr int64_t kTileRunSteps = 256;
+// The most steps whose sums stay in tile registers: a group, or a part of a long one. Decoded to bf16, 32 outputs of
+// them take a third of a first-level cache of 48 KiB.
+constexpr int64_t kTileRunSteps = 64;
 // Rows of activations in a tile, and in the two that a product takes.
 constexpr int kTileBlockRows = 16, kMostTileRows = 32;
 
@@ -82,13 +82,20 @@ struct GptqPanel {
   bool again;  // channels have errors from an earlier round: those of later channels are fed back to earlier ones
 };
 
-// Products with four-bit weights on tile registers, bodies in kernels/tile-amx-inl.h. They add to y as those of
-// KernelTable do, with the same exact weights and 32-bit sums; rows <= kMostTileRows.
+// Activations for products on tile registers, and where the products go.
 //
-// Activations come as tiles, for one or two halves of 16 rows: for each run, after a header of [2][halves][16] words
-// with -sum and scale of each row where activations have eight bits, tiles of [16 rows][16 words], all halves of a tile
-// one after the other. The first `depth` words of a tile's row hold consecutive elements of the run, depth = min(16,
-// elements in a whole group); elements past the run's end, and rows that are not there, are 0.
+// For one or two halves of 16 rows: for each run, after a header of [2][halves][16] words with -sum and scale of each
+// row where activations have eight bits, tiles of [16 rows][16 words], all halves of a tile one after the other. The
+// first `depth` words of a tile's row hold consecutive elements of the run, depth = min(16, elements in a whole group);
+// elements past the run's end, and rows that are not there, are 0.
+struct TileRows {
+  const uint32_t* a;
+  int rows;  // <= kMostTileRows
+  float* y;  // [rows][32]
+};
+
+// Products with weights of 4 or 8 bits on tile registers, bodies in kernels/tile-amx-inl.h. They add to y as those of
+// KernelTable do, with the same exact weights and 32-bit sums.
 struct TileProducts {
   int step_words;     // elements in a step: 2 pairs of bf16, or 1 word of four bytes
   int64_t run_steps;  // of a run, which is a group or a part of one
@@ -97,10 +104,10 @@ struct TileProducts {
   void (*begin)(int64_t group_steps);
   void (*end)();
   // Decodes on the way: every code is read once.
-  void (*dot)(const WeightBlock* block, const uint32_t* a, int rows, float* y, int64_t ldy);
+  void (*dot)(const WeightBlock* block, const TileRows* rows);
   // Decodes to rows of 32 words for each element, runs padded to whole tiles; and the products of such rows.
   void (*values)(const WeightBlock* block, uint32_t* values);
-  void (*panel)(const WeightBlock* block, const uint32_t* values, const uint32_t* a, int rows, float* y, int64_t ldy);
+  void (*panel)(const WeightBlock* block, const uint32_t* values, const TileRows* rows, int64_t count);
 };
 
 // Matrix products of bf16 factors, on panels of their own but otherwise like gemm_tile and quadratic_tile of

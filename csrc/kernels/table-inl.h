@@ -23,8 +23,11 @@ namespace {
 #if defined(AWQ_LEVEL_AMX) || defined(AWQ_LEVEL_AMX_EMULATED)
 #include "amx-tiles-inl.h"
 //
-#include "gemm-amx-inl.h"  // these two use amx-tiles-inl.h, this one gptq-inl.h,
-#include "tile-amx-inl.h"  // and this one tile-inl.h, tile-bf16-inl.h and tile-int8-inl.h
+#include "gemm-amx-inl.h"        // these use amx-tiles-inl.h, this one gptq-inl.h too,
+#include "tile-amx-forms-inl.h"  // and this one tile-inl.h, tile-bf16-inl.h and tile-int8-inl.h
+//
+#include "tile-amx-beside-inl.h"  // uses tile-amx-forms-inl.h
+#include "tile-amx-inl.h"         // uses both
 #endif
 
 static_assert(kRows <= kMaxTileRows && kDotRows <= kMaxDotRows, "drivers have no room for more rows: see kernels.h");

@@ -20,7 +20,12 @@ constexpr int kDotRows = 4;  // of 16 registers
 // it is harmless, because a prefetch does not fault.
 constexpr int64_t kAheadBytes = 10240, kAheadGroups = 4;
 
+#if defined(AWQ_LEVEL_AMX)
+// Into the second-level cache: in the first, lines that wait for memory would be in the way of tiles.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+#else
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
+#endif
 
 typedef VecInt VecIntUnaligned __attribute__((aligned(1), may_alias));
 

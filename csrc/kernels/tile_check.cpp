@@ -66,9 +66,10 @@ std::vector<float> products(const TileProducts& tiles, const Problem& p) {
   std::vector<uint32_t> values(
       static_cast<size_t>(2 * p.block.groups * p.block.group_steps * tiles.step_words * kTileOutputs));
   tiles.begin(p.block.group_steps);
-  tiles.dot(&p.block, p.activations.data(), p.rows, y.data(), kTileOutputs);
+  const TileRows first{p.activations.data(), p.rows, y.data()}, second{p.activations.data(), p.rows, y.data() + size};
+  tiles.dot(&p.block, &first);
   tiles.values(&p.block, values.data());
-  tiles.panel(&p.block, values.data(), p.activations.data(), p.rows, y.data() + size, kTileOutputs);
+  tiles.panel(&p.block, values.data(), &second, 1);
   tiles.end();
   return y;
 }

@@ -66,6 +66,17 @@ def test_bf16_in_three_terms_of_eight_bits(level: str, rows: int) -> None:
     assert torch.all(error[small] <= largest.float()[small] * 2.0**-20)
 
 
+@pytest.mark.parametrize(("dtype", "compute", "rows"), [(torch.bfloat16, "int8", 1030), (torch.float32, "auto", 350)])
+def test_many_rows_are_multiplied_band_by_band(level: str, dtype: torch.dtype, compute: str, rows: int) -> None:
+    """More than 512 rows of elements, of which a float has three: each row as in a product of few rows, bit for bit."""
+    k, n, group_size = 48, 70, 16
+    codes, zeros = torch.randint(0, 16, (n, k)).byte(), torch.randint(0, 16, (n, k // group_size)).byte()
+    parts = unit_layer(codes, zeros, group_size)
+    x = torch.randn(rows, k).to(dtype)
+    parts_of_x = [product(some, parts, n, group_size, compute) for some in x.split(100)]
+    assert torch.equal(product(x, parts, n, group_size, compute), torch.cat(parts_of_x))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("compute", ["auto", "int8"])
 @pytest.mark.parametrize(("k", "group_size"), [(4, 4), (36, 12), (68, 68), (260, 20), (600, 300), (2200, -1)])
