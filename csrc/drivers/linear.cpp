@@ -20,7 +20,6 @@ constexpr int64_t kDecodeBytes = 1 << 14, kPanelSteps = 128, kPartTiles = 4;
 // On tile registers a panel has one tile, of kTileRunSteps. Sums of kTilePartTiles and of kBandRows rows of
 // activations, 512 KiB, stay in a second-level cache of 2 MiB together with a panel's part of these rows, 256 KiB.
 constexpr int64_t kTilePartTiles = 8, kBandRows = 512;
-constexpr int64_t kMostPartTiles = std::max(kPartTiles, kTilePartTiles);
 static_assert(kDecodeBytes / step_bytes(8) % kRunSteps == 0);  // a part of a group holds whole runs
 
 // Kernels and operands of one call.
@@ -89,24 +88,22 @@ struct Sums {
 };
 
 // Adds up the terms of all rows of some tiles and the bias, rounds the sums and writes them to y. A row of all tiles at
-// a time: rows of y are far apart.
+// a time, because rows of y are far apart. In place: a copy of a row would be read before it has left the store buffer.
 void finish(const Call& c, const Sums& sums, int64_t tile, int64_t tiles) {
   const int64_t n = tile * kTileOutputs, count = std::min(tiles * kTileOutputs, c.weight.out_features - n);
   const int64_t bytes = dtype_bytes(c.dtype), terms = c.choice.terms;
-  alignas(64) float line[kMostPartTiles * kTileOutputs];
-  for (int64_t m = 0; m < c.rows; ++m) {
-    for (int64_t t = 0; t < tiles; ++t) {
-      float* to = line + t * kTileOutputs;
-      std::memcpy(to, sums.at((m + 1) * terms - 1, t), kTileOutputs * sizeof(float));
-      for (int64_t i = terms - 2; i >= 0; --i) {  // the smallest first
-        const float* term = sums.at(m * terms + i, t);
-        for (int64_t j = 0; j < kTileOutputs; ++j) to[j] += term[j];
-      }
+  const int64_t width = sums.tile == kTileOutputs ? tiles * kTileOutputs : kTileOutputs;  // that is in one piece
+  for (int64_t m = 0; m < c.rows; ++m)
+    for (int64_t first = 0; first < count; first += width) {
+      const int64_t length = std::min(width, count - first);
+      float* to = sums.at(m * terms, first / kTileOutputs);
+      for (int64_t t = terms - 1; t > 0; --t)  // the smallest first
+        for (int64_t i = 0; i < length; ++i) to[(t - 1) * sums.row + i] += to[t * sums.row + i];
+      if (c.bias != nullptr)
+        for (int64_t i = 0; i < length; ++i) to[i] += c.bias[n + first + i];
+      c.table.from_float(to, c.dtype, length,
+                         static_cast<char*>(c.y) + (m * c.weight.out_features + n + first) * bytes);
     }
-    if (c.bias != nullptr)
-      for (int64_t i = 0; i < count; ++i) line[i] += c.bias[n + i];
-    c.table.from_float(line, c.dtype, count, static_cast<char*>(c.y) + (m * c.weight.out_features + n) * bytes);
-  }
 }
 
 void dot(const Call& c, const WeightBlock& block, const void* a, int rows, float* y, int64_t ldy) {
@@ -134,7 +131,7 @@ void stream(const Call& c, int threads) {
       alignas(64) float sums[std::max(kMaxDotRows, kMostTileRows) * kTileOutputs];
       std::fill(sums, sums + c.element_rows() * kTileOutputs, 0.0f);
       dot(c, block_at(c, t, 0, c.steps), c.a.at(0, 0), c.a.rows(0), sums, kTileOutputs);
-      finish(c, {sums, kTileOutputs, 0}, t, 1);
+      finish(c, {sums, kTileOutputs, kTileOutputs}, t, 1);
     }
   });
 }

@@ -8,13 +8,12 @@
 
 // A run whose sums are stored but not all in y yet.
 struct StoredRun {
-  const uint32_t* sums;          // [rows][32]
   const uint32_t* minus_sums;    // of activations in eight bits, one for each row
   const uint32_t* input_scales;  // likewise
   const uint16_t* scales;
   const uint8_t* zeros;
   float* y;
-  int rows, part;  // yet to come; at a time
+  int rows;
 };
 
 // The sums of runs on their way into y.
@@ -28,51 +27,50 @@ class LateSums {
   void stored(const StoredRun& next, int64_t tiles) {
     finish();
     run_ = next;
-    run_.sums = sums_[place_];
-    run_.part = (next.rows + static_cast<int>(tiles) - 1) / static_cast<int>(tiles);
+    done_ = 0;
+    part_ = (next.rows + static_cast<int>(tiles) - 1) / static_cast<int>(tiles);
     place_ ^= 1;
   }
   // Adds some rows to y: all are there after as many tiles as the run had.
   void some() {
-    if (run_.rows > 0) add(run_.rows < run_.part ? run_.rows : run_.part);
+    if (done_ < run_.rows) add(run_.rows - done_ < part_ ? run_.rows - done_ : part_);
   }
   void finish() {
-    if (run_.rows > 0) add(run_.rows);
+    if (done_ < run_.rows) add(run_.rows - done_);
   }
 
  private:
-  // On a copy of what is in memory: as far as a compiler knows, stores to y may change that.
+  // Reads what is in memory once: as far as a compiler knows, stores to y may change it.
   void add(int rows) {
     constexpr int kVecs = 32 / kLanes;
-    StoredRun run = run_;
-    Vec scale[kVecs];
-    VecInt zero[kVecs];
+    const uint32_t *sums = sums_[place_ ^ 1] + done_ * kPairWords, *minus_sums = run_.minus_sums + done_,
+                   *input_scales = run_.input_scales + done_;
+    float* y = run_.y + done_ * kPairWords;
+    Vec scale[kVecs], zero[kVecs];
     for (int v = 0; v < kVecs; ++v) {
-      scale[v] = load_scales(run.scales + v * kLanes, dtype_);
+      scale[v] = load_scales(run_.scales + v * kLanes, dtype_);
       VecInt both[2];
-      load_zeros<Bits>(run.zeros + v * kLanes % 16, both);
-      zero[v] = both[v * kLanes / 16];
+      load_zeros<Bits>(run_.zeros + v * kLanes % 16, both);
+      zero[v] = to_floats(both[v * kLanes / 16]);
     }
-    for (int m = 0; m < rows; ++m, run.sums += kPairWords, run.y += kPairWords)
+    done_ += rows;
+    for (int m = 0; m < rows; ++m, sums += kPairWords, y += kPairWords)
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) {
-        const VecInt bits = load_ints(run.sums + v * kLanes);
+        const VecInt bits = load_ints(sums + v * kLanes);
         Vec sum = (Vec)bits;
-        if constexpr (Form::kScaled) {
-          const VecInt whole = bits + zero[v] * splat_int(static_cast<int32_t>(run.minus_sums[m]));
-          sum = to_floats(whole) * splat(from_bits(run.input_scales[m]));
+        if constexpr (Form::kScaled) {  // all below 2^24 (kRunSteps), so exact in fp32, which is quicker than integers
+          const Vec minus_sum = to_floats(splat_int(static_cast<int32_t>(minus_sums[m])));
+          sum = fma(zero[v], minus_sum, to_floats(bits)) * splat(from_bits(input_scales[m]));
         }
-        store(run.y + v * kLanes, fma(sum, scale[v], load(run.y + v * kLanes)));
+        store(y + v * kLanes, fma(sum, scale[v], load(y + v * kLanes)));
       }
-    run.minus_sums += rows;
-    run.input_scales += rows;
-    run.rows -= rows;
-    run_ = run;
   }
 
   Dtype dtype_;
   int place_ = 0;
   StoredRun run_ = {};
+  int done_ = 0, part_ = 0;  // rows that are in y; rows at a time
   alignas(64) uint32_t sums_[2][kMostTileRows * kPairWords];
 };
 

@@ -18,7 +18,7 @@ inline void tile_product(const WeightBlock* block, Source& source, const TileRow
     prefetch(zeros + kAheadGroups * kZeroBytes<Bits>);
     for (int64_t steps; left > 0; left -= steps) {
       steps = left < Form::kRun ? left : Form::kRun;
-      const StoredRun run{nullptr, a, a + kRows, scales, zeros, rows->y, rows->rows, 0};
+      const StoredRun run{a, a + kRows, scales, zeros, rows->y, rows->rows};
       if constexpr (Form::kScaled) a += 2 * kRows;
       clear_sums<Halves>();
       const int64_t tiles = source.template add<Halves>(a, steps, [&] { late.some(); });
