@@ -87,23 +87,28 @@ struct Sums {
   float* at(int64_t r, int64_t t) const { return data + r * row + t * tile; }
 };
 
-// Adds up the terms of all rows of some tiles and the bias, rounds the sums and writes them to y. A row of all tiles at
-// a time, because rows of y are far apart. In place: a copy of a row would be read before it has left the store buffer.
+// Adds up the terms of a row of some outputs and the bias, rounds the sums and writes them to y.
+void finish_row(const Call& c, float* sums, int64_t to_term, int64_t m, int64_t n, int64_t count) {
+  for (int64_t t = c.choice.terms - 1; t > 0; --t)  // the smallest first
+    for (int64_t i = 0; i < count; ++i) sums[(t - 1) * to_term + i] += sums[t * to_term + i];
+  if (c.bias != nullptr)
+    for (int64_t i = 0; i < count; ++i) sums[i] += c.bias[n + i];
+  char* y = static_cast<char*>(c.y) + (m * c.weight.out_features + n) * dtype_bytes(c.dtype);
+  c.table.from_float(sums, c.dtype, count, y);
+}
+
+// All rows of some tiles, so many at a time that what is read and what is written stay in the first-level cache.
 void finish(const Call& c, const Sums& sums, int64_t tile, int64_t tiles) {
+  constexpr int64_t kRows = 32;
   const int64_t n = tile * kTileOutputs, count = std::min(tiles * kTileOutputs, c.weight.out_features - n);
-  const int64_t bytes = dtype_bytes(c.dtype), terms = c.choice.terms;
   const int64_t width = sums.tile == kTileOutputs ? tiles * kTileOutputs : kTileOutputs;  // that is in one piece
-  for (int64_t m = 0; m < c.rows; ++m)
-    for (int64_t first = 0; first < count; first += width) {
-      const int64_t length = std::min(width, count - first);
-      float* to = sums.at(m * terms, first / kTileOutputs);
-      for (int64_t t = terms - 1; t > 0; --t)  // the smallest first
-        for (int64_t i = 0; i < length; ++i) to[(t - 1) * sums.row + i] += to[t * sums.row + i];
-      if (c.bias != nullptr)
-        for (int64_t i = 0; i < length; ++i) to[i] += c.bias[n + first + i];
-      c.table.from_float(to, c.dtype, length,
-                         static_cast<char*>(c.y) + (m * c.weight.out_features + n + first) * bytes);
-    }
+  for (int64_t begin = 0, end; begin < c.rows; begin = end) {
+    end = std::min(begin + kRows, c.rows);
+    for (int64_t first = 0; first < count; first += width)
+      for (int64_t m = begin; m < end; ++m)
+        finish_row(c, sums.at(m * c.choice.terms, first / kTileOutputs), sums.row, m, n + first,
+                   std::min(width, count - first));
+  }
 }
 
 void dot(const Call& c, const WeightBlock& block, const void* a, int rows, float* y, int64_t ldy) {
@@ -221,12 +226,13 @@ void take_turns(const Call& c, int threads) {
 // With a small weight and many rows, threads divide the rows, so that each packs what it reads and writes what it
 // summed. Otherwise cores would read what another core has just written, which is slow: a tenth to a third of such a
 // product. The number of chunks changes no result, because from five rows on all block sizes sum in the same order.
-int64_t row_chunks(const TiledWeight& weight, int64_t rows, int threads) {
-  constexpr int64_t kWeightBytes = 1 << 19, kChunkRows = 72, kLeastRows = 16;
+int64_t row_chunks(const TiledWeight& weight, int64_t rows, bool tiles, int threads) {
+  constexpr int64_t kWeightBytes = 1 << 19, kLeastRows = 16;
+  const int64_t chunk_rows = tiles ? 256 : 72;  // on tile registers, decoding is a larger part of the work
   const int64_t bytes =
       tile_count(weight.out_features) * step_count(weight.in_features, weight.group_length) * step_bytes(weight.bits);
   if (threads == 1 || bytes > kWeightBytes || rows < kLeastRows * 2 * threads) return 1;
-  return std::min(round_up(ceil_div(rows, kChunkRows), threads), rows / kLeastRows);
+  return std::min(round_up(ceil_div(rows, chunk_rows), threads), rows / kLeastRows);
 }
 
 void multiply_rows(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
@@ -242,9 +248,8 @@ void multiply_rows(const KernelTable& table, const TiledWeight& weight, const vo
 void multiply_some(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t first,
                    int64_t end, const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
   const int64_t bytes = dtype_bytes(dtype);
-  const char* from = static_cast<const char*>(x) + first * weight.in_features * bytes;
-  char* to = static_cast<char*>(y) + first * weight.out_features * bytes;
-  multiply_rows(table, weight, from, dtype, end - first, input_scale, bias, compute, to, threads);
+  multiply_rows(table, weight, static_cast<const char*>(x) + first * weight.in_features * bytes, dtype, end - first,
+                input_scale, bias, compute, static_cast<char*>(y) + first * weight.out_features * bytes, threads);
 }
 
 }  // namespace
@@ -255,12 +260,12 @@ void quant_linear(const KernelTable& table, const TiledWeight& weight, const voi
     multiply_some(table, weight, x, dtype, part * rows / parts, (part + 1) * rows / parts, input_scale, bias, compute,
                   y, with_threads);
   };
-  const int64_t chunks = row_chunks(weight, rows, threads);
-  if (chunks > 1)
-    return parallel_for<Threads::team_or_helpers>(chunks, threads,
-                                                  [&](int64_t chunk, int) { multiply(chunk, chunks, 1); });
   const Choice choice = choose(table, dtype, compute, rows);
-  const int64_t bands = on_tiles(choice.element) ? ceil_div(rows * choice.terms, kBandRows) : 1;
+  const bool tiles = on_tiles(choice.element);
+  const int64_t chunks = row_chunks(weight, rows, tiles, threads);
+  const auto chunk = [&](int64_t i, int) { multiply(i, chunks, 1); };
+  if (chunks > 1) return parallel_for<Threads::team_or_helpers>(chunks, threads, chunk);
+  const int64_t bands = tiles ? ceil_div(rows * choice.terms, kBandRows) : 1;
   for (int64_t band = 0; band < bands; ++band) multiply(band, bands, threads);
 }
 
