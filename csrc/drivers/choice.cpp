@@ -117,8 +117,10 @@ void describe_on_tiles(std::vector<Job>& jobs) {
   jobs.push_back({"losses, " + many, tiles + two, enough});
   jobs.push_back({"losses, fewer channels", kFma, "fp32 has few sums, and 2 terms would be less exact"});
   jobs.push_back({"error feedback, " + many, tiles + two, enough});
-  jobs.push_back({"error feedback, fewer channels; factors", tiles + ", each factor in 3 terms",
-                  "these need the precision of fp32, and 3 terms have it"});
+  const std::string three = tiles + ", each factor in 3 terms";
+  const char* needed = "the precision of fp32 is needed, and 3 terms have it";
+  jobs.push_back({"error feedback, fewer channels", three, needed});
+  jobs.push_back({"factors of second moments", three, needed});
 }
 
 void describe_in_vectors(bool bf16, std::vector<Job>& jobs) {

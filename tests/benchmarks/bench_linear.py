@@ -213,6 +213,13 @@ def machine() -> Result:
     }
 
 
+def write(path: Path, figures: Result) -> None:
+    """Put a run's figures in the place of those of the same processor and number of threads."""
+    data = json.loads(path.read_text()) if path.exists() else {}
+    data[f"{figures['machine']['processor']}, {figures['machine']['threads']} threads"] = figures
+    path.write_text(json.dumps(dict(sorted(data.items())), indent=1) + "\n")
+
+
 def merge(path: Path, dtype: str, bits: int, result: Result) -> None:
     """Add a line to the file, in the place of one of the same shape and rows."""
     fresh: Result = {"machine": machine(), "dtype": dtype, "bits": bits, "results": []}

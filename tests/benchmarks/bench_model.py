@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from bench_generate import decode, prefill
-from bench_linear import machine, priority
+from bench_linear import machine, priority, write
 from torch import nn
 
 import awq_ext
@@ -99,7 +98,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each of decode and prefill, auto and int8")
     parser.add_argument("--realtime", action="store_true", help="before all other processes while timing (Linux, root)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="put the figures into this file, beside those of other processors")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -128,7 +127,7 @@ def main() -> None:
                 for name, ms in figures["ms"].items():
                     print(f"  {name:18s} {ms:9.3f}  {figures['ratios'][name]:.2f}x", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+        write(args.json, data)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ others; tables.py makes the tables of docs/speed.md from it. Not a test: nothing
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_linear import machine, rounds
+from bench_linear import machine, rounds, write
 from contenders import W4A8, W4A16, Call, Case, Maker
 from torch import Tensor
 
@@ -139,13 +138,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             print(f"WITHOUT {name}: {package} is not installed", file=sys.stderr)
     return found
-
-
-def write(path: Path, figures: Result) -> None:
-    """Put a run's figures in the place of those of the same processor and number of threads."""
-    data = json.loads(path.read_text()) if path.exists() else {}
-    data[f"{figures['processor']}, {figures['machine']['threads']} threads"] = figures
-    path.write_text(json.dumps(dict(sorted(data.items())), indent=1))
 
 
 def main() -> None:

@@ -88,9 +88,17 @@ def _speed(axis: Any, machine: Data) -> None:
     axis.grid(alpha=0.3)
 
 
+# By what numbers a benchmark knows a processor -> the name by which people know it.
+KNOWN = {
+    "AuthenticAMD, family 25, model 17": "Zen 4",
+    "GenuineIntel, family 6, model 207": "Emerald Rapids, with AMX",
+}
+
+
 def _known(processor: str) -> str:
-    """The name by which people know a processor that its benchmark knows by its numbers."""
-    return processor.replace("AuthenticAMD, family 25, model 17", "Zen 4")
+    for numbers, name in KNOWN.items():
+        processor = processor.replace(numbers, name)
+    return processor
 
 
 def _cost(axis: Any, peers: Data) -> None:

@@ -134,7 +134,10 @@ def generate() -> str:
 
 
 def model() -> str:
-    data = read("bench_model")
+    return "\n\n".join(one_model(data) for data in read("bench_model").values())
+
+
+def one_model(data: Data) -> str:
     head = ("", "MB", "decode", "prefill", 'decode, "int8"', 'prefill, "int8"')
     cells = [(compute, job) for compute in ("auto", "int8") for job in ("decode", "prefill")]
     rows = []
