@@ -12,7 +12,7 @@ Markdown = Callable[[Iterable[str], Iterable[Iterable[object]]], str]
 KINDS = {
     "amx_bf16": "x86 with AMX (Intel Xeon from Sapphire Rapids on)",
     "avx512_bf16": "x86 with AVX-512 and its bf16 products, without AMX (AMD from Zen 4 on)",
-    "avx512_f": "x86 with AVX-512, without its bf16 products (Intel before Cooper Lake)",
+    "avx512_f": "x86 with AVX-512, without its bf16 products (Intel's Skylake, Cascade Lake and Ice Lake)",
     "avx2": "x86 with AVX2 only",
     "other": "ARM and others",
 }

@@ -64,7 +64,10 @@ GPTQ = 32 * (4 + 1 + 1.5) + 4 * 64 + max(4 * 64, 2 * 64 + 8 * 32) + 8 * 32  # an
     ],
     ids=str,
 )
-def test_the_plan_is_the_largest_step_of_a_block(settings: dict[str, Any], statistics: int, step: float) -> None:
+def test_the_plan_is_the_largest_step_of_a_block(
+    settings: dict[str, Any], statistics: int, step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget._C, "isa", lambda: "avx512")
     one = surveyed(10, a=nn.Linear(8, 4))
     held = 3 * 10 + 4 * 64 + 16 * 8 + statistics
     assert planned_bytes([one], 3.0, AwqConfig(group_size=-1, **settings)) == held + int(step) + HEAP
@@ -72,6 +75,7 @@ def test_the_plan_is_the_largest_step_of_a_block(settings: dict[str, Any], stati
 
 def test_rows_on_tile_registers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     config, one = AwqConfig(group_size=-1, bias_correction=False, method="gptq"), surveyed(10, a=nn.Linear(8, 4))
+    monkeypatch.setattr(budget._C, "isa", lambda: "avx512")
     planned = planned_bytes([one], 3.0, config)
     monkeypatch.setattr(budget._C, "isa", lambda: "amx")
     assert planned_bytes([one], 3.0, config) - planned == 13 * 32
