@@ -34,9 +34,9 @@ CHOSEN = {
     "SwinForImageClassification",
     "TimmWrapperForImageClassification",  # cannot be made
 }
-# No better than rounding on fresh batches, by chance: the calibration rows are few. With four other seeds these are better too:
-# UMT5 by 10 to 17%, LeViT by 5 to 41%, DeiT by 11 to 65%. ConvNext's errors are 0.86 to 1.39 of those of rounding with five seeds, on
-# every level of kernels alike: 0.99 with this one on AVX-512, 1.01 on AMX.
+# No better than rounding on fresh batches, by chance: the calibration rows are few. With four other seeds three are better too:
+# UMT5 by 10 to 17%, LeViT by 5 to 41%, DeiT by 11 to 65%. ConvNext is not: its errors are 0.86 to 1.39
+# of those of rounding with five seeds, on every level of kernels alike; with this one 0.99 on AVX-512, 1.01 on AMX.
 NOT_BETTER = {
     "ConvNextForImageClassification",
     "UMT5ForConditionalGeneration",
