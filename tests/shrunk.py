@@ -138,7 +138,7 @@ def _layers(values: dict[str, Any]) -> list[int]:
 
 
 def make(kind: str, model_type: str, name: str, seed: int = 0) -> Case:
-    """The class ``name`` of transformers, small, and six batches; the same weights and batches for the same ``seed``."""
+    """The class ``name`` of transformers, small, and 24 batches; the same weights and batches for the same ``seed``."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -154,6 +154,9 @@ def make(kind: str, model_type: str, name: str, seed: int = 0) -> Case:
     make_batch = BATCHES.get(name) or functools.partial(_batch, kind)
     case.batches = [make_batch(config) for _ in range(6)]
     _settle(case)
+    case.batches += [
+        make_batch(config) for _ in range(18)
+    ]  # _settle draws numbers: weights depend on what was drawn before
     return case
 
 

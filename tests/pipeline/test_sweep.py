@@ -34,15 +34,6 @@ CHOSEN = {
     "SwinForImageClassification",
     "TimmWrapperForImageClassification",  # cannot be made
 }
-# No better than rounding on fresh batches, by chance: the calibration rows are few. With four other seeds three are better too:
-# UMT5 by 10 to 17%, LeViT by 5 to 41%, DeiT by 11 to 65%. ConvNext is not: its errors are 0.86 to 1.39
-# of those of rounding with five seeds, on every level of kernels alike; with this one 0.99 on AVX-512, 1.01 on AMX.
-NOT_BETTER = {
-    "ConvNextForImageClassification",
-    "UMT5ForConditionalGeneration",
-    "LevitForImageClassificationWithTeacher",
-    "DeiTForImageClassification",
-}
 
 
 def every_class() -> list[object]:
@@ -61,7 +52,7 @@ def test_class(kind: str, model_type: str, name: str) -> None:
         return
     assert result.made and not result.problem, result.problem
     assert result.layers > 0
-    assert result.ratio < 1 or name in NOT_BETTER, f"output error {result.ratio:.3f} of that of rounding"
+    assert result.ratio < 1, f"output error {result.ratio:.3f} of that of rounding"
     assert (result.saved, result.native) == (EQUAL, EQUAL)
     assert result.default in (EQUAL, NO_PLACE)
 
