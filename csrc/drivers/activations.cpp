@@ -158,17 +158,11 @@ void Activations::make_tiles(const uint32_t* rows, int count, uint32_t* out) con
       const int64_t size = tiles * sides * kSide * kSide;
       if (depth < kSide || words % depth != 0 || count < sides * kSide)
         std::memset(out, 0, static_cast<size_t>(size) * 4);
-      if (words % kSide == 0 && depth == kSide) {
-        for (int64_t m = 0; m < count; ++m)
-          for (int64_t t = 0; t < tiles; ++t)
-            std::memcpy(out + (t * sides + m / kSide) * kSide * kSide + m % kSide * kSide,
-                        rows + m * row_elements_ + t * kSide, kSide * 4);
-      } else
-        for (int64_t m = 0; m < count; ++m)
-          for (int64_t t = 0; t < tiles; ++t)
-            std::memcpy(out + (t * sides + m / kSide) * kSide * kSide + m % kSide * kSide,
-                        rows + m * row_elements_ + t * depth,
-                        static_cast<size_t>(std::min(depth, words - t * depth)) * 4);
+      for (int64_t m = 0; m < count; ++m)
+        for (int64_t t = 0; t < tiles; ++t)
+          std::memcpy(out + (t * sides + m / kSide) * kSide * kSide + m % kSide * kSide,
+                      rows + m * row_elements_ + t * depth,
+                      static_cast<size_t>(std::min(depth, words - t * depth)) * 4);
       out += size;
       rows += words;
     }

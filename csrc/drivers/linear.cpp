@@ -192,24 +192,22 @@ void add_tile_steps(const Call& c, const Part& part, int64_t first, int64_t coun
 void take_turns(const Call& c, int threads) {
   const int64_t tiles = tile_count(c.weight.out_features);
   // As many tasks as keep all threads busy to the end, each with at most so many tiles.
-  const int64_t part_tiles = c.tiles != nullptr ? kTilePartTiles : kPartTiles;
-  const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, part_tiles), threads));
+  const bool in_tiles = c.tiles != nullptr, panel = c.choice.way == Way::panel;
+  const int64_t tasks = std::min(tiles, round_up(ceil_div(tiles, in_tiles ? kTilePartTiles : kPartTiles), threads));
   const int64_t bundle = ceil_div(tiles, tasks);
-  const bool panel = c.choice.way == Way::panel;
-  const int64_t most = c.tiles != nullptr ? kTileRunSteps  // so that sums do not depend on the way
-                       : panel            ? kPanelSteps
-                                          : kDecodeBytes / step_bytes(c.weight.bits);
+  const int64_t most = in_tiles ? kTileRunSteps  // so that sums do not depend on the way
+                       : panel  ? kPanelSteps
+                                : kDecodeBytes / step_bytes(c.weight.bits);
   const int64_t whole = most / c.group_steps * c.group_steps;  // groups that fit, or parts of one
-  const int64_t tile_values = panel ? panel_words(c, most) : 0, rows = c.element_rows();
-  const int64_t lds = (c.tiles != nullptr ? 1 : bundle) * kTileOutputs, sums_size = rows * bundle * kTileOutputs;
-  const int64_t tile_sums = (c.tiles != nullptr ? rows : 1) * kTileOutputs;
-  const int64_t panel_tiles = c.tiles != nullptr ? 1 : bundle;
-  const int64_t size = round_up(panel_tiles * tile_values + sums_size, 16);  // whole cache lines
+  const int64_t tile_values = panel ? panel_words(c, most) : 0, panel_values = (in_tiles ? 1 : bundle) * tile_values;
+  const int64_t rows = c.element_rows(), sums_size = rows * bundle * kTileOutputs;
+  const int64_t to_row = (in_tiles ? 1 : bundle) * kTileOutputs, to_tile = (in_tiles ? rows : 1) * kTileOutputs;
+  const int64_t size = round_up(panel_values + sums_size, 16);  // whole cache lines
   Scratch<Part, uint32_t> scratch(threads * size);
   parallel_for<Threads::team_or_helpers>(ceil_div(tiles, bundle), threads, [&](int64_t task, int thread) {
     const TileTask tile_task(c);
     uint32_t* values = scratch.get() + thread * size;
-    const Sums sums{reinterpret_cast<float*>(values + panel_tiles * tile_values), lds, tile_sums};
+    const Sums sums{reinterpret_cast<float*>(values + panel_values), to_row, to_tile};
     std::memset(sums.data, 0, static_cast<size_t>(sums_size) * 4);
     const int64_t tile = task * bundle, count = std::min(bundle, tiles - tile);
     const Part part{tile, count, tile_values, values, sums};
@@ -217,7 +215,7 @@ void take_turns(const Call& c, int threads) {
       // A part of a group ends where the group does.
       length = whole > 0 ? whole : std::min(most, c.group_steps - first % c.group_steps);
       length = std::min(length, c.steps - first);
-      c.tiles != nullptr ? add_tile_steps(c, part, first, length) : add_steps(c, part, first, length);
+      in_tiles ? add_tile_steps(c, part, first, length) : add_steps(c, part, first, length);
     }
     finish(c, sums, tile, count);
   });
@@ -244,21 +242,16 @@ void multiply_rows(const KernelTable& table, const TiledWeight& weight, const vo
   choice.way == Way::stream ? stream(call, threads) : take_turns(call, threads);
 }
 
-// The same for rows [first, end) of x.
-void multiply_some(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t first,
-                   int64_t end, const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
-  const int64_t bytes = dtype_bytes(dtype);
-  multiply_rows(table, weight, static_cast<const char*>(x) + first * weight.in_features * bytes, dtype, end - first,
-                input_scale, bias, compute, static_cast<char*>(y) + first * weight.out_features * bytes, threads);
-}
-
 }  // namespace
 
 void quant_linear(const KernelTable& table, const TiledWeight& weight, const void* x, Dtype dtype, int64_t rows,
                   const float* input_scale, const float* bias, Compute compute, void* y, int threads) {
+  const int64_t to_input = weight.in_features * dtype_bytes(dtype),
+                to_output = weight.out_features * dtype_bytes(dtype);
   const auto multiply = [&](int64_t part, int64_t parts, int with_threads) {
-    multiply_some(table, weight, x, dtype, part * rows / parts, (part + 1) * rows / parts, input_scale, bias, compute,
-                  y, with_threads);
+    const int64_t first = part * rows / parts, count = (part + 1) * rows / parts - first;
+    multiply_rows(table, weight, static_cast<const char*>(x) + first * to_input, dtype, count, input_scale, bias,
+                  compute, static_cast<char*>(y) + first * to_output, with_threads);
   };
   const Choice choice = choose(table, dtype, compute, rows);
   const bool tiles = on_tiles(choice.element);
