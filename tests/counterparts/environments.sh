@@ -10,7 +10,7 @@ mkdir -p "$folder"
 [ $# -gt 0 ] || set -- $(cd "$here/requirements" && ls | sed 's/\.txt$//')
 
 make_one() {
-  local requirements=$here/requirements/$1.txt environment=$folder/$1 torch unwanted
+  local requirements=$here/requirements/$1.txt environment=$folder/$1 torch unwanted caching=
   cmp -s "$requirements" "$environment/made-from.txt" && return
   rm -rf "$environment"
   python3 -m venv "$environment"
@@ -18,7 +18,9 @@ make_one() {
   # not compiled: of tens of thousands of files few are ever imported, and those Python compiles then
   torch=$(sed -n '/^torch==/p' "$requirements")
   [ -z "$torch" ] || "$environment/bin/pip" install --quiet --no-compile "$torch"
-  "$environment/bin/pip" install --quiet --no-compile -r "$requirements"
+  # pip 23 takes a wheel that it once built for one that was built with other settings
+  ! grep -q -e --config-settings "$requirements" || caching=--no-cache-dir
+  "$environment/bin/pip" install --quiet --no-compile $caching -r "$requirements"
   unwanted=$(sed -n 's/^# afterwards without: \([^(]*\).*/\1/p' "$requirements")
   # shellcheck disable=SC2086
   [ -z "$unwanted" ] || "$environment/bin/pip" uninstall --quiet --yes $unwanted
