@@ -194,15 +194,18 @@ def test_no_group_size_is_advised_where_the_layout_cannot_hold_the_width() -> No
     assert problem == "in_features=48 is not a multiple of 32: leave the layer float with skip="
 
 
+@pytest.mark.parametrize("group_size", [64, -1])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if 8 not in LAYOUTS[name].widths])
-def test_eight_bits_are_for_layouts_that_have_them(name: str) -> None:
-    layer = random_layer(k=256, g=64, symmetric=True, bits=8)
+def test_eight_bits_are_for_layouts_that_have_them(name: str, group_size: int) -> None:
+    """Of symmetric layers with one scale a row one more layout is named."""
+    layer = random_layer(k=256, g=group_size, symmetric=True, bits=8)
     (problem,) = LAYOUTS[name].problems("self_attn.q_proj", layer)
-    start, named, end = problem.partition('use format="compressed-tensors", "gptq", "mlx", "native" or "gguf" (that ')
-    assert named and start == "it has 8 bits, not 4: "
+    start, named, end = problem.partition('"gptq", "mlx", "native" or "gguf" (that ')
+    assert named and start.startswith('it has 8 bits, not 4: use format="compressed-tensors", ')
     assert end == 'only if it is symmetric), or quantize with bits=4 (an output layer: with head="int4")'
     holding = {other for other, layout in LAYOUTS.items() if not layout.problems("self_attn.q_proj", layer)}
     assert holding == {other for other in LAYOUTS if f'"{other}"' in problem}
+    assert ("compressed-tensors-w8a8" in holding) == (group_size == -1)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
