@@ -80,7 +80,7 @@ def test_vllm_serves_layers_of_eight_bits_with_rounded_activations(settings: dic
 def test_vllm_serves_what_the_command_writes_by_default(tmp_path: Path) -> None:
     """``awq-ext quantize MODEL OUT --calib TEXT`` with no other option: method, layout, groups and dtype are the defaults.
 
-    So is vLLM's kernel, which rounds activations to 8 bits where there is AMX.
+    So is vLLM's dtype, in which it rounds activations to 8 bits where there is AMX.
     """
     needed("vllm")
     wide_llama().save_pretrained(tmp_path / "float")
@@ -91,7 +91,7 @@ def test_vllm_serves_what_the_command_writes_by_default(tmp_path: Path) -> None:
         cli.app, ["quantize", f"{tmp_path / 'float'}", f"{tmp_path / 'int4'}", "--calib", f"{calib}"]
     )
     assert shown.exit_code == 0 and f"vLLM: vllm serve {tmp_path / 'int4'}" in shown.output, shown.output
-    assert_generates(tmp_path / "int4", awq_ext.from_pretrained(tmp_path / "int4"), tmp_path, VLLM_CPU_INT4_W4A8="1")
+    assert_generates(tmp_path / "int4", awq_ext.from_pretrained(tmp_path / "int4"), tmp_path, VLLM_DTYPE="bfloat16")
 
 
 def assert_same_tokens(model: torch.nn.Module, layout: str, tmp_path: Path) -> None:

@@ -160,8 +160,8 @@ class Layout:
             held = " or ".join(map(str, self.widths))
             rounded = ', "compressed-tensors-w8a8"' if layer.bits == 8 and layer.groups == 1 and layer.symmetric else ""
             found.append(
-                f'it has {layer.bits} bits, not {held}: use format="compressed-tensors"{rounded}, "gptq", "mlx", "native" or "gguf" (that '
-                f'only if it is symmetric), or quantize with bits={held} (an output layer: with head="int{held}")'
+                f'it has {layer.bits} bits, not {held}: use format="compressed-tensors"{rounded}, "gptq", "mlx", "native" or '
+                f'"gguf" (that only if it is symmetric), or quantize with bits={held} (an output layer: with head="int{held}")'
             )
         if layer.pre_quant_scale is not None and not self.run_time_scales:
             found.append('its input is scaled at run time, for which there is no slot: quantize with fold="always"')

@@ -5,14 +5,9 @@ TOKENS safetensors: input_ids int64 [B, T]. TENSORS safetensors: embeddings fp32
 
 from __future__ import annotations
 
-import os
 import sys
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# on processors with AMX it would round activations to 8 bits: what the directory holds is compared, the same on every processor
-os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
+from vllm_settings import DTYPE  # isort: skip
 import torch
 from safetensors.torch import load_file, save_file
 from vllm import LLM
@@ -20,7 +15,7 @@ from vllm import LLM
 
 def main() -> None:
     folder, tokens, out = sys.argv[1:]
-    engine = LLM(folder, runner="pooling", dtype="bfloat16", enforce_eager=True, max_model_len=64)
+    engine = LLM(folder, runner="pooling", dtype=DTYPE, enforce_eager=True, max_model_len=64)
     rows = [{"prompt_token_ids": row.tolist()} for row in load_file(tokens)["input_ids"]]
     found = engine.embed(rows, use_tqdm=False)
     save_file({"embeddings": torch.tensor([each.outputs.embedding for each in found]).float()}, out)

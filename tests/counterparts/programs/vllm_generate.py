@@ -5,14 +5,9 @@ PROMPT safetensors: tokens int64 [B, T]. TENSORS safetensors: generated int64 [B
 
 from __future__ import annotations
 
-import os
 import sys
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# on processors with AMX it would round activations to 8 bits: what the directory holds is compared, the same on every processor
-os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
+from vllm_settings import DTYPE  # isort: skip
 import torch
 from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
@@ -21,7 +16,7 @@ from vllm import LLM, SamplingParams
 def main() -> None:
     folder, prompt, out = sys.argv[1:]
     tokens = load_file(prompt)["tokens"]
-    engine = LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=128)
+    engine = LLM(folder, skip_tokenizer_init=True, dtype=DTYPE, enforce_eager=True, max_model_len=128)
     settings = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
     rows = tokens.tolist()
     answers = engine.generate([{"prompt_token_ids": row} for row in rows], settings, use_tqdm=False)

@@ -7,14 +7,9 @@ TENSORS safetensors: generated int64 [B, T + steps], the tokens of the whole pro
 
 from __future__ import annotations
 
-import os
 import sys
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# on processors with AMX it would round activations to 8 bits: what the directory holds is compared, the same on every processor
-os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
+from vllm_settings import DTYPE  # isort: skip
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -26,7 +21,7 @@ def main() -> None:
     folder, given, out, classes = sys.argv[1:]
     with safe_open(given, "pt") as file:
         pictures, told = file.get_tensor("pictures"), file.metadata()
-    engine = LLM(folder, model_impl=classes, dtype="bfloat16", enforce_eager=True, max_model_len=64)
+    engine = LLM(folder, model_impl=classes, dtype=DTYPE, enforce_eager=True, max_model_len=64)
     settings = SamplingParams(temperature=0, max_tokens=int(told["steps"]), ignore_eos=True, detokenize=False)
     images = [Image.fromarray(picture.numpy()) for picture in pictures]
     prompts = [{"prompt": told["text"], "multi_modal_data": {"image": image}} for image in images]
