@@ -121,6 +121,7 @@ def quantize_in(
         _warn_at_once(report, opened, keeping.tells)
         keeping.begin(model, opened.calls + opened.builtin, config, blocks)
         with opened.surveyed(blocks) as surveys:
+            _warn_of_groups(report, opened, surveys, keeping.tells)
             run = (SharedRun if isinstance(keeping, SharedKeeping) else Run)(
                 opened, surveys, report, progress, rescaling, keeping
             )
@@ -178,6 +179,26 @@ def _warn_at_once(report: AwqReport, opened: Session, tells: bool) -> None:
     if report.few_tokens:
         warn(report.few_tokens)
     for text in opened.warnings if tells else ():
+        warn(text)
+
+
+def _warn_of_groups(report: AwqReport, opened: Session, surveys: Sequence[BlockSurvey], tells: bool) -> None:
+    """Warn before the work where scales are folded for the formats of other tools, and groups fit none of them."""
+    names = [name for one in surveys for group in one.groups for name in group.linears]
+    found = [(name, opened.eligible.linears[name].in_features, opened.config.for_layer(name)) for name in names]
+    widths = [(name, width, one.group_size) for name, width, one in found if one.packed and one.group_size != -1]
+    odd = [(name, width, size) for name, width, size in widths if width > size and width % size]
+    if opened.config.fold != "always" or not odd:
+        return
+    (name, width, size), others = odd[0], f" and {len(odd) - 1} more layers" if len(odd) > 1 else ""
+    fits = next((one for one in (64, 32, 16) if not any(width % one for _, width, _ in widths)), -1)
+    text = (
+        f"groups of {size} do not divide the {width} inputs of {name}{others}, which formats of other tools cannot hold, "
+        f'"gptq" excepted, and fold="always" is for these formats: group_size={fits} divides all widths'
+    )
+    opened.warnings.append(text)
+    report.warnings.append(text)
+    if tells:
         warn(text)
 
 

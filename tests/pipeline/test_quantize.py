@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from typing import Any
 
 import matrix
@@ -215,3 +216,16 @@ def test_any_mlp(
     assert_never_worse(model.awq_report)
     assert torch.isfinite(model(batches[0])).all()
     assert [type(m) for m in model[::2]] == [QuantLinear] * (len(widths) - 1)
+
+
+def test_folding_for_formats_that_cannot_hold_the_groups_is_told_before_the_work() -> None:
+    model = nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32))
+    before = copy.deepcopy(model.state_dict())
+    says = r"^groups of 64 do not divide the 96 inputs of 1, which formats .*: group_size=32 divides all widths$"
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match=says):
+        warnings.simplefilter("error")
+        awq_ext.quantize(model, [torch.randn(50, 96)], group_size=64, fold="always", **FAST)
+    assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
+    awq_ext.quantize(copy.deepcopy(model), [torch.randn(50, 96)], group_size=64, fold="never", **FAST)
+    awq_ext.quantize(model, [torch.randn(50, 96)], group_size=32, fold="always", **FAST)
+    assert not model.awq_report.warnings
