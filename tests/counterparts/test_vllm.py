@@ -71,7 +71,8 @@ def test_vllm_serves_layers_of_eight_bits_with_rounded_activations(settings: dic
     needed("vllm")
     model = quantized_llama(**settings)
     folder = awq_ext.save_pretrained(model, tmp_path / "model", format="compressed-tensors-w8a8", verify=True)
-    output = assert_generates(folder, awq_ext.from_pretrained(folder), tmp_path)
+    # in float16 its kernel for AMX ends with "scale_C: scalar path not implemented!"
+    output = assert_generates(folder, awq_ext.from_pretrained(folder), tmp_path, VLLM_DTYPE="bfloat16")
     assert "CPUInt8ScaledMMLinearKernel for CompressedTensorsW8A8Int8" in output
     assert ("CPUWNA16LinearKernel for CompressedTensorsWNA16" in output) == (settings is not ROWS)
 
