@@ -189,7 +189,9 @@ def _squared_gradients(
         running = False
         release_free_memory()  # what comes now is the peak
         if of_tokens and not _are_of_tokens(logits_of(result), call):
-            raise CalibrationError(f"the model returned no logits for every token id of calibration batch {index}")
+            raise CalibrationError(
+                f"rows can be weighed in language models alone, and calibration batch {index} got no logits for every token id"
+            )
         targets, cotangents = _cotangents(result, call, generator)
         if not targets:
             raise CalibrationError(f"nothing that calibration batch {index} returned can be differentiated.{_HINT}")

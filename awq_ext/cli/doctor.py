@@ -66,7 +66,7 @@ def tile_facts() -> tuple[list[tuple[str, str]], list[str]]:
         f"this machine loses AMX tiles when programs take turns on a core ({seen}): results would be wrong. "
         "Set AWQ_EXT_ISA=avx512_vnni"
     )
-    return [("AMX tiles", seen)], [wrong] if damaged else []
+    return [("AMX tiles", seen if damaged else f"{seen}: safe to use")], [wrong] if damaged else []
 
 
 def measured_facts(seconds: Mapping[int, Mapping[str, float]]) -> list[tuple[str, str]]:

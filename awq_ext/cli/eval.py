@@ -93,6 +93,7 @@ def eval(
     figures = {name: one.to_dict() for name, one in found.items()}
     if card:
         record_scores(folder, figures)
+        console.print(f"written to the model card and the report in {escape(str(folder))}", soft_wrap=True)
     write_json(figures, json_path)
 
 

@@ -189,5 +189,6 @@ def _whole(text: str, tokenizer: Any, length: int, path: Path) -> Tensor:
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0].to(torch.int64)
     whole = ids[: len(ids) // length * length].view(-1, length)
     if len(whole) == 0:
-        raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {length}: give more text")
+        shorter = ", or a smaller --seq-len" if len(ids) >= length // 8 else ""
+        raise ValueError(f"{path} has {len(ids)} tokens, fewer than one window of {length}: give more text{shorter}")
     return whole

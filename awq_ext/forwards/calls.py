@@ -27,6 +27,8 @@ from .samples import (
     unread_file,
 )
 
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -79,6 +81,15 @@ class Call:
                 return int((kept != 0).sum()) if masked else ids.numel()
         return 0
 
+    def of_numbers(self, place: str) -> Call:
+        """Return this call; ValueError, naming ``place``, where a tensor among its arguments holds NaN. Inf may stand in a mask."""
+        named = [*((f"argument {i}", v) for i, v in enumerate(self.args)), *self.kwargs.items()]
+        for name, value in named:
+            plain = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in _FLOATS
+            if plain and bool(value.isnan().any()):
+                raise ValueError(f"{place} holds NaN ({name}, of shape {tuple(value.shape)}): leave it out or mend it")
+        return self
+
     def on_copies(self, hint: str = "") -> Call:
         """Return this call with copies of its arguments, for a model that may write its input; ``hint`` is added to its own."""
         args, kwargs = copy_inputs((self.args, self.kwargs))
@@ -104,8 +115,8 @@ def read_calls(
     sample first.
     model: keywords that its forward does not take, and labels, which no layer needs, are left out, with a warning; ids of one
         dimension get a batch dimension where it reads any. scoring: labels stay, as they may be what is predicted.
-    Raises ValueError for an empty loader, TypeError for samples or settings it cannot use, such as the name of a file in place of
-    its text; the loader's own errors pass.
+    Raises ValueError for an empty loader and for NaN in what is calibrated on, TypeError for samples or settings it cannot use,
+    such as the name of a file in place of its text; the loader's own errors pass.
     """
     if not (inputs in ("all", "first") or callable(inputs)):
         raise TypeError(f'inputs={inputs!r}: choose "all", "first" or a function of one sample')
@@ -119,7 +130,9 @@ def read_calls(
         chosen = inputs(sample) if callable(inputs) else sample
         if inputs == "first" and isinstance(chosen, (tuple, list)):
             chosen = chosen[0]
-        calls.extend(reader.calls(chosen, f"sample {index} of calib_loader"))
+        place = f"sample {index} of calib_loader"
+        for call in reader.calls(chosen, place):
+            calls.append(call if scoring else call.of_numbers(place))
     if not calls:
         raise ValueError("calib_loader is empty: at least one sample is needed (a generator can be read only once)")
     reader.tell()

@@ -61,7 +61,8 @@ def text_of(row: Any, tokenizer: Any, place: str, field: str | None = None) -> t
     if name is None:
         wanted = ", ".join(map(repr, TEXT_FIELDS[:-1]))
         raise ValueError(
-            f"{place} has neither of {wanted} or 'prompt': it has {sorted(map(str, row))}; name the field of its text"
+            f"{place} has neither of {wanted} or 'prompt': it has {sorted(map(str, row))}; name the field of its text "
+            "(--field NAME; in Python rename it to text)"
         )
     value, completion = row[name], row.get("completion") if name == "prompt" else None
     if completion is not None and is_chat(value) and is_chat(completion):
@@ -76,6 +77,11 @@ def text_of(row: Any, tokenizer: Any, place: str, field: str | None = None) -> t
 def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, place: str) -> str:
     if not hasattr(tokenizer, "apply_chat_template"):
         raise ValueError(f"{place} is a chat: a tokenizer with a chat template is needed (tokenizer=)")
+    if not getattr(tokenizer, "chat_template", True):
+        raise ValueError(
+            f"{place} is a chat, and this model's tokenizer has no chat template: give rows with a field 'text', or set "
+            "tokenizer.chat_template"
+        )
     read = [
         one if "role" in one else {"role": _ROLES.get(one["from"], one["from"]), "content": one["value"]}
         for one in messages

@@ -10,7 +10,7 @@ from ..calibration.extra_batches import generated_calls, random_calls
 from ..calibration.importance import find_weights
 from ..calibration.row_weights import Weights
 from ..config import AwqConfig
-from ..forwards.calls import Call
+from ..forwards.calls import CalibrationError, Call
 from ..reporting.progress import draws_bars, say
 from ..reporting.report import AwqReport
 from ..survey.survey import BlockSurvey
@@ -71,5 +71,6 @@ def row_weights(
     except Exception as error:  # a model need not have gradients to be quantized
         if asked:
             raise
-        report.notes.append(f"all calibration rows count alike: {type(error).__name__}: {error}")
+        reason = str(error) if isinstance(error, CalibrationError) else f"{type(error).__name__}: {error}"
+        report.notes.append(f"all calibration rows count alike: {reason}")
         return None

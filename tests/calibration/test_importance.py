@@ -364,7 +364,7 @@ class Closed(Reader):
 def test_rows_count_alike_by_default_where_tokens_have_no_logits_or_no_gradients(model: nn.Module, x: Tensor) -> None:
     other = copy.deepcopy(model)
     report = awq_ext.quantize(model, [x], method="gptq", **FAST).awq_report
-    assert any("all calibration rows count alike: CalibrationError" in note for note in report.notes)
+    assert any("all calibration rows count alike: " in note and "Error" not in note for note in report.notes)
     awq_ext.quantize(other, [x], method="gptq", objective="layer", **FAST)
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key])

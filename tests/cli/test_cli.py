@@ -147,7 +147,7 @@ def test_doctor_reports_damaged_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from awq_ext.cli import doctor
 
     monkeypatch.setattr(_C, "probe_tiles", lambda _: (50, 20, 0))
-    assert doctor.tile_facts() == ([("AMX tiles", "20 of 50 holds interrupted, 0 damaged")], [])
+    assert doctor.tile_facts() == ([("AMX tiles", "20 of 50 holds interrupted, 0 damaged: safe to use")], [])
     monkeypatch.setattr(_C, "probe_tiles", lambda _: (50, 20, 3))
     (wrong,) = doctor.tile_facts()[1]
     assert "20 of 50 holds interrupted, 3 damaged" in wrong and "AWQ_EXT_ISA=avx512_vnni" in wrong

@@ -81,7 +81,7 @@ def test_parquet(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.jsonl", '{"text": 3}', r"line 1: 'text' is a int"),
         ("a.jsonl", "[1]", r"line 1 is a list"),
         ("a.jsonl", '{"messages": 3}', r"line 1: 'messages' is a int"),
-        ("a.jsonl", '{"question": "x"}', r"line 1 has neither of 'text', .*it has \['question'\]"),
+        ("a.jsonl", '{"question": "x"}', r"line 1 has neither of 'text', .*it has \['question'\]; .* \(--field NAME;"),
         ("a.json", '{"text": "one"}', "holds a dict: a list of rows"),
         ("a.json", "[", "a.json is no JSON"),
         ("a.pdf", "text", r"what is in a \.pdf is not known: \.txt, "),
@@ -101,6 +101,23 @@ def test_a_chat_the_template_refuses(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([CHAT]))
     with pytest.raises(ValueError, match=r"row 1: the tokenizer's chat template refuses its messages: no system role"):
         read_text(tmp_path / "a.json", tokenizer)
+
+
+def test_a_chat_for_a_tokenizer_without_a_template(tmp_path: Path) -> None:
+    tokenizer = hf_directory.tokenizer()
+    tokenizer.chat_template = None
+    (tmp_path / "a.json").write_text(json.dumps([CHAT]))
+    says = r"row 1 is a chat, and this model's tokenizer has no chat template: give rows with a field 'text', or set"
+    with pytest.raises(ValueError, match=says):
+        read_text(tmp_path / "a.json", tokenizer)
+
+
+def test_a_shorter_window_is_advised_where_it_would_be_one(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three four five six")
+    with pytest.raises(ValueError, match=r"fewer than one window of 100: give more text, or a smaller --seq-len$"):
+        windows([tmp_path / "a.txt"], tokenizer, 2, 100)
+    with pytest.raises(ValueError, match=r"fewer than one window of 4096: give more text$"):
+        windows([tmp_path / "a.txt"], tokenizer, 2, 4096)
 
 
 def test_a_line_ends_where_json_says(tokenizer: Any, tmp_path: Path) -> None:

@@ -182,6 +182,24 @@ def test_no_linear_is_reached(llama: models.Case) -> None:
     refused(Skipping(), llama.batches, CalibrationError, "reached no Linear")
 
 
+@pytest.mark.fault(
+    "Calls of quantize", "A calibration sample holds NaN", "ValueError that names the sample and the argument"
+)
+def test_samples_that_hold_nan() -> None:
+    """Inf may be there: masks of floats have it."""
+    model = nn.Sequential(nn.Linear(32, 8), nn.ReLU())
+    before, batches = model[0].weight.clone(), [torch.randn(50, 32) for _ in range(3)]
+    batches[2][7, 3] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"^sample 2 of calib_loader holds NaN \(argument 0, of shape \(50, 32\)\): leave"
+    ):
+        awq_ext.quantize(model, batches, **FAST)
+    assert torch.equal(model[0].weight, before)
+    transformer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    mask = torch.full((5, 5), float("-inf")).triu(1)
+    awq_ext.quantize(transformer, [{"src": torch.randn(2, 5, 32), "src_mask": mask}], **FAST)
+
+
 # --- NaN and Inf: the layer is named and rounded to nearest, or left; the others are not touched by it -------------------
 
 
