@@ -133,7 +133,7 @@ def test_the_frequencies_of_llama_3_are_transformers_own() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another architecture": ({"architectures": ["PhiForCausalLM"]}, "GGUF files of PhiForCausalLM"),
+    "another architecture": ({"architectures": ["HeliumForCausalLM"]}, "GGUF files of HeliumForCausalLM"),
     "rotary embeddings": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
     "no size": ({"num_hidden_layers": None}, "num_hidden_layers=None"),
     "windows": (
@@ -206,11 +206,11 @@ def test_the_command_says_what_is_in_a_file(tmp_path: Path) -> None:
 
 
 def test_an_architecture_without_names_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    model = float_model("Phi", **SIZES)
-    with pytest.raises(CheckpointError, match="GGUF files of PhiForCausalLM"):
+    model = float_model("Helium", **SIZES)
+    with pytest.raises(CheckpointError, match="GGUF files of HeliumForCausalLM"):
         awq_ext.check_format(model, BATCH, "gguf", group_size=32, method="rtn")
     awq_ext.check_format(float_model(**SIZES), BATCH, "gguf", group_size=32, method="rtn")
     awq_ext.quantize(model, [BATCH], {"group_size": 32, "method": "rtn", "fold": "always"}, progress=False)
-    with pytest.raises(CheckpointError, match="GGUF files of PhiForCausalLM"):
+    with pytest.raises(CheckpointError, match="GGUF files of HeliumForCausalLM"):
         awq_ext.save_pretrained(model, tmp_path / "model", format="gguf")
     assert not (tmp_path / "model").exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from counterparts.gguf_models import ARCHITECTURES, FAMILIES, SIZES, family
+from counterparts.gguf_models import ARCHITECTURES, FAMILIES, SIZES, class_of, family
 from torch import nn
 
 import awq_ext
@@ -29,8 +29,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def test_every_architecture_has_a_model_here() -> None:
-    classes = {f"{name.split(maxsplit=1)[0]}ForCausalLM" for name in FAMILIES}
-    assert classes == {name for entry in ENTRIES for name in entry.classes}
+    assert {class_of(name) for name in FAMILIES} == {name for entry in ENTRIES for name in entry.classes}
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -142,7 +141,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(what: str) -> None:
 
     name, change, text = REFUSED[what]
     config = family(name).config.to_dict()
-    config["architectures"] = [f"{name.split(maxsplit=1)[0]}ForCausalLM"]
+    config["architectures"] = [class_of(name)]
     Architecture(config).places()
     with pytest.raises(CheckpointError, match=text):
         Architecture(config | change).places()

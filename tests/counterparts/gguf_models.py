@@ -23,13 +23,14 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 MOE = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 32}
-# how they are quantized in tests
+# how they are quantized in tests; with FEW, only those that end attention in the first block, to 8 bits
 ARCHITECTURES: dict[str, Any] = {
     "symmetric": True,
     "group_size": 32,
     "method": "rtn",
     "fold": "never",
 }
+FEW: dict[str, Any] = {"only": (r"re:.*\.0\..*(o_proj|qkv_proj|dense|attn\.c_proj)",), "bits": 8}
 UNTIED = {"tie_word_embeddings": False}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
@@ -49,6 +50,11 @@ LONGROPE = {
     "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
     "short_factor": [1.0, 1.0, 1.1, 1.2, 1.3, 1.4],
 }
+ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}
+SIGMOID = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2, "n_group": 1,
+    "topk_group": 1, "routed_scaling_factor": 1.5, "first_k_dense_replace": 1, "num_hidden_layers": 3,
+}  # fmt: skip
 # class without Config or ForCausalLM -> settings; after a space, which of several
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
@@ -99,7 +105,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Cohere2": {"sliding_window": 8, "num_hidden_layers": 5, "logit_scale": 0.25, "head_dim": 16},
     "StableLm": {"use_qkv_bias": True, **UNTIED},
     "Starcoder2": {},
+    "Cohere": {"logit_scale": 0.25, "head_dim": 16},
+    "Olmo": {"clip_qkv": 1.5},
+    "Olmo plain": UNTIED,
+    "Nemotron": {"head_dim": 16, **UNTIED},
+    "Exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA3},
+    "HunYuanDenseV1": {"head_dim": 32, "pad_token_id": 0},
+    "HunYuanDenseV1 alpha": {"head_dim": 32, "pad_token_id": 0, "rope_parameters": ALPHA},
+    "HunYuanMoEV1": {"head_dim": 32, "pad_token_id": 0, "num_experts": 4, "moe_topk": 2},
+    "Glm": {"head_dim": 16, "attention_bias": True},
+    "Glm4Moe": {**SIGMOID, "head_dim": 32, "attention_bias": True, "use_qk_norm": True},
+    "Glm4Moe plain": {**SIGMOID, "head_dim": 32, "norm_topk_prob": False},
+    "Dots1": {**SIGMOID, "num_experts_per_tok": 3, "head_dim": 32, "norm_topk_prob": True, "num_key_value_heads": 4, **UNTIED},
+    "Ernie4_5_Moe": {
+        "head_dim": 32, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 2,
+        "num_hidden_layers": 3,
+    },
+    "MiniMaxM2": {
+        "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, **UNTIED,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.5},
+    },
+    "Phi": UNTIED,
+    "GPTNeoX": {"hidden_act": "gelu_pytorch_tanh", **UNTIED},
+    "GPTNeoX sequential": {"hidden_act": "gelu_pytorch_tanh", "use_parallel_residual": False, **UNTIED},
+    "Falcon": {"activation": "gelu_pytorch_tanh", "ffn_hidden_size": 256},
+    "Bloom": {"n_layer": 2, "n_head": 4},
+    "ExaoneMoe": {**SIGMOID, "num_experts": 4, "num_shared_experts": 2, "num_hidden_layers": 5, "sliding_window": 8, **UNTIED},
+    "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "GPTBigCode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }  # fmt: skip
+
+
+def class_of(name: str) -> str:
+    """The class of one of FAMILIES."""
+    return "GPT2LMHeadModel" if name == "GPT2" else f"{name.split(maxsplit=1)[0]}ForCausalLM"
 
 
 def family(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -112,22 +151,28 @@ def family(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # .to(dtype) would round the rotary tables
     try:
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        model = getattr(transformers, class_of(name))(config)
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
-        for place, parameter in model.named_parameters():
-            _fill(place, parameter, kind.startswith("Gemma"))
+        # what is added to the scores of experts is a buffer
+        corrections = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith("_bias"))
+        for place, parameter in (*model.named_parameters(), *corrections):
+            _fill(place, parameter, kind.startswith(("Gemma", "Nemotron")))
     return model.eval()
 
 
-def _fill(name: str, parameter: nn.Parameter, shifted: bool) -> None:
+def _fill(name: str, parameter: Tensor, shifted: bool) -> None:
     """Loud: sums of the size of what they are added to, attention that tells tokens apart, norms and biases that differ."""
-    if parameter.dim() == 1:
+    if "e_score_correction" in name:
+        nn.init.normal_(parameter, std=0.1)  # all experts are chosen still
+    elif parameter.dim() == 1:
         nn.init.normal_(parameter, 0.0 if shifted or name.endswith("bias") else 1.0, 0.3)
     else:
-        loud = 2.0 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
-        embedding = "embed" in name and not shifted  # Gemma's are multiplied by the root of their width
+        loud = 2.0 if any(part in name for part in ("q_proj", "k_proj", "qkv", "query_key_value", "c_attn")) else 1.0
+        embedding = (
+            any(part in name for part in ("embed", "wte", "wpe")) and not shifted
+        )  # Gemma's are multiplied by the root of their width
         nn.init.normal_(parameter, std=1.0 if embedding else loud * parameter.shape[-1] ** -0.5)
 
 
@@ -143,7 +188,7 @@ def rounding_as_llama_cpp(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, awq_ext.QuantLinear):
             module.register_forward_pre_hook(hook)
-        elif type(module).__name__.startswith("GELU"):  # which it looks up in a table of float16
+        elif "GELU" in type(module).__name__.upper():  # which it looks up in a table of float16
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].half().float(),))
             module.register_forward_hook(lambda *given: given[-1].half().float())
     return model

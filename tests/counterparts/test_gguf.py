@@ -18,7 +18,7 @@ from counterparts.counterpart import (
     run,
     wide_llama,
 )
-from counterparts.gguf_models import ARCHITECTURES, FAMILIES, family, rounding_as_llama_cpp
+from counterparts.gguf_models import ARCHITECTURES, FAMILIES, FEW, family, rounding_as_llama_cpp
 from counterparts.gguf_tokenizers import byte_level, save, sentencepiece, texts
 from safetensors.torch import load_file, save_file
 
@@ -72,13 +72,12 @@ def test_files_of_its_own_quantizer_are_read_by_themselves(kind: str, tmp_path: 
     assert (ours - load_file(out)["logits"]).norm() < 0.02 * ours.norm()
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "Mixtral", "Phi3 long"])
+@pytest.mark.parametrize("name", ["Gemma2", "Mixtral", "Phi3 long", "GPTNeoX", "GPT2", "Nemotron", "Glm4Moe"])
 def test_files_of_its_own_quantizer_in_other_architectures(name: str, tmp_path: Path) -> None:
     """Norms with 1 added, experts in one tensor, joined layers and factors of rotary embeddings, all in Q8_0, by themselves."""
     needed("llama-cpp")
     tokens = torch.randint(96, (1, 48), generator=torch.Generator().manual_seed(1))
-    few = {"only": (r"re:.*layers\.0\..*(o_proj|qkv_proj)",), "bits": 8}
-    model = awq_ext.quantize(family(name, torch.float16), [tokens], progress=False, **(ARCHITECTURES | few))
+    model = awq_ext.quantize(family(name, torch.float16), [tokens], progress=False, **(ARCHITECTURES | FEW))
     made = awq_ext.save_pretrained(model, tmp_path / "made", format="gguf") / "model.gguf"
     file = tmp_path / "theirs.gguf"
     run("llama-cpp", "llama_cpp_quantize.py", made, file, "Q8_0")
@@ -94,10 +93,9 @@ def test_llama_cpp_computes_the_same_in_every_architecture(tmp_path: Path) -> No
     """Random models with all that is special to them: alike to rounding once ours round inputs as its products of integers do."""
     needed("llama-cpp")
     tokens = torch.randint(96, (1, 48), generator=torch.Generator().manual_seed(1))
-    few = {"only": (r"re:.*layers\.0\..*(o_proj|qkv_proj)",), "bits": 8}
     ours = {}
     for name in FAMILIES:
-        for kind, settings in {"few": few, "all": {}}.items():
+        for kind, settings in {"few": FEW, "all": {}}.items():
             model = awq_ext.quantize(family(name), [tokens], progress=False, **(ARCHITECTURES | settings))
             made = awq_ext.save_pretrained(model, tmp_path / name / kind, format="gguf", verify=True)
             file = (made / "model.gguf").rename(tmp_path / f"{name} {kind}.gguf")

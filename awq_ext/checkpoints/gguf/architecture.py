@@ -15,6 +15,8 @@ from .architectures import ENTRIES
 from .entry import Config, Entry, Value
 from .rope import Rope
 
+CORRECTION = ".e_score_correction_bias"  # what routers add to the scores of experts to choose among them
+
 
 class Place(NamedTuple):
     """Where a module's tensors are in the file: under which name, and which of the experts in it they are."""
@@ -30,6 +32,19 @@ def gguf() -> Any:
     except ImportError as error:
         raise ImportError('GGUF files need the gguf package: pip install "awq-ext[gguf]"') from error
     return package
+
+
+def parted(name: str) -> tuple[str, str]:
+    """Part the name of a tensor into those of its module and its leaf; the biases of routers, which are in none, have their own."""
+    if name.endswith(CORRECTION):
+        return name.removesuffix("_bias"), "bias"
+    module, _, leaf = name.rpartition(".")
+    return module, leaf
+
+
+def whole(module: str, leaf: str) -> str:
+    """Invert :func:`parted`."""
+    return f"{module}_{leaf}" if f"{module}_{leaf}".endswith(CORRECTION) else f"{module}.{leaf}"
 
 
 def key_of(path: str, name: str) -> str:
@@ -55,7 +70,8 @@ class Architecture:
     """That of a config.json. CheckpointError, naming it, for one without an entry, and for settings not known here."""
 
     def __init__(self, config: Config) -> None:
-        self.entry, self.config = entry_of(config), config
+        self.entry = entry_of(config)
+        self.config = config = self.entry.usual(config)
         package = gguf()
         self.kind = package.MODEL_ARCH[self.entry.key]
         self.name = package.MODEL_ARCH_NAMES[self.kind]
@@ -113,11 +129,13 @@ class Architecture:
 
     def places(self) -> dict[str, Place]:
         """Map the names of the model's modules to their places in the file."""
-        outside = ("model.embed_tokens", "model.norm", *(("lm_head",) if self.entry.head is not False else ()))
-        leaves = [f"model.layers.{i}.{leaf}" for i in range(self.blocks) for leaf in self.entry.modules]
+        outside = (*self.entry.outside, *((self.entry.output,) if self.entry.head is not False else ()))
+        leaves = [f"{self.entry.blocks}.{i}.{leaf}" for i in range(self.blocks) for leaf in self.entry.modules]
         found: dict[str, Place] = {}
         for name in (*outside, *leaves):
-            there = self._table.get_name(name.replace(".*", ""))
+            plain = name.replace(".*", "")
+            # some are there only without the name of the model in the class
+            there = self._table.get_name(plain) or self._table.get_name(plain.partition(".")[2])
             if there is None:
                 raise CheckpointError(
                     f"the gguf package has no name for {name} of llama.cpp's {self.name}: it is too old"
@@ -132,8 +150,13 @@ class Architecture:
         """Give the order of a module's rows there (``back``: of theirs here); None where it is the same.
 
         Where llama.cpp turns the channels 2i and 2i + 1 of a head by one angle, and transformers i and i + d/2, the rows of q and k
-        are put side by side.
+        are put side by side. Where a layer has q, k and v of one head after the other, those of all heads are put together.
         """
+        if self.entry.joined and name.endswith(self.entry.joined):
+            if count % (3 * self.heads):
+                raise CheckpointError(f"{name} has {count} rows, which {self.heads} heads do not divide")
+            order = torch.arange(count).view(self.heads, 3, -1).transpose(0, 1).flatten()
+            return order.argsort() if back else order
         found = re.search(r"\.([qk])_proj$", name)
         if not self.entry.pairs or found is None:
             return None
@@ -143,21 +166,27 @@ class Architecture:
         order = torch.arange(count).view(heads, 2, -1).transpose(1, 2).flatten()
         return order.argsort() if back else order
 
-    def there(self, module: str, tensor: Tensor) -> Tensor:
+    def there(self, name: str, tensor: Tensor) -> Tensor:
         """Make of a float tensor what the file has of it: rows in their order, weights of norms with what is added to them."""
-        rows = self.rows(module, tensor.shape[0])
+        tensor = tensor.T if self.transposed(name) else tensor
+        rows = self.rows(parted(name)[0], tensor.shape[0])
         tensor = tensor if rows is None else tensor[rows]
-        return tensor.float() + self.shift(module) if self.shift(module) else tensor
+        return tensor.float() + self.shift(name) if self.shift(name) else tensor
 
-    def here(self, module: str, tensor: Tensor) -> Tensor:
+    def here(self, name: str, tensor: Tensor) -> Tensor:
         """Invert :meth:`there`; of a norm exactly but for what 1 + w lost in float32, so that 1 + w is the same again."""
-        rows = self.rows(module, tensor.shape[0], back=True)
+        tensor = tensor.T if self.transposed(name) else tensor
+        rows = self.rows(parted(name)[0], tensor.shape[0], back=True)
         tensor = tensor if rows is None else tensor[rows]
-        return tensor - self.shift(module) if self.shift(module) else tensor
+        return tensor - self.shift(name) if self.shift(name) else tensor
 
-    def shift(self, module: str) -> float:
-        """Tell what is added to a module's weight."""
-        return self.entry.shift if module.endswith("norm") else 0.0
+    def transposed(self, name: str) -> bool:
+        """Tell whether a tensor is the other way round there."""
+        return any(name.endswith(f"{leaf}.weight") for leaf in self.entry.transposed)
+
+    def shift(self, name: str) -> float:
+        """Tell what is added to a tensor."""
+        return self.entry.shift if name.endswith("norm.weight") else 0.0
 
     def tensors(self) -> dict[str, Tensor]:
         """Make those that no file of transformers has."""
@@ -180,8 +209,13 @@ class Architecture:
             writer.add_sliding_window(_number(config, "sliding_window"))
         for value in self.entry.values:
             if (given := _given(value, config)) is not None:
-                add = writer.add_float32 if value.kind is float else writer.add_uint32
-                add(key_of(value.key, self.name), value.kind(given))
+                self._add(writer, value.key, value.kind(given))
+        for key, value in self.entry.always.items():
+            self._add(writer, key, value(config) if callable(value) else value)
+
+    def _add(self, writer: Any, key: str, value: float) -> None:
+        add = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}[type(value)]
+        add(key_of(key, self.name), value)
 
 
 def _given(value: Value, config: Config) -> float | None:

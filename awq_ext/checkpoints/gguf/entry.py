@@ -51,11 +51,11 @@ class Entry:
     """One architecture.
 
     key: of gguf.MODEL_ARCH. classes: of transformers, in config.json's architectures; a file by itself is read as the first.
-    modules: of a block, "*" for the number of an expert. biases: setting of config.json -> module that has a bias by it.
-    shift: what is added to the weight of each norm. pairs: llama.cpp turns the channels 2i and 2i + 1 of a head by one angle,
-    transformers i and i + d/2. window: None where there is no sliding window; "off" where config.json has one that counts
-    and llama.cpp none; n where all layers but each n-th have one. head: whether there is an output layer beside the
-    embedding: None for either way.
+    modules: of a block, "*" for the number of an expert. biases: setting of config.json -> module that has a bias by it, or a
+    tensor that is there by it. shift: what is added to the weight of each norm. pairs: llama.cpp turns the channels 2i and
+    2i + 1 of a head by one angle, transformers i and i + d/2. window: None where there is no sliding window; "off" where
+    config.json has one that counts and llama.cpp none; n where all layers but each n-th have one. head: whether there is an
+    output layer beside the embedding: None for either way.
     """
 
     key: str
@@ -73,3 +73,22 @@ class Entry:
     local_rope: str | None = None
     # partial_rotary_factor where config.json has none; None: whole heads are turned, whatever it says
     rotary_factor: float | None = None
+    outside: tuple[str, ...] = ("model.embed_tokens", "model.norm")
+    blocks: str = "model.layers"
+    output: str = "lm_head"
+    # sizes that config.json has by another name, or that follow from others of its settings
+    names: Mapping[str, str | Callable[[Config], Any]] = field(default_factory=dict)
+    # what is written besides, by its key, and must be so where a file is read: a value, or a function that makes it of the config
+    always: Mapping[str, Any] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()  # layers whose float weights transformers has as [K, N]
+    joined: str = ""  # layer that has the rows of q, k and v of each head together, where llama.cpp has all of q first
+
+    def usual(self, config: Config) -> dict[str, Any]:
+        """Add the sizes that config.json has by other names."""
+        found = dict(config)
+        for name, how in self.names.items():
+            if callable(how):
+                found[name] = how(found)
+            elif config.get(how) is not None:
+                found[name] = config[how]
+        return found

@@ -15,7 +15,7 @@ from ..formats import CheckpointError
 from ..formats.runtimes.gguf import BLOCK, Q4_1, Q8_0, SIZES, whole_zeros
 from ..shards import by_module
 from . import tokenizers
-from .architecture import Architecture, Place, gguf
+from .architecture import CORRECTION, Architecture, Place, gguf, whole
 
 GGUF = "model.gguf"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -117,7 +117,7 @@ class GgufTensors:
             _require_experts(file, tensor, names[there])
             ours = "blocks" if held and kind in SIZES else leaf
             for name, place in names[there]:
-                self._home[f"{name}.{ours}"] = (kind if held else "", tensor, place.expert)
+                self._home[whole(name, ours)] = (kind if held else "", tensor, place.expert)
         if not any(kind in SIZES for kind, _, _ in self._home.values()):
             kinds = ", ".join(sorted({tensor.tensor_type.name for _, tensor, _ in self._home.values()}))
             raise CheckpointError(
@@ -157,6 +157,8 @@ class GgufTensors:
     def dtype(self, name: str) -> torch.dtype:
         """Tell the dtype: uint8 of blocks; of vectors, which GGUF has in float32 alone, that of the config."""
         kind, tensor, _ = self._home[name]
+        if name.endswith(CORRECTION):
+            return torch.float32
         if not kind or (kind == "F32" and len(tensor.shape) == 1):
             return self._vectors
         return FLOATS.get(kind, torch.uint8)
@@ -167,6 +169,10 @@ class GgufTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape."""
+        shape = self._shape(name)
+        return shape[::-1] if self._known.transposed(name) else shape
+
+    def _shape(self, name: str) -> tuple[int, ...]:
         kind, tensor, expert = self._home[name]
         shape = tuple(int(size) for size in reversed(tensor.shape))[0 if expert is None else 1 :]
         return shape if kind not in SIZES else (shape[0], shape[1] // BLOCK, SIZES[kind])
@@ -187,14 +193,13 @@ class GgufTensors:
             data = torch.from_numpy(np.array(data)).view(FLOATS.get(kind, torch.uint8))
         else:
             data = torch.from_numpy(gguf().dequantize(data, tensor.tensor_type))
-        return self._known.here(name.rpartition(".")[0], data.view(self.shape(name)))
+        return self._known.here(name, data.view(self._shape(name)))
 
     def as_read(self, name: str, made: Tensor) -> Tensor:
         """Give what :meth:`stored` must be where ``made`` was written: float32 of vectors, norms with what 1 + w lost."""
-        kind, module = self._home[name][0], name.rpartition(".")[0]
-        if kind == "F32":
+        if self._home[name][0] == "F32":
             made = made.to(torch.float32)
-        return self._known.here(module, self._known.there(module, made)) if self._known.shift(module) else made
+        return self._known.here(name, self._known.there(name, made)) if self._known.shift(name) else made
 
     def leaves(self, names: Iterable[str] | None = None) -> dict[str, dict[str, str]]:
         """Sort the tensors, or those ``names``, by module: see :func:`by_module`."""

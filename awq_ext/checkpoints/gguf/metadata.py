@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..formats import CheckpointError
 from .architecture import gguf, key_of, windows
 from .architectures import ENTRIES
@@ -39,8 +41,11 @@ def config_in(file: Path, reader: Any) -> dict[str, Any]:
         config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     table = gguf().get_tensor_name_map(gguf().MODEL_ARCH[entry.key], 1)
     for setting, leaf in entry.biases.items():
-        config[setting] = f"{table.get_name(f'model.layers.0.{leaf}')}.bias" in tensors
-    config |= {need.name: need.of(config) for need in entry.needs}
+        module, dot, tensor = leaf.partition(".weight")
+        there = table.get_name(f"{entry.blocks}.0.{module}")
+        config[setting] = f"{there}{dot or '.bias'}{tensor}" in tensors
+    config = {need.name: need.of(config) for need in entry.needs} | config
+    _name_as_there(file, entry, config)
     for token, there in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{token}_token_id"] = said.get(f"tokenizer.ggml.{there}_token_id")
     return config | {"quantization_config": {"quant_method": "gguf"}}
@@ -79,16 +84,32 @@ def _sizes(facts: Facts, entry: Entry) -> dict[str, Any]:
     }
 
 
+def _name_as_there(file: Path, entry: Entry, config: dict[str, Any]) -> None:
+    """Give sizes the names they have in config.json; CheckpointError for those that do not follow from others as they should."""
+    for name, how in entry.names.items():
+        if isinstance(how, str) and name in config:
+            config[how] = config[name]
+        elif callable(how) and name in config and config[name] != how(config):
+            raise CheckpointError(f"{file}: {name}={config[name]} is not known here, where it is {how(config)}")
+    if "head_dim" in entry.names:  # which some configs have no place for
+        del config["head_dim"]
+
+
 def _settings(facts: Facts, entry: Entry) -> dict[str, Any]:
     """Read what is special about an architecture: its values, and the order of its layers."""
     found: dict[str, Any] = {}
     for value in entry.values:
         if value.optional and facts.get(value.key) is None:
             found[value.names[0]] = None
+        elif value.kind is bool:
+            found[value.names[0]] = bool(facts.get(value.key, value.absent))
         elif value.kind is int:
             found[value.names[0]] = facts.number(value.key)
         else:
             found[value.names[0]] = facts.real(value.key)
+    for key, value in entry.always.items():
+        if not callable(value):
+            facts.require(key, float(np.float32(value)) if isinstance(value, float) else value)
     if isinstance(entry.window, int):
         found["sliding_window"] = facts.number("Attention.SLIDING_WINDOW")
         blocks = {"num_hidden_layers": facts.number("LLM.BLOCK_COUNT")}
@@ -139,7 +160,7 @@ class Facts:
             raise CheckpointError(f"{self.file}: {key_of(path, self._name)}={value!r}: one positive number is needed")
         return float(value)
 
-    def require(self, path: str, wanted: int) -> None:
+    def require(self, path: str, wanted: float) -> None:
         """Refuse a value that the known architectures do not have."""
         if (value := self.get(path, wanted)) != wanted:
             raise self.unknown(path, value, f", where it is {wanted}")

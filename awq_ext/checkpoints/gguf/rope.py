@@ -25,6 +25,9 @@ _MORE = {
     "QWEN3MOE": ("yarn",),
     "GEMMA3": ("linear",),
     "PHI3": ("longrope",),
+    "EXAONE4": ("llama3",),
+    "HUNYUAN_DENSE": ("dynamic",),
+    "HUNYUAN_MOE": ("dynamic",),
 }
 
 
@@ -59,6 +62,8 @@ class Rope:
                     )
         kind = _known_kind(given, ("default", *_MORE.get(entry.key, ())))
         theta = given.get("rope_theta", config.get("rope_theta", 1e6 if local is not None else 10000.0))
+        if kind == "dynamic":
+            kind, theta = "default", _stretched(theta, given, head)
         share = 1.0
         if entry.rotary_factor is not None:
             share = given.get("partial_rotary_factor", config.get("partial_rotary_factor", entry.rotary_factor))
@@ -103,6 +108,13 @@ def _known_kind(given: Mapping[str, Any], known: tuple[str, ...]) -> str:
     if kind not in known:
         raise CheckpointError(f"GGUF: rotary embeddings of rope_type={kind!r} are not known here")
     return kind
+
+
+def _stretched(theta: float, given: Mapping[str, Any], head: int) -> float:
+    """Make the theta of embeddings that are called dynamic, and are not where they have an alpha."""
+    if not given.get("alpha"):
+        raise CheckpointError("GGUF: rotary embeddings of rope_type='dynamic' without an alpha are not known here")
+    return theta * given["alpha"] ** (head / (head - 2))
 
 
 def _require_plain_yarn(given: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formats import CheckpointError, PackedLinear, Summary
 from ..formats.runtimes.gguf import BLOCK, SIZES, Gguf, block_type
 from . import tokenizers
-from .architecture import Architecture, gguf
+from .architecture import CORRECTION, Architecture, gguf, parted
 from .file import FLOATS, GGUF, KINDS, described
 
 
@@ -40,11 +40,11 @@ def foreseen(source: Any, config: Mapping[str, Any]) -> None:
     """
     known = Architecture(config)
     places = known.places()
-    modules = dict.fromkeys((*source.layers, *(name.rpartition(".")[0] for name in source.floats)))
+    modules = dict.fromkeys((*source.layers, *(parted(name)[0] for name in source.floats)))
     for name in modules:
         if name not in places:
             raise CheckpointError(f"llama.cpp's {known.name} has no tensor for {name}: use another format")
-    if known.entry.head and "lm_head" not in modules:
+    if known.entry.head and known.entry.output not in modules:
         raise CheckpointError(
             f"llama.cpp's {known.name} needs an output layer, and this model has its embedding for one: use another format, or "
             'quantize with head="int8"'
@@ -118,11 +118,12 @@ def _planned(source: Any, known: Architecture, summary: Summary) -> Iterator[_Pl
     first = {names[0]: names for names in stacks.values()}
     later = {name for names in stacks.values() for name in names[1:]}
     for name in source.floats:
-        module, _, leaf = name.rpartition(".")
+        module, leaf = parted(name)
         names = tuple(first.get(name, [name]))
         shape, dtype = source.shape(name), source.dtype(name)
         # llama.cpp adds and multiplies vectors in float32 only
-        kind = "F32" if len(shape) == 1 or dtype not in KINDS else KINDS[dtype]
+        kind = "F32" if len(shape) == 1 or name.endswith(CORRECTION) or dtype not in KINDS else KINDS[dtype]
+        shape = shape[::-1] if known.transposed(name) else shape
         full = (len(names), *shape) if name in first else shape
         if name not in later:
             yield _Planned(f"{places[module].name}.{leaf}", full, kind, names, name in first)
@@ -142,7 +143,7 @@ def _planned(source: Any, known: Architecture, summary: Summary) -> Iterator[_Pl
 
 
 def _float(source: Any, known: Architecture, name: str) -> Tensor:
-    return known.there(name.rpartition(".")[0], source.float_tensor(name).cpu())
+    return known.there(name, source.float_tensor(name).cpu())
 
 
 def _packed(source: Any, known: Architecture, layout: Gguf, summary: Summary, name: str) -> dict[str, Tensor]:

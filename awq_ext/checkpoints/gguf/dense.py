@@ -1,0 +1,236 @@
+"""Architectures in which every token passes all weights of a block: see ``architectures``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .entry import Entry, Need, Value
+from .pieces import (
+    EPS,
+    FOUR_NORMS,
+    HEADS_IN_ONE,
+    MLP,
+    NO_BIAS,
+    NO_WINDOW,
+    NORMS,
+    QK_NORMS,
+    QKVO,
+    RMS,
+    SILU,
+    SQUARE,
+    TANH,
+    all_full,
+    fewer_blocks,
+    scale_of_gemma,
+    tanh_form,
+    turned_but_each_fourth,
+    width_of_head,
+)
+
+LLAMA = Entry(
+    "LLAMA", ("LlamaForCausalLM",), "llama", (*NORMS, *QKVO, *MLP), pairs=True,
+    biases={"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.down_proj"},
+)  # fmt: skip
+_GEMMA2 = Entry(
+    "GEMMA2", ("Gemma2ForCausalLM",), "gemma2", (*FOUR_NORMS, *QKVO, *MLP), shift=1.0, window=2, head=False,
+    values=(
+        *RMS,
+        Value("LLM.ATTN_LOGIT_SOFTCAPPING", ("attn_logit_softcapping",), absent=50.0),
+        Value("LLM.FINAL_LOGIT_SOFTCAPPING", ("final_logit_softcapping",), absent=30.0),
+    ),
+    needs=(*TANH, *NO_BIAS, scale_of_gemma(46), Need("use_bidirectional_attention", False)),
+)  # fmt: skip
+_COHERE2 = Entry(
+    "COHERE2", ("Cohere2ForCausalLM",), "cohere2", (*NORMS[:1], *QKVO, *MLP), window=4, head=False,
+    values=(*EPS, Value("LLM.LOGIT_SCALE", ("logit_scale",), absent=0.0625)),
+    needs=(*SILU, *SQUARE, *NO_BIAS, Need("use_qk_norm", False), Need("use_parallel_block", True)),
+)  # fmt: skip
+HUNYUAN = Entry(
+    "HUNYUAN_DENSE", ("HunYuanDenseV1ForCausalLM",), "hunyuan_v1_dense",
+    (*NORMS, "self_attn.query_layernorm", "self_attn.key_layernorm", *QKVO, *MLP), needs=(*SILU, *NO_BIAS),
+    values=(replace(RMS[0], absent=1e-5),),
+)  # fmt: skip
+_STARCODER = Entry(
+    "STARCODER", ("GPTBigCodeForCausalLM",), "gpt_bigcode",
+    ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), blocks="transformer.h",
+    outside=("transformer.wte", "transformer.wpe", "transformer.ln_f"),
+    values=(replace(EPS[0], names=("layer_norm_epsilon",)),),
+    names={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "num_key_value_heads": lambda config: 1,
+        "head_dim": width_of_head,
+        "intermediate_size": lambda config: config.get("n_inner") or 4 * config["hidden_size"],
+    },
+    needs=(
+        tanh_form("activation_function", "gelu_pytorch_tanh", "gelu_pytorch_tanh"), Need("multi_query", True),
+        Need("scale_attn_weights", True), Need("add_cross_attention", False),
+    ),
+)  # fmt: skip
+
+DENSE: tuple[Entry, ...] = (
+    LLAMA,
+    replace(LLAMA, classes=("MistralForCausalLM",), model_type="mistral", window="off", biases={}),
+    Entry("QWEN2", ("Qwen2ForCausalLM",), "qwen2", (*NORMS, *QKVO, *MLP), needs=(*SILU, *SQUARE, *NO_WINDOW)),
+    Entry(
+        "QWEN3", ("Qwen3ForCausalLM",), "qwen3", (*NORMS, *QK_NORMS, *QKVO, *MLP), needs=(*SILU, *NO_WINDOW, *NO_BIAS),
+    ),
+    _GEMMA2,
+    replace(
+        _GEMMA2, key="GEMMA3", classes=("Gemma3ForCausalLM",), model_type="gemma3_text",
+        modules=(*FOUR_NORMS, *QK_NORMS, *QKVO, *MLP), window=6, head=None, local_rope="own",
+        values=(*RMS, Value("LLM.FINAL_LOGIT_SOFTCAPPING", ("final_logit_softcapping",), optional=True)),
+        needs=(
+            *TANH, *NO_BIAS, scale_of_gemma(62), Need("use_bidirectional_attention", False),
+            Need("attn_logit_softcapping", None),
+        ),
+    ),
+    Entry(
+        "PHI3", ("Phi3ForCausalLM",), "phi3",
+        (*NORMS, "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"), window="off", rotary_factor=1.0,
+        needs=(*SILU, *SQUARE),
+    ),
+    Entry(
+        "GEMMA", ("GemmaForCausalLM",), "gemma", (*NORMS, *QKVO, *MLP), shift=1.0, head=False,
+        needs=(Need("hidden_act", "gelu_pytorch_tanh"), *NO_BIAS, Need("use_bidirectional_attention", False)),
+    ),
+    replace(
+        LLAMA, key="GRANITE", classes=("GraniteForCausalLM",), model_type="granite",
+        values=(
+            *RMS,
+            Value("LLM.LOGIT_SCALE", ("logits_scaling",), absent=1.0),
+            Value("LLM.RESIDUAL_SCALE", ("residual_multiplier",), absent=1.0),
+            Value("LLM.EMBEDDING_SCALE", ("embedding_multiplier",), absent=1.0),
+            Value("Attention.SCALE", ("attention_multiplier",), absent=1.0),
+        ),
+    ),
+    replace(
+        LLAMA, key="SMOLLM3", classes=("SmolLM3ForCausalLM",), model_type="smollm3", biases={},
+        needs=(*SILU, *NO_WINDOW, *NO_BIAS, Need("mlp_bias", False), Need("no_rope_layers", turned_but_each_fourth)),
+    ),
+    Entry(
+        "OLMO2", ("Olmo2ForCausalLM",), "olmo2", (*FOUR_NORMS[1:2], *FOUR_NORMS[3:], *QK_NORMS, *QKVO, *MLP), head=True,
+        values=(replace(RMS[0], absent=1e-5),), needs=(*SILU, *SQUARE, *NO_BIAS),
+    ),
+    Entry(
+        "OLMO2", ("Olmo3ForCausalLM",), "olmo3", (*FOUR_NORMS[1:2], *FOUR_NORMS[3:], *QK_NORMS, *QKVO, *MLP), head=True,
+        values=(replace(RMS[0], absent=1e-5),), needs=(*SILU, *SQUARE, *NO_BIAS), window=4, local_rope="same",
+    ),
+    Entry(
+        "GLM4", ("Glm4ForCausalLM",), "glm4",
+        (*NORMS, "post_self_attn_layernorm", "post_mlp_layernorm", *QKVO, "mlp.gate_up_proj", "mlp.down_proj"),
+        biases={"attention_bias": "self_attn.q_proj"}, values=(replace(RMS[0], absent=1.5625e-7),), rotary_factor=0.5,
+    ),
+    Entry(
+        "ERNIE4_5", ("Ernie4_5ForCausalLM",), "ernie4_5", (*NORMS, *QKVO, *MLP), values=(replace(RMS[0], absent=1e-5),),
+        needs=(*SILU, Need("use_bias", False)),
+    ),
+    replace(
+        LLAMA, key="ARCEE", classes=("ArceeForCausalLM",), model_type="arcee", biases={}, modules=(*NORMS, *QKVO, *MLP[1:]),
+        values=(replace(RMS[0], absent=1e-5),), needs=(Need("hidden_act", "relu2"), *NO_BIAS, Need("mlp_bias", False)),
+    ),
+    Entry(
+        "SEED_OSS", ("SeedOssForCausalLM",), "seed_oss", (*NORMS, *QKVO, *MLP), biases={"attention_bias": "self_attn.q_proj"},
+        needs=(*SILU, Need("attention_out_bias", False), Need("mlp_bias", False)),
+    ),
+    _COHERE2,
+    Entry(
+        "STABLELM", ("StableLmForCausalLM",), "stablelm", (*NORMS, *QKVO, *MLP), biases={"use_qkv_bias": "self_attn.q_proj"},
+        values=EPS, rotary_factor=0.25, head=True,
+        needs=(*SILU, *SQUARE, Need("qk_layernorm", False), Need("use_parallel_residual", False)),
+    ),
+    Entry(
+        "STARCODER2", ("Starcoder2ForCausalLM",), "starcoder2", (*NORMS, *QKVO, "mlp.c_fc", "mlp.c_proj"), window="off",
+        values=(Value("Attention.LAYERNORM_EPS", ("norm_epsilon",), absent=1e-5),),
+        needs=(Need("hidden_act", "gelu_pytorch_tanh"), *SQUARE, Need("use_bias", True)),
+    ),
+    replace(
+        _COHERE2, key="COMMAND_R", classes=("CohereForCausalLM",), model_type="cohere", window=None,
+        needs=(*SILU, *SQUARE, *NO_BIAS, Need("use_qk_norm", False), fewer_blocks(64, "norms of q and k")),
+    ),
+    replace(
+        LLAMA, key="OLMO", classes=("OlmoForCausalLM",), model_type="olmo", modules=(*QKVO, *MLP), biases={},
+        outside=("model.embed_tokens",), always={"Attention.LAYERNORM_EPS": 1e-5}, needs=(*SILU, *SQUARE, *NO_BIAS),
+        values=(Value("Attention.CLAMP_KQV", ("clip_qkv",), optional=True),),
+    ),
+    Entry(
+        "NEMOTRON", ("NemotronForCausalLM",), "nemotron", (*NORMS, *QKVO, *MLP[1:]), shift=1.0, rotary_factor=0.5, head=True,
+        values=(replace(EPS[0], names=("norm_eps",)),),
+        needs=(Need("hidden_act", "relu2"), *SQUARE, *NO_BIAS, Need("mlp_bias", False)),
+    ),
+    Entry(
+        "EXAONE4", ("Exaone4ForCausalLM",), "exaone4", (*FOUR_NORMS[1:2], *FOUR_NORMS[3:], *QK_NORMS, *QKVO, *MLP),
+        values=(replace(RMS[0], absent=1e-5),),
+        needs=(
+            *SILU, *SQUARE, Need("sliding_window", None, absent=4096), fewer_blocks(64, "windows"),
+            Need("layer_types", all_full),
+        ),
+    ),
+    HUNYUAN,
+    Entry(
+        "CHATGLM", ("GlmForCausalLM",), "glm", (*NORMS, *QKVO, "mlp.gate_up_proj", "mlp.down_proj"), rotary_factor=0.5,
+        values=(replace(RMS[0], absent=1.5625e-7),), needs=(*SILU, *SQUARE), biases={"attention_bias": "self_attn.q_proj"},
+    ),
+    Entry(
+        "PHI2", ("PhiForCausalLM",), "phi", (*NORMS[:1], *QKVO[:3], "self_attn.dense", "mlp.fc1", "mlp.fc2"), head=True,
+        outside=("model.embed_tokens", "model.final_layernorm"), values=EPS, rotary_factor=0.5,
+        needs=(tanh_form("hidden_act", "gelu_new", "gelu_new"), *SQUARE, Need("qk_layernorm", False)),
+    ),
+    Entry(
+        "GPTNEOX", ("GPTNeoXForCausalLM",), "gpt_neox",
+        (*NORMS, "attention.query_key_value", "attention.dense", *HEADS_IN_ONE[2:]), joined="query_key_value", head=True,
+        outside=("gpt_neox.embed_in", "gpt_neox.final_layer_norm"), blocks="gpt_neox.layers", rotary_factor=0.25,
+        output="embed_out",
+        values=(*EPS, Value("LLM.USE_PARALLEL_RESIDUAL", ("use_parallel_residual",), bool, absent=True)),
+        names={
+            "num_key_value_heads": lambda config: config["num_attention_heads"],
+            "head_dim": width_of_head,
+            "partial_rotary_factor": "rotary_pct",
+            "rope_theta": "rotary_emb_base",
+        },
+        needs=(tanh_form("hidden_act", "gelu_pytorch_tanh", "gelu"), Need("attention_bias", True)),
+    ),
+    Entry(
+        "FALCON", ("FalconForCausalLM",), "falcon", ("input_layernorm", *HEADS_IN_ONE),
+        outside=("transformer.word_embeddings", "transformer.ln_f"), blocks="transformer.h",
+        values=(replace(EPS[0], names=("layer_norm_epsilon",)),),
+        names={
+            "num_key_value_heads": lambda config: 1,
+            "head_dim": width_of_head,
+            "intermediate_size": lambda config: config.get("ffn_hidden_size") or 4 * config["hidden_size"],
+        },
+        needs=(
+            tanh_form("activation", "gelu_pytorch_tanh", "gelu"), Need("alibi", False), Need("bias", False),
+            Need("multi_query", True), Need("new_decoder_architecture", False), Need("parallel_attn", True),
+            Need("num_ln_in_parallel_attn", None),
+        ),
+    ),
+    Entry(
+        "BLOOM", ("BloomForCausalLM",), "bloom", (*NORMS, *HEADS_IN_ONE), joined="query_key_value",
+        outside=("transformer.word_embeddings", "transformer.word_embeddings_layernorm", "transformer.ln_f"),
+        blocks="transformer.h", values=(replace(EPS[0], names=("layer_norm_epsilon",)),),
+        names={
+            "hidden_size": "n_embed",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "num_key_value_heads": lambda config: config["num_attention_heads"],
+            "head_dim": width_of_head,
+            "intermediate_size": lambda config: 4 * config["hidden_size"],
+            "max_position_embeddings": lambda config: (
+                config.get("max_position_embeddings") or config.get("seq_length") or 2048
+            ),
+        },
+        needs=(Need("apply_residual_connection_post_layernorm", False),),
+    ),
+    _STARCODER,
+    replace(
+        _STARCODER, key="GPT2", classes=("GPT2LMHeadModel",), model_type="gpt2", transposed=_STARCODER.modules[2:],
+        names=_STARCODER.names | {"num_key_value_heads": lambda config: config["num_attention_heads"]},
+        needs=(
+            tanh_form("activation_function", "gelu_new", "gelu_new"), *_STARCODER.needs[2:],
+            Need("scale_attn_by_inverse_layer_idx", False),
+        ),
+    ),
+)  # fmt: skip
