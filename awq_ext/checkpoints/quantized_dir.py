@@ -49,6 +49,8 @@ class QuantDir:
         )
         self.layout, self.settings = self._recognize(self._dtypes(self.shards.leaves()))
         self.experts, self.in_memory = self.settings.experts, self.settings.in_memory
+        if isinstance(self.shards, GgufTensors):
+            self.experts = self.shards.experts()
         self.tied = {} if self.in_memory is None else self.in_memory.tied
         self.layers = self._find_layers()
         self.heads = [name for name in self.layers if called_head(name)]

@@ -55,6 +55,10 @@ SIGMOID = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2, "n_group": 1,
     "topk_group": 1, "routed_scaling_factor": 1.5, "first_k_dense_replace": 1, "num_hidden_layers": 3,
 }  # fmt: skip
+GRANITE = {
+    "attention_bias": True, "logits_scaling": 8.0, "residual_multiplier": 0.4, "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.1,
+}  # fmt: skip
 # class without Config or ForCausalLM -> settings; after a space, which of several
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
@@ -90,10 +94,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 1024,
     },
     "Gemma": {"head_dim": 32},
-    "Granite": {
-        "attention_bias": True, "mlp_bias": True, "logits_scaling": 8.0, "residual_multiplier": 0.4, "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.1,
-    },
+    "Granite": {"mlp_bias": True, **GRANITE},
+    "GraniteMoe": {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "GraniteMoeShared": {**GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32},
     "SmolLM3": {"num_hidden_layers": 5},
     "Olmo2": UNTIED,
     "Olmo3": {"sliding_window": 8, "num_hidden_layers": 5, **UNTIED},

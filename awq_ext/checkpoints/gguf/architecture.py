@@ -15,6 +15,8 @@ from .architectures import ENTRIES
 from .entry import Config, Entry, Value
 from .rope import Rope
 
+_STACK = ".weight.*"  # of experts that transformers has in one tensor
+_HALF = "#"  # in the name of a part of a module
 CORRECTION = ".e_score_correction_bias"  # what routers add to the scores of experts to choose among them
 
 
@@ -45,6 +47,11 @@ def parted(name: str) -> tuple[str, str]:
 def whole(module: str, leaf: str) -> str:
     """Invert :func:`parted`."""
     return f"{module}_{leaf}" if f"{module}_{leaf}".endswith(CORRECTION) else f"{module}.{leaf}"
+
+
+def module_of(part: str) -> str:
+    """Give the module of which :meth:`Architecture.parts` made ``part``, or the tensor of one of its."""
+    return re.sub(rf"{_HALF}\d", "", part)
 
 
 def key_of(path: str, name: str) -> str:
@@ -133,25 +140,45 @@ class Architecture:
         leaves = [f"{self.entry.blocks}.{i}.{leaf}" for i in range(self.blocks) for leaf in self.entry.modules]
         found: dict[str, Place] = {}
         for name in (*outside, *leaves):
-            plain = name.replace(".*", "")
-            # some are there only without the name of the model in the class
-            there = self._table.get_name(plain) or self._table.get_name(plain.partition(".")[2])
-            if there is None:
-                raise CheckpointError(
-                    f"the gguf package has no name for {name} of llama.cpp's {self.name}: it is too old"
-                )
-            if "*" in name:
-                found |= {name.replace("*", str(e)): Place(there, e) for e in range(self.experts)}
-            else:
-                found[name] = Place(there)
+            for part, plain in self._named(name):
+                # some are there only without the name of the model in the class
+                there = self._table.get_name(plain) or self._table.get_name(plain.partition(".")[2])
+                if there is None:
+                    raise CheckpointError(
+                        f"the gguf package has no name for {name} of llama.cpp's {self.name}: it is too old"
+                    )
+                if "*" in name:
+                    found |= {part.replace("*", str(e)): Place(there, e) for e in range(self.experts)}
+                    if _STACK in name:  # where they stay float, they are one tensor here too
+                        found[part.replace(_STACK, "")] = Place(there)
+                else:
+                    found[part] = Place(there)
         return found
+
+    def _named(self, name: str) -> list[tuple[str, str]]:
+        """Give the parts of a module, and what they are called in the table."""
+        for leaf, halves in self.entry.halves.items():
+            if name.endswith(leaf):
+                return [(f"{name}{_HALF}{i}", name.removesuffix(leaf) + half) for i, half in enumerate(halves)]
+        return [(name, name.replace(".*", "").removesuffix(".weight"))]
+
+    def parts(self, module: str) -> list[str]:
+        """Name what is in one tensor each of the file: the module, or its first and second half of rows."""
+        plain = re.sub(r"\.weight\.\d+$", "", module)
+        if any(plain.endswith(leaf.removesuffix(_STACK)) for leaf in self.entry.halves):
+            return [f"{module}{_HALF}{i}" for i in range(2)]
+        return [module]
 
     def rows(self, name: str, count: int, back: bool = False) -> Tensor | None:
         """Give the order of a module's rows there (``back``: of theirs here); None where it is the same.
 
         Where llama.cpp turns the channels 2i and 2i + 1 of a head by one angle, and transformers i and i + d/2, the rows of q and k
         are put side by side. Where a layer has q, k and v of one head after the other, those of all heads are put together.
+        A half has half of its module's.
         """
+        if _HALF in name:
+            half = torch.arange(count // 2)
+            return None if back else half + (count // 2) * int(name[-1])
         if self.entry.joined and name.endswith(self.entry.joined):
             if count % (3 * self.heads):
                 raise CheckpointError(f"{name} has {count} rows, which {self.heads} heads do not divide")
@@ -169,8 +196,9 @@ class Architecture:
     def there(self, name: str, tensor: Tensor) -> Tensor:
         """Make of a float tensor what the file has of it: rows in their order, weights of norms with what is added to them."""
         tensor = tensor.T if self.transposed(name) else tensor
-        rows = self.rows(parted(name)[0], tensor.shape[0])
-        tensor = tensor if rows is None else tensor[rows]
+        of = max(tensor.dim() - 2, 0)  # rows of each expert, where there are experts
+        rows = self.rows(parted(name)[0], tensor.shape[of])
+        tensor = tensor if rows is None else tensor.index_select(of, rows)
         return tensor.float() + self.shift(name) if self.shift(name) else tensor
 
     def here(self, name: str, tensor: Tensor) -> Tensor:

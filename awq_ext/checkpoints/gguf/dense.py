@@ -45,6 +45,16 @@ _COHERE2 = Entry(
     values=(*EPS, Value("LLM.LOGIT_SCALE", ("logit_scale",), absent=0.0625)),
     needs=(*SILU, *SQUARE, *NO_BIAS, Need("use_qk_norm", False), Need("use_parallel_block", True)),
 )  # fmt: skip
+GRANITE = replace(
+    LLAMA, key="GRANITE", classes=("GraniteForCausalLM",), model_type="granite",
+    values=(
+        *RMS,
+        Value("LLM.LOGIT_SCALE", ("logits_scaling",), absent=1.0),
+        Value("LLM.RESIDUAL_SCALE", ("residual_multiplier",), absent=1.0),
+        Value("LLM.EMBEDDING_SCALE", ("embedding_multiplier",), absent=1.0),
+        Value("Attention.SCALE", ("attention_multiplier",), absent=1.0),
+    ),
+)  # fmt: skip
 HUNYUAN = Entry(
     "HUNYUAN_DENSE", ("HunYuanDenseV1ForCausalLM",), "hunyuan_v1_dense",
     (*NORMS, "self_attn.query_layernorm", "self_attn.key_layernorm", *QKVO, *MLP), needs=(*SILU, *NO_BIAS),
@@ -96,16 +106,7 @@ DENSE: tuple[Entry, ...] = (
         "GEMMA", ("GemmaForCausalLM",), "gemma", (*NORMS, *QKVO, *MLP), shift=1.0, head=False,
         needs=(Need("hidden_act", "gelu_pytorch_tanh"), *NO_BIAS, Need("use_bidirectional_attention", False)),
     ),
-    replace(
-        LLAMA, key="GRANITE", classes=("GraniteForCausalLM",), model_type="granite",
-        values=(
-            *RMS,
-            Value("LLM.LOGIT_SCALE", ("logits_scaling",), absent=1.0),
-            Value("LLM.RESIDUAL_SCALE", ("residual_multiplier",), absent=1.0),
-            Value("LLM.EMBEDDING_SCALE", ("embedding_multiplier",), absent=1.0),
-            Value("Attention.SCALE", ("attention_multiplier",), absent=1.0),
-        ),
-    ),
+    GRANITE,
     replace(
         LLAMA, key="SMOLLM3", classes=("SmolLM3ForCausalLM",), model_type="smollm3", biases={},
         needs=(*SILU, *NO_WINDOW, *NO_BIAS, Need("mlp_bias", False), Need("no_rope_layers", turned_but_each_fourth)),
@@ -204,7 +205,6 @@ DENSE: tuple[Entry, ...] = (
         needs=(
             tanh_form("activation", "gelu_pytorch_tanh", "gelu"), Need("alibi", False), Need("bias", False),
             Need("multi_query", True), Need("new_decoder_architecture", False), Need("parallel_attn", True),
-            Need("num_ln_in_parallel_attn", None),
         ),
     ),
     Entry(

@@ -81,6 +81,8 @@ class Entry:
     # what is written besides, by its key, and must be so where a file is read: a value, or a function that makes it of the config
     always: Mapping[str, Any] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()  # layers whose float weights transformers has as [K, N]
+    # modules that are two tensors there -> the names of these, as if each was a module
+    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     joined: str = ""  # layer that has the rows of q, k and v of each head together, where llama.cpp has all of q first
 
     def usual(self, config: Config) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..formats import CheckpointError
 from ..formats.runtimes.gguf import BLOCK, Q4_1, Q8_0, SIZES, whole_zeros
 from ..shards import by_module
 from . import tokenizers
-from .architecture import CORRECTION, Architecture, Place, gguf, whole
+from .architecture import CORRECTION, Architecture, Place, gguf, module_of, whole
 
 GGUF = "model.gguf"
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -96,7 +97,8 @@ class GgufTensors:
         names: dict[str, list[tuple[str, Place]]] = {}
         for name, place in self._known.places().items():
             names.setdefault(place.name, []).append((name, place))
-        self._home: dict[str, tuple[str, Any, int | None]] = {}
+        # type, "" of one that becomes float; the tensor, or both of a module that is two there; which expert
+        self._home: dict[str, tuple[str, list[Any], int | None]] = {}
         odd: list[str] = []
         reader = opened(file)
         self._said = reader.fields
@@ -116,10 +118,16 @@ class GgufTensors:
                 odd.append(f"{tensor.name} ({kind})")
             _require_experts(file, tensor, names[there])
             ours = "blocks" if held and kind in SIZES else leaf
+            # of experts in one tensor: that of all where it is float, else those of each
+            both = {place.expert is None for _, place in names[there]} == {True, False}
             for name, place in names[there]:
-                self._home[whole(name, ours)] = (kind if held else "", tensor, place.expert)
+                if both and (place.expert is None) == (ours == "blocks"):
+                    continue
+                self._take(file, name, ours, (kind if held else "", [tensor], place.expert))
         if not any(kind in SIZES for kind, _, _ in self._home.values()):
-            kinds = ", ".join(sorted({tensor.tensor_type.name for _, tensor, _ in self._home.values()}))
+            kinds = ", ".join(
+                sorted({tensor.tensor_type.name for _, tensors, _ in self._home.values() for tensor in tensors})
+            )
             raise CheckpointError(
                 f"{file} has no layer of Q4_0, Q8_0, or Q4_1 with whole zeros, only {kinds}: load it with transformers "
                 "(from_pretrained(FOLDER, gguf_file=FILE)), which makes a float model of it"
@@ -127,6 +135,17 @@ class GgufTensors:
         if odd:
             more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
             warn(f"{file}: dequantized to floats, as no layer here holds such blocks: {', '.join(odd[:8])}{more}")
+
+    def _take(self, file: Path, part: str, leaf: str, found: tuple[str, list[Any], int | None]) -> None:
+        """Note where a tensor is; of halves, the first comes first, whichever is first in the file."""
+        name = whole(module_of(part), leaf)
+        if name in self._home:
+            before = self._home[name]
+            if before[0] != found[0]:
+                raise CheckpointError(f"{file}: {found[1][0].name} is of another type than {before[1][0].name}")
+            both = [*before[1], *found[1]]
+            found = (found[0], both if part.endswith("1") else both[::-1], found[2])
+        self._home[name] = found
 
     def metadata_difference(self) -> str:
         """Say what of the metadata is not what the config and the tokenizer beside it ask for; "" where all of it is."""
@@ -156,7 +175,7 @@ class GgufTensors:
 
     def dtype(self, name: str) -> torch.dtype:
         """Tell the dtype: uint8 of blocks; of vectors, which GGUF has in float32 alone, that of the config."""
-        kind, tensor, _ = self._home[name]
+        kind, (tensor, *_), _ = self._home[name]
         if name.endswith(CORRECTION):
             return torch.float32
         if not kind or (kind == "F32" and len(tensor.shape) == 1):
@@ -167,14 +186,20 @@ class GgufTensors:
         """Tell the width of a quantized layer's codes."""
         return 8 if self._home[f"{layer}.blocks"][0] == Q8_0 else 4
 
+    def experts(self) -> dict[str, str]:
+        """Name the parameters [E, N, K] of transformers whose matrices are layers, and how they are used, as ``native`` does."""
+        found = (re.fullmatch(r"(.*\.weight)\.\d+\.blocks", name) for name in self._home)
+        return {match[1]: "linear" for match in found if match}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape."""
         shape = self._shape(name)
         return shape[::-1] if self._known.transposed(name) else shape
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        kind, tensor, expert = self._home[name]
-        shape = tuple(int(size) for size in reversed(tensor.shape))[0 if expert is None else 1 :]
+        kind, tensors, expert = self._home[name]
+        shape = tuple(int(size) for size in reversed(tensors[0].shape))[0 if expert is None else 1 :]
+        shape = shape if len(tensors) == 1 else (*shape[:-2], shape[-2] * len(tensors), shape[-1])
         return shape if kind not in SIZES else (shape[0], shape[1] // BLOCK, SIZES[kind])
 
     def home(self, name: str) -> str:
@@ -187,13 +212,15 @@ class GgufTensors:
 
     def stored(self, name: str) -> Tensor:
         """Read a tensor, to the CPU, in the dtype that the file has: float32 of vectors."""
-        kind, tensor, expert = self._home[name]
-        data = tensor.data if expert is None else tensor.data[expert]
-        if kind:
-            data = torch.from_numpy(np.array(data)).view(FLOATS.get(kind, torch.uint8))
-        else:
-            data = torch.from_numpy(gguf().dequantize(data, tensor.tensor_type))
-        return self._known.here(name, data.view(self._shape(name)))
+        kind, tensors, expert = self._home[name]
+        found = []
+        for tensor in tensors:
+            data = tensor.data if expert is None else tensor.data[expert]
+            if kind:
+                found.append(torch.from_numpy(np.array(data)).view(FLOATS.get(kind, torch.uint8)))
+            else:
+                found.append(torch.from_numpy(gguf().dequantize(data, tensor.tensor_type)))
+        return self._known.here(name, (torch.cat(found, -2) if len(found) > 1 else found[0]).view(self._shape(name)))
 
     def as_read(self, name: str, made: Tensor) -> Tensor:
         """Give what :meth:`stored` must be where ``made`` was written: float32 of vectors, norms with what 1 + w lost."""

@@ -52,12 +52,17 @@ def config_in(file: Path, reader: Any) -> dict[str, Any]:
 
 
 def _entry(file: Path, said: Mapping[str, Any]) -> Entry:
-    """Find the entry by which a file is read; of several of one architecture that with experts, or windows, as the file has."""
+    """Find the entry by which a file is read; of several of one architecture that with experts or windows as the file has."""
     name = said.get("general.architecture")
     names = {entry: gguf().MODEL_ARCH_NAMES[gguf().MODEL_ARCH[entry.key]] for entry in ENTRIES}
-    has = (bool(said.get(f"{name}.expert_count")), bool(said.get(f"{name}.attention.sliding_window")))
+    keys = ("expert_count", "attention.sliding_window", "expert_shared_feed_forward_length")
+    has = [bool(said.get(f"{name}.{key}")) for key in keys]
     fits = {
-        entry: (any("*" in module for module in entry.modules) == has[0], isinstance(entry.window, int) == has[1])
+        entry: (
+            any("*" in module for module in entry.modules) == has[0],
+            isinstance(entry.window, int) == has[1],
+            any("shared" in module for module in entry.modules) == has[2],
+        )
         for entry, other in names.items()
         if other == name
     }

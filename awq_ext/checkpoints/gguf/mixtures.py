@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .dense import HUNYUAN, LLAMA
+from .dense import GRANITE, HUNYUAN, LLAMA
 from .entry import Entry, Need, Value
 from .pieces import (
     ALL_SPARSE,
@@ -34,6 +34,8 @@ from .pieces import (
     share_of_minimax,
 )
 
+_INPUT = ("block_sparse_moe.input_linear.weight.*", "shared_mlp.input_linear")  # gate and up in one
+
 _GLM4_MOE = Entry(
     "GLM4_MOE", ("Glm4MoeForCausalLM",), "glm4_moe",
     (*NORMS, *QK_NORMS, *QKVO, *MLP, *EXPERTS, *CORRECTED, *SHARED_EXPERTS), rotary_factor=0.5,
@@ -52,6 +54,13 @@ _QWEN2_MOE = Entry(
     values=(*RMS, *experts("num_experts", "num_local_experts"), INNER, SHARED_INNER),
     needs=(*SILU, *SQUARE, *NO_WINDOW, *ALL_SPARSE, Need("norm_topk_prob", False)), biases={"qkv_bias": "self_attn.q_proj"},
 )  # fmt: skip
+_GRANITE = replace(
+    GRANITE, key="GRANITE_MOE", classes=("GraniteMoeForCausalLM",), model_type="granitemoe",
+    modules=(*NORMS, *QKVO, "block_sparse_moe.router.layer", _INPUT[0], "block_sparse_moe.output_linear.weight.*"),
+    values=(*GRANITE.values, *experts("num_local_experts")), biases={"attention_bias": "self_attn.q_proj"},
+    halves={_INPUT[0]: ("block_sparse_moe.experts.gate", "block_sparse_moe.experts.up")},
+)  # fmt: skip
+
 MIXTURES: tuple[Entry, ...] = (
     replace(
         LLAMA, classes=("MixtralForCausalLM",), model_type="mixtral", modules=(*NORMS, *QKVO, *MIXTRAL),
@@ -122,5 +131,12 @@ MIXTURES: tuple[Entry, ...] = (
         (*NORMS, *QK_NORMS, *QKVO, *MIXTRAL, "block_sparse_moe.e_score_correction"), rotary_factor=1.0, head=True,
         values=(*RMS, *experts("num_local_experts"), replace(INNER, names=("intermediate_size",))), always=SIGMOID,
         names={"partial_rotary_factor": share_of_minimax},
+    ),
+    _GRANITE,
+    replace(
+        _GRANITE, classes=("GraniteMoeSharedForCausalLM",), model_type="granitemoeshared",
+        modules=(*_GRANITE.modules, _INPUT[1], "shared_mlp.output_linear"),
+        values=(*_GRANITE.values, replace(SHARED_INNER, names=("shared_intermediate_size",))),
+        halves={**_GRANITE.halves, _INPUT[1]: ("mlp.shared_mlp.gate_proj", "mlp.shared_mlp.up_proj")},
     ),
 )  # fmt: skip

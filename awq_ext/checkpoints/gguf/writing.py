@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formats import CheckpointError, PackedLinear, Summary
 from ..formats.runtimes.gguf import BLOCK, SIZES, Gguf, block_type
 from . import tokenizers
-from .architecture import CORRECTION, Architecture, gguf, parted
+from .architecture import CORRECTION, Architecture, Place, gguf, module_of, parted, whole
 from .file import FLOATS, GGUF, KINDS, described
 
 
@@ -40,10 +40,11 @@ def foreseen(source: Any, config: Mapping[str, Any]) -> None:
     """
     known = Architecture(config)
     places = known.places()
-    modules = dict.fromkeys((*source.layers, *(parted(name)[0] for name in source.floats)))
+    there = dict.fromkeys((*source.layers, *(parted(name)[0] for name in source.floats)))
+    modules = [part for name in there for part in known.parts(name)]
     for name in modules:
         if name not in places:
-            raise CheckpointError(f"llama.cpp's {known.name} has no tensor for {name}: use another format")
+            raise CheckpointError(f"llama.cpp's {known.name} has no tensor for {module_of(name)}: use another format")
     if known.entry.head and known.entry.output not in modules:
         raise CheckpointError(
             f"llama.cpp's {known.name} needs an output layer, and this model has its embedding for one: use another format, or "
@@ -53,9 +54,9 @@ def foreseen(source: Any, config: Mapping[str, Any]) -> None:
     for name in modules:
         if places[name].expert is None:  # an outline may take a read of the whole layer
             continue
-        layer = source.outline(name) if name in source.layers else None
-        weight = f"{name}.weight"
-        kinds[weight] = source.dtype(weight) if layer is None else block_type(layer.bits, layer.symmetric)
+        weight, inside = f"{name}.weight", module_of(name)
+        layer = source.outline(inside) if inside in source.layers else None
+        kinds[weight] = source.dtype(f"{inside}.weight") if layer is None else block_type(layer.bits, layer.symmetric)
     for there, names in _stacks(known, kinds).items():
         if odd := next((name for name in names if kinds[name] != kinds[names[0]]), None):
             raise CheckpointError(
@@ -114,41 +115,54 @@ def write_gguf(folder: Path, source: Any, layout: Gguf, summary: Summary, config
 def _planned(source: Any, known: Architecture, summary: Summary) -> Iterator[_Planned]:
     """List the tensors to write."""
     places = known.places()
-    stacks = _stacks(known, {*source.floats, *(f"{name}.weight" for name in source.layers)})
+    parts = {f"{part}.weight": name for name in source.layers for part in known.parts(name)}
+    floats = [
+        whole(part, leaf) for name in source.floats for module, leaf in [parted(name)] for part in known.parts(module)
+    ]
+    stacks = _stacks(known, {*floats, *parts})
     first = {names[0]: names for names in stacks.values()}
     later = {name for names in stacks.values() for name in names[1:]}
-    for name in source.floats:
-        module, leaf = parted(name)
-        names = tuple(first.get(name, [name]))
-        shape, dtype = source.shape(name), source.dtype(name)
-        # llama.cpp adds and multiplies vectors in float32 only
-        kind = "F32" if len(shape) == 1 or name.endswith(CORRECTION) or dtype not in KINDS else KINDS[dtype]
-        shape = shape[::-1] if known.transposed(name) else shape
-        full = (len(names), *shape) if name in first else shape
+    for name in floats:
         if name not in later:
-            yield _Planned(f"{places[module].name}.{leaf}", full, kind, names, name in first)
+            yield _float_planned(source, known, places, name, first.get(name))
     for name, tensor in known.tensors().items():
         yield _Planned(name, tuple(tensor.shape), "F32")
-    for name, facts in summary.layers.items():
-        weight = f"{name}.weight"
+    for weight, name in parts.items():
         if weight in later:
             continue
+        facts, there = summary.layers[name], places[weight.removesuffix(".weight")].name
         names = tuple(each.removesuffix(".weight") for each in first.get(weight, [weight]))
         kind = block_type(facts.bits, facts.symmetric)
-        shape = (facts.out_features, facts.in_features // BLOCK * SIZES[kind])
+        rows = facts.out_features // len(known.parts(name))
+        shape = (rows, facts.in_features // BLOCK * SIZES[kind])
         full = (len(names), *shape) if weight in first else shape
-        yield _Planned(f"{places[name].name}.weight", full, kind, names, weight in first)
+        yield _Planned(f"{there}.weight", full, kind, names, weight in first)
         if source.outline(name).bias is not None:
-            yield _Planned(f"{places[name].name}.bias", (facts.out_features,), "F32", (name,))
+            yield _Planned(f"{there}.bias", (rows,), "F32", (name,))
+
+
+def _float_planned(
+    source: Any, known: Architecture, places: Mapping[str, Place], name: str, stack: list[str] | None
+) -> _Planned:
+    """Plan a float tensor, or ``stack``, the experts of which it is the first."""
+    (module, leaf), inside = parted(name), module_of(name)
+    shape, dtype = source.shape(inside), source.dtype(inside)
+    # llama.cpp adds and multiplies vectors in float32 only
+    kind = "F32" if len(shape) == 1 or name.endswith(CORRECTION) or dtype not in KINDS else KINDS[dtype]
+    shape = shape[::-1] if known.transposed(name) else shape
+    if inside != name:
+        shape = (*shape[:-2], shape[-2] // 2, shape[-1])
+    full = shape if stack is None else (len(stack), *shape)
+    return _Planned(f"{places[module].name}.{leaf}", full, kind, tuple(stack or [name]), stack is not None)
 
 
 def _float(source: Any, known: Architecture, name: str) -> Tensor:
-    return known.there(name, source.float_tensor(name).cpu())
+    return known.there(name, source.float_tensor(module_of(name)).cpu())
 
 
 def _packed(source: Any, known: Architecture, layout: Gguf, summary: Summary, name: str) -> dict[str, Tensor]:
-    rows = known.rows(name, summary.layers[name].out_features)
-    return layout.pack(_reordered(source.layer(name), rows))
+    layer = module_of(name)
+    return layout.pack(_reordered(source.layer(layer), known.rows(name, summary.layers[layer].out_features)))
 
 
 def _reordered(layer: PackedLinear, rows: Tensor | None) -> PackedLinear:

@@ -38,6 +38,7 @@ class Gguf(Layout):
     default_group_size = BLOCK  # there are no larger blocks
     symmetric_bits = (8,)  # Q8_0 has no zeros
     own_writer = True
+    joined_experts = True  # of architectures that have names for them
 
     def problems(self, name: str, layer: PackedLinear) -> list[str]:
         found = super().problems(name, layer)
