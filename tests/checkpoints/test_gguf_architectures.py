@@ -167,3 +167,20 @@ def test_a_name_as_of_a_file_is_refused(tmp_path: Path) -> None:
         awq_ext.save_pretrained(model, tmp_path / "small.gguf", format="gguf")
     with pytest.raises(CheckpointError, match=r"absent\.gguf does not exist"):
         awq_ext.from_pretrained("models/absent.gguf")
+
+
+def test_the_language_model_of_gemma3_by_itself(tmp_path: Path) -> None:
+    """As docs/formats.md says: without the tower, the same model of text."""
+    import transformers
+
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower |= {"image_size": 28, "patch_size": 14}
+    settings = {"text_config": SIZES | FAMILIES["Gemma3 text"], "vision_config": tower, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(**settings, attn_implementation="eager", image_token_index=92)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    text = transformers.Gemma3ForCausalLM(model.config.text_config).eval()
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    assert torch.equal(logits(text), logits(model))
+    awq_ext.quantize(text, [TOKENS], progress=False, **ARCHITECTURES)
+    file = awq_ext.save_pretrained(text, tmp_path / "model", format="gguf", verify=True) / "model.gguf"
+    assert torch.equal(logits(awq_ext.from_pretrained(file, attn_implementation="eager")), logits(text))

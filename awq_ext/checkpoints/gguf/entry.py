@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +91,10 @@ class Entry:
         found = dict(config)
         for name, how in self.names.items():
             if callable(how):
-                found[name] = how(found)
+                with suppress(
+                    KeyError, TypeError, ZeroDivisionError
+                ):  # of sizes that are missing, which is said of them
+                    found[name] = how(found)
             elif config.get(how) is not None:
                 found[name] = config[how]
         return found
