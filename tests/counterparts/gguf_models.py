@@ -30,7 +30,7 @@ ARCHITECTURES: dict[str, Any] = {
     "method": "rtn",
     "fold": "never",
 }
-FEW: dict[str, Any] = {"only": (r"re:.*\.0\..*(o_proj|qkv_proj|dense|attn\.c_proj)",), "bits": 8}
+FEW: dict[str, Any] = {"only": (r"re:.*\.0\..*(o_proj|out_proj|qkv_proj|dense|attn\.c_proj)",), "bits": 8}
 UNTIED = {"tie_word_embeddings": False}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
@@ -135,6 +135,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Bloom": {"n_layer": 2, "n_head": 4},
     "ExaoneMoe": {**SIGMOID, "num_experts": 4, "num_shared_experts": 2, "num_hidden_layers": 5, "sliding_window": 8, **UNTIED},
     "GPT2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "Lfm2": {
+        "num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"], "block_multiple_of": 32,
+        "pad_token_id": 0,
+    },
     "GPTBigCode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }  # fmt: skip
 

@@ -195,6 +195,8 @@ class Architecture:
 
     def there(self, name: str, tensor: Tensor) -> Tensor:
         """Make of a float tensor what the file has of it: rows in their order, weights of norms with what is added to them."""
+        if self.squeezed(name):
+            return tensor.squeeze(1)
         tensor = tensor.T if self.transposed(name) else tensor
         of = max(tensor.dim() - 2, 0)  # rows of each expert, where there are experts
         rows = self.rows(parted(name)[0], tensor.shape[of])
@@ -203,10 +205,16 @@ class Architecture:
 
     def here(self, name: str, tensor: Tensor) -> Tensor:
         """Invert :meth:`there`; of a norm exactly but for what 1 + w lost in float32, so that 1 + w is the same again."""
+        if self.squeezed(name):
+            return tensor.unsqueeze(1)
         tensor = tensor.T if self.transposed(name) else tensor
         rows = self.rows(parted(name)[0], tensor.shape[0], back=True)
         tensor = tensor if rows is None else tensor[rows]
         return tensor - self.shift(name) if self.shift(name) else tensor
+
+    def squeezed(self, name: str) -> bool:
+        """Tell whether a tensor is [N, 1, K] here, and [N, K] there."""
+        return bool(self.entry.squeezed) and name.endswith(f"{self.entry.squeezed}.weight")
 
     def transposed(self, name: str) -> bool:
         """Tell whether a tensor is the other way round there."""
@@ -228,7 +236,9 @@ class Architecture:
         writer.add_embedding_length(_number(config, "hidden_size"))
         writer.add_feed_forward_length(_number(config, "intermediate_size"))
         writer.add_head_count(self.heads)
-        writer.add_head_count_kv(self.kv_heads)
+        kinds = config["layer_types"] if self.entry.some_attention else []
+        by_layer = [self.kv_heads if kind == "full_attention" else 0 for kind in kinds]
+        writer.add_head_count_kv(by_layer or self.kv_heads)
         writer.add_key_length(self.head)
         writer.add_value_length(self.head)
         writer.add_vocab_size(_number(config, "vocab_size"))

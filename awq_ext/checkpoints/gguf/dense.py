@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .entry import Entry, Need, Value
+from .entry import Config, Entry, Need, Value
 from .pieces import (
     EPS,
     FOUR_NORMS,
@@ -26,6 +26,27 @@ from .pieces import (
     turned_but_each_fourth,
     width_of_head,
 )
+
+
+def _width_of_lfm2(config: Config) -> int:
+    """Round two thirds of what config.json says up, as transformers does unless it is told otherwise."""
+    width = config.get("block_ff_dim") or config["intermediate_size"]
+    if not config.get("block_auto_adjust_ff_dim", True):
+        return width
+    width = int(2 * width / 3)
+    if (times := config.get("block_ffn_dim_multiplier", 1.0)) is not None:
+        multiple = config.get("block_multiple_of", 256)
+        width = -(-int(times * width) // multiple) * multiple
+    return width
+
+
+def _layers_of_lfm2(config: Config) -> list[str]:
+    if config.get("layer_types"):
+        return config["layer_types"]
+    blocks = range(config["num_hidden_layers"])
+    full = config.get("full_attn_idxs")
+    return ["full_attention" if full is None or i in full else "conv" for i in blocks]
+
 
 LLAMA = Entry(
     "LLAMA", ("LlamaForCausalLM",), "llama", (*NORMS, *QKVO, *MLP), pairs=True,
@@ -231,6 +252,20 @@ DENSE: tuple[Entry, ...] = (
         needs=(
             tanh_form("activation_function", "gelu_new", "gelu_new"), *_STARCODER.needs[2:],
             Need("scale_attn_by_inverse_layer_idx", False),
+        ),
+    ),
+    Entry(
+        "LFM2", ("Lfm2ForCausalLM",), "lfm2",
+        (
+            "operator_norm", "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "conv.conv", "conv.in_proj",
+            "conv.out_proj", *QKVO[:3], "self_attn.out_proj", "self_attn.q_layernorm", "self_attn.k_layernorm",
+        ),
+        outside=("model.embed_tokens", "model.embedding_norm"), squeezed="conv.conv", some_attention=True,
+        values=(replace(RMS[0], names=("norm_eps",), absent=1e-5), Value("ShortConv.L_CACHE", ("conv_L_cache",), int, absent=3)),
+        names={"intermediate_size": _width_of_lfm2, "layer_types": _layers_of_lfm2},
+        needs=(
+            *SQUARE, Need("conv_bias", False),
+            Need("block_auto_adjust_ff_dim", lambda config: config.get("block_auto_adjust_ff_dim", False)),
         ),
     ),
 )  # fmt: skip

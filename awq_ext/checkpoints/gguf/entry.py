@@ -84,6 +84,9 @@ class Entry:
     transposed: tuple[str, ...] = ()  # layers whose float weights transformers has as [K, N]
     # modules that are two tensors there -> the names of these, as if each was a module
     halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    squeezed: str = ""  # convolution of which transformers has the weight as [N, 1, K], llama.cpp as [N, K] in float32
+    # whether there is attention in some layers only: those that layer_types calls so; the others have no keys
+    some_attention: bool = False
     joined: str = ""  # layer that has the rows of q, k and v of each head together, where llama.cpp has all of q first
 
     def usual(self, config: Config) -> dict[str, Any]:

@@ -178,7 +178,7 @@ class GgufTensors:
         kind, (tensor, *_), _ = self._home[name]
         if name.endswith(CORRECTION):
             return torch.float32
-        if not kind or (kind == "F32" and len(tensor.shape) == 1):
+        if not kind or (kind == "F32" and (len(tensor.shape) == 1 or self._known.squeezed(name))):
             return self._vectors
         return FLOATS.get(kind, torch.uint8)
 
@@ -194,6 +194,8 @@ class GgufTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """Tell the shape."""
         shape = self._shape(name)
+        if self._known.squeezed(name):
+            return (shape[0], 1, shape[1])
         return shape[::-1] if self._known.transposed(name) else shape
 
     def _shape(self, name: str) -> tuple[int, ...]:

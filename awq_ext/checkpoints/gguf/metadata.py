@@ -76,13 +76,19 @@ def _sizes(facts: Facts, entry: Entry) -> dict[str, Any]:
     heads, width = facts.number("Attention.HEAD_COUNT"), facts.number("LLM.EMBEDDING_LENGTH")
     head = facts.number("Attention.KEY_LENGTH", width // heads)
     facts.require("Attention.VALUE_LENGTH", head)
-    return {
+    keys = facts.get("Attention.HEAD_COUNT_KV", heads)
+    if entry.some_attention and isinstance(keys, list):
+        kinds = {"layer_types": ["full_attention" if count else "conv" for count in keys]}
+        keys = max(keys)
+    else:
+        kinds, keys = {}, facts.number("Attention.HEAD_COUNT_KV", heads)
+    return kinds | {
         "architectures": [entry.classes[0]],
         "model_type": entry.model_type,
         "hidden_size": width,
         "num_hidden_layers": facts.number("LLM.BLOCK_COUNT"),
         "num_attention_heads": heads,
-        "num_key_value_heads": facts.number("Attention.HEAD_COUNT_KV", heads),
+        "num_key_value_heads": keys,
         "head_dim": head,
         "intermediate_size": facts.number("LLM.FEED_FORWARD_LENGTH"),
         "max_position_embeddings": facts.number("LLM.CONTEXT_LENGTH"),

@@ -148,7 +148,9 @@ def _float_planned(
     (module, leaf), inside = parted(name), module_of(name)
     shape, dtype = source.shape(inside), source.dtype(inside)
     # llama.cpp adds and multiplies vectors in float32 only
-    kind = "F32" if len(shape) == 1 or name.endswith(CORRECTION) or dtype not in KINDS else KINDS[dtype]
+    vector = len(shape) == 1 or name.endswith(CORRECTION) or known.squeezed(name)
+    kind = "F32" if vector or dtype not in KINDS else KINDS[dtype]
+    shape = (shape[0], shape[2]) if known.squeezed(name) else shape
     shape = shape[::-1] if known.transposed(name) else shape
     if inside != name:
         shape = (*shape[:-2], shape[-2] // 2, shape[-1])
