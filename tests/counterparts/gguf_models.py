@@ -139,6 +139,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"], "block_multiple_of": 32,
         "pad_token_id": 0,
     },
+    "Lfm2Moe": {
+        "num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1, "pad_token_id": 0,
+    },
     "GPTBigCode": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }  # fmt: skip
 
@@ -171,7 +175,7 @@ def family(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def _fill(name: str, parameter: Tensor, shifted: bool) -> None:
     """Loud: sums of the size of what they are added to, attention that tells tokens apart, norms and biases that differ."""
-    if "e_score_correction" in name:
+    if name.endswith(("e_score_correction_bias", "expert_bias")):
         nn.init.normal_(parameter, std=0.1)  # all experts are chosen still
     elif parameter.dim() == 1:
         nn.init.normal_(parameter, 0.0 if shifted or name.endswith("bias") else 1.0, 0.3)

@@ -17,7 +17,10 @@ from .rope import Rope
 
 _STACK = ".weight.*"  # of experts that transformers has in one tensor
 _HALF = "#"  # in the name of a part of a module
-CORRECTION = ".e_score_correction_bias"  # what routers add to the scores of experts to choose among them
+CORRECTION = (
+    ".e_score_correction_bias",
+    ".expert_bias",
+)  # what routers add to the scores of experts to choose among them
 
 
 class Place(NamedTuple):
@@ -160,6 +163,9 @@ class Architecture:
         for leaf, halves in self.entry.halves.items():
             if name.endswith(leaf):
                 return [(f"{name}{_HALF}{i}", name.removesuffix(leaf) + half) for i, half in enumerate(halves)]
+        for leaf, other in self.entry.called.items():
+            if name.endswith(leaf):
+                return [(name, name.removesuffix(leaf) + other)]
         return [(name, name.replace(".*", "").removesuffix(".weight"))]
 
     def parts(self, module: str) -> list[str]:

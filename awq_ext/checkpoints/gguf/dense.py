@@ -101,6 +101,21 @@ _STARCODER = Entry(
     ),
 )  # fmt: skip
 
+LFM2 = Entry(
+    "LFM2", ("Lfm2ForCausalLM",), "lfm2",
+    (
+        "operator_norm", "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "conv.conv", "conv.in_proj",
+        "conv.out_proj", *QKVO[:3], "self_attn.out_proj", "self_attn.q_layernorm", "self_attn.k_layernorm",
+    ),
+    outside=("model.embed_tokens", "model.embedding_norm"), squeezed="conv.conv", some_attention=True,
+    values=(replace(RMS[0], names=("norm_eps",), absent=1e-5), Value("ShortConv.L_CACHE", ("conv_L_cache",), int, absent=3)),
+    names={"intermediate_size": _width_of_lfm2, "layer_types": _layers_of_lfm2},
+    needs=(
+        *SQUARE, Need("conv_bias", False),
+        Need("block_auto_adjust_ff_dim", lambda config: config.get("block_auto_adjust_ff_dim", False)),
+    ),
+)  # fmt: skip
+
 DENSE: tuple[Entry, ...] = (
     LLAMA,
     replace(LLAMA, classes=("MistralForCausalLM",), model_type="mistral", window="off", biases={}),
@@ -254,18 +269,5 @@ DENSE: tuple[Entry, ...] = (
             Need("scale_attn_by_inverse_layer_idx", False),
         ),
     ),
-    Entry(
-        "LFM2", ("Lfm2ForCausalLM",), "lfm2",
-        (
-            "operator_norm", "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "conv.conv", "conv.in_proj",
-            "conv.out_proj", *QKVO[:3], "self_attn.out_proj", "self_attn.q_layernorm", "self_attn.k_layernorm",
-        ),
-        outside=("model.embed_tokens", "model.embedding_norm"), squeezed="conv.conv", some_attention=True,
-        values=(replace(RMS[0], names=("norm_eps",), absent=1e-5), Value("ShortConv.L_CACHE", ("conv_L_cache",), int, absent=3)),
-        names={"intermediate_size": _width_of_lfm2, "layer_types": _layers_of_lfm2},
-        needs=(
-            *SQUARE, Need("conv_bias", False),
-            Need("block_auto_adjust_ff_dim", lambda config: config.get("block_auto_adjust_ff_dim", False)),
-        ),
-    ),
+    LFM2,
 )  # fmt: skip

@@ -82,6 +82,7 @@ class Entry:
     # what is written besides, by its key, and must be so where a file is read: a value, or a function that makes it of the config
     always: Mapping[str, Any] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()  # layers whose float weights transformers has as [K, N]
+    called: Mapping[str, str] = field(default_factory=dict)  # modules -> what the gguf package knows them as
     # modules that are two tensors there -> the names of these, as if each was a module
     halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     squeezed: str = ""  # convolution of which transformers has the weight as [N, 1, K], llama.cpp as [N, K] in float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .dense import GRANITE, HUNYUAN, LLAMA
+from .dense import GRANITE, HUNYUAN, LFM2, LLAMA
 from .entry import Entry, Need, Value
 from .pieces import (
     ALL_SPARSE,
@@ -35,6 +35,11 @@ from .pieces import (
 )
 
 _INPUT = ("block_sparse_moe.input_linear.weight.*", "shared_mlp.input_linear")  # gate and up in one
+
+_EXPERTS_OF_LFM2 = {
+    f"feed_forward.experts.*.{leaf}": f"feed_forward.experts.{other}_proj"
+    for leaf, other in (("w1", "gate"), ("w2", "down"), ("w3", "up"))
+}
 
 _GLM4_MOE = Entry(
     "GLM4_MOE", ("Glm4MoeForCausalLM",), "glm4_moe",
@@ -138,5 +143,18 @@ MIXTURES: tuple[Entry, ...] = (
         modules=(*_GRANITE.modules, _INPUT[1], "shared_mlp.output_linear"),
         values=(*_GRANITE.values, replace(SHARED_INNER, names=("shared_intermediate_size",))),
         halves={**_GRANITE.halves, _INPUT[1]: ("mlp.shared_mlp.gate_proj", "mlp.shared_mlp.up_proj")},
+    ),
+    replace(
+        LFM2, key="LFM2MOE", classes=("Lfm2MoeForCausalLM",), model_type="lfm2_moe", head=False,
+        modules=(*LFM2.modules, "feed_forward.gate", *_EXPERTS_OF_LFM2, "feed_forward.expert"),
+        called={**_EXPERTS_OF_LFM2, "feed_forward.expert": "feed_forward.expert_bias"}, names={},
+        values=(
+            *LFM2.values, *experts("num_experts", "num_local_experts"), INNER,
+            Value("LLM.LEADING_DENSE_BLOCK_COUNT", ("num_dense_layers",), int, absent=2),
+        ),
+        needs=(
+            *LFM2.needs[:-1], Need("norm_topk_prob", True), Need("use_expert_bias", True), Need("routed_scaling_factor", 1.0),
+        ),
+        always=SIGMOID,
     ),
 )  # fmt: skip
