@@ -131,6 +131,32 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "yarn": ("Gemma", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
     "attention that is not capped": ("Gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping=None"),
+    "GELU that is not the form with tanh": (
+        "GPTNeoX",
+        {"hidden_act": "gelu"},
+        "hidden_act='gelu' .* computes with gelu_pytorch",
+    ),
+    "one that is so without a word": ("Falcon", {"activation": "gelu"}, "activation='gelu' is not known here"),
+    "norms that llama.cpp wants of many blocks": (
+        "Cohere",
+        {"num_hidden_layers": 64},
+        "num_hidden_layers=64 .* norms of q and k",
+    ),
+    "windows that it has of many blocks": (
+        "Exaone4",
+        {"num_hidden_layers": 64},
+        "num_hidden_layers=64 .* windows from 64",
+    ),
+    "windows that it has not": ("Exaone4", {"sliding_window": 64}, "sliding_window=64"),
+    "dynamic rotary embeddings": (
+        "HunYuanDenseV1",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+        "rope_type='dynamic' without an alpha",
+    ),
+    "groups of experts": ("Glm4Moe", {"n_group": 2}, "n_group=2"),
+    "experts in later blocks only": ("Ernie4_5_Moe", {"moe_layer_end_index": 1}, "moe_layer_end_index=1"),
+    "a key for each head": ("Falcon", {"multi_query": False}, "multi_query=False"),
+    "no size by another name": ("GPT2", {"n_head": None}, "num_attention_heads=None: a positive number"),
     "no number of experts": ("Mixtral", {"num_local_experts": None}, "num_local_experts=None"),
 }
 

@@ -93,16 +93,28 @@ class GgufTensors:
         file = (folder / GGUF).resolve()  # a link, of a file that is read by itself
         # what transformers computes from the config, by its name in the file: as it is there, and as it should be
         self.computed: dict[str, tuple[Tensor, Tensor]] = {}
-        computed = self._known.tensors()
+        # type, "" of one that becomes float; the tensor, or both of a module that is two there; which expert
+        self._home: dict[str, tuple[str, list[Any], int | None]] = {}
+        reader = opened(file)
+        self._said = reader.fields
+        odd = self._find(file, reader.tensors)
+        if not any(kind in SIZES for kind, _, _ in self._home.values()):
+            kinds = {tensor.tensor_type.name for _, tensors, _ in self._home.values() for tensor in tensors}
+            raise CheckpointError(
+                f"{file} has no layer of Q4_0, Q8_0, or Q4_1 with whole zeros, only {', '.join(sorted(kinds))}: load it with "
+                "transformers (from_pretrained(FOLDER, gguf_file=FILE)), which makes a float model of it"
+            )
+        if odd:
+            more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
+            warn(f"{file}: dequantized to floats, as no layer here holds such blocks: {', '.join(odd[:8])}{more}")
+
+    def _find(self, file: Path, tensors: Iterable[Any]) -> list[str]:
+        """Note where all tensors are; list those that become floats."""
+        computed, odd = self._known.tensors(), []
         names: dict[str, list[tuple[str, Place]]] = {}
         for name, place in self._known.places().items():
             names.setdefault(place.name, []).append((name, place))
-        # type, "" of one that becomes float; the tensor, or both of a module that is two there; which expert
-        self._home: dict[str, tuple[str, list[Any], int | None]] = {}
-        odd: list[str] = []
-        reader = opened(file)
-        self._said = reader.fields
-        for tensor in reader.tensors:
+        for tensor in tensors:
             if tensor.name in computed:
                 self.computed[tensor.name] = (torch.from_numpy(np.array(tensor.data)), computed[tensor.name])
                 continue
@@ -121,20 +133,9 @@ class GgufTensors:
             # of experts in one tensor: that of all where it is float, else those of each
             both = {place.expert is None for _, place in names[there]} == {True, False}
             for name, place in names[there]:
-                if both and (place.expert is None) == (ours == "blocks"):
-                    continue
-                self._take(file, name, ours, (kind if held else "", [tensor], place.expert))
-        if not any(kind in SIZES for kind, _, _ in self._home.values()):
-            kinds = ", ".join(
-                sorted({tensor.tensor_type.name for _, tensors, _ in self._home.values() for tensor in tensors})
-            )
-            raise CheckpointError(
-                f"{file} has no layer of Q4_0, Q8_0, or Q4_1 with whole zeros, only {kinds}: load it with transformers "
-                "(from_pretrained(FOLDER, gguf_file=FILE)), which makes a float model of it"
-            )
-        if odd:
-            more = f" and {len(odd) - 8} more" if len(odd) > 8 else ""
-            warn(f"{file}: dequantized to floats, as no layer here holds such blocks: {', '.join(odd[:8])}{more}")
+                if not both or (place.expert is None) != (ours == "blocks"):
+                    self._take(file, name, ours, (kind if held else "", [tensor], place.expert))
+        return odd
 
     def _take(self, file: Path, part: str, leaf: str, found: tuple[str, list[Any], int | None]) -> None:
         """Note where a tensor is; of halves, the first comes first, whichever is first in the file."""
