@@ -119,6 +119,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Glm": {"head_dim": 16, "attention_bias": True},
     "Glm4Moe": {**SIGMOID, "head_dim": 32, "attention_bias": True, "use_qk_norm": True},
     "Glm4Moe plain": {**SIGMOID, "head_dim": 32, "norm_topk_prob": False},
+    "SolarOpen": {**SIGMOID, "head_dim": 32, "attention_bias": True},
     "Dots1": {**SIGMOID, "num_experts_per_tok": 3, "head_dim": 32, "norm_topk_prob": True, "num_key_value_heads": 4, **UNTIED},
     "Ernie4_5_Moe": {
         "head_dim": 32, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 2,

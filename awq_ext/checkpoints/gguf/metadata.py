@@ -55,13 +55,19 @@ def _entry(file: Path, said: Mapping[str, Any]) -> Entry:
     """Find the entry by which a file is read; of several of one architecture that with experts or windows as the file has."""
     name = said.get("general.architecture")
     names = {entry: gguf().MODEL_ARCH_NAMES[gguf().MODEL_ARCH[entry.key]] for entry in ENTRIES}
-    keys = ("expert_count", "attention.sliding_window", "expert_shared_feed_forward_length")
+    keys = (
+        "expert_count",
+        "attention.sliding_window",
+        "expert_shared_feed_forward_length",
+        "leading_dense_block_count",
+    )
     has = [bool(said.get(f"{name}.{key}")) for key in keys]
     fits = {
         entry: (
             any("*" in module for module in entry.modules) == has[0],
             isinstance(entry.window, int) == has[1],
-            any("shared" in module for module in entry.modules) == has[2],
+            any(value.key == "LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH" for value in entry.values) == has[2],
+            any(value.key == "LLM.LEADING_DENSE_BLOCK_COUNT" for value in entry.values) == has[3],
         )
         for entry, other in names.items()
         if other == name

@@ -95,6 +95,12 @@ MIXTURES: tuple[Entry, ...] = (
     ),
     _GLM4_MOE,
     replace(
+        _GLM4_MOE, classes=("SolarOpenForCausalLM",), model_type="solar_open", rotary_factor=None,
+        modules=(*NORMS, *QKVO, *EXPERTS, *CORRECTED, *SHARED_EXPERTS), biases={"attention_bias": "self_attn.q_proj"},
+        values=tuple(value for value in _GLM4_MOE.values if value.key != "LLM.LEADING_DENSE_BLOCK_COUNT"),
+        names={"intermediate_size": lambda config: config.get("intermediate_size") or config["moe_intermediate_size"]},
+    ),
+    replace(
         _GLM4_MOE, key="DOTS1", classes=("Dots1ForCausalLM",), model_type="dots1", rotary_factor=None, biases={}, head=True,
         values=(*RMS, *_GLM4_MOE.values[1:-1], replace(_GLM4_MOE.values[-1], absent=False)),
         needs=(*_GLM4_MOE.needs, *NO_BIAS, Need("layer_types", all_full), AS_MANY_KEYS),
