@@ -17,7 +17,7 @@ from ..standins.tied import keep_untied
 from ..standins.transposed import has_transposed_form
 from ..undo import interrupt
 from ..undo.journal import Journal
-from .formats import CheckpointError, PackedLinear
+from .formats import CheckpointError, PackedLinear, ShapeError
 from .formats.packed import exactly, fitting_bias
 from .model_source import dropped_ties, keep_apart
 from .quantized_dir import QuantDir
@@ -186,7 +186,7 @@ class _Plan:
     def _check(self, name: str, old: Tensor) -> None:
         shape, dtype = self.source.shape(name), self.source.dtype(name)
         if shape != tuple(old.shape):
-            raise CheckpointError(f"{name} has shape {shape} in the file, {tuple(old.shape)} in the model")
+            raise ShapeError(f"{name} has shape {shape} in the file, {tuple(old.shape)} in the model")
         if dtype.is_floating_point != old.is_floating_point():
             raise CheckpointError(f"{name} has dtype {dtype} in the file, {old.dtype} in the model")
 
@@ -232,7 +232,7 @@ class _Plan:
         interrupt.check()
         old, packed = self._linear(name), self.source.layer(name)
         if (old.in_features, old.out_features) != (packed.in_features, packed.out_features):
-            raise CheckpointError(
+            raise ShapeError(
                 f"layer {name!r} is {packed.in_features} -> {packed.out_features} features in the files, in the model "
                 f"{old.in_features} -> {old.out_features}"
             )

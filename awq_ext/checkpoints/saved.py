@@ -22,7 +22,7 @@ from ..reporting.scores import plain_scores
 from ..reporting.warn import warn
 from .conversions import is_transformers_model
 from .fill import place
-from .formats import LAYOUTS, CheckpointError
+from .formats import LAYOUTS, CheckpointError, ShapeError
 from .model_source import ModelSource, config_of, float_linears, origin
 from .quantized_dir import CONFIG, QuantDir, without_settings
 from .renaming import Renamed
@@ -103,7 +103,11 @@ def load(model: nn.Module | Callable[[], nn.Module], directory: str | os.PathLik
     Raises CheckpointError, before anything is changed, for a damaged or foreign checkpoint or one of another model.
     """
     given = model if isinstance(model, nn.Module) else model()
-    fill_model(unwrapped(given), QuantDir(directory))
+    try:
+        fill_model(unwrapped(given), QuantDir(directory))
+    except ShapeError as error:
+        wrong = "the model given is another" if given is model else "the function builds another model"
+        raise ShapeError(f"{error}: {wrong} than the one that was saved") from None
     return given
 
 

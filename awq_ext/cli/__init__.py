@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from . import bench, compare, convert, demo, doctor, eval, inspect, quantize, report
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     help=(
         "Activation-aware Weight Quantization: models with 4-bit weights and 16- or 32-bit activations.\n\n"
         "[bold]Start here[/bold]\n\n"
-        "awq-ext demo      see it work in half a minute; nothing is downloaded\n\n"
+        "awq-ext demo      see it work in less than a minute; nothing is downloaded\n\n"
         "awq-ext doctor    see which kernels this machine uses, and whether they compute what they should\n\n"
         "[bold]Your own model[/bold], a Hugging Face directory (pip install 'awq-ext\\[hf]')\n\n"
         "awq-ext compare   which method loses least on your text?\n\n"
@@ -40,7 +41,7 @@ app = typer.Typer(
 TYPICAL = """\
 awq-ext quantize MODEL OUT --calib TEXT.jsonl     quantize a Hugging Face model, and see how far the result is from it
 awq-ext eval OUT TEXT.txt --reference MODEL       score the result on a text of yours
-awq-ext demo                                      see it work in half a minute; nothing is downloaded
+awq-ext demo                                      see it work in less than a minute; nothing is downloaded
 """
 
 
@@ -64,6 +65,18 @@ def _start(
         raise typer.Exit(code=2)
 
 
+class _Command(TyperCommand):
+    """A command that says what to give where the calibration text is missing."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as problem:
+            if type(problem).__name__ == "MissingParameter" and problem.param and problem.param.name == "calib":
+                problem.message = "Give a text file, or --calib builtin for texts that ship with the package."
+            raise
+
+
 for _module, _name in (
     (quantize, "quantize"),
     (compare, "compare"),
@@ -78,7 +91,7 @@ for _module, _name in (
     _command = getattr(_module, _name)
     # a terminal has its own width: lines are broken there, not where the docstring has them
     _help = re.sub(r"(?<!\n)\n(?!\n)", " ", python_inspect.cleandoc(_command.__doc__))
-    app.command(_name, help=_help)(_command)
+    app.command(_name, cls=_Command, help=_help)(_command)
 
 
 def main() -> None:

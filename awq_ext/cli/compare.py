@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from ..reporting.readers import DEFAULT_FORMAT
 from .console import console_for, one_line_errors, say, set_threads, write_json
+from .doctor import busy_words
 from .options.checks import check_output
 from .options.settings import parse_method, read_settings, with_builtin
 from .options.types import (
@@ -124,6 +125,8 @@ def compare(
     hf.note_same_texts(calib, named)
     found = compare_methods(model, batches, scored, methods, tokenizer=tokenizer, progress=True, **chosen)
     console.print(found)
+    if busy := busy_words():
+        console.print(f"other programs: {busy}", soft_wrap=True)
     if markdown is not None:
         markdown.write_text(found.to_markdown(), encoding="utf-8")
     summed = verdict(found)

@@ -24,7 +24,7 @@ def demo(
     json_path: JsonPath = None,
     threads: Threads = None,
 ) -> None:
-    """Show in half a minute whether int4 and AWQ are worth it: which rounding hurts, what AWQ saves, what a layer costs here.
+    """Show in less than a minute whether int4 and AWQ are worth it: which rounding hurts, what AWQ saves, what a layer costs here.
 
     A small language model that comes with the package is quantized with RTN, AWQ and AWQ+GPTQ at 4 and at 3 bits. It predicts
     Python source byte by byte, and is calibrated and scored on parts of your own Python's standard library that it was not trained

@@ -21,7 +21,7 @@ BUSY = 1.5  # load for each core from which on others take much of our time
 PROBE_MILLISECONDS = 400
 PRODUCT = (2048, 4096)  # in and out features
 # extra -> the modules it brings, as they are imported
-EXTRAS = {"hf": ("transformers", "tokenizers"), "report": ("jinja2", "matplotlib"), "plot": ("matplotlib",)}
+EXTRAS = {"hf": ("transformers", "tokenizers"), "report": ("jinja2", "matplotlib")}  # plot is a part of report
 
 
 def facts() -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from ..layers.sizes import model_bytes
 from ..modules import unwrapped
 from ..pipeline.quantize import quantize
 from ..reporting.progress import Progress, say
+from ..reporting.tables import counted
 from ..reporting.warn import warn
 from ..undo.thread_state import restoring
 from .bootstrap import Bootstrap
@@ -82,6 +83,11 @@ def compare(
     reading = {"tokenizer": tokenizer, "inputs": inputs, "blocks": blocks}
     total = (1 + len(configs)) * len(samples) + len(configs)
     with Progress(total, "comparing", "step", progress) as bar:
+        if bar.lines:
+            ways, texts = counted(len(configs), "method"), counted(len(samples), "text")
+            say(
+                f"comparing {ways} on {texts}: scores the float model, then quantizes and scores by each method in turn"
+            )
         rows = [run.float_row(bar)]
         for label, config in configs.items():
             rows.append(run.attempt(label, config, reading, bar))
@@ -179,6 +185,8 @@ class _Run:
         copied.check()
         bar.update()
         bar.note(f"{label}: scoring")
+        if bar.lines:
+            say(f"{label}: scoring")
         return Variant(
             label,
             config.to_dict(),

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..modules import input_embeddings
 from ..reporting.warn import warn
@@ -82,9 +83,9 @@ class Call:
         return 0
 
     def of_numbers(self, place: str) -> Call:
-        """Return this call; ValueError, naming ``place``, where a tensor among its arguments holds NaN. Inf may stand in a mask."""
+        """Return this call; ValueError, naming ``place``, where a tensor in its arguments holds NaN. Inf may stand in a mask."""
         named = [*((f"argument {i}", v) for i, v in enumerate(self.args)), *self.kwargs.items()]
-        for name, value in named:
+        for name, value in ((name, leaf) for name, given in named for leaf in tree_leaves(given)):
             plain = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in _FLOATS
             if plain and bool(value.isnan().any()):
                 raise ValueError(f"{place} holds NaN ({name}, of shape {tuple(value.shape)}): leave it out or mend it")

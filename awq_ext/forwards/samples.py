@@ -79,8 +79,8 @@ def _chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, place: str) -> 
         raise ValueError(f"{place} is a chat: a tokenizer with a chat template is needed (tokenizer=)")
     if not getattr(tokenizer, "chat_template", True):
         raise ValueError(
-            f"{place} is a chat, and this model's tokenizer has no chat template: give rows with a field 'text', or set "
-            "tokenizer.chat_template"
+            f"{place} is a chat, and this model's tokenizer has no chat template: give rows with a field 'text', or a "
+            "tokenizer that has one (in Python, tokenizer.chat_template)"
         )
     read = [
         one if "role" in one else {"role": _ROLES.get(one["from"], one["from"]), "content": one["value"]}

@@ -92,9 +92,13 @@ def _cells(group: GroupPlan) -> tuple[str, ...]:
         str(group.in_features),
         group.method,
         "/".join(map(str, dict.fromkeys(group.bits))),
-        "/".join(map(str, dict.fromkeys(group.group_size))),
+        "/".join(dict.fromkeys(_group_cell(size, group.in_features) for size in group.group_size)),
         place,
     )
+
+
+def _group_cell(size: int, in_features: int) -> str:
+    return str(size) if 0 < size <= in_features else f"{in_features} (whole row)"
 
 
 @finishing_after_fork

@@ -11,6 +11,7 @@ from ..calibration.importance import find_weights
 from ..calibration.row_weights import Weights
 from ..config import AwqConfig
 from ..forwards.calls import CalibrationError, Call
+from ..forwards.outputs import targets_of
 from ..reporting.progress import draws_bars, say
 from ..reporting.report import AwqReport
 from ..survey.survey import BlockSurvey
@@ -56,6 +57,8 @@ def row_weights(
     if not config.weighs_rows:
         return None
     asked = config.objective is not None
+    if not asked and all(targets_of(call) is None for call in calls):
+        return None  # no language model: there is nothing to tell
     if keeping.streamed and progress:
         count = config.weighed_batches or len(calls)
         say(

@@ -156,7 +156,7 @@ class AwqReport:
         return (
             f"{len(done)} of {len(self.layers)} Linears quantized ({self.share_quantized:.1%} of all parameters), "
             f"{improved} with less output error than RTN, in {self.seconds:.1f} s, "
-            f"peak memory {format_bytes(self.peak_memory_bytes)} (planned {format_bytes(self.planned_memory_bytes)})"
+            f"peak memory {format_bytes(self.peak_memory_bytes)} (planned about {format_bytes(self.planned_memory_bytes)})"
         )
 
     def __str__(self) -> str:

@@ -351,3 +351,21 @@ def test_the_report_of_an_earlier_model_does_not_stay(tmp_path: Path) -> None:
     del model.awq_report
     awq_ext.save(model, tmp_path, overwrite=True)
     assert not hasattr(awq_ext.load(models.make("mlp").model, tmp_path), "awq_report")
+
+
+def test_a_model_of_other_shapes_is_called_another_model(tmp_path: Path) -> None:
+    def build(width: int, norm: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, 32), nn.ReLU(), nn.Linear(32, 16), nn.LayerNorm(norm))
+
+    model = build(32, 16)
+    awq_ext.quantize(model, [torch.randn(64, 32)], group_size=16, n_grid=3, progress=False)
+    awq_ext.save(model, tmp_path / "saved")
+    for width, norm, what in (
+        (64, 16, "32 -> 32 features in the files"),
+        (32, 8, r"shape \(16,\) in the file, \(8,\)"),
+    ):
+        other = build(width, norm)
+        with pytest.raises(CheckpointError, match=f"{what}.*: the model given is another than the one that was saved$"):
+            awq_ext.load(other, tmp_path / "saved")
+        with pytest.raises(CheckpointError, match=f"{what}.*: the function builds another model than the one that was"):
+            awq_ext.load(lambda other=other: other, tmp_path / "saved")

@@ -54,6 +54,14 @@ def test_a_bad_option_is_a_usage_error(arguments: list[str]) -> None:
     assert shown.exit_code == 2
 
 
+@pytest.mark.parametrize("more", [["quantize", ".", "out"], ["compare", ".", "--traffic", "text.txt"]])
+def test_without_calibration_text_it_says_what_to_give(more: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    given = [str(tmp_path) if part == "." else part for part in more]
+    shown = runner.invoke(cli.app, given, env={"COLUMNS": "200"})
+    assert shown.exit_code == 2 and "Missing option '--calib'. Give a text file, or --calib builtin" in shown.output
+
+
 def test_a_bad_group_size_names_the_choices() -> None:
     shown = runner.invoke(cli.app, ["demo", "--group-size", "5"], env={"COLUMNS": "200"})
     assert "-1, 16, 32, 64, 128, 256" in shown.output
@@ -187,6 +195,12 @@ def test_doctor_tells_when_others_keep_the_cores_busy(
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 4)
     words = f"load {load} on 4 cores: the speeds above are lower than this machine's"
     assert doctor.busy_words() == (words if shown else "")
+
+
+def test_doctor_names_each_package_once() -> None:
+    """The extra plot is a part of report."""
+    shown = runner.invoke(cli.app, ["doctor"], env={"COLUMNS": "200"}).output
+    assert shown.count("matplotlib") == 1 and "extra report" in shown and "extra plot" not in shown
 
 
 def test_module_can_be_run() -> None:

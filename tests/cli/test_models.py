@@ -88,13 +88,15 @@ def test_what_is_written_is_what_python_makes(model_dir: Path, texts: dict[str, 
     assert hf.load_tokenizer(quantized)("abc").input_ids == hf.load_tokenizer(model_dir)("abc").input_ids
 
 
-def test_compare(model_dir: Path, texts: dict[str, Path], tmp_path: Path) -> None:
+def test_compare(model_dir: Path, texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
     figures, table = tmp_path / "c.json", tmp_path / "c.md"
     options = ["--method", "rtn", "--method", "awq,clip=false,label=bare", "--tokens", 128, "--group-size", 32]
     traffic = ["--traffic", texts["code"], "--traffic", f"talk={texts['prose']}"]
     output = ["--json", figures, "--markdown", table]
     shown = run("compare", model_dir, *calibration(texts), *traffic, *options, *output)
     assert shown.exit_code == 0, shown.output
+    assert "other programs: load 99.0 on " in shown.output
     for word in ("code: 126 tokens in 2 windows", "talk: 126 tokens", "bare", "perplexity"):
         assert word in shown.output and word in table.read_text()
     rows = json.loads(figures.read_text())["rows"]

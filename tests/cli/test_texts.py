@@ -107,7 +107,7 @@ def test_a_chat_for_a_tokenizer_without_a_template(tmp_path: Path) -> None:
     tokenizer = hf_directory.tokenizer()
     tokenizer.chat_template = None
     (tmp_path / "a.json").write_text(json.dumps([CHAT]))
-    says = r"row 1 is a chat, and this model's tokenizer has no chat template: give rows with a field 'text', or set"
+    says = r"row 1 is a chat, and this model's tokenizer has no chat template: give rows with a field 'text', or a"
     with pytest.raises(ValueError, match=says):
         read_text(tmp_path / "a.json", tokenizer)
 

@@ -135,8 +135,9 @@ def test_a_log_counts_the_blocks_of_each_method(capsys: pytest.CaptureFixture[st
     case = models.make("llama")
     compare(case.model, case.batches, traffic(1), ["rtn", "awq"], **QUICK | {"progress": True})
     written = capsys.readouterr().err
+    assert written.startswith("awq_ext: comparing 2 methods on 2 texts: scores the float model, then quantizes")
     for label in ("rtn", "awq"):
-        assert f"awq_ext: {label}: quantizing" in written
+        assert -1 < written.find(f"awq_ext: {label}: quantizing") < written.index(f"awq_ext: {label}: scoring")
     assert written.count("quantizing: block") == 2
 
 

@@ -122,3 +122,16 @@ def test_a_batch_that_the_model_rejects() -> None:
     with pytest.raises(ValueError, match="nothing to quantize"):
         awq_ext.plan(nn.Sequential(nn.ReLU()), torch.zeros(2))
     before.assert_unchanged()
+
+
+def test_a_group_that_is_longer_than_a_row_is_shown_as_the_row() -> None:
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
+    for size, first, second in (
+        (128, "64 (whole row)", "128"),
+        (-1, "64 (whole row)", "128 (whole row)"),
+        (64, "64", "64"),
+    ):
+        lines = str(awq_ext.plan(model, torch.randn(4, 64), blocks=["0", "2"], group_size=size)).splitlines()
+        shown = [re.split(r"\s{2,}", line.strip()) for line in lines[:4]]
+        column = shown[0].index("group")
+        assert [row[column] for row in shown if row[0] in ("0", "2")] == [first, second]

@@ -187,6 +187,14 @@ def test_no_linear_is_reached(llama: models.Case) -> None:
 )
 def test_samples_that_hold_nan() -> None:
     """Inf may be there: masks of floats have it."""
+
+    class Parts(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(32, 8))
+
+        def forward(self, parts: list[Tensor]) -> Tensor:
+            return self[0](torch.cat(parts))
+
     model = nn.Sequential(nn.Linear(32, 8), nn.ReLU())
     before, batches = model[0].weight.clone(), [torch.randn(50, 32) for _ in range(3)]
     batches[2][7, 3] = float("nan")
@@ -195,6 +203,8 @@ def test_samples_that_hold_nan() -> None:
     ):
         awq_ext.quantize(model, batches, **FAST)
     assert torch.equal(model[0].weight, before)
+    with pytest.raises(ValueError, match=r"^sample 0 of calib_loader holds NaN \(parts, of shape \(50, 32\)\)"):
+        awq_ext.quantize(Parts(), [{"parts": [batches[0], batches[2]]}], **FAST)
     transformer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
     mask = torch.full((5, 5), float("-inf")).triu(1)
     awq_ext.quantize(transformer, [{"src": torch.randn(2, 5, 32), "src_mask": mask}], **FAST)

@@ -11,7 +11,7 @@ from .in_memory import InMemory
 from .layout import Facts, Layout, Summary
 from .modelopt import ModelOpt
 from .native import Native
-from .packed import CheckpointError, PackedLinear
+from .packed import CheckpointError, PackedLinear, ShapeError
 from .runtimes.gguf import Gguf
 from .runtimes.mlx import Mlx
 from .settings import Settings
@@ -24,6 +24,7 @@ __all__ = [
     "Layout",
     "PackedLinear",
     "Settings",
+    "ShapeError",
     "Summary",
     "layout",
 ]

@@ -23,6 +23,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, written, or does not fit the model; the model is as it was."""
 
 
+class ShapeError(CheckpointError):
+    """A tensor or a layer of a checkpoint has another shape than that of its name in the model."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedLinear(QuantizedWeight):
     """A weight of 4 or 8 bits (zeros below 2^bits) with the rest of its Linear.

@@ -147,7 +147,7 @@ def tiles(report: AwqReport) -> list[Tile]:
         Tile(
             "peak memory",
             format_bytes(report.peak_memory_bytes),
-            f"planned {format_bytes(report.planned_memory_bytes)}",
+            f"planned about {format_bytes(report.planned_memory_bytes)}",
         ),
     ]
     return [tile for tile in found if tile is not None]
