@@ -147,6 +147,13 @@ def _label(fields: Mapping[str, Any]) -> str:
     return " ".join([str(fields.get("method", plain["method"])), *others])
 
 
+def _tell(bar: Progress, text: str) -> None:
+    """Say beside the bar, or in a line of its own in a file, what comes next."""
+    bar.note(text)
+    if bar.lines:
+        say(text)
+
+
 @dataclass
 class _Run:
     """What one call of compare() works on."""
@@ -173,20 +180,17 @@ class _Run:
             return Variant(label, config.to_dict(), error=f"{type(error).__name__}: {error}")
 
     def _row(self, label: str, config: AwqConfig, reading: Mapping[str, Any], bar: Progress) -> Variant:
-        bar.note(f"{label}: quantizing")
-        if bar.lines:  # in a file, where one method may take an hour, its blocks are counted too
-            say(f"{label}: quantizing")
+        _tell(bar, f"{label}: quantizing")
         copied = SharedCopy.of(self.model)
         began = time.perf_counter()
         with warnings.catch_warnings(record=True):  # they stand in the report
             warnings.simplefilter("always")
+            # in a file, where one method may take an hour, its blocks are counted too
             quantize(copied.module, self.calib, config, progress=bar.lines, **reading)
         seconds = time.perf_counter() - began
         copied.check()
         bar.update()
-        bar.note(f"{label}: scoring")
-        if bar.lines:
-            say(f"{label}: scoring")
+        _tell(bar, f"{label}: scoring")
         return Variant(
             label,
             config.to_dict(),

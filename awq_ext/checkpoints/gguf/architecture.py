@@ -17,10 +17,8 @@ from .rope import Rope
 
 _STACK = ".weight.*"  # of experts that transformers has in one tensor
 _HALF = "#"  # in the name of a part of a module
-CORRECTION = (
-    ".e_score_correction_bias",
-    ".expert_bias",
-)  # what routers add to the scores of experts to choose among them
+# what routers add to the scores of experts to choose among them
+CORRECTION = (".e_score_correction_bias", ".expert_bias")
 
 
 class Place(NamedTuple):

@@ -7,19 +7,23 @@ from dataclasses import replace
 from .entry import Config, Entry, Need, Value
 from .pieces import (
     EPS,
+    EPSILON,
     FOUR_NORMS,
     HEADS_IN_ONE,
     MLP,
     NO_BIAS,
     NO_WINDOW,
     NORMS,
+    POST_NORMS,
     QK_NORMS,
     QKVO,
     RMS,
+    RMS_1E5,
     SILU,
     SQUARE,
     TANH,
     all_full,
+    as_many_as_heads,
     fewer_blocks,
     scale_of_gemma,
     tanh_form,
@@ -79,13 +83,13 @@ GRANITE = replace(
 HUNYUAN = Entry(
     "HUNYUAN_DENSE", ("HunYuanDenseV1ForCausalLM",), "hunyuan_v1_dense",
     (*NORMS, "self_attn.query_layernorm", "self_attn.key_layernorm", *QKVO, *MLP), needs=(*SILU, *NO_BIAS),
-    values=(replace(RMS[0], absent=1e-5),),
+    values=RMS_1E5,
 )  # fmt: skip
 _STARCODER = Entry(
     "STARCODER", ("GPTBigCodeForCausalLM",), "gpt_bigcode",
     ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), blocks="transformer.h",
     outside=("transformer.wte", "transformer.wpe", "transformer.ln_f"),
-    values=(replace(EPS[0], names=("layer_norm_epsilon",)),),
+    values=EPSILON,
     names={
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -148,12 +152,12 @@ DENSE: tuple[Entry, ...] = (
         needs=(*SILU, *NO_WINDOW, *NO_BIAS, Need("mlp_bias", False), Need("no_rope_layers", turned_but_each_fourth)),
     ),
     Entry(
-        "OLMO2", ("Olmo2ForCausalLM",), "olmo2", (*FOUR_NORMS[1:2], *FOUR_NORMS[3:], *QK_NORMS, *QKVO, *MLP), head=True,
-        values=(replace(RMS[0], absent=1e-5),), needs=(*SILU, *SQUARE, *NO_BIAS),
+        "OLMO2", ("Olmo2ForCausalLM",), "olmo2", (*POST_NORMS, *QK_NORMS, *QKVO, *MLP), head=True,
+        values=RMS_1E5, needs=(*SILU, *SQUARE, *NO_BIAS),
     ),
     Entry(
-        "OLMO2", ("Olmo3ForCausalLM",), "olmo3", (*FOUR_NORMS[1:2], *FOUR_NORMS[3:], *QK_NORMS, *QKVO, *MLP), head=True,
-        values=(replace(RMS[0], absent=1e-5),), needs=(*SILU, *SQUARE, *NO_BIAS), window=4, local_rope="same",
+        "OLMO2", ("Olmo3ForCausalLM",), "olmo3", (*POST_NORMS, *QK_NORMS, *QKVO, *MLP), head=True,
+        values=RMS_1E5, needs=(*SILU, *SQUARE, *NO_BIAS), window=4, local_rope="same",
     ),
     Entry(
         "GLM4", ("Glm4ForCausalLM",), "glm4",
@@ -161,12 +165,12 @@ DENSE: tuple[Entry, ...] = (
         biases={"attention_bias": "self_attn.q_proj"}, values=(replace(RMS[0], absent=1.5625e-7),), rotary_factor=0.5,
     ),
     Entry(
-        "ERNIE4_5", ("Ernie4_5ForCausalLM",), "ernie4_5", (*NORMS, *QKVO, *MLP), values=(replace(RMS[0], absent=1e-5),),
+        "ERNIE4_5", ("Ernie4_5ForCausalLM",), "ernie4_5", (*NORMS, *QKVO, *MLP), values=RMS_1E5,
         needs=(*SILU, Need("use_bias", False)),
     ),
     replace(
         LLAMA, key="ARCEE", classes=("ArceeForCausalLM",), model_type="arcee", biases={}, modules=(*NORMS, *QKVO, *MLP[1:]),
-        values=(replace(RMS[0], absent=1e-5),), needs=(Need("hidden_act", "relu2"), *NO_BIAS, Need("mlp_bias", False)),
+        values=RMS_1E5, needs=(Need("hidden_act", "relu2"), *NO_BIAS, Need("mlp_bias", False)),
     ),
     Entry(
         "SEED_OSS", ("SeedOssForCausalLM",), "seed_oss", (*NORMS, *QKVO, *MLP), biases={"attention_bias": "self_attn.q_proj"},
@@ -198,8 +202,8 @@ DENSE: tuple[Entry, ...] = (
         needs=(Need("hidden_act", "relu2"), *SQUARE, *NO_BIAS, Need("mlp_bias", False)),
     ),
     Entry(
-        "EXAONE4", ("Exaone4ForCausalLM",), "exaone4", (*FOUR_NORMS[1:2], *FOUR_NORMS[3:], *QK_NORMS, *QKVO, *MLP),
-        values=(replace(RMS[0], absent=1e-5),),
+        "EXAONE4", ("Exaone4ForCausalLM",), "exaone4", (*POST_NORMS, *QK_NORMS, *QKVO, *MLP),
+        values=RMS_1E5,
         needs=(
             *SILU, *SQUARE, Need("sliding_window", None, absent=4096), fewer_blocks(64, "windows"),
             Need("layer_types", all_full),
@@ -222,7 +226,7 @@ DENSE: tuple[Entry, ...] = (
         output="embed_out",
         values=(*EPS, Value("LLM.USE_PARALLEL_RESIDUAL", ("use_parallel_residual",), bool, absent=True)),
         names={
-            "num_key_value_heads": lambda config: config["num_attention_heads"],
+            "num_key_value_heads": as_many_as_heads,
             "head_dim": width_of_head,
             "partial_rotary_factor": "rotary_pct",
             "rope_theta": "rotary_emb_base",
@@ -232,7 +236,7 @@ DENSE: tuple[Entry, ...] = (
     Entry(
         "FALCON", ("FalconForCausalLM",), "falcon", ("input_layernorm", *HEADS_IN_ONE),
         outside=("transformer.word_embeddings", "transformer.ln_f"), blocks="transformer.h",
-        values=(replace(EPS[0], names=("layer_norm_epsilon",)),),
+        values=EPSILON,
         names={
             "num_key_value_heads": lambda config: 1,
             "head_dim": width_of_head,
@@ -246,12 +250,12 @@ DENSE: tuple[Entry, ...] = (
     Entry(
         "BLOOM", ("BloomForCausalLM",), "bloom", (*NORMS, *HEADS_IN_ONE), joined="query_key_value",
         outside=("transformer.word_embeddings", "transformer.word_embeddings_layernorm", "transformer.ln_f"),
-        blocks="transformer.h", values=(replace(EPS[0], names=("layer_norm_epsilon",)),),
+        blocks="transformer.h", values=EPSILON,
         names={
             "hidden_size": "n_embed",
             "num_hidden_layers": "n_layer",
             "num_attention_heads": "n_head",
-            "num_key_value_heads": lambda config: config["num_attention_heads"],
+            "num_key_value_heads": as_many_as_heads,
             "head_dim": width_of_head,
             "intermediate_size": lambda config: 4 * config["hidden_size"],
             "max_position_embeddings": lambda config: (
@@ -263,7 +267,7 @@ DENSE: tuple[Entry, ...] = (
     _STARCODER,
     replace(
         _STARCODER, key="GPT2", classes=("GPT2LMHeadModel",), model_type="gpt2", transposed=_STARCODER.modules[2:],
-        names=_STARCODER.names | {"num_key_value_heads": lambda config: config["num_attention_heads"]},
+        names=_STARCODER.names | {"num_key_value_heads": as_many_as_heads},
         needs=(
             tanh_form("activation_function", "gelu_new", "gelu_new"), *_STARCODER.needs[2:],
             Need("scale_attn_by_inverse_layer_idx", False),

@@ -95,9 +95,8 @@ class Entry:
         found = dict(config)
         for name, how in self.names.items():
             if callable(how):
-                with suppress(
-                    KeyError, TypeError, ZeroDivisionError
-                ):  # of sizes that are missing, which is said of them
+                # of sizes that are missing, which is said of them
+                with suppress(KeyError, TypeError, ZeroDivisionError):
                     found[name] = how(found)
             elif config.get(how) is not None:
                 found[name] = config[how]

@@ -21,6 +21,7 @@ from .pieces import (
     QK_NORMS,
     QKVO,
     RMS,
+    RMS_1E5,
     SHARED,
     SHARED_EXPERTS,
     SHARED_INNER,
@@ -45,7 +46,7 @@ _GLM4_MOE = Entry(
     "GLM4_MOE", ("Glm4MoeForCausalLM",), "glm4_moe",
     (*NORMS, *QK_NORMS, *QKVO, *MLP, *EXPERTS, *CORRECTED, *SHARED_EXPERTS), rotary_factor=0.5,
     values=(
-        replace(RMS[0], absent=1e-5), *experts("n_routed_experts"), INNER,
+        *RMS_1E5, *experts("n_routed_experts"), INNER,
         Value("LLM.EXPERT_SHARED_COUNT", ("n_shared_experts",), int),
         Value("LLM.LEADING_DENSE_BLOCK_COUNT", ("first_k_dense_replace",), int),
         Value("LLM.EXPERT_WEIGHTS_SCALE", ("routed_scaling_factor",), absent=1.0),
@@ -79,17 +80,14 @@ MIXTURES: tuple[Entry, ...] = (
     ),
     Entry(
         "OLMOE", ("OlmoeForCausalLM",), "olmoe", (*NORMS, *QK_NORMS, *QKVO, *EXPERTS), head=True,
-        values=(replace(RMS[0], absent=1e-5), *experts("num_experts", "num_local_experts")),
-        needs=(
-            *SILU, *SQUARE, *NO_BIAS, Need("norm_topk_prob", False), Need("clip_qkv", None),
-            AS_MANY_KEYS,
-        ),
+        values=(*RMS_1E5, *experts("num_experts", "num_local_experts")),
+        needs=(*SILU, *SQUARE, *NO_BIAS, Need("norm_topk_prob", False), Need("clip_qkv", None), AS_MANY_KEYS),
     ),
     replace(
         HUNYUAN, key="HUNYUAN_MOE", classes=("HunYuanMoEV1ForCausalLM",), model_type="hunyuan_v1_moe",
         modules=(*HUNYUAN.modules[:-3], "mlp.gate.wg", *EXPERTS[1:], *HUNYUAN_SHARED),
         values=(
-            replace(RMS[0], absent=1e-5), experts("num_experts", "num_local_experts")[0],
+            *RMS_1E5, experts("num_experts", "num_local_experts")[0],
             Value("LLM.EXPERT_USED_COUNT", ("moe_topk",), int), replace(INNER, names=("intermediate_size",)),
         ),
     ),
@@ -109,7 +107,7 @@ MIXTURES: tuple[Entry, ...] = (
         _GLM4_MOE, key="EXAONE_MOE", classes=("ExaoneMoeForCausalLM",), model_type="exaone_moe", rotary_factor=None, head=True,
         modules=(*NORMS, *QK_NORMS, *QKVO, *MLP, *EXPERTS, "mlp.e_score_correction", *SHARED_EXPERTS), window=4, biases={},
         values=(
-            replace(RMS[0], absent=1e-5), *experts("num_experts", "num_local_experts"), INNER,
+            *RMS_1E5, *experts("num_experts", "num_local_experts"), INNER,
             replace(_GLM4_MOE.values[4], names=("num_shared_experts",)), *_GLM4_MOE.values[5:],
         ),
         always=SIGMOID | {
@@ -121,7 +119,7 @@ MIXTURES: tuple[Entry, ...] = (
         "ERNIE4_5_MOE", ("Ernie4_5_MoeForCausalLM",), "ernie4_5_moe",
         (*NORMS, *QKVO, *MLP, *EXPERTS, "mlp.moe_statics.e_score_correction", *SHARED_EXPERTS),
         values=(
-            replace(RMS[0], absent=1e-5), *experts("moe_num_experts"), INNER,
+            *RMS_1E5, *experts("moe_num_experts"), INNER,
             Value("LLM.EXPERT_SHARED_COUNT", ("moe_num_shared_experts",), int),
             Value("LLM.LEADING_DENSE_BLOCK_COUNT", ("moe_layer_start_index",), int),
         ),

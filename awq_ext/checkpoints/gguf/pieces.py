@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .entry import Config, Need, Value
@@ -9,6 +10,10 @@ from .entry import Config, Need, Value
 
 def width_of_head(config: Config) -> int:
     return config["hidden_size"] // config["num_attention_heads"]
+
+
+def as_many_as_heads(config: Config) -> int:
+    return config["num_attention_heads"]
 
 
 def all_full(config: Config) -> list[str]:
@@ -32,6 +37,7 @@ def share_of_minimax(config: Config) -> float:
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 FOUR_NORMS = (*NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+POST_NORMS = FOUR_NORMS[1::2]
 QKVO = tuple(f"self_attn.{leaf}_proj" for leaf in "qkvo")
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 MLP = tuple(f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down"))
@@ -45,11 +51,13 @@ HUNYUAN_SHARED = tuple(f"mlp.shared_mlp.{leaf}_proj" for leaf in ("gate", "up", 
 HEADS_IN_ONE = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 EPS = (Value("Attention.LAYERNORM_EPS", ("layer_norm_eps",), absent=1e-5),)
+EPSILON = (replace(EPS[0], names=("layer_norm_epsilon",)),)
 RMS = (Value("Attention.LAYERNORM_RMS_EPS", ("rms_norm_eps",), absent=1e-6),)
+RMS_1E5 = (replace(RMS[0], absent=1e-5),)
 SILU = (Need("hidden_act", "silu"),)
 TANH = (Need("hidden_activation", "gelu_pytorch_tanh"),)
 SQUARE = (Need("head_dim", width_of_head),)  # heads that together are as wide as the model
-AS_MANY_KEYS = Need("num_key_value_heads", lambda config: config["num_attention_heads"])
+AS_MANY_KEYS = Need("num_key_value_heads", as_many_as_heads)
 NO_BIAS = (Need("attention_bias", False),)
 NO_WINDOW = (Need("use_sliding_window", False),)
 SIGMOID = {"LLM.EXPERT_GATING_FUNC": 2}  # experts are chosen by sigmoids of their scores
